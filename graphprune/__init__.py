@@ -1,0 +1,35 @@
+"""Structured pruning for PyTorch: physically smaller networks, proven, exported and measured.
+
+    small = graphprune.prune(model, example_input, 0.5)
+    graphprune.export_onnx(small, example_input, "small.onnx")
+    graphprune.benchmark({"dense": model, "small": small}, example_input)
+"""
+
+from ._version import __version__
+from .dependency import DependencyGraph, Frozen, Group, Member, trace
+from .deploy import benchmark, export_onnx
+from .engine import plan, prune
+from .errors import GraphPruneError
+from .importance import criterion
+from .plans import Plan
+from .surgery import fold_conv_bn
+from .verification import VerificationReport, verify
+
+__all__ = [
+    "DependencyGraph",
+    "Frozen",
+    "GraphPruneError",
+    "Group",
+    "Member",
+    "Plan",
+    "VerificationReport",
+    "__version__",
+    "benchmark",
+    "criterion",
+    "export_onnx",
+    "fold_conv_bn",
+    "plan",
+    "prune",
+    "trace",
+    "verify",
+]

@@ -1,0 +1,239 @@
+"""Turn scores into a number of units to keep per group, under the constraints, and into the units themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+from ..dependency import DependencyGraph
+from ..errors import GraphPruneError
+from .selection import chosen_groups, matching_ratios
+
+Floats = npt.NDArray[np.float64]
+SCOPES = ("local", "global", "isomorphic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the user asked for."""
+
+    ratio: float | Mapping[str, float]
+    scope: str = "local"
+    round_to: int = 1
+    min_channels: int = 1
+    granularity: str | Sequence[str] = "auto"
+
+    def check(self) -> None:
+        if self.scope not in SCOPES:
+            raise GraphPruneError(f"scope: expected one of {', '.join(map(repr, SCOPES))}, got {self.scope!r}")
+        for name, value in (("round_to", self.round_to), ("min_channels", self.min_channels)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise GraphPruneError(f"{name}: expected an integer of at least 1, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """Removed units per group (indices into the group, sorted), and a mask over components."""
+
+    removed: dict[int, npt.NDArray[np.int64]]
+    gone: npt.NDArray[np.bool_]
+
+
+@dataclasses.dataclass
+class _Cell:
+    """Units of one group that lie in the same blocks of all equal-count constraints."""
+
+    group: int
+    units: npt.NDArray[np.int64]
+    keep: int = 0
+
+
+def allocate(
+    graph: DependencyGraph, scores: Mapping[int, Floats], settings: Settings, forced: Mapping[int, int] | None = None
+) -> Allocation:
+    """Decide what goes. `scores[g]` holds one score per unit of group g (higher stays; on one scale for
+    all groups unless the scope is local); `forced[g]` fixes how many units of a group stay."""
+    forced = forced or {}
+    chosen = chosen_groups(graph, settings.granularity)
+    ratios = [r if c else 0.0 for r, c in zip(matching_ratios(settings.ratio, graph), chosen, strict=True)]
+    wanted = _keep_per_group(graph, scores, ratios, settings)
+    cells, constraints = _cells(graph)
+    for cell in cells:
+        size = graph.groups[cell.group].size
+        keep = forced.get(cell.group, wanted[cell.group])
+        cell.keep = _share(graph, scores, cell, keep, size, settings, ratios[cell.group], cell.group in forced)
+    _equalise(graph, cells, constraints)
+    return _select(graph, scores, cells)
+
+
+def nearest(value: float) -> int:
+    """Rounding to nearest, halves up."""
+    return math.floor(value + 0.5)
+
+
+def _round(keep: int, size: int, settings: Settings) -> int:
+    step = settings.round_to
+    if step > 1 and keep < size:
+        keep = min(size, max(step, nearest(keep / step) * step))
+    return max(min(settings.min_channels, size), keep)
+
+
+def _keep_per_group(
+    graph: DependencyGraph, scores: Mapping[int, Floats], ratios: Sequence[float], settings: Settings
+) -> list[int]:
+    groups = graph.groups
+    if settings.scope == "local":
+        return [_round(g.size - nearest(ratios[g.index] * g.size), g.size, settings) if ratios[g.index] else g.size for g in groups]
+    pools: dict[object, list[int]] = defaultdict(list)
+    for g in groups:
+        if ratios[g.index]:
+            pools[(ratios[g.index], g.structure if settings.scope == "isomorphic" else "")].append(g.index)
+    keep = [g.size for g in groups]
+    for (ratio, _), indices in pools.items():  # type: ignore[misc]
+        flat = np.concatenate([scores[i] for i in indices])
+        owner = np.repeat(indices, [groups[i].size for i in indices])
+        drop = np.argsort(flat, kind="stable")[: nearest(ratio * len(flat))]
+        lost = np.bincount(owner[drop], minlength=len(groups))
+        for i in indices:
+            keep[i] = _round(groups[i].size - int(lost[i]), groups[i].size, settings)
+    return keep
+
+
+def _cells(graph: DependencyGraph) -> tuple[list[_Cell], list[list[tuple[list[int], int]]]]:
+    """Cells, and the constraints as lists of blocks: (cells in the block, immovable indices in the block)."""
+    label, equal = graph.analysis.label, graph.analysis.equal
+    total = int(label.max()) + 1
+    block_of = []
+    for constraint in equal:
+        column = np.full(total, -1, np.int64)
+        for b, positions in enumerate(constraint.blocks):
+            column[label[positions]] = b
+        column[label[0]] = -1
+        block_of.append(column)
+    cells: list[_Cell] = []
+    cell_at = np.full(total, -1, np.int64)
+    for group in graph.groups:
+        components = graph.units(group)
+        if block_of:
+            key = np.stack([c[components] for c in block_of])
+            _, inverse = np.unique(key, axis=1, return_inverse=True)
+            inverse = inverse.reshape(-1)
+        else:
+            inverse = np.zeros(group.size, np.int64)
+        for k in range(int(inverse.max()) + 1):
+            units = np.nonzero(inverse == k)[0]
+            cell_at[components[units]] = len(cells)
+            cells.append(_Cell(group.index, units))
+    constraints = []
+    for constraint in equal:
+        blocks = []
+        for positions in constraint.blocks:
+            labels = np.unique(label[positions])
+            inside = cell_at[labels[labels != label[0]]]
+            stuck = len(positions) - int((label[positions] != label[0]).sum())
+            blocks.append((np.unique(inside[inside >= 0]).tolist(), stuck))
+        if any(b != blocks[0] for b in blocks):
+            constraints.append(blocks)
+    return cells, constraints
+
+
+def _share(
+    graph: DependencyGraph,
+    scores: Mapping[int, Floats],
+    cell: _Cell,
+    keep: int,
+    size: int,
+    settings: Settings,
+    ratio: float,
+    forced: bool,
+) -> int:
+    """How many of a group's kept units fall to one of its cells."""
+    n = len(cell.units)
+    if n == size or keep == size:
+        return min(n, keep)
+    if settings.scope == "local" and not forced and settings.round_to == 1:
+        share = n - nearest(ratio * n)
+    else:
+        share = nearest(keep * n / size)
+    return max(min(n, 1), min(n, share))
+
+
+def _equalise(graph: DependencyGraph, cells: list[_Cell], constraints: list[list[tuple[list[int], int]]]) -> None:
+    """Make blocks equal: the integer solution nearest to the wanted numbers, for each connected set of constraints."""
+    parent = list(range(len(cells)))
+
+    def find(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for blocks in constraints:
+        members = [c for block, _ in blocks for c in block]
+        for c in members[1:]:
+            parent[find(c)] = find(members[0])
+    systems: dict[int, list[list[tuple[list[int], int]]]] = defaultdict(list)
+    for blocks in constraints:
+        members = [c for block, _ in blocks for c in block]
+        if members:
+            systems[find(members[0])].append(blocks)
+    for system in systems.values():
+        _solve(cells, system)
+
+
+def _solve(cells: list[_Cell], system: list[list[tuple[list[int], int]]]) -> None:
+    members = sorted({c for blocks in system for block, _ in blocks for c in block})
+    column = {c: i for i, c in enumerate(members)}
+    rows, right = [], []
+    for blocks in system:
+        first, stuck = blocks[0]
+        for block, other in blocks[1:]:
+            row = np.zeros(2 * len(members))
+            for c in first:
+                row[column[c]] += 1
+            for c in block:
+                row[column[c]] -= 1
+            if row.any():
+                rows.append(row)
+                right.append(other - stuck)
+    if not rows:
+        return
+    n = len(members)
+    target = np.array([cells[c].keep for c in members], float)
+    size = np.array([len(cells[c].units) for c in members], float)
+    if all(abs(np.dot(row[:n], target) - r) < 0.5 for row, r in zip(rows, right, strict=True)):
+        return
+    # minimise sum |keep - target| / size with keep integer: deviation variables bound the difference from both sides
+    distance = np.zeros((2 * n, 2 * n))
+    distance[:n, :n], distance[:n, n:] = np.eye(n), -np.eye(n)
+    distance[n:, :n], distance[n:, n:] = -np.eye(n), -np.eye(n)
+    result = milp(
+        c=np.concatenate([np.zeros(n), 1 / size]),
+        constraints=[
+            LinearConstraint(np.stack(rows), right, right),
+            LinearConstraint(distance, -np.inf, np.concatenate([target, -target])),
+        ],
+        integrality=np.concatenate([np.ones(n), np.zeros(n)]),
+        bounds=Bounds(np.concatenate([np.ones(n), np.zeros(n)]), np.concatenate([size, np.full(n, np.inf)])),
+    )
+    keep = np.round(result.x[:n]) if result.x is not None else size
+    for c, k in zip(members, keep, strict=True):
+        cells[c].keep = int(k)
+
+
+def _select(graph: DependencyGraph, scores: Mapping[int, Floats], cells: list[_Cell]) -> Allocation:
+    gone = np.zeros(int(graph.analysis.label.max()) + 1, bool)
+    removed: dict[int, list[npt.NDArray[np.int64]]] = defaultdict(list)
+    for cell in cells:
+        if cell.keep < len(cell.units):
+            best = np.argsort(-scores[cell.group][cell.units], kind="stable")
+            lost = np.sort(cell.units[best[cell.keep :]])
+            removed[cell.group].append(lost)
+            gone[graph.units(graph.groups[cell.group])[lost]] = True
+    return Allocation({g: np.sort(np.concatenate(parts)) for g, parts in removed.items()}, gone)

@@ -1,0 +1,161 @@
+"""Which groups a request speaks of: ratios by name or pattern, ignored modules, granularity."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..dependency import DependencyGraph, Group, Reason
+from ..errors import GraphPruneError
+
+_CHANNELS = ("channel", "conv group", "group channel")
+GRANULARITIES: dict[str, tuple[str, ...]] = {
+    "channel": _CHANNELS,
+    "channels": _CHANNELS,
+    "head": ("head",),
+    "heads": ("head",),
+    "head feature": ("head feature",),
+    "head features": ("head feature",),
+    "head_feature": ("head feature",),
+    "head_features": ("head feature",),
+}
+
+
+def module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def check_ratio(value: Any, where: str = "ratio") -> float:
+    """A fraction of channels to remove, in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= float(value) < 1:
+        raise GraphPruneError(f"{where}: expected a number in [0, 1), the fraction of channels to remove; got {value!r}")
+    return float(value)
+
+
+def _matches(pattern: str, parameter: str) -> bool:
+    return (
+        pattern in ("", "*")
+        or parameter == pattern
+        or parameter.startswith(pattern + ".")
+        or fnmatch.fnmatchcase(parameter, pattern)
+        or fnmatch.fnmatchcase(module_of(parameter), pattern)
+        or any(fnmatch.fnmatchcase(prefix, pattern) for prefix in _prefixes(parameter))
+    )
+
+
+def _prefixes(parameter: str) -> Iterable[str]:
+    parts = parameter.split(".")
+    return (".".join(parts[:i]) for i in range(1, len(parts)))
+
+
+def _check_known(pattern: str, graph: DependencyGraph, where: str) -> None:
+    names = [*graph.trace.aliases, *graph.trace.modules]
+    if not any(_matches(pattern, name) or name == pattern for name in names):
+        close = difflib.get_close_matches(pattern, names, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else "; see model.named_modules() and model.named_parameters()"
+        raise GraphPruneError(f"{where}: no module or parameter matches {pattern!r}{hint}")
+
+
+def matching_ratios(ratio: float | Mapping[str, float], graph: DependencyGraph) -> list[float]:
+    """The ratio of every group: the longest pattern that matches a parameter producing it wins; 0 where none does."""
+    if not isinstance(ratio, Mapping):
+        return [check_ratio(ratio)] * len(graph.groups)
+    patterns = {str(p): check_ratio(r, f"ratio[{p!r}]") for p, r in ratio.items()}
+    if not patterns:
+        raise GraphPruneError("ratio: the dict is empty; map names of modules, or patterns, to fractions")
+    for pattern in patterns:
+        _check_known(pattern, graph, "ratio")
+    aliases = _aliases(graph)
+    return [_group_ratio(group, patterns, aliases) for group in graph.groups]
+
+
+def _aliases(graph: DependencyGraph) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for name, first in graph.trace.aliases.items():
+        out.setdefault(first, []).append(name)
+    return out
+
+
+def _group_ratio(group: Group, patterns: dict[str, float], aliases: dict[str, list[str]]) -> float:
+    producers = [m for m in group.members if m.role == "out"] or list(group.members)
+    names = [n for m in producers for n in aliases.get(m.parameter, [m.parameter])]
+    best, found = -1, 0.0
+    for pattern, value in patterns.items():
+        if len(pattern) > best and any(_matches(pattern, name) for name in names):
+            best, found = len(pattern), value
+    return found
+
+
+def ignored_positions(
+    ignore: Iterable[nn.Module | str] | nn.Module | str, graph: DependencyGraph, model: nn.Module
+) -> list[tuple[Any, Reason]]:
+    """The outputs of ignored modules and parameters, as positions to freeze."""
+    items: Sequence[Any] = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
+    paths = {id(m): n for n, m in model.named_modules()}
+    analysis = graph.analysis
+    from ..dependency.build import axis_roles
+
+    roles = axis_roles(analysis)
+    out = []
+    for item in items:
+        if isinstance(item, nn.Module):
+            if id(item) not in paths:
+                raise GraphPruneError(f"ignore: {type(item).__name__} is no module of this model")
+            pattern = paths[id(item)]
+            if pattern == "":
+                pattern = "*"
+        elif isinstance(item, str):
+            pattern = item
+            _check_known(pattern, graph, "ignore")
+        else:
+            raise GraphPruneError(f"ignore: expected modules, names or patterns, got {type(item).__name__}")
+        for name, first in graph.trace.aliases.items():
+            if first not in graph.trace.parameters or not _matches(pattern, name):
+                continue
+            for axis in range(len(graph.trace.parameters[first].meta["val"].shape)):
+                if (first, axis) in analysis.dims.roots and roles[(first, axis)] != "in":
+                    for d in analysis.dims.roots[(first, axis)]:
+                        out.append((analysis.dims.positions(d), Reason("ignored", f"{item if isinstance(item, str) else name} is ignored")))
+    return out
+
+
+def chosen_groups(graph: DependencyGraph, granularity: str | Sequence[str]) -> list[bool]:
+    """Which groups a granularity speaks of.
+
+    "auto" (the default) cuts every axis along one of its factors: head features where they are free, else heads;
+    channels inside the groups of a grouped convolution where there are at least four, else whole groups.
+    """
+    groups = graph.groups
+    if granularity != "auto":
+        names = [granularity] if isinstance(granularity, str) else list(granularity)
+        kinds: set[str] = set()
+        for name in names:
+            if name not in GRANULARITIES:
+                raise GraphPruneError(
+                    f"granularity: {name!r} is unknown; expected 'auto' or any of 'channels', 'heads', 'head features'"
+                )
+            kinds |= set(GRANULARITIES[name])
+        return [g.kind in kinds for g in groups]
+    taken: dict[tuple[str, int], list[np.ndarray]] = {}
+    chosen = [False] * len(groups)
+    for group in sorted(groups, key=_preference):
+        if any(
+            np.isin(m.positions, before, assume_unique=False).any()
+            for m in group.members
+            for before in taken.get((m.parameter, m.axis), ())
+        ):
+            continue
+        chosen[group.index] = True
+        for m in group.members:
+            taken.setdefault((m.parameter, m.axis), []).append(m.positions)
+    return chosen
+
+
+def _preference(group: Group) -> tuple[int, int]:
+    order = {"head feature": 0, "head": 1, "group channel": 0 if group.size >= 4 else 2, "conv group": 1}
+    return order.get(group.kind, 0), group.index

@@ -1,0 +1,7 @@
+"""Which slices of which tensors are one channel."""
+
+from .effects import Reason
+from .graph import DependencyGraph, Frozen, trace
+from .groups import Group, Member
+
+__all__ = ["DependencyGraph", "Frozen", "Group", "Member", "Reason", "trace"]

@@ -1,0 +1,205 @@
+"""Propagate coordinates through the recorded graph until nothing more needs factoring."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import fx
+
+from ..tracing.recorder import TensorMeta
+from ..tracing.trace import Trace
+from .context import NodeContext, Result
+from .dims import DimTable, Root
+from .effects import Effects, EqualCounts, Reason, ScalarSite, SizeSite
+from .rules import rule_for
+from .rules.registry import unknown
+from .state import State, Vector
+
+# Every pass factors at least one Dim; networks need 1 to 5 passes. Past the limit, what still asks is frozen.
+_MAX_PASSES = 60
+
+
+@dataclasses.dataclass
+class Analysis:
+    """The outcome: states of all nodes, what each node contributed, and the components of tied positions.
+
+    `label[p]` is the component of global position p; component `label[0]` is the immovable one.
+    """
+
+    trace: Trace
+    dims: DimTable
+    states: dict[fx.Node, Result]
+    effects: dict[fx.Node, Effects]
+    passes: int
+    label: Vector = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
+    extra_freezes: list[tuple[Vector, Reason]] = dataclasses.field(default_factory=list)
+
+    def state(self, node: fx.Node) -> State:
+        """The coordinates of a recorded tensor (without any, if the analysis gave it none)."""
+        found = self.states.get(node)
+        if isinstance(found, State):
+            return found
+        meta = node.meta.get("val")
+        return State(meta.shape if isinstance(meta, TensorMeta) else ())
+
+    @property
+    def freezes(self) -> list[tuple[Vector, Reason]]:
+        return [f for e in self.effects.values() for f in e.freezes] + self.extra_freezes
+
+    @property
+    def sites(self) -> list[SizeSite]:
+        return [s for e in self.effects.values() for s in e.sites]
+
+    @property
+    def scalars(self) -> list[ScalarSite]:
+        return [s for e in self.effects.values() for s in e.scalars]
+
+    @property
+    def equal(self) -> list[EqualCounts]:
+        return [s for e in self.effects.values() for s in e.equal]
+
+    def connect(self) -> None:
+        """Resolve all ties in one call of a sparse connected-components routine; frozen positions join component 0."""
+        pairs = [u for e in self.effects.values() for u in e.unions]
+        left = [a for a, _ in pairs] + [np.zeros(len(p), np.int64) for p, _ in self.freezes]
+        right = [b for _, b in pairs] + [p for p, _ in self.freezes]
+        u = np.concatenate(left) if left else np.zeros(0, np.int64)
+        v = np.concatenate(right) if right else np.zeros(0, np.int64)
+        total = self.dims.total
+        graph = coo_matrix((np.ones(len(u), np.int8), (u, v)), shape=(total, total))
+        _, label = connected_components(graph, directed=False)
+        self.label = label.astype(np.int64)
+
+    def frozen(self, positions: Vector) -> Vector:
+        """Which of these global positions cannot be removed."""
+        return np.asarray(self.label[positions] == self.label[0])
+
+
+def _kernel_weights(graph: fx.Graph) -> set[fx.Node]:
+    """Parameters read by convolutions alone: their kernel axes need no coordinates at all."""
+    found = set()
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.users:
+            names = {getattr(getattr(u.target, "overloadpacket", None), "__name__", "") for u in node.users}
+            if names == {"convolution"} and all(len(u.args) > 1 and u.args[1] is node for u in node.users):
+                found.add(node)
+    return found
+
+
+def analyse(trace: Trace) -> Analysis:
+    """Run all rules; repeat from the nodes whose operands changed while Dims are being factored."""
+    dims = DimTable()
+    env: dict[fx.Node, Result] = {}
+    effects: dict[fx.Node, Effects] = {}
+    kernels = _kernel_weights(trace.graph)
+    analysis = Analysis(trace, dims, env, effects, 0)
+    order = {node: i for i, node in enumerate(trace.graph.nodes)}
+    dirty: set[fx.Node] = set(order)
+    for passes in range(1, _MAX_PASSES + 1):
+        analysis.passes = passes
+        refines = _propagate(analysis, sorted(dirty, key=order.__getitem__), kernels, dirty)
+        if not refines:
+            break
+        changed: set[Root] = set()
+        for request in refines.values():
+            if dims.size[request.dim]:
+                changed.add(dims.refine(request))
+        gone = {d for d, size in enumerate(dims.size) if not size}
+        dirty = {n for n, e in effects.items() if e.refines or _mentions(env, n, gone)}
+        dirty |= {trace.parameters[name] for name, _ in changed}
+    else:
+        for node, effect in effects.items():
+            for request in effect.refines:
+                reason = Reason("factoring", "its factors never settled", node)
+                analysis.extra_freezes.append((dims.positions(request.dim), reason))
+    analysis.connect()
+    return analysis
+
+
+def _mentions(env: dict[fx.Node, Result], node: fx.Node, gone: set[int]) -> bool:
+    values = [env.get(node), *(env.get(a) for a in node.all_input_nodes)]
+    for value in values:
+        for state in value if isinstance(value, list) else (value,):
+            if isinstance(state, State) and not gone.isdisjoint(state.dims()):
+                return True
+    return False
+
+
+def _propagate(
+    analysis: Analysis, nodes: list[fx.Node], kernels: set[fx.Node], dirty: set[fx.Node]
+) -> dict[int, object]:
+    refines: dict[int, object] = {}
+    env, effects, dims = analysis.states, analysis.effects, analysis.dims
+    import heapq
+
+    order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
+    heap = [(order[n], n.name) for n in nodes]
+    by_name = {n.name: n for n in analysis.trace.graph.nodes}
+    heapq.heapify(heap)
+    queued = set(nodes)
+    while heap:
+        node = by_name[heapq.heappop(heap)[1]]
+        before = env.get(node)
+        context = NodeContext(node, env, dims)
+        _visit(context, node, analysis, kernels)
+        effects[node] = context.effects
+        for request in context.effects.refines:
+            refines.setdefault(request.dim, request)
+        if analysis.passes > 1 and not _same(before, env.get(node)):
+            for user in node.users:
+                if user not in queued:
+                    queued.add(user)
+                    heapq.heappush(heap, (order[user], user.name))
+    return refines
+
+
+def _same(a: Result, b: Result) -> bool:
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, State) and isinstance(b, State):
+        if a.shape != b.shape or a.axes.keys() != b.axes.keys():
+            return False
+        return all(
+            m.keys() == b.axes[x].keys() and all(np.array_equal(v, b.axes[x][d]) for d, v in m.items())
+            for x, m in a.axes.items()
+        )
+    return a is None and b is None
+
+
+def _visit(context: NodeContext, node: fx.Node, analysis: Analysis, kernels: set[fx.Node]) -> None:
+    env = analysis.states
+    if node.op == "get_attr":
+        env[node] = _parameter(node, analysis.dims, node in kernels)
+    elif node.op == "placeholder":
+        env[node] = State(node.meta["val"].shape)
+    elif node.op == "output":
+        for value in node.all_input_nodes:
+            context.freeze_state(context.state(value), "output", "part of the model's output")
+    elif node.target is operator.getitem:
+        source = env[node.args[0]]  # type: ignore[index]
+        env[node] = source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
+    else:
+        try:
+            env[node] = rule_for(node.target)(context)
+        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            # A call in a form its rule does not know: never raise, never guess
+            context.effects = Effects()
+            env[node] = unknown(context)
+            for _, reason in context.effects.freezes:
+                object.__setattr__(reason, "text", f"{context.operation} in a form its rule does not know ({error})")
+
+
+def _parameter(node: fx.Node, dims: DimTable, kernel: bool) -> State:
+    meta: TensorMeta = node.meta["val"]
+    name = node.meta.get("parameter")
+    if name is None or not (meta.dtype.is_floating_point or meta.dtype.is_complex):
+        return State(meta.shape)
+    axes = {}
+    for axis, length in enumerate(meta.shape):
+        if length > 1 and not (kernel and axis >= 2):
+            axes[axis] = dims.roots.get((name, axis)) or dims.add_root(name, axis, length)
+    return State(meta.shape, axes)

@@ -1,0 +1,334 @@
+"""What a rule works with: the operands of one node and the ways to relate their coordinates."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from ..tracing.origin import Expr, Literal, evaluate, leaves
+from ..tracing.recorder import TensorMeta
+from ..tracing.sizes import CallSizes
+from .dims import DimTable
+from .effects import Effects, EqualCounts, Reason, Refine, SizeSite
+from .state import AxisMap, Mixed, Partial, State, Vector, axis_groups, multiplicity, separate, spread
+
+Result = State | list["State | None"] | None
+
+
+class NodeContext:
+    """One node being analysed. Rules read operands through it and report ties, freezes and sizes to it."""
+
+    def __init__(self, node: fx.Node, env: dict[fx.Node, Result], dims: DimTable) -> None:
+        self.node = node
+        self.env = env
+        self.dims = dims
+        self.effects = Effects()
+
+    # -- operands
+
+    def arg(self, position: int, name: str = "", default: Any = None) -> Any:
+        """A raw argument by position or name."""
+        args = self.node.args
+        if position < len(args):
+            return args[position]
+        return self.node.kwargs.get(name, default)
+
+    def state(self, value: Any) -> State:
+        """The coordinates of an operand; an empty state for numbers and for tensors without any."""
+        if isinstance(value, fx.Node):
+            found = self.env.get(value)
+            if isinstance(found, State):
+                return found
+            meta = value.meta.get("val")
+            if isinstance(meta, TensorMeta):
+                return State(meta.shape)
+        return State(())
+
+    def states(self) -> list[State]:
+        """Every tensor operand, in order."""
+        return [self.state(n) for n in self.node.all_input_nodes]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the (first) result."""
+        meta = self.node.meta["val"]
+        if isinstance(meta, TensorMeta):
+            return meta.shape
+        return next((m.shape for m in meta or () if isinstance(m, TensorMeta)), ())
+
+    @property
+    def shapes(self) -> list[tuple[int, ...] | None]:
+        """The shapes of all results."""
+        meta = self.node.meta["val"]
+        metas = meta if isinstance(meta, tuple) else (meta,)
+        return [m.shape if isinstance(m, TensorMeta) else None for m in metas]
+
+    @property
+    def sizes(self) -> CallSizes | None:
+        return self.node.meta.get("sizes")
+
+    # -- statements
+
+    def reason(self, kind: str, text: str) -> Reason:
+        return Reason(kind, text, self.node)
+
+    def freeze(self, axis_map: AxisMap, kind: str, text: str, where: Any = None) -> None:
+        """The positions on an axis (those selected by the boolean or slice `where`) cannot be removed."""
+        for d, v in axis_map.items():
+            positions = self.dims.positions(d, v if where is None else v[where])
+            if len(positions):
+                self.effects.freezes.append((np.unique(positions), self.reason(kind, text)))
+
+    def freeze_state(self, state: State, kind: str, text: str) -> None:
+        for axis_map in state.axes.values():
+            self.freeze(axis_map, kind, text)
+
+    def freeze_dim(self, dim: int, kind: str, text: str) -> None:
+        self.effects.freezes.append((self.dims.positions(dim), self.reason(kind, text)))
+
+    def mark(self, axis_map: AxisMap, kind: str) -> None:
+        """Name what the positions on an axis are ("head", "head feature"...)."""
+        self.effects.kinds.extend((d, kind) for d in axis_map)
+
+    def statistics(self, axis_map: AxisMap) -> None:
+        """A statistic over this axis (a mean, a norm, a softmax) changes when positions go."""
+        self.effects.statistics.extend(self.dims.positions(d, v) for d, v in axis_map.items())
+
+    def refine(self, request: Refine) -> None:
+        if not any(r.dim == request.dim for r in self.effects.refines):
+            self.effects.refines.append(request)
+
+    def union(self, a: int, va: Vector, b: int, vb: Vector) -> None:
+        if a == b and (va is vb or np.array_equal(va, vb)):
+            return
+        both = (va >= 0) & (vb >= 0)
+        if not both.all():
+            va, vb = va[both], vb[both]
+        self.effects.unions.append((self.dims.offset[a] + va, self.dims.offset[b] + vb))
+
+    # -- ties
+
+    def tie(self, a: AxisMap, b: AxisMap, length: int, what: str = "") -> None:
+        """The two axes lose the same indices, or none."""
+        if length == 1 or a is b or not (a or b):
+            return
+        if len(a) == 1 and len(b) == 1:
+            (da, va), (db, vb) = next(iter(a.items())), next(iter(b.items()))
+            if va.min() >= 0 and vb.min() >= 0:
+                self.union(da, va, db, vb)
+                return
+        count_a, count_b = multiplicity(a, length), multiplicity(b, length)
+        text = what or "meets indices that cannot be removed"
+        self.freeze(a, "immovable", text, (count_b == 0) & (count_a > 0))
+        self.freeze(b, "immovable", text, (count_a == 0) & (count_b > 0))
+        one = (count_a == 1) & (count_b == 1)
+        if one.any():
+            for da, va in a.items():
+                for db, vb in b.items():
+                    both = one & (va >= 0) & (vb >= 0)
+                    if both.any():
+                        self.union(da, np.where(both, va, -1), db, np.where(both, vb, -1))
+        for flat, product, mask in (
+            (b, a, (count_a >= 2) & (count_b == 1)),
+            (a, b, (count_b >= 2) & (count_a == 1)),
+        ):
+            if mask.any():
+                self._factor_like(flat, product, mask)
+        many = (count_a >= 2) & (count_b >= 2)
+        if many.any():
+            self._tie_products(a, b, many)
+
+    def _factor_like(self, flat: AxisMap, product: AxisMap, mask: Vector) -> None:
+        """Give a flat axis the factors of a product axis it is tied to."""
+        factors = [v for v in product.values() if (v[mask] >= 0).any()]
+        for d, v in flat.items():
+            here = mask & (v >= 0)
+            if not here.any():
+                continue
+            columns = []
+            for f in factors:
+                column = np.full(self.dims.size[d], -1, np.int64)
+                column[v[here]] = f[here]
+                if not (column[v[here]] == f[here]).all():
+                    break
+                columns.append(column)
+            if len(columns) == len(factors):
+                self.refine(Refine(d, tuple(columns)))
+            else:
+                self.freeze_dim(d, "contradiction", "tied to a product of axes it cannot be split into")
+                for p in product:
+                    self.freeze_dim(p, "contradiction", "tied to an axis that is no product of the same factors")
+
+    def _tie_products(self, a: AxisMap, b: AxisMap, mask: Vector) -> None:
+        """Two products: match factor by factor; a factor that holds several of the other side's is split."""
+        open_a, open_b = set(a), set(b)
+        for da, va in a.items():
+            for db, vb in b.items():
+                here = mask & (va >= 0) & (vb >= 0)
+                if here.any() and _same_partition(va[here], vb[here]):
+                    self.union(da, np.where(here, va, -1), db, np.where(here, vb, -1))
+                    open_a.discard(da)
+                    open_b.discard(db)
+        for mine, unmatched, theirs in ((a, open_a, b), (b, open_b, a)):
+            for d in unmatched:
+                self._split_by(d, mine[d], theirs, mask)
+
+    def _split_by(self, dim: int, vector: Vector, theirs: AxisMap, mask: Vector) -> None:
+        here = mask & (vector >= 0)
+        if not here.any():
+            return
+        if (vector[here] == vector[here][0]).all():
+            self.freeze_dim(dim, "contradiction", "only part of a product axis is tied")
+            return
+        columns = []
+        for other in theirs.values():
+            column = np.full(self.dims.size[dim], -1, np.int64)
+            column[vector[here]] = other[here]
+            values = column[vector[here]]
+            if (values >= 0).all() and (values == other[here]).all() and (values != values[0]).any():
+                columns.append(column)
+        held = np.unique(vector[here])
+        if columns:
+            key = np.unique(np.stack([c[held] for c in columns]), axis=1, return_inverse=True)[1].reshape(-1)
+            if len(np.unique(key)) < len(held):
+                order = np.argsort(key, kind="stable")
+                start = np.searchsorted(key[order], key[order])
+                rest = np.full(self.dims.size[dim], -1, np.int64)
+                rest[held[order]] = np.arange(len(held)) - start
+                columns.append(rest)
+        if len(columns) >= 2:
+            self.refine(Refine(dim, tuple(columns)))
+        else:
+            self.freeze_dim(dim, "contradiction", "two factorings of one axis do not match")
+
+    # -- results
+
+    def separated(self, shape: Sequence[int], arrays: Iterable[tuple[int, Any]]) -> State:
+        """A state from coordinate arrays (Dim, array that broadcasts to `shape`)."""
+        axes: dict[int, AxisMap] = {}
+        partial: dict[int, list[Partial]] = {}
+        for dim, array in arrays:
+            found = separate(dim, self.dims.size[dim], array)
+            if found is None:
+                flat = array.reshape(-1)[:1]
+                if len(flat) and flat[0] >= 0:
+                    self.freeze({dim: flat}, "selected", "one index of the axis is used by itself")
+            elif isinstance(found, Refine):
+                self.refine(found)
+            elif isinstance(found, Partial):
+                partial.setdefault(found.axis, []).append(found)
+            elif isinstance(found, Mixed):
+                self.freeze_dim(dim, "mixed", f"{self.operation} mixes its positions across axes")
+            else:
+                axis, vector = found
+                axes.setdefault(axis, {})[dim] = vector
+        for axis, parts in partial.items():
+            axes[axis] = self._tie_slices(tuple(shape), axis, axes.get(axis, {}), parts)
+        return State(shape, axes)
+
+    def _tie_slices(self, shape: tuple[int, ...], axis: int, whole: AxisMap, parts: list[Partial]) -> AxisMap:
+        """Different Dims lie along one axis in different slices: an index can go only from all slices at once."""
+        joint = np.broadcast_shapes(*(p.array.shape for p in parts))
+        rows = np.stack([np.moveaxis(np.broadcast_to(p.array, joint), axis, -1).reshape(-1, shape[axis]) for p in parts])
+        slices = np.unique(rows.transpose(1, 0, 2).reshape(rows.shape[1], -1), axis=0)
+        maps = []
+        for row in slices.reshape(len(slices), len(parts), shape[axis]):
+            present = {p.dim: v for p, v in zip(parts, row, strict=True) if (v >= 0).any()}
+            maps.append({**whole, **present})
+        best = max(maps, key=len)
+        for other in maps:
+            if other is not best:
+                self.tie(best, other, shape[axis], "lies beside indices that cannot be removed")
+        return best
+
+    def reshape(self, state: State, shape: Sequence[int]) -> State:
+        """The same elements in another shape."""
+        shape = tuple(shape)
+        axes: dict[int, AxisMap] = {}
+        for left, right in axis_groups(state.shape, shape):
+            maps = [(p, state.axes[a]) for p, a in enumerate(left) if a in state.axes]
+            if not maps:
+                continue
+            before, after = tuple(state.shape[a] for a in left), tuple(shape[a] for a in right)
+            long_left = [p for p, n in enumerate(before) if n > 1]
+            long_right = [p for p, n in enumerate(after) if n > 1]
+            if len(long_left) == 1 and len(long_right) == 1:
+                axes[right[long_right[0]]] = maps[0][1]
+                continue
+            arrays = [(d, spread(v, p, before).reshape(after)) for p, m in maps for d, v in m.items()]
+            part = self.separated(after, arrays)
+            for position, axis_map in part.axes.items():
+                axes[right[position]] = axis_map
+        return State(shape, axes)
+
+    @property
+    def operation(self) -> str:
+        """The operator's name for people."""
+        target = self.node.target
+        if target is operator.getitem:
+            return "getitem"
+        packet = getattr(target, "overloadpacket", target)
+        return str(getattr(packet, "__name__", packet))
+
+    # -- sizes
+
+    def require(
+        self, expr: Expr, axis_map: AxisMap, length: int, what: str, span: tuple[int, int] | None = None
+    ) -> None:
+        """A number in the user's code that must equal the surviving indices of `span`. Literals freeze at once."""
+        if not any(True for _ in leaves(expr)):
+            if axis_map:
+                where = slice(*span) if span else None
+                self.freeze(axis_map, "literal", f"{what} is the literal {evaluate(expr, _no_leaf)}", where)
+            return
+        self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span))
+
+    def require_equal(self, axis_map: AxisMap, length: int, blocks: int, what: str) -> None:
+        """The axis is cut into `blocks` equal pieces that must stay equal."""
+        if not axis_map or blocks <= 1:
+            return
+        if length % blocks:
+            self.freeze(axis_map, "uneven", f"{what} into {blocks} unequal parts")
+            return
+        step = length // blocks
+        if step == 1:
+            return
+        count = multiplicity(axis_map, length)
+        pieces = [slice(i * step, (i + 1) * step) for i in range(blocks)]
+        if count.max() == 1:
+            if (count == 0).any():
+                # an immovable index in a block holds that block, and so all of them, to its size only where all are free
+                self.freeze(axis_map, "uneven", f"{what}: some of its indices cannot be removed")
+                return
+            sets = tuple(
+                np.concatenate([self.dims.positions(d, v[p]) for d, v in axis_map.items()]) for p in pieces
+            )
+            self.effects.equal.append(EqualCounts(sets, what, self.node))
+            return
+        # products: corresponding factors of the blocks keep equal counts
+        held = [[d for d, v in axis_map.items() if (v[p] >= 0).any()] for p in pieces]
+        sizes = [[self.dims.size[d] for d in ds] for ds in held]
+        if any(s != sizes[0] for s in sizes):
+            self.freeze(axis_map, "uneven", f"{what}: the parts are factored differently")
+            return
+        for same in zip(*held, strict=True):
+            if len(set(same)) > 1:
+                sets = tuple(self.dims.positions(d) for d in dict.fromkeys(same))
+                self.effects.equal.append(EqualCounts(sets, what, self.node))
+
+
+def _same_partition(a: Vector, b: Vector) -> bool:
+    pairs = len(np.unique(a * (int(b.max()) + 1) + b))
+    return pairs == len(np.unique(a)) == len(np.unique(b))
+
+
+def _no_leaf(leaf: Any) -> int:
+    raise AssertionError(leaf)
+
+
+def literal(value: int) -> Expr:
+    return Literal(value)

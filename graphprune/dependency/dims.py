@@ -1,0 +1,71 @@
+"""The table of Dims: sizes, where each lives, and how one is replaced by its factors."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .state import AxisMap, Refine, Vector
+
+Root = tuple[str, int]  # (parameter, axis)
+
+
+class DimTable:
+    """Every Dim belongs to one axis of one parameter; its positions are numbered globally from `offset`."""
+
+    def __init__(self) -> None:
+        self.size: list[int] = []
+        self.offset: list[int] = []
+        self.root_of: list[Root] = []
+        self.roots: dict[Root, AxisMap] = {}
+        self.total = 1  # position 0 stands for "immovable"
+
+    def add_root(self, parameter: str, axis: int, length: int) -> AxisMap:
+        """The axis starts as one Dim of its own."""
+        root = (parameter, axis)
+        if root not in self.roots:
+            self.roots[root] = {self._new(root, length): np.arange(length, dtype=np.int64)}
+        return self.roots[root]
+
+    def _new(self, root: Root, size: int) -> int:
+        self.size.append(size)
+        self.offset.append(self.total)
+        self.root_of.append(root)
+        self.total += size
+        return len(self.size) - 1
+
+    def positions(self, dim: int, index: Vector | None = None) -> Vector:
+        """Global numbers of all positions of `dim`, or of those in a coordinate vector (absent ones left out)."""
+        if index is None:
+            return np.arange(self.offset[dim], self.offset[dim] + self.size[dim], dtype=np.int64)
+        return self.offset[dim] + index[index >= 0]
+
+    def refine(self, request: Refine) -> Root:
+        """Replace a Dim by its factors in its root axis; positions outside the columns become a Dim of their own.
+
+        Returns the root whose map changed. States elsewhere are recomputed by the next pass.
+        """
+        dim = request.dim
+        root = self.root_of[dim]
+        size = self.size[dim]
+        inside = np.all([c >= 0 for c in request.columns], axis=0)
+        tables: list[tuple[int, Vector]] = []
+        for column in request.columns:
+            values, inverse = np.unique(column[inside], return_inverse=True)
+            if len(values) > 1 or len(request.columns) == 1:
+                table = np.full(size, -1, np.int64)
+                table[inside] = inverse
+                tables.append((self._new(root, len(values)), table))
+        if not inside.all():
+            table = np.full(size, -1, np.int64)
+            table[~inside] = np.arange(int((~inside).sum()))
+            tables.append((self._new(root, int((~inside).sum())), table))
+        axis_map = dict(self.roots[root])
+        old = axis_map.pop(dim)
+        held = old >= 0
+        for new, table in tables:
+            vector = np.full(len(old), -1, np.int64)
+            vector[held] = table[old[held]]
+            axis_map[new] = vector
+        self.roots[root] = axis_map
+        self.size[dim] = 0
+        return root

@@ -1,0 +1,73 @@
+"""What a rule says about its operands besides the coordinates of its result."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import fx
+
+from ..tracing.origin import Expr
+from .state import AxisMap, Refine, Vector
+
+
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """Why positions cannot be removed. `kind` is one word for statistics, `text` a sentence for people."""
+
+    kind: str
+    text: str
+    node: fx.Node | None = dataclasses.field(default=None, compare=False)
+
+    def __str__(self) -> str:
+        source = self.node.meta.get("source") if self.node is not None else None
+        return f"{self.text} ({source})" if source else self.text
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SizeSite:
+    """A size in the user's code that must come out right after pruning.
+
+    The indices in `span` (all of the axis where None) that survive on an axis with coordinates `axis_map` and length
+    `length` must number `evaluate(expr)`.
+    """
+
+    node: fx.Node
+    what: str
+    expr: Expr
+    axis_map: AxisMap
+    length: int
+    span: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ScalarSite:
+    """A number computed from sizes that scales a tensor (an attention temperature). It must keep its value: `node`'s
+    operand number `operand` is multiplied (or divided) by `expr`, or by 1/sqrt of the last axis where `expr` is None."""
+
+    node: fx.Node
+    expr: Expr
+    operand: fx.Node
+    divide: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class EqualCounts:
+    """Blocks of positions (global numbers) of which equally many must survive."""
+
+    blocks: tuple[Vector, ...]
+    text: str
+    node: fx.Node
+
+
+@dataclasses.dataclass
+class Effects:
+    """Everything one node contributed; replaced as a whole when the node is analysed again."""
+
+    unions: list[tuple[Vector, Vector]] = dataclasses.field(default_factory=list)
+    freezes: list[tuple[Vector, Reason]] = dataclasses.field(default_factory=list)
+    refines: list[Refine] = dataclasses.field(default_factory=list)
+    sites: list[SizeSite] = dataclasses.field(default_factory=list)
+    scalars: list[ScalarSite] = dataclasses.field(default_factory=list)
+    equal: list[EqualCounts] = dataclasses.field(default_factory=list)
+    kinds: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    statistics: list[Vector] = dataclasses.field(default_factory=list)

@@ -1,0 +1,284 @@
+"""`DependencyGraph`: what users see of the analysis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import numpy as np
+from torch import nn
+
+from ..errors import GraphPruneError
+from ..tracing.trace import Trace, record_run
+from .analysis import Analysis, analyse
+from .build import axis_roles, build_groups
+from .effects import Reason
+from .groups import Group, Ints
+from .state import multiplicity
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Indices of a parameter axis that cannot be removed, and why."""
+
+    parameter: str
+    axis: int
+    count: int
+    length: int
+    reasons: tuple[Reason, ...]
+
+    def __str__(self) -> str:
+        part = "all" if self.count == self.length else f"{self.count} of {self.length}"
+        why = "; ".join(map(str, self.reasons)) or "no operator produces or consumes it as channels"
+        return f"{self.parameter} axis {self.axis}: {part} frozen: {why}"
+
+
+class DependencyGraph:
+    """Which slices of which parameters are one channel, and what cannot be removed.
+
+    Made by `graphprune.trace`. `groups` lists what can be pruned; `explain` says, for one parameter, what each axis is
+    tied to or why it is frozen; `to_networkx` gives the ties as a graph, `to_dot` and `draw` as a picture.
+    """
+
+    def __init__(self, analysis: Analysis) -> None:
+        self._analysis = analysis
+        self._freeze_unproduced()
+        self._groups, self._components = build_groups(analysis)
+
+    # -- contents
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """Everything that can be pruned, in graph order."""
+        return self._groups
+
+    @property
+    def trace(self) -> Trace:
+        """The recorded run (`.trace.graph` is a `torch.fx.Graph` of ATen calls)."""
+        return self._analysis.trace
+
+    @property
+    def analysis(self) -> Analysis:
+        return self._analysis
+
+    @property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """Every parameter axis with immovable indices, in graph order, with reasons."""
+        out = []
+        for name, node in self.trace.parameters.items():
+            for axis, length in enumerate(node.meta["val"].shape):
+                if length > 1:
+                    found = self._frozen_axis(name, axis, length)
+                    if found is not None:
+                        out.append(found)
+        return tuple(out)
+
+    def units(self, group: Group) -> Ints:
+        """The component number of every unit of a group."""
+        return self._components[group.index]
+
+    # -- freezing more
+
+    def _freeze_unproduced(self) -> None:
+        """Positions that only scale or shift - no weight produces them - are no channels (tokens, queries, pixels)."""
+        analysis = self._analysis
+        roles = axis_roles(analysis)
+        produced = np.zeros(int(analysis.label.max()) + 1, bool)
+        produced[analysis.label[0]] = True
+        for root, axis_map in analysis.dims.roots.items():
+            if roles[root] == "out" or roles[root] == "in":
+                for d in axis_map:
+                    produced[analysis.label[analysis.dims.positions(d)]] = True
+        for root, axis_map in analysis.dims.roots.items():
+            if roles[root] in ("vector", "other"):
+                for d in axis_map:
+                    positions = analysis.dims.positions(d)
+                    lone = positions[~produced[analysis.label[positions]]]
+                    if len(lone):
+                        text = "no layer produces or reads these positions as channels"
+                        analysis.extra_freezes.append((lone, Reason("no channel", text)))
+        analysis.connect()
+
+    def freeze(self, positions: Ints, reason: Reason) -> None:
+        """Hold global positions; groups are rebuilt."""
+        self.freeze_many([(positions, reason)])
+
+    def freeze_many(self, items: Iterable[tuple[Ints, Reason]]) -> None:
+        self._analysis.extra_freezes.extend(items)
+        self._analysis.connect()
+        self._groups, self._components = build_groups(self._analysis)
+
+    # -- explanations
+
+    def _frozen_axis(self, name: str, axis: int, length: int) -> Frozen | None:
+        analysis = self._analysis
+        axis_map = analysis.dims.roots.get((name, axis))
+        if axis_map is None:
+            return Frozen(name, axis, length, length, (Reason("kernel", "kernel positions are no channels"),))
+        held = multiplicity(axis_map, length) == 0
+        labels = []
+        for d, v in axis_map.items():
+            here = np.nonzero(v >= 0)[0]
+            stuck = analysis.frozen(analysis.dims.offset[d] + v[here])
+            if stuck.any():
+                labels.append(analysis.dims.offset[d] + v[here[stuck]])
+        # an index is immovable when none of its coordinates can go
+        free = np.zeros(length, bool)
+        for d, v in axis_map.items():
+            here = np.nonzero(v >= 0)[0]
+            free[here] |= ~analysis.frozen(analysis.dims.offset[d] + v[here])
+        stuck_count = int((~free | held).sum())
+        if not stuck_count:
+            return None
+        return Frozen(name, axis, stuck_count, length, self._reasons(np.unique(np.concatenate(labels)) if labels else None))
+
+    def _reasons(self, positions: Ints | None) -> tuple[Reason, ...]:
+        """The statements that froze what these positions are tied to, nearest first."""
+        if positions is None:
+            return ()
+        tied = self._tied_labels()[positions]
+        wanted = set(np.unique(tied).tolist())
+        out: dict[str, Reason] = {}
+        for frozen, reason in self._analysis.freezes:
+            if not wanted.isdisjoint(np.unique(self._tied_labels()[frozen]).tolist()):
+                out.setdefault(str(reason), reason)
+        return tuple(out.values())[:6]
+
+    def _tied_labels(self) -> Ints:
+        """Components by ties alone, before freezing joined them."""
+        key = len(self._analysis.extra_freezes)
+        if getattr(self, "_tied_key", None) != key:
+            analysis = self._analysis
+            bare = dataclasses.replace(analysis, effects={}, extra_freezes=[])
+            bare.effects = {n: dataclasses.replace(e, freezes=[]) for n, e in analysis.effects.items()}
+            bare.connect()
+            self._tied_cache, self._tied_key = bare.label, key
+        return self._tied_cache
+
+    def explain(self, parameter: str) -> str:
+        """For each axis of a parameter: the group it belongs to and what it is tied to, or why it is frozen.
+
+        Raises GraphPruneError for a name the model does not have.
+        """
+        name = self.trace.canonical(parameter)
+        if name not in self.trace.parameters:
+            if parameter in self.trace.aliases:
+                return f"{parameter}: not used in the recorded run, so nothing is known of it and it stays as it is"
+            raise GraphPruneError(f"explain: no parameter or buffer named {parameter!r}; see model.named_parameters()")
+        shape = self.trace.parameters[name].meta["val"].shape
+        lines = [f"{parameter} {tuple(shape)}" + (f" (shared with {name})" if name != parameter else "")]
+        for axis, length in enumerate(shape):
+            lines += self._explain_axis(name, axis, length)
+        return "\n".join(lines)
+
+    def _explain_axis(self, name: str, axis: int, length: int) -> list[str]:
+        if length == 1:
+            return [f"  axis {axis} (1): nothing to remove"]
+        lines = []
+        for group in self._groups:
+            mine = [m for m in group.members if m.parameter == name and m.axis == axis]
+            if mine:
+                others = [f"{m.parameter}[{m.axis}]" for m in group.members if m is not mine[0]]
+                tied = ", ".join(others[:8]) + (f" and {len(others) - 8} more" if len(others) > 8 else "")
+                count = sum(m.positions.size for m in mine)
+                share = "" if count == length else f", {count} of {length} indices"
+                lines.append(
+                    f"  axis {axis} ({length}): group {group.index}, {group.size} {group.kind}s{share}; "
+                    f"tied to {tied or 'nothing else'}"
+                )
+        frozen = self._frozen_axis(name, axis, length)
+        if frozen is not None:
+            part = "frozen" if frozen.count == length else f"{frozen.count} of {length} frozen"
+            why = "; ".join(map(str, frozen.reasons)) or "no operator uses it as channels"
+            lines.append(f"  axis {axis} ({length}): {part}: {why}")
+        return lines
+
+    # -- as a graph
+
+    def to_networkx(self) -> nx.MultiGraph:
+        """Parameter axes as nodes ("name[axis]"), ties as edges.
+
+        Node attributes: parameter, axis, length, groups (indices), frozen (count). Edge attributes: operation, source
+        (the line of the user's code that ties the two).
+        """
+        graph = nx.MultiGraph()
+        dims = self._analysis.dims
+        of_axis: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for group in self._groups:
+            for m in group.members:
+                of_axis[(m.parameter, m.axis)].append(group.index)
+        for (name, axis), _ in dims.roots.items():
+            length = self.trace.parameters[name].meta["val"].shape[axis]
+            frozen = self._frozen_axis(name, axis, length)
+            graph.add_node(
+                f"{name}[{axis}]",
+                parameter=name,
+                axis=axis,
+                length=length,
+                groups=sorted(set(of_axis[(name, axis)])),
+                frozen=frozen.count if frozen else 0,
+            )
+        starts = np.asarray(dims.offset, np.int64)
+        for node, effects in self._analysis.effects.items():
+            seen: set[tuple[str, str]] = set()
+            for a, b in effects.unions:
+                if not len(a):
+                    continue
+                ends = []
+                for positions in (a, b):
+                    dim = int(np.searchsorted(starts, positions[0], side="right")) - 1
+                    name, axis = dims.root_of[dim]
+                    ends.append(f"{name}[{axis}]")
+                pair = (min(ends), max(ends))
+                if pair[0] != pair[1] and pair not in seen:
+                    seen.add(pair)
+                    operation = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
+                    graph.add_edge(*pair, operation=operation, source=str(node.meta.get("source") or ""))
+        return graph
+
+    def to_dot(self) -> str:
+        """The ties in Graphviz form, one cluster per group."""
+        lines = ["graph graphprune {", '  node [shape=box, fontname="sans-serif", fontsize=10];']
+        graph = self.to_networkx()
+        for group in self._groups:
+            lines.append(f"  subgraph cluster_{group.index} {{")
+            lines.append(f'    label="group {group.index}: {group.size} {group.kind}s";')
+            for m in group.members:
+                lines.append(f'    "{m.parameter}[{m.axis}]";')
+            lines.append("  }")
+        for name, data in graph.nodes(data=True):
+            if data["frozen"]:
+                lines.append(f'  "{name}" [style=filled, fillcolor=lightgrey];')
+        for a, b, data in graph.edges(data=True):
+            lines.append(f'  "{a}" -- "{b}" [label="{data["operation"]}"];')
+        lines.append("}")
+        return "\n".join(lines)
+
+    def draw(self, path: str | Path) -> Path:
+        """Write a picture: `.dot` as text, anything matplotlib writes (`.svg`, `.png`, `.pdf`) as a drawing."""
+        from ..report.drawing import draw_dependencies
+
+        return draw_dependencies(self, path)
+
+    def __repr__(self) -> str:
+        return f"DependencyGraph({len(self._groups)} groups, {len(self.trace.parameters)} parameters)"
+
+
+def trace(model: nn.Module, example_input: Any) -> DependencyGraph:
+    """Record one run of `model` and find out which slices of which parameters are one channel.
+
+    The model runs once, in eval mode without gradients, and is left exactly as it was. `example_input`: a tensor, a
+    tuple of positional arguments or a dict of keyword arguments. Works on any device, `meta` included.
+
+    >>> import torch, graphprune
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+    >>> [(g.name, g.size) for g in graphprune.trace(net, torch.randn(1, 3, 8, 8)).groups]
+    [('0.weight[0]', 8)]
+
+    Raises GraphPruneError when the model fails on the example input.
+    """
+    return DependencyGraph(analyse(record_run(model, example_input)))

@@ -1,0 +1,244 @@
+"""Rule kind 3: contraction. Contracted axes are tied, batch axes are tied, the rest passes on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...tracing.origin import Literal, Operation, TensorSize
+from ..context import NodeContext, Result
+from ..effects import EqualCounts, ScalarSite
+from ..state import AxisMap, State
+from .elementwise import tie_all
+from .registry import empty, rule
+
+
+def contract(context: NodeContext, a: State, b: State, shape: tuple[int, ...]) -> State:
+    """matmul(a, b) with a: (..., m, k), b: (..., k, n)."""
+    context.tie(a.axis(-1), b.axis(-2), a.shape[-1], "contracted with features that cannot be removed")
+    left = State((*a.shape[:-1], 1), {x: m for x, m in a.axes.items() if x != len(a.shape) - 1})
+    right = State((*b.shape[:-2], 1, b.shape[-1]), {x: m for x, m in b.axes.items() if x != len(b.shape) - 2})
+    _name_heads(context, left, right, a.axis(-1), b)
+    return tie_all(context, [left, right], shape)
+
+
+def _name_heads(context: NodeContext, a: State, b: State, inner: AxisMap, full: State) -> None:
+    """Batch axes with coordinates are heads; what is contracted or produced per head are head features."""
+    heads: AxisMap = {}
+    for state in (a, b):
+        for axis in range(len(state.shape) - 2):
+            heads |= state.axis(axis)
+    if heads:
+        context.mark(heads, "head")
+        context.mark(inner, "head feature")
+        context.mark(b.axis(-1), "head feature")
+
+
+@rule("mm", "bmm", "matmul", "dot", "mv", "linalg_vecdot", "inner")
+def matmul(context: NodeContext) -> Result:
+    a, b = context.state(context.arg(0)), context.state(context.arg(1))
+    if context.operation in ("linalg_vecdot", "inner"):
+        for s in (a, b):
+            context.freeze_state(s, "operator", f"no rule for the operator {context.operation}")
+        return empty(context)
+    shape = context.shape
+    if len(a.shape) == 1:
+        a = State((1, *a.shape), {x + 1: m for x, m in a.axes.items()})
+        shape = (*shape[:-1], 1, *shape[-1:]) if len(b.shape) > 1 else (1, 1)
+    if len(b.shape) == 1:
+        b = State((*b.shape, 1), b.axes)
+        shape = (*shape, 1) if len(context.shape) == len(shape) else shape
+    out = contract(context, a, b, shape)
+    return context.reshape(out, context.shape)
+
+
+@rule("addmm", "baddbmm", "addbmm")
+def addmm(context: NodeContext) -> Result:
+    bias, a, b = (context.state(context.arg(i)) for i in range(3))
+    if context.operation == "addbmm":
+        for s in (bias, a, b):
+            context.freeze_state(s, "operator", "no rule for the operator addbmm")
+        return empty(context)
+    product = contract(context, a, b, context.shape)
+    return tie_all(context, [product, bias], context.shape)
+
+
+@rule("linear")
+def linear(context: NodeContext) -> Result:
+    x, weight = context.state(context.arg(0)), context.state(context.arg(1))
+    shape = context.shape
+    if len(weight.shape) != 2:
+        for s in context.states():
+            context.freeze_state(s, "operator", "a linear layer with one output")
+        return empty(context)
+    context.tie(x.axis(-1), weight.axis(1), weight.shape[1], "read by a layer whose inputs cannot be removed")
+    last = len(x.shape) - 1
+    axes = {a: m for a, m in x.axes.items() if a != last}
+    axes[last] = weight.axis(0)
+    bias = context.arg(2, "bias")
+    if bias is not None:
+        context.tie(weight.axis(0), context.state(bias).axis(0), weight.shape[0], "bias that cannot be removed")
+    return State(shape, axes)
+
+
+@rule("bilinear")
+def bilinear(context: NodeContext) -> Result:
+    x, y, weight = (context.state(context.arg(i)) for i in range(3))
+    context.tie(x.axis(-1), weight.axis(1), weight.shape[1], "read by a layer whose inputs cannot be removed")
+    context.tie(y.axis(-1), weight.axis(2), weight.shape[2], "read by a layer whose inputs cannot be removed")
+    bias = context.arg(3, "bias")
+    if bias is not None:
+        context.tie(weight.axis(0), context.state(bias).axis(0), weight.shape[0], "bias that cannot be removed")
+    last = len(x.shape) - 1
+    lead = tie_all(
+        context,
+        [State((*s.shape[:-1], 1), {a: m for a, m in s.axes.items() if a != last}) for s in (x, y)],
+        (*context.shape[:-1], 1),
+    )
+    return State(context.shape, {**lead.axes, last: weight.axis(0)})
+
+
+@rule("_trilinear")
+def trilinear(context: NodeContext) -> Result:
+    """What nn.functional.bilinear becomes: sums over products of three broadcast operands."""
+    operands = [context.state(context.arg(i)) for i in range(3)]
+    expands = [context.arg(i) for i in range(3, 6)]
+    summed = [int(d) for d in context.arg(6)]
+    n = len(operands[0].shape) + len(expands[0])
+    full = []
+    for state, expand in zip(operands, expands, strict=True):
+        new = {int(e) % n for e in expand}
+        old = iter(range(len(state.shape)))
+        mapping = {next(old): a for a in range(n) if a not in new}
+        shape = [1] * n
+        for a, b in mapping.items():
+            shape[b] = state.shape[a]
+        full.append(state.moved(shape, mapping))
+    joint_shape = tuple(max(s.shape[a] for s in full) for a in range(n))
+    joint = tie_all(context, full, joint_shape)
+    kept = [a for a in range(n) if a not in summed]
+    return joint.moved(context.shape, {a: i for i, a in enumerate(kept)})
+
+
+@rule("convolution", "_convolution", "conv1d", "conv2d", "conv3d", "mkldnn_convolution", "cudnn_convolution")
+def convolution(context: NodeContext) -> Result:
+    if context.operation not in ("convolution", "_convolution"):
+        for s in context.states():
+            context.freeze_state(s, "operator", f"no rule for the operator {context.operation}")
+        return empty(context)
+    x, weight = context.state(context.arg(0)), context.state(context.arg(1))
+    transposed, groups = bool(context.arg(6)), int(context.arg(8))
+    shape = context.shape
+    for a in range(2, len(weight.shape)):
+        context.freeze(weight.axis(a), "kernel", "kernel positions are no channels")
+    for a in range(2, len(x.shape)):
+        context.freeze(x.axis(a), "spatial", "a convolution slides along this axis")
+    if transposed:
+        out = _transposed_channels(context, x, weight, groups)
+    elif groups == 1:
+        context.tie(x.axis(1), weight.axis(1), weight.shape[1], "read by a layer whose inputs cannot be removed")
+        out = weight.axis(0)
+    else:
+        out = _grouped_channels(context, x, weight, groups)
+    bias = context.arg(2)
+    if bias is not None:
+        context.tie(out, context.state(bias).axis(0), shape[1], "bias that cannot be removed")
+    return State(shape, {0: x.axis(0), 1: out})
+
+
+def _grouped_channels(context: NodeContext, x: State, weight: State, groups: int) -> AxisMap:
+    """weight (O, I/g, ...): both channel axes are (groups, channels per group)."""
+    inner, outer = weight.shape[1], weight.shape[0] // groups
+    xs = context.reshape(State((x.shape[1],), {0: x.axis(1)}), (groups, inner))
+    ws = context.reshape(State((weight.shape[0],), {0: weight.axis(0)}), (groups, outer))
+    context.tie(xs.axis(0), ws.axis(0), groups, "group of a convolution that cannot be removed")
+    context.tie(xs.axis(1), weight.axis(1), inner, "read by a layer whose inputs cannot be removed")
+    _group_sites(context, xs, ws, groups, inner, outer)
+    return weight.axis(0)
+
+
+def _transposed_channels(context: NodeContext, x: State, weight: State, groups: int) -> AxisMap:
+    """weight (I, O/g, ...): the output axis is (groups, O/g), assembled from two axes."""
+    if groups == 1:
+        context.tie(x.axis(1), weight.axis(0), weight.shape[0], "read by a layer whose inputs cannot be removed")
+        return weight.axis(1)
+    inner, outer = weight.shape[0] // groups, weight.shape[1]
+    context.tie(x.axis(1), weight.axis(0), weight.shape[0], "read by a layer whose inputs cannot be removed")
+    ws = context.reshape(State((weight.shape[0],), {0: weight.axis(0)}), (groups, inner))
+    parts = State((groups, outer), {0: ws.axis(0), 1: weight.axis(1)})
+    _group_sites(context, ws, parts, groups, inner, outer)
+    return context.reshape(parts, (groups * outer,)).axis(0)
+
+
+def _group_sites(context: NodeContext, xs: State, ws: State, groups: int, inner: int, outer: int) -> None:
+    sizes = context.sizes
+    expr = sizes.values[0] if sizes is not None and sizes.kind == "groups" else Literal(groups)
+    axis_map = xs.axis(0) or ws.axis(0)
+    context.require(expr, axis_map, groups, "groups of a convolution")
+    if inner > 1 or outer > 1:
+        context.mark(axis_map, "conv group" if inner > 1 else "channel")
+        context.mark(xs.axis(1), "group channel")
+        context.mark(ws.axis(1), "group channel")
+
+
+@rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
+      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
+      "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math")  # fmt: skip
+def attention(context: NodeContext) -> Result:
+    q, k, v = (context.state(context.arg(i)) for i in range(3))
+    n = len(q.shape)
+    shape = (*q.shape[:-1], v.shape[-1])
+    context.tie(q.axis(-1), k.axis(-1), q.shape[-1], "contracted with features that cannot be removed")
+    context.tie(k.axis(-2), v.axis(-2), k.shape[-2], "attends to tokens that cannot be removed")
+    context.statistics(k.axis(-2))
+    axes: dict[int, AxisMap] = {}
+    for axis in range(n - 2):
+        axis_map = q.axis(axis)
+        for other in (k, v):
+            m, length = other.axis(axis), q.shape[axis]
+            if other.shape[axis] not in (length, 1):  # enable_gqa: each KV head serves a run of query heads
+                m = {d: np.repeat(c, length // other.shape[axis]) for d, c in m.items()}
+            context.tie(axis_map, m, length, "attention with heads that cannot be removed")
+        axes[axis] = axis_map
+        context.mark(axis_map, "head")
+        if axis_map:
+            for other in (q, k, v):
+                context.mark(other.axis(-1), "head feature")
+    axes[n - 2], axes[n - 1] = q.axis(-2), v.axis(-1)
+    mask = context.arg(3, "attn_mask") if context.operation == "scaled_dot_product_attention" else context.arg(
+        99, "attn_mask"
+    )
+    if mask is not None:
+        m = context.state(mask)
+        scores = State((*q.shape[:-1], k.shape[-2]), {**{a: axes[a] for a in range(n - 1)}, n - 1: k.axis(-2)})
+        tie_all(context, [scores, m], scores.shape)
+    _equal_features(context, q.axis(-1), v.axis(-1))
+    if context.arg(99, "scale") is None:
+        last = TensorSize(context.node.all_input_nodes[0], n - 1)
+        expr = Operation("pow", (last, Literal(-0.5)))
+        context.effects.scalars.append(ScalarSite(context.node, expr, context.node.all_input_nodes[0], False))
+    out = State(shape, axes)
+    meta = context.node.meta["val"]
+    if isinstance(meta, tuple):
+        return [out, *([None] * (len(meta) - 1))]
+    return out
+
+
+def _equal_features(context: NodeContext, a: AxisMap, b: AxisMap) -> None:
+    """Fused kernels want q, k and v equally wide: keep the counts equal."""
+    da, db = list(a), list(b)
+    if len(da) == len(db) and [context.dims.size[d] for d in da] == [context.dims.size[d] for d in db]:
+        for x, y in zip(da, db, strict=True):
+            if x != y:
+                sets = (context.dims.positions(x), context.dims.positions(y))
+                context.effects.equal.append(EqualCounts(sets, "query and value features per head", context.node))
+
+
+@rule("embedding", "embedding_bag", "_embedding_bag")
+def embedding(context: NodeContext) -> Result:
+    weight, index = context.state(context.arg(0)), context.state(context.arg(1))
+    context.freeze_state(index, "index", "used as an index")
+    context.freeze(weight.axis(0), "vocabulary", "rows are looked up by index")
+    meta = context.node.meta["val"]
+    shape = context.shape
+    out = State(shape, {len(shape) - 1: weight.axis(1)})
+    return [out, *([None] * (len(meta) - 1))] if isinstance(meta, tuple) else out

@@ -1,0 +1,125 @@
+"""Rule kind 2: elementwise. Operands are tied axis by axis under broadcasting."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ...tracing.origin import Expr
+from ..context import NodeContext, Result
+from ..effects import ScalarSite
+from ..state import AxisMap, State
+from .registry import RULES, empty, rule
+
+
+def tie_all(context: NodeContext, states: list[State], shape: tuple[int, ...]) -> State:
+    """Tie operands that broadcast to `shape`; the result carries the coordinates of the richest one per axis."""
+    n = len(shape)
+    axes: dict[int, AxisMap] = {}
+    for axis in range(n):
+        length = shape[axis]
+        if length == 1:
+            continue
+        maps = []
+        for state in states:
+            a = axis - (n - len(state.shape))
+            if a >= 0 and state.shape[a] == length:
+                maps.append(state.axes.get(a, {}))
+        best = max(maps, key=len, default={})
+        if best:
+            for other in maps:
+                if other is not best:
+                    context.tie(best, other, length, "combined with a tensor whose channels cannot be removed")
+            axes[axis] = best
+    return State(shape, axes)
+
+
+@rule("<pointwise>")
+def pointwise(context: NodeContext) -> Result:
+    shape = context.shape
+    states = [context.state(n) for n in context.node.all_input_nodes]
+    if any(len(s.shape) > len(shape) for s in states):
+        for s in states:
+            context.freeze_state(s, "operator", f"{context.operation} changes the shape")
+        return empty(context)
+    _temperature(context)
+    out = tie_all(context, states, shape)
+    meta = context.node.meta["val"]
+    return [State(s or (), out.axes) for s in context.shapes] if isinstance(meta, tuple) else out
+
+
+def _temperature(context: NodeContext) -> None:
+    """x * f(sizes) and x / f(sizes): the factor must not change when the sizes do."""
+    scalars: dict[int, Expr] | None = context.node.meta.get("scalars")
+    if not scalars or context.operation not in ("mul", "mul_", "div", "div_", "true_divide"):
+        if scalars:
+            for expr in scalars.values():
+                context.require(expr, {}, 0, "a number computed from sizes", None)
+        return
+    operand = next((a for a in context.node.args if isinstance(a, fx.Node)), None)
+    if operand is None:
+        return
+    for position, expr in scalars.items():
+        divide = context.operation.startswith(("div", "true")) and position == 1
+        context.effects.scalars.append(ScalarSite(context.node, expr, operand, divide))
+
+
+for _name in (
+    "copy_", "copy", "where", "masked_fill", "masked_fill_", "lerp", "lerp_", "addcmul", "addcdiv", "_prelu_kernel",
+    "native_dropout", "hardtanh", "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "elu", "elu_",
+    "leaky_relu", "leaky_relu_", "gelu_", "silu_", "mish_", "relu_", "sigmoid_", "tanh_", "celu", "celu_", "selu",
+    "selu_", "log_sigmoid_forward", "softplus", "softshrink", "hardshrink", "threshold", "threshold_", "rsub", "clamp_",
+    "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "rrelu_with_noise", "square", "square_", "nan_to_num",
+    "fake_quantize_per_tensor_affine", "relu6", "relu6_", "float_power", "heaviside", "complex", "polar", "real",
+    "imag", "view_as_real_copy", "special_erf", "logit", "sinc", "bernoulli_p", "gelu", "silu", "mish",
+):  # fmt: skip
+    RULES.setdefault(_name, pointwise)
+
+
+@rule("glu")
+def glu(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    n = len(state.shape)
+    dim = int(context.arg(1, "dim", -1)) % n
+    half = state.shape[dim] // 2
+    axis_map = state.axis(dim)
+    first = {d: v[:half] for d, v in axis_map.items() if (v[:half] >= 0).any()}
+    second = {d: v[half:] for d, v in axis_map.items() if (v[half:] >= 0).any()}
+    context.tie(first, second, half, "gated by a channel that cannot be removed")
+    return state.with_axis(dim, half, first if len(first) >= len(second) else second)
+
+
+@rule("prelu")
+def prelu(context: NodeContext) -> Result:
+    x, weight = context.state(context.arg(0)), context.state(context.arg(1))
+    if weight.shape and weight.shape[0] > 1:
+        context.tie(x.axis(1), weight.axis(0), weight.shape[0], "slope of a channel that cannot be removed")
+    return State(context.shape, x.axes)
+
+
+@rule("cumsum", "cumsum_", "cumprod", "logcumsumexp")
+def running(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    dim = int(context.arg(1, "dim")) % max(len(state.shape), 1)
+    context.statistics(state.axis(dim))
+    return State(context.shape, state.axes)
+
+
+@rule("tril", "triu", "tril_", "triu_")
+def triangle(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    n = len(state.shape)
+    for axis in (n - 2, n - 1):
+        context.freeze(state.axis(axis), "triangle", "a triangle of the matrix is kept")
+    return State(context.shape, {a: m for a, m in state.axes.items() if a < n - 2})
+
+
+@rule("quantize_per_channel", "fake_quantize_per_channel_affine", "fake_quantize_per_channel_affine_cachemask")
+def per_channel(context: NodeContext) -> Result:
+    x, scale, zero = (context.state(context.arg(i)) for i in range(3))
+    axis = int(context.arg(3, "axis"))
+    for other in (scale, zero):
+        context.tie(x.axis(axis), other.axis(0), x.shape[axis], "scale of a channel that cannot be removed")
+    out = State(x.shape, x.axes)
+    return [out, out] if isinstance(context.node.meta["val"], tuple) else out
+
+

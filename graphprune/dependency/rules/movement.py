@@ -1,0 +1,553 @@
+"""Rule kind 1: data movement. Coordinates move exactly as the data does."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from ...tracing.origin import Expr, Literal, Operation, TensorSize, evaluate, recorded_value
+from ..context import NodeContext, Result
+from ..state import AxisMap, State, concatenate, take
+from .registry import empty, rule
+
+
+def _axis(value: Any, ndim: int) -> int:
+    return int(value) % ndim if ndim else 0
+
+
+@rule(
+    "alias", "detach", "detach_", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "_to_copy", "to", "type_as",
+    "dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "alias_copy", "detach_copy",
+    "as_strided_", "positive", "_conj", "resolve_conj", "resolve_neg", "_neg_view", "fill_", "zero_", "fill", "requires_grad_",
+)  # fmt: skip
+def same_place(context: NodeContext) -> Result:
+    state = context.state(context.arg(0, "self"))
+    return State(context.shape, state.axes) if state.shape == context.shape else empty(context)
+
+
+@rule(
+    "zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_empty_strided",
+    "bernoulli", "bernoulli_", "uniform_", "normal_", "random_",
+)  # fmt: skip
+def shaped_like(context: NodeContext) -> Result:
+    return same_place(context)
+
+
+@rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
+def created(context: NodeContext) -> Result:
+    """A fresh tensor whose every element is alike follows the tensor its sizes were taken from."""
+    axes: dict[int, AxisMap] = {}
+    sizes = context.sizes
+    if sizes is not None and sizes.kind == "creation" and len(sizes.values) == len(context.shape):
+        for axis, expr in enumerate(sizes.values):
+            if isinstance(expr, TensorSize):
+                axes[axis] = context.state(expr.node).axis(expr.axis)
+            elif not isinstance(expr, Literal):
+                context.require(expr, {}, context.shape[axis], "the size of a new tensor")
+    return State(context.shape, axes)
+
+
+@rule(
+    "scalar_tensor", "arange", "eye", "linspace", "randint", "randperm", "tril_indices", "triu_indices", "nonzero",
+    "_local_scalar_dense", "item", "is_nonzero", "equal", "allclose", "numel", "size", "stride", "dim",
+    "hann_window", "hamming_window",
+)  # fmt: skip
+def no_coordinates(context: NodeContext) -> Result:
+    for state in context.states():
+        context.freeze_state(state, "values", f"{context.operation} turns it into plain numbers")
+    return empty(context)
+
+
+@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "reshape_as", "view_as", "flatten", "unflatten")
+def view(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    shape = context.shape
+    if math.prod(state.shape) != math.prod(shape):  # view(dtype) with another item size
+        context.freeze_state(state, "operator", "reinterpreted as another dtype")
+        return empty(context)
+    out = context.reshape(state, shape)
+    sizes = context.sizes
+    if sizes is not None and sizes.kind == "shape":
+        _require_shape(context, out, sizes.values)
+    return out
+
+
+def _require_shape(context: NodeContext, out: State, values: tuple[Any, ...]) -> None:
+    """Compare the sizes written by the user with the axes of the result, from the last one backwards."""
+    ndim = len(out.shape)
+    for back, expr in enumerate(reversed(values)):
+        axis = ndim - 1 - back
+        if expr is None or axis < 0 or _is_minus_one(expr):
+            continue
+        context.require(expr, out.axis(axis), out.shape[axis], f"size {axis} in {context.node.meta.get('function')}()")
+
+
+def _is_minus_one(expr: Expr) -> bool:
+    if isinstance(expr, Literal):
+        return expr.value == -1
+    return isinstance(expr, Operation) and expr.function == "neg" and expr.args == (Literal(1),)
+
+
+@rule("expand", "expand_as", "broadcast_to", "expand_copy")
+def expand(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    shape = context.shape
+    added = len(shape) - len(state.shape)
+    axes = {a + added: m for a, m in state.axes.items()}
+    sizes = context.sizes
+    if sizes is not None and sizes.kind == "shape":
+        for back, expr in enumerate(reversed(sizes.values)):
+            axis = len(shape) - 1 - back
+            stretched = shape[axis] > 1 and (axis < added or state.shape[axis - added] == 1)
+            if stretched and isinstance(expr, TensorSize):
+                axes[axis] = context.state(expr.node).axis(expr.axis)
+            elif axis >= 0 and expr is not None and not _is_minus_one(expr):
+                context.require(expr, axes.get(axis, {}), shape[axis], f"size {axis} in {sizes.function}()")
+    return State(shape, axes)
+
+
+@rule("permute", "permute_copy")
+def permute(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    order = [_axis(d, len(state.shape)) for d in context.arg(1, "dims")]
+    return state.moved(context.shape, {old: new for new, old in enumerate(order)})
+
+
+@rule("transpose", "transpose_", "t", "t_", "swapaxes", "swapdims", "transpose_copy", "numpy_T", "mT", "T", "adjoint")
+def transpose(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    n = len(state.shape)
+    if n < 2:
+        return State(context.shape, state.axes)
+    a, b = _axis(context.arg(1, "dim0", -2), n), _axis(context.arg(2, "dim1", -1), n)
+    return state.moved(context.shape, {i: (b if i == a else a if i == b else i) for i in range(n)})
+
+
+@rule("movedim", "moveaxis")
+def movedim(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    n = len(state.shape)
+    source, target = context.arg(1, "source"), context.arg(2, "destination")
+    source = [source] if isinstance(source, int) else list(source)
+    target = [target] if isinstance(target, int) else list(target)
+    source, target = [_axis(s, n) for s in source], [_axis(t, n) for t in target]
+    rest = iter([i for i in range(n) if i not in source])
+    where = dict(zip(target, source, strict=True))
+    return state.moved(context.shape, {where[j] if j in where else next(rest): j for j in range(n)})
+
+
+@rule("unsqueeze", "unsqueeze_", "unsqueeze_copy")
+def unsqueeze(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    new = _axis(context.arg(1, "dim"), len(state.shape) + 1)
+    return state.moved(context.shape, {a: a + (a >= new) for a in range(len(state.shape))})
+
+
+@rule("squeeze", "squeeze_", "squeeze_copy", "atleast_1d", "atleast_2d", "atleast_3d")
+def squeeze(context: NodeContext) -> Result:
+    return context.reshape(context.state(context.arg(0)), context.shape)
+
+
+def _entry(context: NodeContext, dim: int, kind: str) -> tuple[Any, ...] | None:
+    """What the user wrote for the axis that this slice or select works on.
+
+    Indexing works through the brackets from left to right: an integer removes the current axis, everything else moves
+    on to the next.
+    """
+    sizes = context.sizes
+    if sizes is None or sizes.kind != "index":
+        return None
+    current = 0
+    for entry in sizes.values:
+        if entry[0] == kind and current == dim and (kind != "int" or _agrees(context, entry[1])):
+            return tuple(entry)
+        current += entry[0] != "int"
+    return None
+
+
+def _agrees(context: NodeContext, expr: Expr) -> bool:
+    index = context.arg(2, "index")
+    value = _value(expr)
+    return value is None or value == index or value + context.state(context.arg(0)).shape[context.arg(1)] == index
+
+
+def _value(expr: Expr) -> int | None:
+    return int(expr.value) if isinstance(expr, Literal) else None
+
+
+@rule("slice", "slice_copy")
+def slice_(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    n = len(state.shape)
+    dim = _axis(context.arg(1, "dim", 0), n)
+    length = state.shape[dim]
+    start, stop, step = slice(
+        context.arg(2, "start"), context.arg(3, "end"), context.arg(4, "step", 1)
+    ).indices(length)
+    axis_map = state.axis(dim)
+    if axis_map and (start, stop, step) != (0, length, 1):
+        if step != 1:
+            context.freeze(axis_map, "stride", "indices are taken in steps along this axis")
+        else:
+            _slice_bounds(context, axis_map, length, dim, start, stop)
+    elif not axis_map:
+        _unfollowed_bounds(context, dim, length, start, stop)
+    return state.with_axis(dim, context.shape[dim], take(axis_map, slice(start, stop, step)))
+
+
+def _slice_bounds(context: NodeContext, axis_map: AxisMap, length: int, dim: int, start: int, stop: int) -> None:
+    sizes = context.sizes
+    if sizes is not None and sizes.kind == "chunks":  # tensor_split into a number of parts
+        context.require_equal(axis_map, length, round(length / max(stop - start, 1)), "split into equal parts")
+        return
+    if sizes is not None and sizes.kind == "boundaries":
+        lookup = {_concrete(e): e for e in sizes.values}
+        low, high = lookup.get(start, Literal(start)), lookup.get(stop, Literal(stop))
+    else:
+        entry = _entry(context, dim, "slice")
+        if entry is None:
+            low, high = Literal(start), Literal(stop)
+        else:
+            low, high = entry[1] or Literal(0), entry[2]
+    if start > 0:
+        _boundary(context, axis_map, length, low, start)
+    if stop < length and high is not None:
+        _boundary(context, axis_map, length, high, stop)
+
+
+def _unfollowed_bounds(context: NodeContext, dim: int, length: int, start: int, stop: int) -> None:
+    """No channels on this axis, but the bounds may be computed from numbers that change."""
+    entry = _entry(context, dim, "slice")
+    if entry is None:
+        return
+    for expr, value in ((entry[1], start), (entry[2], stop)):
+        if expr is not None and not isinstance(expr, Literal) and 0 < value < length:
+            _boundary(context, {}, length, expr, value)
+
+
+def _boundary(context: NodeContext, axis_map: AxisMap, length: int, expr: Expr, value: int) -> None:
+    """A bound `value` written as `expr`: that many indices must survive before it (behind it, when negative)."""
+    concrete = _concrete(expr)
+    if concrete < 0:
+        context.require(_negated(expr), axis_map, length, "a slice bound", (value, length))
+    else:
+        context.require(expr, axis_map, length, "a slice bound", (0, value))
+
+
+def _negated(expr: Expr) -> Expr:
+    if isinstance(expr, Literal):
+        return Literal(-expr.value)
+    if isinstance(expr, Operation) and expr.function == "neg":
+        return expr.args[0]
+    return Operation("neg", (expr,))
+
+
+def _concrete(expr: Expr) -> int:
+    """The value an expression had in the recorded run."""
+    return int(evaluate(expr, recorded_value))
+
+
+@rule("select", "select_copy")
+def select(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    n = len(state.shape)
+    dim = _axis(context.arg(1, "dim"), n)
+    axis_map = state.axis(dim)
+    if axis_map:
+        length = state.shape[dim]
+        index = _axis(context.arg(2, "index"), length)
+        context.freeze(axis_map, "selected", "one index of the axis is used by itself", slice(index, index + 1))
+        entry = _entry(context, dim, "int")
+        expr = entry[1] if entry else Literal(index)
+        concrete = _concrete(expr)
+        if concrete < 0:
+            context.require(_negated(expr), axis_map, length, "an index", (index, length))
+        elif index > 0:
+            context.require(expr, axis_map, length, "an index", (0, index))
+    return state.moved(context.shape, {a: a - (a > dim) for a in range(n) if a != dim})
+
+
+@rule("unbind", "unbind_copy")
+def unbind(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    n = len(state.shape)
+    dim = _axis(context.arg(1, "dim", 0), n)
+    context.freeze(state.axis(dim), "selected", "each index of the axis is used by itself")
+    mapping = {a: a - (a > dim) for a in range(n) if a != dim}
+    return [state.moved(s or (), mapping) for s in context.shapes]
+
+
+@rule(
+    "split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "chunk", "unsafe_chunk", "split_copy",
+    "split_with_sizes_copy", "tensor_split",
+)  # fmt: skip
+def split(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    dim = _axis(context.arg(2, "dim", 0), len(state.shape))
+    shapes = [s for s in context.shapes if s is not None]
+    axis_map, length = state.axis(dim), state.shape[dim]
+    bounds = np.cumsum([0] + [s[dim] for s in shapes]).tolist()
+    if axis_map and len(shapes) > 1:
+        _split_sizes(context, axis_map, length, bounds)
+    return [
+        state.with_axis(dim, s[dim], take(axis_map, slice(lo, hi)))
+        for s, lo, hi in zip(shapes, bounds[:-1], bounds[1:], strict=True)
+    ]
+
+
+def _split_sizes(context: NodeContext, axis_map: AxisMap, length: int, bounds: list[int]) -> None:
+    sizes = context.sizes
+    if sizes is None or sizes.kind == "chunks":
+        context.require_equal(axis_map, length, len(bounds) - 1, "split into equal parts")
+        return
+    values = list(sizes.values)
+    if len(values) == 1 and len(bounds) > 2:  # one size for all parts; the last may be smaller
+        values = values * (len(bounds) - 2)
+    for expr, low, high in zip(values, bounds[:-1], bounds[1:], strict=False):
+        context.require(expr, axis_map, length, "a split size", (low, high))
+
+
+@rule("cat", "concat", "concatenate")
+def cat(context: NodeContext) -> Result:
+    shape = context.shape
+    dim = _axis(context.arg(1, "dim", 0), len(shape))
+    states = [context.state(t) for t in context.arg(0, "tensors")]
+    states = [s for s in states if len(s.shape) == len(shape)]  # torch skips empty 1-D tensors
+    out = {dim: concatenate([(s.axis(dim), s.shape[dim]) for s in states])}
+    for axis in range(len(shape)):
+        if axis != dim:
+            out[axis] = _tied(context, states, axis, axis)
+    return State(shape, out)
+
+
+@rule("stack")
+def stack(context: NodeContext) -> Result:
+    shape = context.shape
+    dim = _axis(context.arg(1, "dim", 0), len(shape))
+    states = [context.state(t) for t in context.arg(0, "tensors")]
+    out = {a + (a >= dim): _tied(context, states, a, a + (a >= dim)) for a in range(len(shape) - 1)}
+    return State(shape, out)
+
+
+def _tied(context: NodeContext, states: list[State], axis: int, out_axis: int) -> AxisMap:
+    """All tensors lose the same indices of this axis."""
+    maps = [s.axis(axis) for s in states]
+    best = max(maps, key=len)
+    for other in maps:
+        if other is not best:
+            context.tie(best, other, context.shape[out_axis], "laid beside a tensor whose channels cannot be removed")
+    return best
+
+
+@rule("constant_pad_nd", "pad", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d",
+      "replication_pad2d", "replication_pad3d", "_pad_circular")  # fmt: skip
+def pad(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    amounts = list(context.arg(1, "pad") or context.arg(1, "padding"))
+    axes = dict(state.axes)
+    n = len(state.shape)
+    for position in range(len(amounts) // 2):
+        axis = n - 1 - position
+        before, after = amounts[2 * position], amounts[2 * position + 1]
+        if (before or after) and axis in axes:
+            if context.operation not in ("constant_pad_nd", "pad") or before < 0 or after < 0:
+                context.freeze(axes.pop(axis), "padding", "padded by copies of its own edge or cropped")
+            else:
+                axes[axis] = {d: np.pad(v, (before, after), constant_values=-1) for d, v in axes[axis].items()}
+    return State(context.shape, axes)
+
+
+@rule("repeat", "tile")
+def repeat(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    shape = context.shape
+    added = len(shape) - len(state.shape)
+    axes = {}
+    for a, axis_map in state.axes.items():
+        times = shape[a + added] // state.shape[a]
+        axes[a + added] = {d: np.tile(v, times) for d, v in axis_map.items()}
+    return State(shape, axes)
+
+
+@rule("repeat_interleave")
+def repeat_interleave(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    dim = context.arg(2, "dim")
+    if isinstance(context.arg(1, "repeats"), int) and dim is not None:
+        dim = _axis(dim, len(state.shape))
+        times = int(context.arg(1, "repeats"))
+        return state.with_axis(
+            dim, context.shape[dim], {d: np.repeat(v, times) for d, v in state.axis(dim).items()}
+        )
+    for s in context.states():
+        context.freeze_state(s, "operator", "repeated a different number of times per index")
+    return empty(context)
+
+
+@rule("flip", "fliplr", "flipud")
+def flip(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    dims = context.arg(1, "dims", {"fliplr": [1], "flipud": [0]}.get(context.operation))
+    axes = dict(state.axes)
+    for dim in [dims] if isinstance(dims, int) else dims:
+        axis = _axis(dim, len(state.shape))
+        if axis in axes:
+            axes[axis] = {d: v[::-1] for d, v in axes[axis].items()}
+    return State(context.shape, axes)
+
+
+@rule("roll")
+def roll(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    shifts, dims = context.arg(1, "shifts"), context.arg(2, "dims", ())
+    shifts = [shifts] if isinstance(shifts, int) else list(shifts)
+    dims = [dims] if isinstance(dims, int) else list(dims)
+    if not dims:
+        context.freeze_state(state, "mixed", "rolled across all axes")
+        return empty(context)
+    axes = dict(state.axes)
+    sizes = context.sizes
+    exprs = sizes.values if sizes is not None and sizes.kind == "shift" and len(sizes.values) == len(dims) else None
+    for k, (shift, dim) in enumerate(zip(shifts, dims, strict=True)):
+        axis = _axis(dim, len(state.shape))
+        if axis not in axes:
+            continue
+        n = state.shape[axis]
+        expr = exprs[k] if exprs else Literal(shift)
+        if shift < 0:
+            context.require(_negated(expr), axes[axis], n, "a roll", (0, -shift % n or n))
+        elif shift % n:
+            context.require(expr, axes[axis], n, "a roll", (n - shift % n, n))
+        axes[axis] = {d: np.roll(v, shift) for d, v in axes[axis].items()}
+    return State(context.shape, axes)
+
+
+def _through(context: NodeContext, state: State, split_shape: list[int], order: list[int]) -> State:
+    """View as `split_shape`, permute, and merge to the result's shape."""
+    parts = context.reshape(state, split_shape)
+    permuted = parts.moved([split_shape[i] for i in order], {old: new for new, old in enumerate(order)})
+    return context.reshape(permuted, context.shape)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    r = int(context.arg(1, "upscale_factor"))
+    *lead, c, h, w = state.shape
+    n = len(lead)
+    split_shape = [*lead, c // (r * r), r, r, h, w]
+    parts = context.reshape(state, split_shape)
+    for axis in (n + 1, n + 2):
+        context.freeze(parts.axis(axis), "literal", f"pixel_shuffle by {r}")
+    return _through(context, state, split_shape, [*range(n), n, n + 3, n + 1, n + 4, n + 2])
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    r = int(context.arg(1, "downscale_factor"))
+    *lead, c, h, w = state.shape
+    n = len(lead)
+    return _through(
+        context, state, [*lead, c, h // r, r, w // r, r], [*range(n), n, n + 2, n + 4, n + 1, n + 3]
+    )
+
+
+@rule("channel_shuffle", "native_channel_shuffle")
+def channel_shuffle(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    groups = int(context.arg(1, "groups"))
+    b, c, *rest = state.shape
+    split_shape = [b, groups, c // groups, *rest]
+    parts = context.reshape(state, split_shape)
+    sizes = context.sizes
+    expr = sizes.values[0] if sizes is not None and sizes.kind == "groups" else Literal(groups)
+    context.require(expr, parts.axis(1), groups, "groups of a channel shuffle")
+    return _through(context, state, split_shape, [0, 2, 1, *range(3, len(split_shape))])
+
+
+@rule("im2col")
+def im2col(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    taps = math.prod(context.arg(1, "kernel_size"))
+    n = len(state.shape)
+    axes = {0: state.axis(0)} if n == 4 else {}
+    axes[n - 3] = {d: np.repeat(v, taps) for d, v in state.axis(n - 3).items()}
+    _only_axes(context, state, (0, n - 3))
+    return State(context.shape, axes)
+
+
+@rule("col2im")
+def col2im(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    taps = math.prod(context.arg(2, "kernel_size"))
+    n = len(state.shape)
+    shape = state.shape
+    split = context.reshape(state, [*shape[:-2], shape[-2] // taps, taps, shape[-1]])
+    context.freeze(split.axis(n - 1), "kernel", "kernel positions of fold()")
+    context.freeze(split.axis(n), "spatial", "spatial positions of fold()")
+    return State(context.shape, {a: split.axis(a) for a in range(n - 1)})
+
+
+@rule("unfold", "unfold_copy")
+def unfold(context: NodeContext) -> Result:
+    """Tensor.unfold(dim, size, step): windows along one axis, in a new last axis."""
+    state = context.state(context.arg(0))
+    dim = _axis(context.arg(1, "dimension"), len(state.shape))
+    context.freeze(state.axis(dim), "window", "sliding windows are taken along this axis")
+    return State(context.shape, {a: m for a, m in state.axes.items() if a != dim})
+
+
+def _only_axes(context: NodeContext, state: State, allowed: tuple[int, ...]) -> None:
+    for axis, axis_map in state.axes.items():
+        if axis not in allowed:
+            context.freeze(axis_map, "spatial", f"{context.operation} works along this axis")
+
+
+@rule("index_select", "gather", "take_along_dim")
+def index_select(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    dim = _axis(context.arg(1, "dim"), len(state.shape))
+    index = context.state(context.arg(2, "index"))
+    context.freeze_state(index, "index", "used as an index")
+    context.freeze(state.axis(dim), "index", "picked by an index tensor")
+    axes = {a: m for a, m in state.axes.items() if a != dim}
+    if context.operation != "index_select":
+        for axis, axis_map in axes.items():
+            context.freeze(axis_map, "index", "picked by an index tensor")
+        axes = {}
+    return State(context.shape, axes)
+
+
+@rule("index", "_unsafe_index")
+def index(context: NodeContext) -> Result:
+    """x[i, :, j] with index tensors: indexed axes freeze, the others keep their coordinates."""
+    state = context.state(context.arg(0))
+    indices = context.arg(1, "indices")
+    for i in indices:
+        if i is not None:
+            context.freeze_state(context.state(i), "index", "used as an index")
+    indexed = [a for a, i in enumerate(indices) if i is not None]
+    for a in indexed:
+        context.freeze(state.axis(a), "index", "picked by an index tensor")
+    masks = [i for i in indices if i is not None and i.meta["val"].dtype.is_floating_point is False]
+    if any(str(i.meta["val"].dtype) in ("torch.bool", "torch.uint8") and len(i.meta["val"].shape) > 1 for i in masks):
+        context.freeze_state(state, "index", "picked by a mask")
+        return empty(context)
+    width = len(context.shape) - (len(state.shape) - len(indexed))
+    adjacent = indexed == list(range(indexed[0], indexed[0] + len(indexed)))
+    place = indexed[0] if adjacent else 0
+    kept = [a for a in range(len(state.shape)) if a not in indexed]
+    mapping = {}
+    for k, a in enumerate(kept):
+        mapping[a] = k if k < place else k + width
+    return state.moved(context.shape, mapping)
+
+
+@rule("diagonal", "diagonal_copy", "as_strided", "as_strided_copy", "masked_select", "rot90", "unique", "_unique2")
+def frozen(context: NodeContext) -> Result:
+    for state in context.states():
+        context.freeze_state(state, "operator", f"{context.operation} rearranges its positions")
+    return empty(context)

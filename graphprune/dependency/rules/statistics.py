@@ -1,0 +1,206 @@
+"""Rule kind 4: normalisation, reduction, pooling and softmax. Parameters are tied, reduced axes dropped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...tracing.origin import Literal
+from ..context import NodeContext, Result
+from ..state import State
+from .registry import empty, rule
+
+
+def _several(context: NodeContext, out: State) -> Result:
+    """The first result carries the coordinates; statistics returned beside it do not."""
+    meta = context.node.meta["val"]
+    return [out, *(State(s) if s is not None else None for s in context.shapes[1:])] if isinstance(meta, tuple) else out
+
+
+def _tie_parameters(context: NodeContext, axis_map: Any, length: int, arguments: list[Any]) -> None:
+    for argument in arguments:
+        if argument is not None:
+            context.tie(axis_map, context.state(argument).axis(0), length, "norm of a channel that cannot be removed")
+
+
+@rule("native_batch_norm", "batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
+      "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_impl_index",
+      "batch_norm_with_update", "_batch_norm_with_update", "instance_norm")  # fmt: skip
+def batch_norm(context: NodeContext) -> Result:
+    x = context.state(context.arg(0))
+    parameters = [a for a in (context.arg(i) for i in range(1, 5)) if hasattr(a, "meta")]
+    _tie_parameters(context, x.axis(1), x.shape[1], parameters)
+    return _several(context, State(x.shape, x.axes))
+
+
+@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm", "_fused_rms_norm_")
+def layer_norm(context: NodeContext) -> Result:
+    x = context.state(context.arg(0))
+    normalized = context.arg(1, "normalized_shape")
+    k, n = len(normalized), len(x.shape)
+    sizes = context.sizes
+    exprs = sizes.values if sizes is not None and sizes.kind == "normalized_shape" else [Literal(s) for s in normalized]
+    for j in range(k):
+        axis = n - k + j
+        axis_map = x.axis(axis)
+        context.statistics(axis_map)
+        context.require(exprs[j], axis_map, x.shape[axis], "normalized_shape")
+        for argument in (context.arg(2, "weight"), context.arg(3, "bias")):
+            if hasattr(argument, "meta"):
+                parameter = context.state(argument)
+                context.tie(axis_map, parameter.axis(j), x.shape[axis], "norm of a feature that cannot be removed")
+    return _several(context, State(x.shape, x.axes))
+
+
+@rule("native_group_norm", "group_norm")
+def group_norm(context: NodeContext) -> Result:
+    x = context.state(context.arg(0))
+    native = context.operation == "native_group_norm"
+    groups = int(context.arg(6 if native else 1, "group" if native else "num_groups"))
+    weight, bias = (context.arg(1), context.arg(2)) if native else (context.arg(2), context.arg(3))
+    if x.axis(1):
+        if groups < x.shape[1]:
+            context.statistics(x.axis(1))
+            context.require_equal(x.axis(1), x.shape[1], groups, "groups of a GroupNorm")
+        else:  # one channel per group: the number of groups is the number of channels
+            sizes = context.sizes
+            expr = sizes.values[0] if sizes is not None and sizes.kind == "groups" else Literal(groups)
+            context.require(expr, x.axis(1), x.shape[1], "groups of a GroupNorm")
+    _tie_parameters(context, x.axis(1), x.shape[1], [weight, bias])
+    return _several(context, State(x.shape, x.axes))
+
+
+def _reduced_axes(dims: Any, n: int) -> set[int]:
+    if dims is None or (isinstance(dims, (list, tuple)) and not dims):
+        return set(range(n))
+    return {int(d) % n for d in ([dims] if isinstance(dims, int) else dims)} if n else set()
+
+
+def reduce(context: NodeContext, dims: Any) -> Result:
+    state = context.state(context.arg(0))
+    n = len(state.shape)
+    axes = _reduced_axes(dims, n)
+    for axis in axes:
+        context.statistics(state.axis(axis))
+    keep = len(context.shape) == n
+    kept = [a for a in range(n) if a not in axes]
+    mapping = {a: (a if keep else i) for i, a in enumerate(kept)}
+    meta = context.node.meta["val"]
+    if isinstance(meta, tuple):
+        return [state.moved(s, mapping) if s is not None else None for s in context.shapes]
+    return state.moved(context.shape, mapping)
+
+
+@rule("mean", "sum", "prod", "amax", "amin", "var", "std", "var_mean", "std_mean", "all", "any", "logsumexp", "nansum",
+      "nanmean", "count_nonzero", "aminmax")  # fmt: skip
+def reduction(context: NodeContext) -> Result:
+    if context.operation == "aminmax":
+        return reduce(context, context.arg(99, "dim"))
+    dims = context.arg(1, "dim")
+    return reduce(context, None if isinstance(dims, bool) else dims)
+
+
+@rule("norm", "linalg_vector_norm")
+def norm(context: NodeContext) -> Result:
+    dims = context.arg(2, "dim")
+    return reduce(context, dims)
+
+
+@rule("max", "min", "median", "nanmedian", "mode", "argmax", "argmin", "kthvalue")
+def selecting_reduction(context: NodeContext) -> Result:
+    """Values along an axis; the index returned beside them would be renumbered, so it must not be used."""
+    if len(context.node.all_input_nodes) == 2:  # max(a, b)
+        from .elementwise import pointwise
+
+        return pointwise(context)
+    dims = context.arg(2 if context.operation == "kthvalue" else 1, "dim")
+    state = context.state(context.arg(0))
+    indices_used = context.operation in ("argmax", "argmin") or any(user.args[1] == 1 for user in context.node.users)
+    if indices_used:
+        for axis in _reduced_axes(dims, len(state.shape)):
+            context.freeze(state.axis(axis), "index", f"{context.operation} returns positions along this axis")
+    return reduce(context, dims)
+
+
+@rule("_softmax", "softmax", "_log_softmax", "log_softmax", "_safe_softmax")
+def softmax(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    context.statistics(state.axis(int(context.arg(1, "dim"))))
+    return State(context.shape, state.axes)
+
+
+@rule("topk", "sort", "argsort", "msort")
+def ordering(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    default = -1
+    position = 2 if context.operation == "topk" else 1
+    dim = context.arg(position, "dim", default)
+    axis = int(dim) % max(len(state.shape), 1) if isinstance(dim, int) and not isinstance(dim, bool) else len(state.shape) - 1
+    context.freeze(state.axis(axis), "index", f"{context.operation} orders positions along this axis")
+    axes = {a: m for a, m in state.axes.items() if a != axis}
+    meta = context.node.meta["val"]
+    if isinstance(meta, tuple):
+        return [State(s or (), axes) for s in context.shapes]
+    return State(context.shape, axes)
+
+
+@rule(
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool1d",
+    "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
+    "max_pool1d_with_indices", "mkldnn_max_pool2d", "quantized_max_pool2d", "lp_pool2d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
+    "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
+    "upsample_bilinear2d_aa", "fractional_max_pool2d", "fractional_max_pool3d", "max_unpool2d", "max_unpool3d",
+)  # fmt: skip
+def spatial(context: NodeContext) -> Result:
+    """Works on the trailing axes; batch and channels pass."""
+    state = context.state(context.arg(0))
+    n = len(state.shape)
+    trailing = int(next((c for c in context.operation if c.isdigit()), "2"))
+    for axis in range(n - trailing, n):
+        context.freeze(state.axis(axis), "spatial", f"{context.operation} works along this axis")
+    axes = {a: m for a, m in state.axes.items() if a < n - trailing}
+    for other in context.node.all_input_nodes[1:]:
+        context.freeze_state(context.state(other), "spatial", f"{context.operation} uses it as positions")
+    meta = context.node.meta["val"]
+    if isinstance(meta, tuple):
+        return [State(s or (), axes) for s in context.shapes]
+    return State(context.shape, axes)
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d", "cudnn_grid_sampler")
+def grid_sampler(context: NodeContext) -> Result:
+    x, grid = context.state(context.arg(0)), context.state(context.arg(1))
+    context.freeze_state(grid, "spatial", "used as positions")
+    for axis in range(2, len(x.shape)):
+        context.freeze(x.axis(axis), "spatial", "sampled along this axis")
+    return State(context.shape, {a: m for a, m in x.axes.items() if a < 2})
+
+
+@rule("_weight_norm_interface", "_weight_norm")
+def weight_norm(context: NodeContext) -> Result:
+    """w = v * g / |v|: the norm over the other axes is a statistic of theirs."""
+    v, g = context.state(context.arg(0)), context.state(context.arg(1))
+    dim = int(context.arg(2, "dim", 0)) % max(len(v.shape), 1)
+    context.tie(v.axis(dim), g.axis(dim) if len(g.shape) == len(v.shape) else g.axis(0), v.shape[dim])
+    for axis, axis_map in v.axes.items():
+        if axis != dim:
+            context.statistics(axis_map)
+    return _several(context, State(v.shape, v.axes))
+
+
+@rule("_fft_r2c", "_fft_c2c", "_fft_c2r")
+def fft(context: NodeContext) -> Result:
+    state = context.state(context.arg(0))
+    axes = {int(d) % len(state.shape) for d in context.arg(1, "dim")}
+    for axis in axes:
+        context.freeze(state.axis(axis), "spatial", "a Fourier transform runs along this axis")
+    return State(context.shape, {a: m for a, m in state.axes.items() if a not in axes})
+
+
+@rule("_cdist_forward", "cdist")
+def cdist(context: NodeContext) -> Result:
+    for state in context.states():
+        context.freeze_state(state, "operator", f"no rule for the operator {context.operation}")
+    return empty(context)

@@ -1,0 +1,227 @@
+"""Do the sizes in the user's code still come out right? Solve for attributes, or say what blocks.
+
+Input: which positions are to go. Output: the module attributes that must change to make every recorded size right, and
+the sizes that cannot be made right (`Conflict`), each with the axes that would have to stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+from torch import fx
+
+from ..tracing.origin import Attribute, Expr, Literal, Operation, TensorSize, evaluate, leaves, recorded_value
+from ..tracing.recorder import Guard
+from .analysis import Analysis
+from .effects import SizeSite
+from .state import AxisMap, Vector
+
+Mask = npt.NDArray[np.bool_]
+_NUMPY_COMPARE = {
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Conflict:
+    """A number that does not come out right. `wanted` is the count of surviving indices that would satisfy it."""
+
+    text: str
+    node: fx.Node | None
+    axis_map: AxisMap
+    length: int
+    survivors: int
+    wanted: int | None
+    source: str = ""
+
+
+@dataclasses.dataclass
+class Resolution:
+    attributes: dict[Attribute, int]
+    conflicts: list[Conflict]
+
+
+def gone_on_axis(analysis: Analysis, axis_map: AxisMap, length: int, gone: Mask) -> Mask:
+    """Which indices of an axis disappear; `gone` is a mask over components."""
+    mask = np.zeros(length, bool)
+    for d, v in axis_map.items():
+        labels = analysis.label[analysis.dims.offset[d] + v]
+        mask |= gone[labels] & (v >= 0)
+    return mask
+
+
+class SizeSolver:
+    """Evaluates the recorded sizes for one choice of removed components."""
+
+    def __init__(self, analysis: Analysis, gone: Mask) -> None:
+        self.analysis = analysis
+        self.gone = gone
+        self.attributes: dict[Attribute, int] = {}
+        self.demanded_by: dict[Attribute, list[SizeSite]] = {}
+        self._sizes: dict[TensorSize, int] = {}
+
+    def survivors(self, site: SizeSite) -> int:
+        kept = ~gone_on_axis(self.analysis, site.axis_map, site.length, self.gone)
+        return int(kept[slice(*site.span)].sum()) if site.span else int(kept.sum())
+
+    def value(self, leaf: Attribute | TensorSize) -> int:
+        """The value of a leaf after pruning."""
+        if isinstance(leaf, Attribute):
+            return self.attributes.get(leaf, leaf.value)
+        if leaf not in self._sizes:
+            state = self.analysis.state(leaf.node)
+            length = leaf.node.meta["val"].shape[leaf.axis]
+            mask = gone_on_axis(self.analysis, state.axis(leaf.axis), length, self.gone)
+            self._sizes[leaf] = length - int(mask.sum())
+        return self._sizes[leaf]
+
+    def evaluate(self, expr: Expr) -> float | None:
+        try:
+            return evaluate(expr, self.value)
+        except ArithmeticError:
+            return None
+
+    def resolve(self) -> Resolution:
+        sites = [s for s in self.analysis.sites if s.length]
+        watched = [s for s in self.analysis.sites if not s.length]
+        guards = self.analysis.trace.guards
+        conflicts: list[Conflict] = []
+        compound = []
+        for site in sites:
+            if isinstance(site.expr, Attribute):
+                self._demand(site.expr, self.survivors(site), site, conflicts)
+            else:
+                compound.append(site)
+        self._equalities(guards)
+        for site in compound:
+            self._check(site, conflicts)
+        for site in watched:
+            if self.evaluate(site.expr) != evaluate(site.expr, recorded_value):
+                conflicts += self.blame(site.expr, site.what, site.node)
+        conflicts += self._check_guards(guards)
+        changed = {a: v for a, v in self.attributes.items() if v != a.value}
+        return Resolution(changed, conflicts)
+
+    def _demand(self, attribute: Attribute, value: int, site: SizeSite, conflicts: list[Conflict]) -> None:
+        known = self.attributes.get(attribute)
+        self.demanded_by.setdefault(attribute, []).append(site)
+        if known is None:
+            self.attributes[attribute] = value
+        elif known != value:
+            text = f"{attribute} would have to be {known} and {value} at once"
+            for other in self.demanded_by[attribute]:
+                if other.axis_map:
+                    conflicts.append(
+                        Conflict(text, other.node, other.axis_map, other.length, self.survivors(other), None)
+                    )
+
+    def _equalities(self, guards: Iterable[Guard]) -> None:
+        """`assert x.shape[1] == self.channels`: an attribute that only such a comparison reads follows the size."""
+        for guard in guards:
+            if (guard.comparison, guard.outcome) not in (("eq", True), ("ne", False)):
+                continue
+            for mine, theirs in ((guard.left, guard.right), (guard.right, guard.left)):
+                if isinstance(mine, Attribute) and mine not in self.attributes and not isinstance(theirs, Literal):
+                    value = self.evaluate(theirs)
+                    if value is not None and int(value) == value:
+                        self.attributes[mine] = int(value)
+                    break
+
+    def _check(self, site: SizeSite, conflicts: list[Conflict]) -> None:
+        wanted = self.survivors(site)
+        value = self.evaluate(site.expr)
+        if value == wanted:
+            return
+        unknown = [leaf for leaf in leaves(site.expr) if isinstance(leaf, Attribute) and leaf not in self.attributes]
+        if len(unknown) == 1:
+            solved = _solve(site.expr, unknown[0], wanted, self.value)
+            if solved is not None:
+                self.attributes[unknown[0]] = solved
+                self.demanded_by.setdefault(unknown[0], []).append(site)
+                return
+        text = f"{site.what}, {describe(site.expr)}, would be {value:g}" if value is not None else site.what
+        text += f" where {wanted} are left"
+        if site.axis_map:
+            count = int(value) if value is not None and value == int(value) else None
+            conflicts.append(Conflict(text, site.node, site.axis_map, site.length, wanted, count))
+        else:
+            conflicts.extend(self.blame(site.expr, text, site.node))
+
+    def blame(self, expr: Expr, text: str, node: fx.Node | None, source: str = "") -> list[Conflict]:
+        """Everything that changes a number which must not change."""
+        out = []
+        for leaf in leaves(expr):
+            if isinstance(leaf, TensorSize):
+                axis_map = self.analysis.state(leaf.node).axis(leaf.axis)
+                length = leaf.node.meta["val"].shape[leaf.axis]
+                if axis_map and self.value(leaf) != length:
+                    out.append(Conflict(text, node or leaf.node, axis_map, length, self.value(leaf), length, source))
+            elif self.attributes.get(leaf, leaf.value) != leaf.value:
+                for site in self.demanded_by.get(leaf, ()):
+                    if site.axis_map:
+                        out.append(
+                            Conflict(text, site.node, site.axis_map, site.length, self.survivors(site), None, source)
+                        )
+        return out
+
+    def _check_guards(self, guards: Iterable[Guard]) -> list[Conflict]:
+        out: list[Conflict] = []
+        for guard in guards:
+            left, right = self.evaluate(guard.left), self.evaluate(guard.right)
+            if left is None or right is None:
+                continue
+            if _NUMPY_COMPARE[guard.comparison](left, right) != guard.outcome:
+                symbol = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[guard.comparison]
+                text = f"the code asks whether {describe(guard.left)} {symbol} {describe(guard.right)}"
+                source = str(guard.source) if guard.source else ""
+                found = self.blame(guard.left, text, None, source) + self.blame(guard.right, text, None, source)
+                out += found
+        return out
+
+
+def describe(expr: Expr) -> str:
+    """An expression for people: tensor sizes without node names."""
+    if isinstance(expr, TensorSize):
+        return f"x.shape[{expr.axis}]"
+    if isinstance(expr, Operation):
+        return str(dataclasses.replace(expr, args=tuple(_Text(describe(a)) for a in expr.args)))  # type: ignore[misc]
+    return str(expr)
+
+
+class _Text(str):
+    """A rendered sub-expression."""
+
+
+def _solve(expr: Expr, leaf: Attribute, wanted: int, lookup: object) -> int | None:
+    """The value of `leaf` that makes `expr` equal `wanted`: proportional first, then a few neighbours; checked."""
+    old = evaluate(expr, recorded_value)
+    if not old or not leaf.value:
+        return None
+    guesses = {round(leaf.value * wanted / old), round(leaf.value * old / wanted) if wanted else 0, wanted}
+    for guess in sorted(guesses):
+        if guess < 1:
+            continue
+
+        def value(x: Attribute | TensorSize, guess: int = guess) -> int:
+            return guess if x == leaf else lookup(x)  # type: ignore[operator]
+
+        try:
+            if evaluate(expr, value) == wanted:
+                return int(guess)
+        except ArithmeticError:
+            continue
+    return None
+
+
+def positions_of(analysis: Analysis, axis_map: AxisMap) -> Vector:
+    """All global positions on an axis."""
+    parts = [analysis.dims.positions(d, v) for d, v in axis_map.items()]
+    return np.unique(np.concatenate(parts)) if parts else np.zeros(0, np.int64)

@@ -1,0 +1,122 @@
+"""The measurement itself: sessions of several models run in alternation."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from ..errors import GraphPruneError
+from .arguments import FlatArguments
+from .candidates import ModelFile
+from .providers import Provider
+from .results import BenchmarkRow
+from .sessions import BoundSession, device_of, open_session, probe
+from .statistics import schedule, speedup_interval, spread
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How to measure; the fields are those of `benchmark`."""
+
+    provider: Provider
+    options: Mapping[str, str]
+    threads: int
+    cuda_graph: bool
+    warmup: int
+    rounds: int
+    min_time: float
+    seed: int
+
+
+def measure_batch(
+    files: Mapping[str, ModelFile],
+    call: FlatArguments,
+    baseline: str,
+    settings: Settings,
+    folder: Path,
+    advance: Callable[[str], None],
+) -> list[BenchmarkRow]:
+    """All models at one batch size, each in a session of its own, measured in alternation."""
+    sessions: dict[str, BoundSession] = {}
+    nodes: dict[str, Mapping[str, int]] = {}
+    device_id = device_of(settings.options)
+    for name, file in files.items():
+        try:
+            found = probe(file.path, call, settings.provider, folder, provider_options=settings.options)
+            session = open_session(
+                file.path,
+                settings.provider,
+                threads=settings.threads,
+                provider_options=settings.options,
+                cuda_graph=settings.cuda_graph,
+            )
+            nodes[name] = found.nodes
+            sessions[name] = BoundSession(session, call, settings.provider, device_id, outputs=found.outputs)
+        except GraphPruneError as error:
+            raise GraphPruneError(f"model {name!r}: {error}") from error
+    names = list(files)
+    label = "measuring" if call.batch_size is None else f"batch {call.batch_size}"
+    calls, samples = alternate([sessions[name].run for name in names], settings, lambda: advance(label))
+    rows = []
+    for i, (name, file) in enumerate(files.items()):
+        median, p10, p90 = spread(samples[i])
+        ratio, low, high = speedup_interval(samples[names.index(baseline)], samples[i], seed=settings.seed)
+        rows.append(
+            BenchmarkRow(
+                model=name,
+                batch_size=call.batch_size,
+                median_ms=1000 * median,
+                p10_ms=1000 * p10,
+                p90_ms=1000 * p90,
+                speedup=ratio,
+                speedup_low=low,
+                speedup_high=high,
+                calls=calls[i],
+                nodes=nodes[name],
+                parameters=file.parameters,
+                file_mib=file.size / 2**20,
+                max_relative_error=file.error,
+                samples_ms=tuple(1000 * sample for sample in samples[i]),
+            )
+        )
+    return rows
+
+
+def alternate(
+    runs: Sequence[Callable[[], None]],
+    settings: Settings,
+    advance: Callable[[], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[list[int], list[list[float]]]:
+    """Calls per sample, and seconds per call for each round, of each of `runs`."""
+    for run in runs:
+        for _ in range(settings.warmup):
+            run()
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        calls = []
+        for run in runs:
+            # The fastest of three: a hiccup here would make all samples of this model shorter than asked for.
+            fastest = min(_seconds(run, 1, clock) for _ in range(3))
+            calls.append(max(1, math.ceil(settings.min_time / max(fastest, 1e-7))))
+        samples: list[list[float]] = [[] for _ in runs]
+        for order in schedule(len(runs), settings.rounds, settings.seed):
+            for i in order:
+                samples[i].append(_seconds(runs[i], calls[i], clock) / calls[i])
+            advance()
+    finally:
+        if collecting:
+            gc.enable()
+    return calls, samples
+
+
+def _seconds(run: Callable[[], None], calls: int, clock: Callable[[], float]) -> float:
+    start = clock()
+    for _ in range(calls):
+        run()
+    return clock() - start

@@ -1,0 +1,274 @@
+"""plan() and prune(): the stages in order. trace -> dependency graph -> importance -> allocation -> plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .allocation import Allocation, Settings, allocate, ignored_positions
+from ._version import __version__
+from .dependency import DependencyGraph, Frozen, Group, Reason
+from .dependency.graph import trace
+from .dependency.sizes import Conflict, Resolution, SizeSolver, gone_on_axis, positions_of
+from .dependency.temperature import Rescale, rescales
+from .errors import GraphPruneError
+from .importance import BatchNormLink, Criterion, ImportanceContext, normalise, resolve_criterion
+from .plans import AttributeChange, GroupPlan, Plan, structure_of
+from .surgery import Fold, find_folds, fold_names, folded_tensors
+from .verification import verify as run_verification
+
+Criterionlike = str | Callable[..., Any]
+# Each round freezes or fixes at least one group, so the number of groups bounds it; this is only a safety net.
+_MAX_ROUNDS = 400
+
+
+def plan(
+    model: nn.Module,
+    example_input: Any,
+    ratio: float | Mapping[str, float] = 0.5,
+    *,
+    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    scope: str = "local",
+    criterion: Criterionlike = "l2",
+    round_to: int = 1,
+    min_channels: int = 1,
+    granularity: str | Sequence[str] = "auto",
+    fold_bn: bool = True,
+    seed: int = 0,
+) -> Plan:
+    """Decide what to remove from `model`, without changing it.
+
+    - `ratio`: fraction of each group's channels to remove, in [0, 1). A number, or a dict from module names,
+      parameter names or patterns (`"layer3.*"`) to numbers; the longest match wins and what matches nothing stays.
+    - `ignore`: modules, names or patterns whose outputs stay. The network's inputs and outputs always stay.
+    - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
+      structure (Fang et al., ECCV 2024).
+    - `criterion`: "l1", "l2" (default), "bn_scale", "fpgm", "lamp", "random", any function registered with
+      `graphprune.criterion`, a callable, or an importance object of the torch_pruning library.
+    - `round_to`: keep multiples of this many channels. `min_channels`: keep at least this many.
+    - `granularity`: "auto" (default), or any of "channels", "heads", "head features".
+    - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
+      while importance still sees the folded, effective filters.
+    - `seed`: for the criterion "random".
+
+    Numbers are rounded to nearest (0.34 of 10 removes 3); ties between equal scores keep the lower index.
+
+    Raises GraphPruneError for arguments out of range, unknown names, weights that are NaN, and models that fail on the
+    example input. A model with nothing to prune gives a plan that removes nothing and says why, axis by axis.
+    """
+    settings = Settings(ratio, scope, round_to, min_channels, granularity)
+    settings.check()
+    chosen = resolve_criterion(criterion)
+    graph = trace(model, example_input)
+    return plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
+
+
+def plan_from_graph(
+    model: nn.Module,
+    graph: DependencyGraph,
+    settings: Settings,
+    criterion: Criterion,
+    *,
+    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    fold_bn: bool = True,
+    seed: int = 0,
+) -> Plan:
+    """`plan` for a model that is traced already. The graph is narrowed by what turns out to be blocked."""
+    held = ignored_positions(ignore, graph, model)
+    if held:
+        graph.freeze_many(held)
+    folds = find_folds(model, graph.trace)
+    scorer = _Scorer(model, folds, criterion, seed, settings.scope != "local" and not criterion.comparable)
+    allocation, resolution, factors = _settle(graph, settings, scorer)
+    return _assemble(model, graph, allocation, resolution, factors, folds if fold_bn else [])
+
+
+class _Scorer:
+    """Scores of groups, computed once per set of members even when groups are rebuilt."""
+
+    def __init__(self, model: nn.Module, folds: list[Fold], criterion: Criterion, seed: int, normalised: bool) -> None:
+        tensors: dict[str, Tensor] = {}
+        named: dict[str, Tensor] = dict(model.named_parameters())
+        named.update(model.named_buffers())
+        tensors = {n: t.detach() for n, t in named.items()}
+        self.meta = any(t.is_meta for t in tensors.values())
+        links = {}
+        if folds and not self.meta:
+            tensors.update(folded_tensors(model, folds))
+            for fold in folds:
+                norm = model.get_submodule(fold.batch_norm)
+                if isinstance(norm.weight, Tensor):
+                    links[fold_names(fold)[0]] = BatchNormLink(norm.weight.detach(), fold.axis, fold.batch_norm)
+        self.context = ImportanceContext(model, tensors, bn=links, seed=seed)
+        self.criterion = criterion
+        self.normalised = normalised
+        self.cache: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def __call__(self, graph: DependencyGraph) -> dict[int, np.ndarray]:
+        out = {}
+        for group in graph.groups:
+            key = tuple((m.parameter, m.axis, m.positions.tobytes()) for m in group.members)
+            if key not in self.cache:
+                if self.meta:  # no weights to look at: keep the first ones
+                    scores = np.arange(group.size, 0, -1, dtype=np.float64)
+                else:
+                    scores = self.criterion(self.context, group)
+                self.cache[key] = normalise(scores) if self.normalised else scores
+            out[group.index] = self.cache[key]
+        return out
+
+
+def _settle(
+    graph: DependencyGraph, settings: Settings, scorer: _Scorer
+) -> tuple[Allocation, Resolution, list[Rescale]]:
+    """Allocate, check every size in the user's code, adjust or hold what does not come out right, and repeat."""
+    forced: dict[int, int] = {}
+    tried: set[tuple[int, int]] = set()
+    for _ in range(_MAX_ROUNDS):
+        allocation = allocate(graph, scorer(graph), settings, _by_index(graph, forced))
+        solver = SizeSolver(graph.analysis, allocation.gone)
+        resolution = solver.resolve()
+        factors, blocked = rescales(graph.analysis, solver)
+        conflicts = resolution.conflicts + blocked
+        if not conflicts:
+            return allocation, resolution, factors
+        adjusted = {}
+        for conflict in conflicts:
+            adjusted.update(_adjustment(graph, conflict, allocation, tried))
+        if adjusted:
+            forced.update(adjusted)
+        else:
+            _hold(graph, conflicts)
+    raise GraphPruneError("planning did not settle on this model; please report it")
+
+
+def _by_index(graph: DependencyGraph, forced: Mapping[int, int]) -> dict[int, int]:
+    """Forced counts are remembered by a position, as groups are renumbered when they are rebuilt."""
+    label = graph.analysis.label
+    component = {int(label[position]): keep for position, keep in forced.items()}
+    out = {}
+    for group in graph.groups:
+        keep = component.get(int(graph.units(group)[0]))
+        if keep is not None:
+            out[group.index] = min(keep, group.size)
+    return out
+
+
+def _groups_on(graph: DependencyGraph, conflict: Conflict) -> list[Group]:
+    analysis = graph.analysis
+    labels = np.unique(analysis.label[positions_of(analysis, conflict.axis_map)])
+    return [g for g in graph.groups if np.isin(graph.units(g), labels).any()]
+
+
+def _adjustment(
+    graph: DependencyGraph, conflict: Conflict, allocation: Allocation, tried: set[tuple[int, int]]
+) -> dict[int, int]:
+    """Can the axis have the length that the user's code computes? Then keep that many units instead."""
+    if conflict.wanted is None or not 1 <= conflict.wanted < conflict.length:
+        return {}
+    groups = _groups_on(graph, conflict)
+    for group in sorted(groups, key=lambda g: (g.kind == "head", g.index)):
+        keep = group.size - len(allocation.removed.get(group.index, ()))
+        new, rest = divmod(keep * conflict.wanted, conflict.survivors)
+        position = int(np.nonzero(graph.analysis.label == graph.units(group)[0])[0][0])
+        if rest or not 1 <= new <= group.size or new == keep or (position, new) in tried:
+            continue
+        if len(groups) > 1 and group.kind == "channel":
+            continue  # several groups laid side by side: which of them should give way is not determined
+        tried.add((position, new))
+        return {position: new}
+    return {}
+
+
+def _hold(graph: DependencyGraph, conflicts: list[Conflict]) -> None:
+    """Freeze what the cheapest conflicts are about; dearer ones may vanish with them."""
+    costs = [sum(m.positions.size for g in _groups_on(graph, c) for m in g.members) for c in conflicts]
+    limit = 2 * min((c for c in costs if c), default=0)
+    freezes = []
+    for conflict, cost in zip(conflicts, costs, strict=True):
+        if cost <= limit:
+            text = conflict.text + (f" ({conflict.source})" if conflict.source else "")
+            freezes.append((positions_of(graph.analysis, conflict.axis_map), Reason("size", text, conflict.node)))
+    graph.freeze_many(freezes)
+
+
+def _assemble(
+    model: nn.Module,
+    graph: DependencyGraph,
+    allocation: Allocation,
+    resolution: Resolution,
+    factors: list[Rescale],
+    folds: list[Fold],
+) -> Plan:
+    analysis = graph.analysis
+    removed: dict[str, dict[int, tuple[int, ...]]] = {}
+    for (name, axis), axis_map in analysis.dims.roots.items():
+        length = graph.trace.parameters[name].meta["val"].shape[axis]
+        mask = gone_on_axis(analysis, axis_map, length, allocation.gone)
+        if mask.any():
+            removed.setdefault(name, {})[axis] = tuple(np.nonzero(mask)[0].tolist())
+    touched = [p for e in analysis.effects.values() for p in e.statistics]
+    statistics = any(allocation.gone[analysis.label[p]].any() for p in touched)
+    return Plan(
+        removed=removed,
+        attributes=tuple(
+            AttributeChange(a.module, a.name, a.key, a.value, v) for a, v in sorted(resolution.attributes.items(), key=str)
+        ),
+        folds=tuple(folds),
+        rescales=tuple(factors),
+        groups=tuple(
+            GroupPlan(g.name, g.kind, g.size, g.size - len(allocation.removed.get(g.index, ()))) for g in graph.groups
+        ),
+        frozen=tuple(str(f) for f in graph.frozen if not _expected(f)),
+        structure=structure_of(model),
+        statistics=statistics,
+        versions={"graphprune": __version__, "torch": str(torch.__version__)},
+    )
+
+
+def _expected(frozen: Frozen) -> bool:
+    """Kernel positions and the network's own inputs and outputs: true of every network, and no news."""
+    return all(r.kind in ("kernel", "vocabulary") for r in frozen.reasons) and bool(frozen.reasons)
+
+
+def prune(
+    model: nn.Module,
+    example_input: Any,
+    ratio: float | Mapping[str, float] = 0.5,
+    *,
+    verify: bool = True,
+    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    scope: str = "local",
+    criterion: Criterionlike = "l2",
+    round_to: int = 1,
+    min_channels: int = 1,
+    granularity: str | Sequence[str] = "auto",
+    fold_bn: bool = True,
+    seed: int = 0,
+) -> nn.Module:
+    """A physically smaller copy of `model`; the model itself is not touched.
+
+    The same as `plan(...).apply(model)`, followed by `verify` unless `verify=False`. All other arguments are those of
+    `plan`. Verification costs four forward passes and two copies of the model; it raises GraphPruneError if the pruned
+    network is not what the plan says.
+
+    >>> import torch, graphprune
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+    >>> small = graphprune.prune(net, torch.randn(1, 3, 8, 8), 0.5)
+    >>> small[0].weight.shape, small[2].weight.shape
+    (torch.Size([4, 3, 3, 3]), torch.Size([4, 4, 3, 3]))
+    """
+    settings = Settings(ratio, scope, round_to, min_channels, granularity)
+    settings.check()
+    chosen = resolve_criterion(criterion)
+    graph = trace(model, example_input)
+    decided = plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
+    small = decided.apply(model)
+    if verify:
+        report = run_verification(model, small, decided, example_input, graph=graph)
+        report.raise_on_failure()
+    return small

@@ -1,0 +1,17 @@
+"""What a channel is worth. A criterion maps a group to one score per unit; a decorator registers more."""
+
+from __future__ import annotations
+
+from . import batchnorm, chance, geometric, magnitude  # noqa: F401  (importing them registers their criteria)
+from .context import BatchNormLink, ImportanceContext
+from .registry import Criterion, criterion, known_criteria, normalise, resolve_criterion
+
+__all__ = [
+    "BatchNormLink",
+    "Criterion",
+    "ImportanceContext",
+    "criterion",
+    "known_criteria",
+    "normalise",
+    "resolve_criterion",
+]

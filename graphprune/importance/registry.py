@@ -1,0 +1,201 @@
+"""Criteria by name: one decorated function each, resolved and checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..dependency.groups import Group
+from ..errors import GraphPruneError
+from .context import Floats, ImportanceContext
+
+CriterionFunction = Callable[[ImportanceContext, Group], Any]
+_F = TypeVar("_F", bound=CriterionFunction)
+How = Literal["mean", "max", "sum"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+    """A named function from a group to one score per unit; the higher, the rather the unit is kept.
+
+    `comparable`: the scores of different groups are on one scale as they are, so that ranking across groups
+    should use them raw; otherwise `normalise` them first.
+    """
+
+    name: str
+    function: CriterionFunction
+    comparable: bool = False
+
+    def __call__(self, context: ImportanceContext, group: Group) -> Floats:
+        """Scores of the group's units: float64, shape (group.size,), finite. Runs without recording gradients.
+
+        Raises GraphPruneError, naming the criterion and the group, if the function fails, returns another shape or
+        something that is no real number, or if a score is NaN or infinite; then the parameters to blame are named.
+        """
+        try:
+            # what overflows or divides by zero is found in the result, with a better message than NumPy's warning
+            with torch.no_grad(), np.errstate(all="ignore"):
+                result = self.function(context, group)
+            scores = _as_vector(result)
+        except GraphPruneError:
+            raise
+        except Exception as error:
+            raise GraphPruneError(
+                f"criterion '{self.name}' failed on {_describe(group)}: {type(error).__name__}: {error}"
+            ) from error
+        if scores is None:
+            raise GraphPruneError(
+                f"criterion '{self.name}' returned {_kind(result)} for {_describe(group)}: expected {group.size} real "
+                f"numbers, one per unit"
+            )
+        if scores.shape != (group.size,):
+            raise GraphPruneError(
+                f"criterion '{self.name}' returned shape {scores.shape} for {_describe(group)}: expected "
+                f"({group.size},), one score per unit"
+            )
+        if not np.isfinite(scores).all():
+            raise GraphPruneError(self._blame(scores, context, group))
+        return scores
+
+    def _blame(self, scores: Floats, context: ImportanceContext, group: Group) -> str:
+        count = int((~np.isfinite(scores)).sum())
+        bad = context.nonfinite(group)
+        if bad:
+            names = ", ".join(f"'{name}'" for name in bad)
+            reason = f"NaN or infinite values in {names}; repair these weights before pruning"
+        else:
+            reason = "the weights are finite, so the criterion divides by zero or overflows here; use another one"
+        return f"criterion '{self.name}' gave {count} NaN or infinite scores for {_describe(group)}: {reason}"
+
+
+_REGISTRY: dict[str, Criterion] = {}
+
+
+def criterion(name: str, *, comparable: bool = False) -> Callable[[_F], _F]:
+    """Register a function `(context, group) -> scores` under `name`, for `prune(..., criterion=name)`.
+
+    The function returns anything array-like of shape (group.size,); the higher a score, the rather its unit is kept.
+    `comparable`: see `Criterion`. The function itself is returned unchanged. Defining the same function again (in
+    a notebook) replaces it; another function under a taken name raises GraphPruneError.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise GraphPruneError(f"criterion: expected a name, got {name!r}; write @criterion(\"name\")")
+
+    def register(function: _F) -> _F:
+        taken = _REGISTRY.get(name)
+        if taken is not None and _origin(taken.function) != _origin(function):
+            raise GraphPruneError(
+                f"criterion '{name}' is already registered by {'.'.join(_origin(taken.function))}: choose another name"
+            )
+        _REGISTRY[name] = Criterion(name, function, comparable)
+        return function
+
+    return register
+
+
+def known_criteria() -> tuple[str, ...]:
+    """Registered names, sorted."""
+    return tuple(sorted(_REGISTRY))
+
+
+def resolve_criterion(criterion: Any) -> Criterion:
+    """The criterion meant by a registered name, a function `(context, group) -> scores`, or an object of
+    `torch_pruning.importance`; a `Criterion` is returned as it is.
+
+    Raises GraphPruneError for an unknown name, with the known ones and the nearest, and for anything else.
+    """
+    if isinstance(criterion, Criterion):
+        return criterion
+    if isinstance(criterion, str):
+        found = _REGISTRY.get(criterion)
+        if found is None:
+            near = difflib.get_close_matches(criterion.lower(), known_criteria(), n=1, cutoff=0.4)
+            hint = f" Did you mean '{near[0]}'?" if near else ""
+            raise GraphPruneError(f"unknown criterion '{criterion}'.{hint} Known: {', '.join(known_criteria())}")
+        return found
+    if isinstance(criterion, type):
+        name = criterion.__name__
+        raise GraphPruneError(f"criterion: got the class {name}; pass an instance, {name}()")
+    if _is_torch_pruning_importance(criterion):
+        from .torch_pruning import TorchPruningCriterion
+
+        # That library normalises inside and compares groups by what comes out.
+        return Criterion(f"torch_pruning.{type(criterion).__name__}", TorchPruningCriterion(criterion), comparable=True)
+    for known in _REGISTRY.values():
+        if known.function is criterion:
+            return known
+    if callable(criterion):
+        return Criterion(getattr(criterion, "__name__", type(criterion).__name__), criterion)
+    raise GraphPruneError(
+        f"criterion: expected one of {', '.join(known_criteria())}, a function (context, group) -> scores, or a "
+        f"torch_pruning importance object; got {type(criterion).__name__}"
+    )
+
+
+def normalise(scores: npt.ArrayLike, how: How | None = "mean") -> Floats:
+    """Scores of one group brought to a scale on which groups can be compared; the order inside stays.
+
+    `how`: "mean" (default) - the group's average becomes 1, a score says how a unit compares with its own group;
+    "max" - the best unit of every group becomes 1; "sum" - shares of the group, so units of large groups weigh less;
+    None - unchanged, for criteria that are comparable as they are. The divisor is taken over absolute values, so that
+    negative scores keep their order. A group that is zero throughout stays zero.
+
+    Raises GraphPruneError for another `how`.
+    """
+    if how not in ("mean", "max", "sum", None):
+        raise GraphPruneError(f"normalise: expected 'mean', 'max', 'sum' or None, got {how!r}")
+    values: Floats = np.array(scores, dtype=np.float64)
+    size = np.abs(values)
+    top = float(size.max(initial=0.0))
+    if how is None or top == 0.0:
+        return values
+    # dividing by the largest first keeps the sum of huge and of tiny scores in range
+    values, size = values / top, size / top
+    if how == "mean":
+        values = values / size.mean()
+    elif how == "sum":
+        values = values / size.sum()
+    return values
+
+
+def _as_vector(result: Any) -> Floats | None:
+    """Any array-like as float64 on the host; None if it does not hold real numbers."""
+    if isinstance(result, Tensor):
+        if result.is_complex():
+            return None
+        if result.is_meta:
+            raise GraphPruneError(
+                "the scores are on the meta device, because the model has no values: load its weights first, or use "
+                "criterion='random', which needs none"
+            )
+        result = result.detach().to("cpu", torch.float64).numpy()
+    elif isinstance(result, (list, tuple)):
+        result = [float(item) if isinstance(item, Tensor) else item for item in result]
+    array = np.asarray(result)
+    return array.astype(np.float64) if array.dtype.kind in "fiub" else None
+
+
+def _is_torch_pruning_importance(value: object) -> bool:
+    # An instance can only exist if its module was imported: no need to import it here.
+    module = sys.modules.get("torch_pruning.pruner.importance")
+    return module is not None and isinstance(value, module.Importance)
+
+
+def _origin(function: object) -> tuple[str, str]:
+    return (str(getattr(function, "__module__", "")), str(getattr(function, "__qualname__", repr(function))))
+
+
+def _describe(group: Group) -> str:
+    return f"group {group.index} ({group.name}, {group.size} units)"
+
+
+def _kind(value: object) -> str:
+    return "nothing" if value is None else type(value).__name__

@@ -1,0 +1,213 @@
+"""The plan: what goes, as data. Can be read, compared, edited, stored as JSON and applied to a copy of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .dependency.temperature import Rescale
+from .errors import GraphPruneError
+from .surgery import Fold, operate
+
+FORMAT = "graphprune.plan/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttributeChange:
+    """`model.<module>.<name>[key...]` goes from `old` to `new`."""
+
+    module: str
+    name: str
+    key: tuple[int | str, ...]
+    old: int
+    new: int
+
+    def __str__(self) -> str:
+        path = f"{self.module}.{self.name}" if self.module else self.name
+        return path + "".join(f"[{k!r}]" for k in self.key) + f": {self.old} -> {self.new}"
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """One group in the plan: how many of its units stay."""
+
+    name: str
+    kind: str
+    size: int
+    kept: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which indices of which parameter axes go, and everything that must change with them.
+
+    `removed`: parameter or buffer name -> {axis: sorted removed indices, in the original numbering}.
+    `attributes`: integer attributes of modules that must change. `folds`: Conv-BN pairs that are merged first.
+    `rescales`: rows multiplied by a factor, so that attention keeps its temperature. `groups`: every group, with how
+    much of it stays. `frozen`: what could not be removed, and why, one line each. `structure`: names and shapes of the
+    model the plan was made for. `statistics`: whether something is removed that a norm, softmax or mean runs over.
+    """
+
+    removed: Mapping[str, Mapping[int, tuple[int, ...]]]
+    attributes: tuple[AttributeChange, ...] = ()
+    folds: tuple[Fold, ...] = ()
+    rescales: tuple[Rescale, ...] = ()
+    groups: tuple[GroupPlan, ...] = ()
+    frozen: tuple[str, ...] = ()
+    structure: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    statistics: bool = False
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is removed (batch norms may still be folded)."""
+        return not self.removed
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """A pruned copy of `model`, which must have the names and shapes the plan was made for.
+
+        Raises GraphPruneError, naming the first parameter that differs, when it has not. `model` is never touched.
+        """
+        self.check(model)
+        attributes = [(a.module, a.name, a.key, a.new) for a in self.attributes]
+        return operate(model, self.removed, attributes, self.folds, self.rescales)
+
+    def check(self, model: nn.Module) -> None:
+        """Raise GraphPruneError unless the plan fits `model`."""
+        found = structure_of(model)
+        for name, shape in self.structure.items():
+            if name not in found:
+                raise GraphPruneError(f"the plan was made for another model: this one has no {name}")
+            if found[name] != tuple(shape):
+                raise GraphPruneError(
+                    f"the plan was made for another model: {name} has shape {found[name]}, the plan expects {tuple(shape)}"
+                )
+        extra = [n for n in found if n not in self.structure]
+        if extra:
+            raise GraphPruneError(f"the plan was made for another model: it knows no {extra[0]}")
+
+    @property
+    def structural_hash(self) -> str:
+        """A hash of the names and shapes of the model the plan was made for."""
+        text = json.dumps({k: list(v) for k, v in sorted(self.structure.items())})
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def summary(self) -> str:
+        """What is removed and what is not, for people."""
+        lines = []
+        cut = [g for g in self.groups if g.kept < g.size]
+        lines.append(f"{len(cut)} of {len(self.groups)} groups pruned, {len(self.folds)} batch norms folded")
+        lines += [f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" for g in cut]
+        lines += [f"  {change}" for change in self.attributes]
+        if self.frozen:
+            lines.append("cannot be removed:")
+            lines += [f"  {line}" for line in self.frozen]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    # -- as JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "format": FORMAT,
+            "structural_hash": self.structural_hash,
+            "versions": dict(self.versions),
+            "structure": {k: list(v) for k, v in self.structure.items()},
+            "removed": {n: {str(a): list(i) for a, i in axes.items()} for n, axes in self.removed.items()},
+            "attributes": [{**dataclasses.asdict(a), "key": list(a.key)} for a in self.attributes],
+            "folds": [dataclasses.asdict(f) for f in self.folds],
+            "rescales": [{**dataclasses.asdict(r), "indices": list(r.indices)} for r in self.rescales],
+            "groups": [dataclasses.asdict(g) for g in self.groups],
+            "frozen": list(self.frozen),
+            "statistics": self.statistics,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """The inverse of `to_dict`. Raises GraphPruneError for anything that is not a plan."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise GraphPruneError(f"not a plan: expected format {FORMAT!r}, found {found!r}")
+        try:
+            plan = cls(
+                removed={
+                    str(n): {int(a): tuple(int(i) for i in idx) for a, idx in axes.items()}
+                    for n, axes in data["removed"].items()
+                },
+                attributes=tuple(
+                    AttributeChange(a["module"], a["name"], tuple(a["key"]), int(a["old"]), int(a["new"]))
+                    for a in data["attributes"]
+                ),
+                folds=tuple(Fold(f["layer"], f["batch_norm"], int(f["axis"])) for f in data["folds"]),
+                rescales=tuple(
+                    Rescale(r["parameter"], int(r["axis"]), tuple(int(i) for i in r["indices"]), float(r["factor"]))
+                    for r in data["rescales"]
+                ),
+                groups=tuple(GroupPlan(g["name"], g["kind"], int(g["size"]), int(g["kept"])) for g in data["groups"]),
+                frozen=tuple(map(str, data["frozen"])),
+                structure={str(k): tuple(int(n) for n in v) for k, v in data["structure"].items()},
+                statistics=bool(data["statistics"]),
+                versions={str(k): str(v) for k, v in data["versions"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GraphPruneError(f"not a plan: {type(error).__name__}: {error}") from error
+        plan._check_indices()
+        return plan
+
+    def _check_indices(self) -> None:
+        for name, axes in self.removed.items():
+            shape = self.structure.get(name)
+            for axis, indices in axes.items():
+                if shape is None or not 0 <= axis < len(shape):
+                    raise GraphPruneError(f"the plan removes from axis {axis} of {name}, which it does not describe")
+                ordered = all(a < b for a, b in zip(indices, indices[1:], strict=False))
+                if not ordered or (indices and not 0 <= indices[0] <= indices[-1] < shape[axis]):
+                    raise GraphPruneError(
+                        f"the plan's indices for axis {axis} of {name} must be increasing and lie in [0, {shape[axis]})"
+                    )
+                if len(indices) >= shape[axis]:
+                    raise GraphPruneError(f"the plan removes all of axis {axis} of {name}; at least one must stay")
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as JSON, to a temporary name first. Raises GraphPruneError when the path cannot be written."""
+        target = Path(path)
+        try:
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        except OSError as error:
+            raise GraphPruneError(f"the plan cannot be written to {target}: {error.strerror}") from error
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.to_dict(), file)
+            os.replace(temporary, target)
+        except OSError as error:
+            Path(temporary).unlink(missing_ok=True)
+            raise GraphPruneError(f"the plan cannot be written to {target}: {error.strerror}") from error
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan written by `save`. Raises GraphPruneError when there is none or it is damaged."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise GraphPruneError(f"the plan {path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise GraphPruneError(f"the plan {path} is no JSON: {error}") from error
+        return cls.from_dict(data)
+
+
+def structure_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters and buffers."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tuple(tensor.shape) for name, tensor in named}

@@ -1,0 +1,75 @@
+"""Set what a module says about its own sizes: torch.nn's attributes from its tensors, the user's from the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from ..errors import GraphPruneError
+
+
+def set_attribute(model: nn.Module, module: str, name: str, key: tuple[int | str, ...], value: int) -> None:
+    """`model.<module>.<name>[key...] = value`; tuples are rebuilt."""
+    owner = model.get_submodule(module)
+    if name not in owner.__dict__:
+        raise GraphPruneError(f"the plan sets {module}.{name}, which this model does not have")
+    owner.__dict__[name] = _with(owner.__dict__[name], key, value)
+
+
+def _with(current: Any, key: tuple[int | str, ...], value: int) -> Any:
+    if not key:
+        return value
+    inner = _with(current[key[0]], key[1:], value)
+    if isinstance(current, tuple):
+        items = list(current)
+        items[int(key[0])] = inner
+        return type(current)(items) if type(current) is tuple else type(current)(*items)
+    current = current.copy()
+    current[key[0]] = inner
+    return current
+
+
+def refresh(modules: Iterable[nn.Module]) -> None:
+    """Make torch.nn's descriptive attributes agree with the tensors. What forward reads is set by the plan."""
+    for module in modules:
+        weight = getattr(module, "weight", None) if not isinstance(module, nn.MultiheadAttention) else None
+        if isinstance(module, nn.MultiheadAttention):
+            _refresh_attention(module)
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+            continue
+        if not isinstance(weight, Tensor):
+            continue
+        shape = weight.shape
+        if isinstance(module, _ConvTransposeNd):
+            module.in_channels, module.out_channels = shape[0], shape[1] * module.groups
+        elif isinstance(module, _ConvNd):
+            module.out_channels, module.in_channels = shape[0], shape[1] * module.groups
+        elif isinstance(module, nn.Linear):
+            module.out_features, module.in_features = shape
+        elif isinstance(module, nn.Bilinear):
+            module.out_features, module.in1_features, module.in2_features = shape
+        elif isinstance(module, _NormBase):
+            module.num_features = shape[0]
+        elif isinstance(module, nn.GroupNorm):
+            module.num_channels = shape[0]
+        elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+            module.normalized_shape = tuple(shape)
+        elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.num_embeddings, module.embedding_dim = shape
+        elif isinstance(module, nn.PReLU):
+            module.num_parameters = shape[0]
+    for module in modules:
+        if isinstance(module, _NormBase) and module.weight is None and module.running_mean is not None:
+            module.num_features = module.running_mean.shape[0]
+
+
+def _refresh_attention(module: nn.MultiheadAttention) -> None:
+    width = module.out_proj.weight.shape[0]
+    module.embed_dim = width
+    module.head_dim = width // module.num_heads
+    if module._qkv_same_embed_dim:
+        module.kdim = module.vdim = width

@@ -1,0 +1,165 @@
+"""Conv-BN folding, decided by the data flow: y = BN(W x + b) becomes y = W' x + b'.
+
+In eval mode a batch norm is y = (z - mean) * gamma / sqrt(var + eps) + beta per channel, so with s = gamma /
+sqrt(var + eps): W' = s W (per output channel) and b' = (b - mean) s + beta (Jacob et al., CVPR 2018, section 3.2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from ..tracing.trace import Trace, record_run
+from .copying import clone_with, replace_module
+
+_BATCH_NORMS = {
+    "native_batch_norm": 5,
+    "cudnn_batch_norm": 5,
+    "miopen_batch_norm": 5,
+    "_native_batch_norm_legit": 5,
+    "_native_batch_norm_legit_no_training": None,
+    "batch_norm": 5,
+    "_batch_norm_no_update": None,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """A batch norm that can be folded into the layer before it. Both are module paths.
+
+    `axis` is the output axis of the layer's weight: 0, or 1 for a transposed convolution.
+    """
+
+    layer: str
+    batch_norm: str
+    axis: int
+
+
+def _operation(node: fx.Node) -> str:
+    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
+
+
+def find_folds(model: nn.Module, trace: Trace) -> list[Fold]:
+    """Every batch norm whose input is made by one convolution or linear layer and read by nothing else."""
+    modules = dict(model.named_modules())
+    folds = []
+    for node in trace.graph.nodes:
+        if node.op != "call_function" or _operation(node) not in _BATCH_NORMS:
+            continue
+        flag = _BATCH_NORMS[_operation(node)]
+        if flag is not None and bool(node.args[flag]):
+            continue  # statistics of the batch itself
+        fold = _fold_of(node, modules, trace)
+        if fold is not None:
+            folds.append(fold)
+    return folds
+
+
+def _fold_of(node: fx.Node, modules: dict[str, nn.Module], trace: Trace) -> Fold | None:
+    producer = node.args[0]
+    if not isinstance(producer, fx.Node) or len(producer.users) != 1:
+        return None
+    operation = _operation(producer)
+    if operation not in ("convolution", "linear"):
+        return None
+    if operation == "linear" and len(producer.meta["val"].shape) != 2:
+        return None  # a batch norm over the tokens of a sequence
+    weight = producer.args[1]
+    bias = producer.args[2] if len(producer.args) > 2 else producer.kwargs.get("bias")
+    layer = _owner(weight, "weight", modules, (_ConvNd, nn.Linear))
+    batch_norm = _owner(node.args[3], "running_mean", modules, (_BatchNorm,))
+    if layer is None or batch_norm is None:
+        return None
+    for parameter in (weight, bias, *node.args[1:5]):
+        # shared with another call, or computed on the fly: folding here would change something else
+        if parameter is not None and (not isinstance(parameter, fx.Node) or len(parameter.users) != 1):
+            return None
+        if parameter is not None and "parameter" not in parameter.meta:
+            return None
+    if list(trace.aliases.values()).count(f"{layer}.weight" if layer else "weight") != 1:
+        return None
+    if bias is None and not _uses_bias(modules[layer]):
+        return None
+    transposed = operation == "convolution" and bool(producer.args[6])
+    return Fold(layer, batch_norm, 1 if transposed else 0)
+
+
+def _owner(node: Any, attribute: str, modules: dict[str, nn.Module], kinds: tuple[type, ...]) -> str | None:
+    """The path of the module whose parameter this node is."""
+    name = node.meta.get("parameter") if isinstance(node, fx.Node) else None
+    if name is None:
+        return None
+    path, _, last = name.rpartition(".")
+    return path if last == attribute and isinstance(modules.get(path), kinds) else None
+
+
+def _uses_bias(layer: nn.Module) -> bool:
+    """Would a bias be added if the module had one? True for torch's own forward and for those that call it."""
+    forward = type(layer).forward
+    if forward.__module__.startswith("torch.nn"):
+        return True
+    return bool({"super", "bias", "_conv_forward"} & set(forward.__code__.co_names))
+
+
+def folded_tensors(model: nn.Module, folds: list[Fold]) -> dict[str, Tensor]:
+    """New weights and biases by parameter name, computed in float32 or better and returned in the layer's dtype."""
+    modules = dict(model.named_modules())
+    out: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for fold in folds:
+            layer, norm = modules[fold.layer], modules[fold.batch_norm]
+            assert isinstance(layer, (_ConvNd, nn.Linear)) and isinstance(norm, _BatchNorm)
+            weight = layer.weight.detach()
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)  # type: ignore[union-attr]
+            if norm.weight is not None:
+                scale = scale * norm.weight.detach().to(dtype)
+            shift = -norm.running_mean.to(dtype) * scale  # type: ignore[union-attr]
+            if norm.bias is not None:
+                shift = shift + norm.bias.detach().to(dtype)
+            if layer.bias is not None:
+                shift = shift + layer.bias.detach().to(dtype) * scale
+            prefix = f"{fold.layer}." if fold.layer else ""
+            out[prefix + "weight"] = _scaled(weight, scale, fold.axis, layer).to(weight.dtype)
+            out[prefix + "bias"] = shift.to(weight.dtype)
+    return out
+
+
+def _scaled(weight: Tensor, scale: Tensor, axis: int, layer: nn.Module) -> Tensor:
+    view = [1] * weight.dim()
+    view[axis] = -1
+    if axis == 0:
+        return weight.to(scale.dtype) * scale.reshape(view)
+    groups = int(layer.groups)  # type: ignore[arg-type]
+    # transposed: (in, out / groups, ...); input channel block g makes output channels of group g
+    parts = weight.to(scale.dtype).reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    by_group = scale.reshape(groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
+    return (parts * by_group).reshape(weight.shape)
+
+
+def fold_names(fold: Fold) -> tuple[str, str]:
+    """The names of the layer's weight and bias."""
+    prefix = f"{fold.layer}." if fold.layer else ""
+    return prefix + "weight", prefix + "bias"
+
+
+def fold_conv_bn(model: nn.Module, example_input: Any) -> nn.Module:
+    """A copy of `model` with every foldable batch norm merged into the layer before it and replaced by nn.Identity.
+
+    Decided by the data flow of one recorded run, not by module order: only where a convolution (plain, transposed,
+    grouped, depthwise) or linear layer feeds that batch norm alone. Uses the running statistics, so the result equals
+    the original in eval mode. A layer without bias gets one.
+
+    Raises GraphPruneError when the model fails on the example input.
+    """
+    folds = find_folds(model, record_run(model, example_input))
+    copied = clone_with(model, folded_tensors(model, folds))
+    for fold in folds:
+        replace_module(copied, fold.batch_norm, nn.Identity())
+    return copied
+

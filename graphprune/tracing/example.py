@@ -1,0 +1,102 @@
+"""Example inputs and outputs: one form inside, whatever the caller passes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GraphPruneError
+
+
+@dataclasses.dataclass(frozen=True)
+class ExampleInput:
+    """Arguments of one call of a model.
+
+    Accepted by every public function as a tensor (one positional argument), a tuple or list (positional
+    arguments) or a dict (keyword arguments); `ExampleInput.of` turns all of them into this form.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, value: Any) -> ExampleInput:
+        if isinstance(value, ExampleInput):
+            return value
+        if isinstance(value, Tensor):
+            example = cls((value,), {})
+        elif isinstance(value, (tuple, list)):
+            example = cls(tuple(value), {})
+        elif isinstance(value, Mapping):
+            if not all(isinstance(key, str) for key in value):
+                raise GraphPruneError("example_input: a dict must map names of keyword arguments to values")
+            example = cls((), dict(value))
+        else:
+            raise GraphPruneError(
+                f"example_input: expected a tensor, a tuple of positional arguments or a dict of keyword "
+                f"arguments, got {type(value).__name__}"
+            )
+        if not example.args and not example.kwargs:
+            raise GraphPruneError("example_input is empty: pass what you would pass to model(...)")
+        return example
+
+    def call(self, model: Callable[..., Any]) -> Any:
+        """`model(*args, **kwargs)`."""
+        return model(*self.args, **self.kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor among the arguments, in order."""
+        return flatten_tensors((self.args, dict(self.kwargs)))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> ExampleInput:
+        """The same arguments with every tensor replaced by `function(tensor)`."""
+        return ExampleInput(_map(self.args, function), _map(dict(self.kwargs), function))
+
+    def clone(self) -> ExampleInput:
+        """Detached copies of the tensors, so that a model may write into its inputs."""
+        return self.map(lambda t: t.detach().clone())
+
+    def to(self, device: torch.device | str) -> ExampleInput:
+        return self.map(lambda t: t.to(device))
+
+
+def flatten_tensors(value: Any) -> list[Tensor]:
+    """Tensors inside nested tuples, lists, dicts, dataclasses and plain objects, in a fixed order."""
+    found: list[Tensor] = []
+    _flatten(value, found, 0)
+    return found
+
+
+def _flatten(value: Any, found: list[Tensor], depth: int) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)):
+        return
+    elif depth > 16:
+        return
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _flatten(item, found, depth + 1)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            _flatten(item, found, depth + 1)
+    elif hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            _flatten(item, found, depth + 1)
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, tuple):
+        items = [_map(item, function) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if isinstance(value, list):
+        return [_map(item, function) for item in value]
+    if isinstance(value, dict):
+        return {key: _map(item, function) for key, item in value.items()}
+    return value

@@ -1,0 +1,238 @@
+"""Numbers that remember where they came from.
+
+While a model is recorded, the integers it reads - its own attributes and the sizes of tensors - are `TracedInt`s. They
+are ordinary integers to the model, but every value computed from them carries an `Expr`: an arithmetic expression over
+attributes, tensor sizes and literals. After pruning the same expression, evaluated with the new sizes, tells whether
+the user's code still computes the right number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any, Union
+
+import torch.fx
+
+Number = Union[int, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Literal:
+    """A number written in the source, or one whose history was lost (which is treated the same: it cannot change)."""
+
+    value: Number
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribute:
+    """An integer attribute of a module, `getattr(model.get_submodule(module), name)[key[0]][key[1]]...`, and its value
+    in the recorded run."""
+
+    module: str
+    name: str
+    key: tuple[int | str, ...] = ()
+    value: int = 0
+
+    def __str__(self) -> str:
+        path = f"{self.module}.{self.name}" if self.module else self.name
+        return path + "".join(f"[{k!r}]" for k in self.key)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSize:
+    """The size of a recorded tensor along one axis."""
+
+    node: torch.fx.Node
+    axis: int
+
+    def __str__(self) -> str:
+        return f"{self.node.name}.shape[{self.axis}]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """Arithmetic on other expressions."""
+
+    function: str
+    args: tuple[Expr, ...]
+
+    def __str__(self) -> str:
+        symbol = _SYMBOLS.get(self.function)
+        if symbol and len(self.args) == 2:
+            return f"({self.args[0]} {symbol} {self.args[1]})"
+        return f"{self.function}({', '.join(map(str, self.args))})"
+
+
+Expr = Union[Literal, Attribute, TensorSize, Operation]
+
+_FUNCTIONS: dict[str, Callable[..., Number]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "truediv": operator.truediv,
+    "mod": operator.mod,
+    "pow": operator.pow,
+    "neg": operator.neg,
+    "sqrt": math.sqrt,
+}
+_SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "floordiv": "//", "truediv": "/", "mod": "%", "pow": "**"}
+
+
+def leaves(expr: Expr) -> Iterator[Attribute | TensorSize]:
+    """The attributes and tensor sizes in `expr`, repeated as often as they occur."""
+    if isinstance(expr, Operation):
+        for arg in expr.args:
+            yield from leaves(arg)
+    elif not isinstance(expr, Literal):
+        yield expr
+
+
+def recorded_value(leaf: Attribute | TensorSize) -> int:
+    """What a leaf was in the recorded run."""
+    return leaf.value if isinstance(leaf, Attribute) else int(leaf.node.meta["val"].shape[leaf.axis])
+
+
+def evaluate(expr: Expr, lookup: Callable[[Attribute | TensorSize], Number]) -> Number:
+    """The value of `expr` when every leaf has the value `lookup(leaf)`. Raises ArithmeticError where Python would."""
+    if isinstance(expr, Literal):
+        return expr.value
+    if isinstance(expr, Operation):
+        return _FUNCTIONS[expr.function](*(evaluate(arg, lookup) for arg in expr.args))
+    return lookup(expr)
+
+
+class TracedInt(int):
+    """An int with an origin. Arithmetic with numbers yields traced numbers; comparisons are reported as guards."""
+
+    origin: Expr
+    guard: Callable[[str, Expr, Expr, bool], None] | None
+
+    def __new__(cls, value: int, origin: Expr, guard: Callable[[str, Expr, Expr, bool], None] | None = None) -> TracedInt:
+        self = super().__new__(cls, value)
+        self.origin = origin
+        self.guard = guard
+        return self
+
+    # Copies and pickles of a model made while it is being recorded must hold plain numbers.
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (int, (int(self),))
+
+    def __copy__(self) -> int:
+        return int(self)
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return int(self)
+
+    __hash__ = int.__hash__
+
+
+class TracedFloat(float):
+    """A float with an origin, such as `head_dim ** -0.5`."""
+
+    origin: Expr
+    guard: Callable[[str, Expr, Expr, bool], None] | None
+
+    def __new__(cls, value: float, origin: Expr, guard: Callable[[str, Expr, Expr, bool], None] | None = None) -> TracedFloat:
+        self = super().__new__(cls, value)
+        self.origin = origin
+        self.guard = guard
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (float, (float(self),))
+
+    def __copy__(self) -> float:
+        return float(self)
+
+    def __deepcopy__(self, memo: Any) -> float:
+        return float(self)
+
+    __hash__ = float.__hash__
+
+
+def origin_of(value: Any) -> Expr:
+    """The expression behind a number; plain numbers are literals."""
+    if isinstance(value, (TracedInt, TracedFloat)):
+        return value.origin
+    return Literal(value)
+
+
+def is_traced(value: Any) -> bool:
+    return isinstance(value, (TracedInt, TracedFloat))
+
+
+def plain(value: Any) -> Any:
+    """The value without its history."""
+    if isinstance(value, TracedInt):
+        return int.__int__(value)
+    if isinstance(value, TracedFloat):
+        return float.__float__(value)
+    return value
+
+
+def traced_sqrt(value: Any) -> float:
+    """`math.sqrt` that keeps the history."""
+    result = math.sqrt(value)
+    if is_traced(value):
+        return TracedFloat(result, Operation("sqrt", (value.origin,)), value.guard)
+    return result
+
+
+def _wrap(result: Any, expr: Expr, guard: Any) -> Any:
+    if type(result) is int:
+        return TracedInt(result, expr, guard)
+    if type(result) is float:
+        return TracedFloat(result, expr, guard)
+    return result
+
+
+def _install(cls: type, base: type) -> None:
+    def binary(name: str, reflected: bool) -> Callable[[Any, Any], Any]:
+        dunder = f"__{'r' if reflected else ''}{name}__"
+        method, as_float = getattr(base, dunder), getattr(float, dunder)
+
+        def call(self: Any, other: Any) -> Any:
+            # int.__pow__(2, 0.5) defers to float, which would forget the history
+            result = as_float(float(plain(self)), other) if isinstance(other, float) else method(self, other)
+            if result is NotImplemented or not isinstance(other, (int, float)):
+                return result
+            mine, theirs = self.origin, origin_of(other)
+            return _wrap(plain(result), Operation(name, (theirs, mine) if reflected else (mine, theirs)), self.guard)
+
+        return call
+
+    def compare(name: str) -> Callable[[Any, Any], Any]:
+        method = getattr(base, f"__{name}__")
+
+        def call(self: Any, other: Any) -> Any:
+            result = method(self, other)
+            if result is not NotImplemented and self.guard is not None and isinstance(other, (int, float)):
+                self.guard(name, self.origin, origin_of(other), result)
+            return result
+
+        return call
+
+    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "pow"):
+        setattr(cls, f"__{name}__", binary(name, False))
+        setattr(cls, f"__r{name}__", binary(name, True))
+    for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        setattr(cls, f"__{name}__", compare(name))
+    setattr(cls, "__neg__", lambda self: _wrap(-plain(self), Operation("neg", (self.origin,)), self.guard))  # noqa: B010
+    setattr(  # noqa: B010
+        cls,
+        "__divmod__",
+        lambda self, other: (self // other, self % other),
+    )
+
+
+_install(TracedInt, int)
+_install(TracedFloat, float)
+TracedInt.__hash__ = int.__hash__  # type: ignore[method-assign]
+TracedFloat.__hash__ = float.__hash__  # type: ignore[method-assign]

@@ -1,0 +1,350 @@
+"""Record one real run of a model into a torch.fx graph of ATen calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .origin import Attribute, Expr, TensorSize, TracedInt, plain
+from .sizes import CallSizes, read_scalars, read_sizes
+
+aten = torch.ops.aten
+_HIDDEN_DIRECTORIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
+# Values of small integer constants are kept: they may be indices.
+_MAX_KEPT_VALUE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A line of the user's code."""
+
+    file: str
+    line: int
+    function: str
+
+    def __str__(self) -> str:
+        return f"{os.path.basename(self.file)}:{self.line} in {self.function}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorMeta:
+    """What is remembered of a recorded tensor once the run is over."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """A comparison the model made with a size in it: `left op right` was `outcome`."""
+
+    comparison: str
+    left: Expr
+    right: Expr
+    outcome: bool
+    source: Source | None
+
+
+# Recorded as the user called them: one node instead of the parts ATen makes of them on this device.
+_WHOLE: dict[Any, Any] = {
+    torch.nn.functional.linear: aten.linear.default,
+    torch.matmul: aten.matmul.default,
+    torch.Tensor.matmul: aten.matmul.default,
+    torch.Tensor.__matmul__: aten.matmul.default,
+    torch.nn.functional.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
+    torch._VF.lstm: aten.lstm.input,
+    torch._VF.gru: aten.gru.input,
+    torch._VF.rnn_tanh: aten.rnn_tanh.input,
+    torch._VF.rnn_relu: aten.rnn_relu.input,
+}
+_SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_SIZE_LIKE = {"view_as": "shape", "reshape_as": "shape", "expand_as": "shape"}
+
+
+class Recorder:
+    """Builds the graph. `functions` and `dispatch` are the two modes that feed it."""
+
+    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], inputs: list[Tensor]) -> None:
+        self.graph = fx.Graph()
+        self.guards: list[Guard] = []
+        self.constants: dict[str, Tensor] = {}
+        self.placeholders: dict[int, fx.Node] = {}
+        self.touched: dict[str, Tensor] = {}
+        self.active = True
+        self.whole_depth = 0
+        self.sizes: CallSizes | None = None
+        self.scalars: dict[int, Expr] | None = None
+        self.function_name: str | None = None
+        self.module_stack: list[str] = []
+        self._paths = {id(m): path for path, m in reversed(list(modules.items()))}
+        self._by_id: dict[int, fx.Node] = {}
+        self._names: dict[int, str] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._user_code: dict[Any, bool] = {}
+        self._keep: list[Tensor] = []
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if id(tensor) not in self._names:
+                self._names[id(tensor)] = name
+                self._tensors[name] = tensor
+        for index, tensor in enumerate(inputs):
+            if id(tensor) in self._by_id or id(tensor) in self._names:
+                continue
+            node = self.graph.placeholder(f"input_{index}")
+            node.meta["val"] = TensorMeta(tuple(tensor.shape), tensor.dtype)
+            self._by_id[id(tensor)] = node
+            self._keep.append(tensor)
+        self._first_call: fx.Node | None = None
+
+    # -- tensors -> nodes
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node that made `tensor`; parameters and buffers by identity, anything unknown is a constant."""
+        link = getattr(tensor, "_graphprune_node", None)
+        if link is not None and link[0] is self:
+            return link[1] if link[2] is None else self._item(tensor, link[1], link[2])
+        node = self._by_id.get(id(tensor))
+        if node is None:
+            node = self._attribute_node(tensor)
+        return node
+
+    def _attribute_node(self, tensor: Tensor) -> fx.Node:
+        name = self._names.get(id(tensor))
+        kind = "parameter"
+        if name is None:
+            kind, name = "constant", f"_constant_{len(self.constants)}"
+            self.constants[name] = tensor.detach()
+        node = self.graph.create_node("get_attr", name, (), {})
+        node.meta["val"] = TensorMeta(tuple(tensor.shape), tensor.dtype)
+        node.meta[kind] = name
+        node.meta["constant_value"] = True
+        self._keep_value(node, tensor)
+        self._by_id[id(tensor)] = node
+        self._keep.append(tensor)
+        return node
+
+    @staticmethod
+    def _keep_value(node: fx.Node, tensor: Tensor) -> None:
+        if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex and tensor.numel() <= _MAX_KEPT_VALUE:
+            node.meta["value"] = tensor.detach()
+
+    def _convert(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is int or kind is float or kind is bool or value is None or kind is str:
+            return value
+        if isinstance(value, Tensor):
+            return self.node_of(value)
+        if kind is tuple or kind is torch.Size:
+            return tuple(self._convert(v) for v in value)
+        if isinstance(value, (list, tuple)):
+            return [self._convert(v) for v in value]
+        if isinstance(value, torch.SymInt):
+            return int(value)
+        if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, complex)):
+            return value
+        return plain(value) if isinstance(value, (int, float)) else None
+
+    # -- nodes
+
+    def record(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Append one call and attach its result."""
+        node = self.graph.call_function(target, self._convert(tuple(args)), {k: self._convert(v) for k, v in kwargs.items()})
+        meta = node.meta
+        meta["source"] = self.source()
+        meta["module"] = self.module_stack[-1] if self.module_stack else ""
+        meta["function"] = self.function_name
+        meta["sizes"] = self.sizes
+        if self.scalars:
+            meta["scalars"] = self.scalars
+        constant = all(a.meta.get("constant_value") for a in node.all_input_nodes) and not _is_random(target)
+        meta["constant_value"] = constant
+        self._attach(node, out, constant)
+
+    def _attach(self, node: fx.Node, out: Any, constant: bool) -> None:
+        if isinstance(out, Tensor):
+            node.meta["val"] = TensorMeta(tuple(out.shape), out.dtype)
+            if constant:
+                self._keep_value(node, out)
+            if id(out) in self._by_id and self._is_lasting(out):
+                self._by_id[id(out)] = node
+            else:
+                out._graphprune_node = (self, node, None)  # type: ignore[attr-defined]
+        elif isinstance(out, (tuple, list)):
+            node.meta["val"] = tuple(TensorMeta(tuple(o.shape), o.dtype) if isinstance(o, Tensor) else o for o in out)
+            for index, item in enumerate(out):
+                if isinstance(item, Tensor):  # most results of a norm or pool are never used: no node until then
+                    item._graphprune_node = (self, node, index)  # type: ignore[attr-defined]
+        else:
+            node.meta["val"] = None
+
+    def _item(self, tensor: Tensor, node: fx.Node, index: int) -> fx.Node:
+        part = self.graph.call_function(operator.getitem, (node, index))
+        part.meta.update({k: node.meta[k] for k in ("source", "module", "function", "constant_value")})
+        self._attach(part, tensor, node.meta["constant_value"])
+        return part
+
+    def _is_lasting(self, tensor: Tensor) -> bool:
+        """Inputs, parameters and buffers: the user's own objects, on which nothing of ours is left behind."""
+        return any(tensor is kept for kept in self._keep)
+
+    def before_write(self, target: Any, args: Any) -> None:
+        """Remember parameters and buffers before the model writes into them."""
+        for argument, value in zip(target._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
+                base = value._base if value._base is not None else value
+                name = self._names.get(id(base))
+                if name is not None and name not in self.touched:
+                    self.touched[name] = base.detach().clone()
+
+    def undo_writes(self) -> None:
+        with torch.no_grad():
+            for name, before in self.touched.items():
+                self._tensors[name].copy_(before)
+
+    # -- where
+
+    def source(self) -> Source | None:
+        """The innermost frame that is neither torch's nor ours."""
+        frame = sys._getframe(2)
+        known = self._user_code
+        while frame is not None:
+            code = frame.f_code
+            user = known.get(code)
+            if user is None:
+                file = code.co_filename
+                user = known[code] = not file.startswith(_HIDDEN_DIRECTORIES) and not file.startswith("<frozen")
+            if user:
+                return Source(code.co_filename, frame.f_lineno, code.co_name)
+            frame = frame.f_back  # type: ignore[assignment]
+        return None
+
+    def guard(self, comparison: str, left: Expr, right: Expr, outcome: bool) -> None:
+        if self.active:
+            self.guards.append(Guard(comparison, left, right, outcome, self.source()))
+
+    def attribute(self, value: int, module: str, name: str, key: tuple[Any, ...]) -> TracedInt:
+        return TracedInt(value, Attribute(module, name, key, value), self.guard)
+
+    def traced_size(self, tensor: Tensor, size: torch.Size) -> torch.Size:
+        if not size:
+            return size
+        node = self.node_of(tensor)
+        return torch.Size([TracedInt(n, TensorSize(node, a), self.guard) for a, n in enumerate(size)])
+
+    @contextmanager
+    def module_paths(self) -> Iterator[None]:
+        """Know which module is running: `nn.Module.__call__` pushes its path."""
+        original = nn.Module.__call__
+        stack, paths = self.module_stack, self._paths
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            path = paths.get(id(module))
+            if path is None:
+                return original(module, *args, **kwargs)
+            stack.append(path)
+            try:
+                return original(module, *args, **kwargs)
+            finally:
+                stack.pop()
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+
+
+class FunctionMode(TorchFunctionMode):
+    """Sees calls as the user wrote them: reads sizes with their history and hands out traced sizes."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        name = getattr(func, "__name__", "")
+        if name == "__get__":
+            out = func(*args, **kwargs)
+            return recorder.traced_size(args[0], out) if func == _SHAPE_GETTER else out
+        if name == "size":
+            return _size(recorder, func, args, kwargs)
+        if name in ("numel", "nelement"):
+            return math.prod(recorder.traced_size(args[0], args[0].size()))
+        whole = _WHOLE.get(func)
+        before = recorder.sizes, recorder.scalars, recorder.function_name
+        recorder.function_name = name
+        recorder.scalars = read_scalars(args)
+        if name in _SIZE_LIKE and len(args) > 1 and isinstance(args[1], Tensor):
+            node = recorder.node_of(args[1])
+            recorder.sizes = CallSizes("shape", tuple(TensorSize(node, a) for a in range(args[1].dim())), name)
+        else:
+            recorder.sizes = read_sizes(name, args, kwargs)
+        if whole is None:
+            try:
+                return func(*args, **kwargs)
+            finally:
+                recorder.sizes, recorder.scalars, recorder.function_name = before
+        recorder.whole_depth += 1
+        try:
+            out = func(*args, **kwargs)
+            recorder.whole_depth -= 1
+            if recorder.whole_depth == 0:
+                recorder.record(*_whole_call(whole, args, kwargs), out)
+            return out
+        except BaseException:
+            recorder.whole_depth = 0
+            raise
+        finally:
+            recorder.sizes, recorder.scalars, recorder.function_name = before
+
+
+def _whole_call(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    # RNNs on packed sequences call the same function with (data, batch_sizes, hx, ...)
+    if target in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input) and isinstance(args[1], Tensor):
+        if not isinstance(args[2], (bool, list)) or target is aten.lstm.input:
+            target = target.overloadpacket.data
+    return target, args, kwargs
+
+
+def _size(recorder: Recorder, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    out = func(*args, **kwargs)
+    if isinstance(out, torch.Size):
+        return recorder.traced_size(args[0], out)
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    if type(out) is int and isinstance(dim, int):
+        return TracedInt(out, TensorSize(recorder.node_of(args[0]), int(dim) % args[0].dim()), recorder.guard)
+    return out
+
+
+class DispatchMode(TorchDispatchMode):
+    """Sees the ATen calls."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        recorder = self.recorder
+        if func._schema.is_mutable:
+            recorder.before_write(func, args)
+        out = func(*args, **kwargs)
+        if recorder.whole_depth == 0:
+            recorder.record(func, args, kwargs, out)
+        return out
+
+
+def _is_random(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())

@@ -1,0 +1,94 @@
+"""Leave no trace: everything a recording run may change in a model or in the process, put back afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .origin import traced_sqrt
+from .overrides import python_functions_stay_visible
+
+# nn.Module's own bookkeeping, which is not a size of anything
+_INTERNAL = frozenset(
+    {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook", "_version"}
+)
+# The integers that torch.nn's own modules read in forward. Others (stride, kernel_size...) never follow channels.
+_TORCH_NN = frozenset(
+    "groups num_groups normalized_shape num_heads embed_dim kdim vdim hidden_size input_size proj_size num_layers "
+    "unflattened_size output_size upscale_factor downscale_factor num_features".split()
+)
+
+
+def _traced(value: Any, module: str, name: str, key: tuple[Any, ...], make: Any, depth: int = 0) -> Any:
+    """`value` with its integers traced, or `value` itself when it holds none."""
+    if type(value) is int:
+        return make(value, module, name, key)
+    if depth < 2 and type(value) in (tuple, list) and 0 < len(value) <= 64:
+        items = [_traced(v, module, name, (*key, i), make, depth + 1) for i, v in enumerate(value)]
+        changed = any(a is not b for a, b in zip(items, value, strict=True))
+        return type(value)(items) if changed else value
+    if depth < 2 and type(value) is dict and 0 < len(value) <= 64:
+        entries = {k: _traced(v, module, name, (*key, k), make, depth + 1) for k, v in value.items()}
+        return entries if any(entries[k] is not value[k] for k in value) else value
+    return value
+
+
+def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
+    """Replace integer attributes of `modules` by `make(value, module, name, key)`; `preserved` puts them back."""
+    for path, module in modules.items():
+        known = type(module).__module__.startswith("torch.nn.modules")
+        attributes = module.__dict__
+        for name in list(attributes):
+            if name in _INTERNAL or (known and name not in _TORCH_NN):
+                continue
+            value = attributes[name]
+            traced = _traced(value, path, name, (), make)
+            if traced is not value:
+                attributes[name] = traced
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Restore attributes, parameter and submodule tables, training flags and random state, also after an error."""
+    saved = [
+        (m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in ("_parameters", "_buffers", "_modules") if k in m.__dict__})
+        for m in modules.values()
+    ]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=devices, enabled=True):
+        try:
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+            for module, attributes, tables in saved:
+                module.__dict__.clear()
+                module.__dict__.update(attributes)
+                for name, table in tables.items():
+                    current = module.__dict__[name]
+                    if list(map(id, current.values())) != list(map(id, table.values())) or list(current) != list(table):
+                        current.clear()
+                        current.update(table)
+
+
+@contextlib.contextmanager
+def unfused() -> Iterator[None]:
+    """Eager, unfused execution, so that the recording shows the parts; `math.sqrt` keeps the history of numbers."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    sqrt = math.sqrt
+    torch.backends.mha.set_fastpath_enabled(False)
+    math.sqrt = traced_sqrt  # type: ignore[assignment]
+    try:
+        with python_functions_stay_visible():
+            yield
+    finally:
+        math.sqrt = sqrt
+        torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -1,0 +1,111 @@
+"""`record_run`: the recorder, its modes and the clean-up, put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..errors import GraphPruneError
+from .example import ExampleInput, flatten_tensors
+from .recorder import DispatchMode, FunctionMode, Guard, Recorder, Source
+from .state import preserved, trace_attributes, unfused
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """One recorded run.
+
+    `graph` holds `placeholder` nodes for the input tensors, `get_attr` nodes for parameters, buffers (meta "parameter")
+    and constant tensors (meta "constant"), one `call_function` node per ATen call, and one `output` node with the
+    tensors of the model's output. Node meta: "val" (TensorMeta, or a tuple of them), "source" (the user's line),
+    "module" (path of the running module), "function" (torch function as the user called it), "sizes" (CallSizes),
+    "scalars", "value" (small integer constants).
+    """
+
+    graph: fx.Graph
+    parameters: dict[str, fx.Node]
+    aliases: dict[str, str]
+    constants: dict[str, Tensor]
+    guards: tuple[Guard, ...]
+    modules: dict[str, str]
+    written: frozenset[str]
+
+    def canonical(self, name: str) -> str:
+        """The first name of a shared parameter."""
+        return self.aliases.get(name, name)
+
+
+def _user_line(error: BaseException) -> str:
+    import os
+
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = os.path.dirname(os.path.dirname(__file__)) + os.sep
+    for frame in reversed(frames):
+        if not frame.filename.startswith(ours) and not frame.filename.startswith(os.path.dirname(torch.__file__) + os.sep):
+            return f" at {os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
+    return ""
+
+
+def run_model(model: nn.Module, example: ExampleInput, what: str) -> Any:
+    """Call the model; its own error becomes a GraphPruneError that shows it, with the line."""
+    try:
+        return example.call(model)
+    except GraphPruneError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in example.tensors()) or "no tensors"
+        raise GraphPruneError(
+            f"{what}: the model raised {type(error).__name__}{_user_line(error)}\n  {error}\n"
+            f"example_input held tensors of shape {shapes}; pass what model(...) accepts"
+        ) from error
+
+
+def record_run(model: nn.Module, example_input: Any) -> Trace:
+    """Run `model` once in eval mode without gradients and record it. The model is left exactly as it was.
+
+    Raises GraphPruneError when the model is no nn.Module, has no parameters, or fails on the example input.
+    """
+    if not isinstance(model, nn.Module):
+        raise GraphPruneError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    example = ExampleInput.of(example_input)
+    modules = dict(model.named_modules())
+    flags = [(m, m.training) for m in modules.values()]
+    with preserved(model, modules), unfused():
+        recorder = Recorder(model, modules, example.tensors())
+        try:
+            for module, _ in flags:
+                module.training = False
+            trace_attributes(modules, recorder.attribute)
+            with torch.no_grad(), recorder.module_paths(), DispatchMode(recorder), FunctionMode(recorder):
+                out = run_model(model, example, "tracing")
+            outputs = tuple(dict.fromkeys(recorder.node_of(t) for t in flatten_tensors(out)))
+            recorder.graph.output(outputs)
+        finally:
+            recorder.active = False
+            recorder.undo_writes()
+    return _finish(model, recorder, modules)
+
+
+def _finish(model: nn.Module, recorder: Recorder, modules: dict[str, nn.Module]) -> Trace:
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        aliases[name] = first.setdefault(id(tensor), name)
+    parameters = {n.meta["parameter"]: n for n in recorder.graph.nodes if n.op == "get_attr" and "parameter" in n.meta}
+    return Trace(
+        graph=recorder.graph,
+        parameters=parameters,
+        aliases=aliases,
+        constants=recorder.constants,
+        guards=tuple(dict.fromkeys(recorder.guards)),
+        modules={path: type(m).__name__ for path, m in modules.items()},
+        written=frozenset(recorder.touched),
+    )
+
+
+__all__ = ["Guard", "Source", "Trace", "record_run", "run_model"]

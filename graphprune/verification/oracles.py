@@ -1,0 +1,255 @@
+"""The oracles: permutation proves the groups, zero equivalence proves the rewrite, a run proves the module."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..dependency import DependencyGraph, Group
+from ..dependency.graph import trace
+from ..errors import GraphPruneError
+from ..plans import Plan
+from ..surgery import clone_with
+from ..tracing.example import ExampleInput, flatten_tensors
+from ..tracing.trace import run_model
+from .rewrite import run_rewritten
+
+# Largest relative error accepted in float32; a larger one is looked at again in float64, where only real differences
+# survive.
+TOLERANCE = 1e-4
+TOLERANCE_64 = 1e-7
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One oracle's verdict. `error` is max|a - b| / max|b| over all outputs, NaN where nothing was compared."""
+
+    name: str
+    passed: bool
+    error: float
+    detail: str = ""
+
+    def __str__(self) -> str:
+        error = "" if math.isnan(self.error) else f", relative error {self.error:.1e}"
+        return f"{'ok  ' if self.passed else 'FAIL'} {self.name}{error}{': ' + self.detail if self.detail else ''}"
+
+
+@dataclasses.dataclass(frozen=True)
+class VerificationReport:
+    """What was checked and with which result."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(c.passed for c in self.checks)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.checks))
+
+    def raise_on_failure(self) -> None:
+        """Raise GraphPruneError with the failed checks."""
+        failed = [str(c) for c in self.checks if not c.passed]
+        if failed:
+            raise GraphPruneError("verification failed, the pruned network is not returned:\n" + "\n".join(failed))
+
+
+def relative_error(got: Any, want: Any) -> float:
+    """max|a - b| / max|b| over corresponding tensors; infinite where shapes, counts or NaN patterns differ."""
+    a, b = flatten_tensors(got), flatten_tensors(want)
+    if len(a) != len(b):
+        return math.inf
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if x.shape != y.shape:
+            return math.inf
+        if not x.numel():
+            continue
+        if not (y.is_floating_point() or y.is_complex()):
+            worst = max(worst, 0.0 if torch.equal(x, y) else math.inf)
+            continue
+        x, y = x.detach().to(torch.complex128 if y.is_complex() else torch.float64), y.detach().to(
+            torch.complex128 if y.is_complex() else torch.float64
+        )
+        same = (x == y) | (torch.isnan(x) & torch.isnan(y))
+        difference = torch.where(same, 0, (x - y).abs())
+        finite = y.abs()[torch.isfinite(y.abs())]
+        scale = float(finite.max()) if finite.numel() else 0.0
+        error = float(difference.max()) / max(scale, 1e-12)
+        worst = max(worst, math.inf if math.isnan(error) else error)
+    return worst
+
+
+def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the untouched model in which the removed slices are zero."""
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    named.update(model.named_buffers())
+    tensors = {}
+    for name, axes in plan.removed.items():
+        tensor = named[name].detach().clone()
+        if not name.endswith("running_var"):
+            for axis, indices in axes.items():
+                tensor.index_fill_(axis, torch.tensor(indices, device=tensor.device), 0)
+        tensors[name] = tensor
+    return clone_with(model, tensors)
+
+
+def permuted(model: nn.Module, graph: DependencyGraph, groups: Sequence[Group], seed: int = 0) -> nn.Module:
+    """A copy of the model in which the units of `groups` are shuffled in all their members alike."""
+    rng = np.random.default_rng(seed)
+    order: dict[tuple[str, int], np.ndarray] = {}
+    for group in groups:
+        shuffle = rng.permutation(group.size)
+        for m in group.members:
+            length = graph.trace.parameters[m.parameter].meta["val"].shape[m.axis]
+            current = order.get((m.parameter, m.axis), np.arange(length))
+            step = np.arange(length)
+            step[m.positions.reshape(-1)] = m.positions[shuffle].reshape(-1)
+            order[(m.parameter, m.axis)] = current[step]
+    named: dict[str, Tensor] = dict(model.named_parameters())
+    named.update(model.named_buffers())
+    tensors: dict[str, Tensor] = {}
+    for (name, axis), index in order.items():
+        source = tensors.get(name, named[name].detach())
+        tensors[name] = source.index_select(axis, torch.from_numpy(index).to(source.device))
+    return clone_with(model, tensors)
+
+
+def permutable(graph: DependencyGraph) -> list[Group]:
+    """Groups whose order means nothing: not those cut into blocks by a GroupNorm or run through in order."""
+    analysis = graph.analysis
+    ordered = np.zeros(int(analysis.label.max()) + 1, bool)
+    for constraint in analysis.equal:
+        for block in constraint.blocks:
+            ordered[analysis.label[block]] = True
+    for node, effects in analysis.effects.items():
+        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+        if name.startswith("cum") or name == "logcumsumexp":
+            for positions in effects.statistics:
+                ordered[analysis.label[positions]] = True
+    return [g for g in graph.groups if not ordered[graph.units(g)].any()]
+
+
+def _run(model: nn.Module, example: ExampleInput, what: str) -> Any:
+    flags = [(m, m.training) for m in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    try:
+        for module, _ in flags:
+            module.training = False
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            return run_model(model, example.clone(), what)
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+def _as_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy with floating point parameters and buffers in `dtype`."""
+    tensors = {
+        n: t.detach().to(dtype)
+        for n, t in [*model.named_parameters(), *model.named_buffers()]
+        if t.is_floating_point() and t.dtype != dtype
+    }
+    return clone_with(model, tensors)
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+def verify(
+    original: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    example_input: Any,
+    *,
+    graph: DependencyGraph | None = None,
+    tolerance: float = TOLERANCE,
+) -> VerificationReport:
+    """Check `pruned` against `original` on the example input.
+
+    - *forward*: the pruned network runs and its outputs have the original's shapes and are finite where those are.
+    - *permutation*: shuffling the units of the groups in the original changes nothing (proves the groups).
+    - *zero equivalence*: the original with the removed slices zeroed gives the pruned network's output (proves the
+      rewrite). Where a norm, softmax or mean runs over removed channels its result legitimately changes; then the
+      pruned network is compared with *the recorded graph* run on the cut tensors instead.
+
+    Relative errors above `tolerance` (default 1e-4; half precision models are compared in float32) are measured again
+    in float64. Costs four forward passes and two copies of the model. On the meta device only shapes are checked.
+    """
+    example = ExampleInput.of(example_input)
+    graph = graph or trace(original, example)
+    shapes = [tuple(t.shape) for t in flatten_tensors(_run(original, example, "verify (original)"))]
+    small = _run(pruned, example, "verify (pruned)")
+    checks = [_forward_check(shapes, small)]
+    if any(p.is_meta for p in original.parameters()):
+        return VerificationReport(tuple(checks))
+    half = _dtype_of(original) in (torch.float16, torch.bfloat16)
+    first = _compare(original, pruned, plan, example, graph, torch.float32 if half else None, tolerance)
+    failed = [c for c in first if not c.passed]
+    if failed and _dtype_of(original) != torch.float64:
+        try:
+            first = _compare(original, pruned, plan, example, graph, torch.float64, max(TOLERANCE_64, tolerance * 1e-3))
+        except GraphPruneError as error:
+            if half:
+                raise
+            first = [dataclasses.replace(c, detail=f"{c.detail} (float64: {error})") for c in first]
+    return VerificationReport((*checks, *first))
+
+
+def _forward_check(shapes: list[tuple[int, ...]], output: Any) -> Check:
+    tensors = flatten_tensors(output)
+    found = [tuple(t.shape) for t in tensors]
+    if found != shapes:
+        return Check("forward", False, math.nan, f"output shapes {found}, expected {shapes}")
+    return Check("forward", True, math.nan, f"{len(found)} outputs")
+
+
+def _compare(
+    original: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    example: ExampleInput,
+    graph: DependencyGraph,
+    dtype: torch.dtype | None,
+    tolerance: float,
+) -> list[Check]:
+    if dtype is not None:
+        original, pruned = _as_dtype(original, dtype), _as_dtype(pruned, dtype)
+        example = example.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        if plan.folds or plan.rescales:
+            pruned = plan.apply(original)  # folded in the wider type, not rounded before
+    out = [_permutation_check(original, graph, example, tolerance)]
+    small = _run(pruned, example, "verify (pruned)")
+    if plan.statistics:
+        reference = run_rewritten(graph, plan, example, original)
+        error = relative_error(small, reference)
+        out.append(Check("rewritten graph", error <= tolerance, error))
+    else:
+        reference = _run(zeroed(original, plan), example, "verify (zeroed)")
+        error = relative_error(small, reference)
+        out.append(Check("zero equivalence", error <= tolerance, error))
+    return out
+
+
+def _permutation_check(original: nn.Module, graph: DependencyGraph, example: ExampleInput, tolerance: float) -> Check:
+    groups = permutable(graph)
+    if not groups:
+        return Check("permutation", True, math.nan, "no groups")
+    want = _run(original, example, "verify (original)")
+    error = relative_error(_run(permuted(original, graph, groups), example, "verify (permuted)"), want)
+    detail = f"{len(groups)} groups"
+    if error > tolerance:
+        for group in groups:
+            if relative_error(_run(permuted(original, graph, [group]), example, "verify (permuted)"), want) > tolerance:
+                detail = f"the units of {group.name} are not interchangeable"
+                break
+    return Check("permutation", error <= tolerance, error, detail)
+

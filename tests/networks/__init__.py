@@ -1,0 +1,30 @@
+"""Small networks of the kinds that pruning engines get wrong, and a generator of random ones."""
+
+from __future__ import annotations
+
+from . import (
+    attention,
+    blocks,
+    convolutions,
+    flattening,
+    gating,
+    inplace,
+    joining,
+    modules,
+    movement,
+    norms,
+    parameters,
+    sharing,
+    slicing,
+    structure,
+)
+from .random import random_network
+from .registry import NETWORKS, Network
+
+THEMES = (
+    movement, flattening, slicing, joining, gating, convolutions, norms, parameters, sharing, inplace, attention,
+    modules, structure, blocks,
+)  # fmt: skip
+"""The modules that fill the registry."""
+
+__all__ = ["NETWORKS", "THEMES", "Network", "random_network"]
