@@ -232,6 +232,11 @@ def _product(func: Any, x: Tensor, dim: int, keepdim: bool = False, **options: A
     return _mark(torch.prod(_without(x, 1.0), dim, keepdim), x.isnan().all(dim, keepdim=keepdim))
 
 
+def _cumulative(func: Any, x: Tensor, dim: int, **options: Any) -> Tensor:
+    neutral = 0.0 if func.overloadpacket is aten.cumsum else 1.0
+    return _mark(func(_without(x, neutral), dim), x.isnan())
+
+
 def _weight_norm(func: Any, v: Tensor, g: Tensor, dim: int = 0) -> Any:
     axes = tuple(a for a in range(v.dim()) if a != dim)
     norm = _sum_of(v**2, axes, True).sqrt()
@@ -271,5 +276,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.norm: _vector_norm,
     aten.logsumexp: _logsumexp,
     aten.prod: _product,
+    aten.cumsum: _cumulative,
+    aten.cumprod: _cumulative,
     aten._weight_norm_interface: _weight_norm,
 }

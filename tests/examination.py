@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import graphprune
+from graphprune.verification.oracles import permutable
 from tests import oracles
 from tests.networks import random_network
 
@@ -65,8 +67,8 @@ def examine(model: nn.Module, example: Any, demands: Demands) -> Outcome:
     try:
         _examine(model, example, demands, outcome)
     except Exception as error:  # every failure is a finding about this one network
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "graphprune" in f.filename] or [None]
-        place = f" ({frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno})" if frames[-1] else ""
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "graphprune" in frame.filename]
+        place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
         lines = str(error).strip().splitlines() or [""]
         outcome.crash = f"{type(error).__name__}: {lines[0]}{place}"
     changed = oracles.differences(before, oracles.snapshot(model))
@@ -144,7 +146,8 @@ def _same_flags(model: nn.Module, pruned: nn.Module, outcome: Outcome) -> None:
 
 
 def _permutations(model: nn.Module, example: Any, demands: Demands, outcome: Outcome) -> None:
-    groups = [group for group in graphprune.trace(model, example).groups if group.size > 1]
+    # Only groups that the engine itself calls interchangeable: not those cut into blocks or read in their order.
+    groups = [group for group in permutable(graphprune.trace(model, example)) if group.size > 1]
     rng = np.random.default_rng(demands.seed)
     if len(groups) > demands.permuted_groups:
         groups = [groups[i] for i in sorted(rng.choice(len(groups), demands.permuted_groups, replace=False))]

@@ -24,9 +24,14 @@ TINY = 1e-40
 class Member(Protocol):
     """One axis of one parameter: `positions[unit]` are the indices of that unit, shape (units, k)."""
 
-    parameter: str
-    axis: int
-    positions: Any
+    @property
+    def parameter(self) -> str: ...
+
+    @property
+    def axis(self) -> int: ...
+
+    @property
+    def positions(self) -> Any: ...
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -143,15 +148,16 @@ def permute_check(model: nn.Module, members: Sequence[Member], example: Any, rng
     units = rng.permutation(len(members[0].positions))
     order = np.empty_like(units)
     order[units] = np.roll(units, 1)  # one long cycle: every unit moves, so that no member left out goes unnoticed
-    done: set[tuple[int, int]] = set()
+    done: set[tuple[int, int, bytes]] = set()
     for member in members:
         tensor = tensors[member.parameter]
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return None
-        if (id(tensor), member.axis) in done:  # a tied parameter under its other name
-            continue
-        done.add((id(tensor), member.axis))
         positions = np.asarray(member.positions)
+        key = (id(tensor), member.axis, positions.tobytes())
+        if key in done:  # a tied parameter under its other name
+            continue
+        done.add(key)
         index = np.arange(tensor.shape[member.axis])
         index[positions.reshape(-1)] = positions[order].reshape(-1)
         tensor.data = tensor.data.index_select(member.axis, torch.as_tensor(index))
@@ -170,6 +176,7 @@ def parameters_match_plan(
         name + "." for name, module in model.named_modules() if isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
     )
     original, result = named_tensors(model), named_tensors(pruned)
+    removed = _by_every_name(original, removed)
     problems = []
     for name, tensor in original.items():
         if closed and name.startswith(closed):
@@ -193,6 +200,12 @@ def parameters_match_plan(
         elif not torch.equal(actual, expected) and not (temperature and _rescaled(actual, expected)):
             problems.append(f"{name} is not the part of the original that the plan keeps")
     return problems
+
+
+def _by_every_name(tensors: Mapping[str, Tensor], removed: Removed) -> Removed:
+    """What is removed from a tied tensor, under each of its names."""
+    by_tensor = {id(tensors[name]): axes for name, axes in removed.items() if name in tensors}
+    return {name: by_tensor[id(tensor)] for name, tensor in tensors.items() if id(tensor) in by_tensor}
 
 
 def _rescaled(actual: Tensor, expected: Tensor) -> bool:

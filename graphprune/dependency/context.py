@@ -110,6 +110,22 @@ class NodeContext:
             va, vb = va[both], vb[both]
         self.effects.unions.append((self.dims.offset[a] + va, self.dims.offset[b] + vb))
 
+    def blocked_by(self, value: Any, otherwise: str) -> str:
+        """Why an operand has no coordinates, as the text of a tie."""
+        node = value
+        for _ in range(64):
+            if not isinstance(node, fx.Node):
+                break
+            if node.op == "placeholder":
+                return "reads the model's input"
+            if node.op == "get_attr":
+                return "combined with a constant tensor" if "constant" in node.meta else otherwise
+            inputs = node.all_input_nodes
+            if len(inputs) != 1:
+                break
+            node = inputs[0]
+        return otherwise
+
     # -- ties
 
     def tie(self, a: AxisMap, b: AxisMap, length: int, what: str = "") -> None:

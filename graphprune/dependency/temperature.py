@@ -85,7 +85,7 @@ def _correction(analysis: Analysis, site: ScalarSite, factor: float) -> list[Res
             weight, bias, out_axis, weight_axis = node.args[1], node.args[2], 1, 0
         else:
             continue
-        rows = _rows_reaching(node, out_axis, sink)
+        rows = _rows_reaching(node, out_axis, start[0], sink)
         if rows is None or not isinstance(weight, fx.Node):
             continue
         if _name(weight) == "t" and isinstance(weight.args[0], fx.Node):
@@ -118,8 +118,8 @@ def _sources(site: ScalarSite) -> list[tuple[fx.Node, fx.Node]]:
     return [(site.operand, site.node)] if sink is site.node else [(site.operand, site.node), (node, sink)]
 
 
-def _rows_reaching(producer: fx.Node, out_axis: int, sink: fx.Node) -> Vector | None:
-    """Which output channels of `producer` reach `sink` through data movement, if they reach it once and nothing else.
+def _rows_reaching(producer: fx.Node, out_axis: int, operand: fx.Node, sink: fx.Node) -> Vector | None:
+    """Which output channels of `producer` reach `sink` as `operand`, through data movement, and nothing else.
 
     The very calls of the recording are run on an array that holds the channel number of every element.
     """
@@ -129,7 +129,8 @@ def _rows_reaching(producer: fx.Node, out_axis: int, sink: fx.Node) -> Vector | 
     view[axis] = meta.shape[axis]
     start = torch.arange(meta.shape[axis]).reshape(view).expand(meta.shape).contiguous()
     arrays: dict[fx.Node, Any] = {producer: start}
-    reached: list[tuple[fx.Node, Vector]] = []
+    mine: list[Vector] = []
+    others: list[Vector] = []
     queue = [producer]
     while queue:
         node = queue.pop(0)
@@ -139,12 +140,10 @@ def _rows_reaching(producer: fx.Node, out_axis: int, sink: fx.Node) -> Vector | 
             elif user is not sink and (_name(user) in _MOVEMENT or _name(user) == "getitem"):
                 arrays[user] = _move(user, arrays[node])
             else:
-                rows = np.unique(arrays[node].numpy())
-                reached += [(user, rows)] * max(1, sum(1 for a in user.args if a is node))
+                times = max(1, sum(1 for a in user.args if a is node))
+                (mine if user is sink and node is operand else others).extend([np.unique(arrays[node].numpy())] * times)
                 continue
             queue.append(user)
-    mine = [rows for user, rows in reached if user is sink]
-    others = [rows for user, rows in reached if user is not sink]
     if len(mine) != 1 or any(len(np.intersect1d(mine[0], rows)) for rows in others):
         return None
     return mine[0]

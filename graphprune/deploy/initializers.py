@@ -24,8 +24,8 @@ _SIZE_ONLY = frozenset(
 class Removal(Protocol):
     """What is read of a plan: {parameter name: {axis: sorted removed indices, in the original numbering}}.
 
-    If it also has `shapes`, {parameter name: shape before pruning}, the pruned shapes are computed from both;
-    without, they are those of the model that is exported.
+    If it also has `structure`, {parameter or buffer name: shape before pruning}, as a `Plan` has, the shape of every
+    parameter is computed from both; without, only those of `removed` are checked, and only for consistency.
     """
 
     @property
@@ -49,9 +49,9 @@ class Initializers:
 
 
 def planned_shapes(model: nn.Module, plan: Removal) -> dict[str, Shape]:
-    """The shape that each parameter or buffer of `plan` must have in a model pruned by it.
+    """The shape that each parameter or buffer that `plan` knows must have in a model pruned by it.
 
-    Names that the model does not have are left out: their modules were folded or dropped.
+    Names that the model does not have are left out: their modules were folded or replaced.
 
     Raises:
         GraphPruneError: `model` was not pruned by this plan, or `plan` is no plan.
@@ -59,13 +59,13 @@ def planned_shapes(model: nn.Module, plan: Removal) -> dict[str, Shape]:
     removed = getattr(plan, "removed", None)
     if not isinstance(removed, Mapping):
         raise GraphPruneError(f"plan: expected what graphprune.plan returns, got {type(plan).__name__}")
-    before: Mapping[str, Sequence[int]] = getattr(plan, "shapes", None) or {}
+    before: Mapping[str, Sequence[int]] = getattr(plan, "structure", None) or {}
     tensors = _tensors(model)
     expected: dict[str, Shape] = {}
-    for name, axes in removed.items():
-        if name not in tensors:
+    for name, now in tensors.items():
+        if name not in removed and name not in before:
             continue
-        now = tensors[name]
+        axes = removed.get(name, {})
         original = list(before.get(name, ()))
         if name not in before:
             original = [size + len(axes.get(axis, ())) for axis, size in enumerate(now)]

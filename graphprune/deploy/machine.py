@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from .._version import __version__
 from .providers import Provider, runtime
 
 
@@ -27,12 +28,8 @@ def describe_machine(provider: Provider, device_id: int = 0) -> dict[str, Any]:
 
 def describe_versions() -> dict[str, str]:
     """Versions of everything that a latency depends on."""
-    try:
-        own = importlib.metadata.version("graphprune")
-    except importlib.metadata.PackageNotFoundError:
-        own = "not installed"
     return {
-        "graphprune": own,
+        "graphprune": __version__,
         "torch": torch.__version__,
         "onnxruntime": str(runtime().__version__),
         "onnx": importlib.metadata.version("onnx"),

@@ -177,9 +177,12 @@ def plain(value: Any) -> Any:
     return value
 
 
+_sqrt = math.sqrt  # `traced_sqrt` stands in for it while a model is recorded
+
+
 def traced_sqrt(value: Any) -> float:
     """`math.sqrt` that keeps the history."""
-    result = math.sqrt(value)
+    result = _sqrt(value)
     if is_traced(value):
         return TracedFloat(result, Operation("sqrt", (value.origin,)), value.guard)
     return result

@@ -33,6 +33,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+def left_in(folder: Path) -> list[str]:
+    """What graphprune left there; torch keeps a cache of its own among temporary files."""
+    return [name for name in os.listdir(folder) if "torchinductor" not in name]
+
+
 def settings(**changes: Any) -> Settings:
     values: dict[str, Any] = {
         "provider": Provider(CPU),
@@ -91,7 +96,7 @@ def test_a_benchmark(scratch: Path, tmp_path: Path) -> None:
     file = export_onnx(nets.ConvNet(width=4), x, tmp_path / "small.onnx")
     models: dict[str, Any] = {"dense": nets.ConvNet(), "half": nets.ConvNet(width=4), "file": file}
     report = benchmark(models, x, batch_sizes=[1, 3], threads=2, baseline="half", **QUICK)
-    assert os.listdir(scratch) == []
+    assert left_in(scratch) == []
     assert [(row.model, row.batch_size) for row in report.rows] == [(m, b) for b in (1, 3) for m in models]
     for row in report.rows:
         samples = row.samples_ms
@@ -162,9 +167,9 @@ def test_a_model_with_a_fixed_batch(scratch: Path) -> None:
     report = benchmark({"fixed": nets.FixedBatch()}, torch.randn(2, 4), **QUICK)
     assert report.rows[0].batch_size == 2
     assert "'fixed' was exported once per batch size" in report.notes[0]
-    with pytest.raises(GraphPruneError, match="model 'fixed'.*cannot be run on example_input at batch size 3"):
+    with pytest.raises(GraphPruneError, match=r"model 'fixed'.*cannot be run on example_input at batch size 3"):
         benchmark({"fixed": nets.FixedBatch()}, torch.randn(2, 4), batch_sizes=[2, 3], **QUICK)
-    assert os.listdir(scratch) == []
+    assert left_in(scratch) == []
 
 
 def test_a_file_with_a_fixed_batch(scratch: Path, tmp_path: Path) -> None:
@@ -182,7 +187,8 @@ def test_dict_inputs_without_batch(scratch: Path) -> None:
 
     report = benchmark({"s": Scalar()}, {"a": torch.tensor(2.0), "b": torch.tensor(3.0)}, **QUICK)
     assert report.rows[0].batch_size is None and report.rows[0].items_per_second > 0
-    report = benchmark({"t": nets.TokenNet()}, {"ids": torch.zeros(1, 5, dtype=torch.long)}, batch_sizes=[1, 2], **QUICK)
+    ids = torch.zeros(1, 5, dtype=torch.long)
+    report = benchmark({"t": nets.TokenNet()}, {"ids": ids}, batch_sizes=[1, 2], **QUICK)
     assert [row.batch_size for row in report.rows] == [1, 2]
 
 
@@ -219,7 +225,7 @@ NET: dict[str, Any] = {"a": nets.ConvNet()}
 def test_bad_input(scratch: Path, models: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(GraphPruneError, match=message):
         benchmark(models, X, **{**QUICK, **changes})
-    assert os.listdir(scratch) == []
+    assert left_in(scratch) == []
 
 
 def test_an_example_that_cannot_be_resized(scratch: Path) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from graphprune.deploy import ExportReport, export, export_onnx, parity
 from graphprune.errors import GraphPruneError
+from graphprune.plans import Plan
 from tests.deploy import nets
 
 
@@ -279,12 +279,18 @@ def test_an_invalid_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_shapes_are_checked_against_the_plan(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8)
-    removed = {"conv1.weight": {0: [1, 4, 7]}, "conv1.bias": {0: [1, 4, 7]}, "conv2.weight": {1: [1, 4, 7]}}
-    before = {"conv1.weight": (8, 3, 3, 3), "conv1.bias": (8,), "conv2.weight": (6, 8, 3, 3)}
-    plan: Any = SimpleNamespace(removed=removed, shapes=before)
-    export_onnx(nets.ConvNet(width=5), x, tmp_path / "pruned.onnx", plan=plan)
+    dense = nets.ConvNet(width=8)
+    gone = {0: (1, 4, 7)}
+    vectors = ("conv1.bias", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var")
+    plan = Plan(
+        removed={"conv1.weight": gone, "conv2.weight": {1: gone[0]}, **dict.fromkeys(vectors, gone)},
+        structure={name: tuple(tensor.shape) for name, tensor in dense.state_dict().items()},
+    )
+    report = export_onnx(nets.ConvNet(width=5), x, tmp_path / "pruned.onnx", plan=plan)
+    kernel = next(t for t in onnx.load(report.path).graph.initializer if t.name == "conv1.weight")
+    assert list(kernel.dims) == [5, 3, 3, 3]
     with pytest.raises(GraphPruneError, match="the plan leaves"):
-        export_onnx(nets.ConvNet(width=8), x, tmp_path / "dense.onnx", plan=plan)
+        export_onnx(dense, x, tmp_path / "dense.onnx", plan=plan)
     assert os.listdir(tmp_path) == ["pruned.onnx"]
 
 

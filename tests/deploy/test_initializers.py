@@ -22,7 +22,7 @@ def test_shapes_of_a_plan() -> None:
     expected = {"conv1.weight": (5, 3, 3, 3), "bn1.running_mean": (5,), "conv2.weight": (6, 5, 3, 3)}
     assert planned_shapes(model, plan(removed)) == expected
     before = {"conv1.weight": (8, 3, 3, 3), "bn1.running_mean": (8,), "conv2.weight": (6, 8, 3, 3)}
-    assert planned_shapes(model, plan(removed, shapes=before)) == expected
+    assert planned_shapes(model, plan(removed, structure=before | {"fc.bias": (4,)})) == {**expected, "fc.bias": (4,)}
     # Folded away, so the model has no such parameter any more.
     assert planned_shapes(model, plan({"bn9.weight": {0: [1]}})) == {}
 
@@ -30,9 +30,11 @@ def test_shapes_of_a_plan() -> None:
 def test_a_plan_of_another_model() -> None:
     removed = {"conv1.weight": {0: [0, 2, 7]}}
     with pytest.raises(GraphPruneError, match=r"'conv1.weight' has shape \(8, 3, 3, 3\).*leaves \(5, 3, 3, 3\)"):
-        planned_shapes(ConvNet(width=8), plan(removed, shapes={"conv1.weight": (8, 3, 3, 3)}))
+        planned_shapes(ConvNet(width=8), plan(removed, structure={"conv1.weight": (8, 3, 3, 3)}))
     with pytest.raises(GraphPruneError, match=r"'conv1.weight' of shape \(4, 3, 3, 3\) cannot come from removing 3"):
         planned_shapes(ConvNet(width=4), plan(removed))
+    with pytest.raises(GraphPruneError, match=r"'fc.bias' has shape \(4,\) in the model, but the plan leaves \(7,\)"):
+        planned_shapes(ConvNet(), plan({}, structure={"fc.bias": (7,)}))
     with pytest.raises(GraphPruneError, match="cannot come from"):
         planned_shapes(ConvNet(), plan({"fc.bias": {1: [0]}}))
     with pytest.raises(GraphPruneError, match=r"expected what graphprune.plan returns, got dict"):

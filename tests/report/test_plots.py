@@ -14,7 +14,8 @@ from graphprune.report import grouped_bars, plots
 def test_bars(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     series = {"a": [1.0, 2.0], "b": [3.0, 4.0]}
-    low, high = {n: [v - 0.5 for v in vs] for n, vs in series.items()}, {n: [v + 1 for v in vs] for n, vs in series.items()}
+    low = {name: [value - 0.5 for value in values] for name, values in series.items()}
+    high = {name: [value + 1 for value in values] for name, values in series.items()}
     labels = {"a": ["label one", "label two"], "b": ["x", "y"]}
     path = grouped_bars(
         tmp_path / "plot.svg", ["g 1", "g 2"], series, lower=low, upper=high, labels=labels, title="T", ylabel="ms"
@@ -29,7 +30,8 @@ def test_what_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[Any] = []
     monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
     series = {"a": [1.0, 2.0], "b": [3.0, 4.0]}
-    grouped_bars(tmp_path / "x.png", ["g", "h"], series, labels={"a": ["p", "q"], "b": ["r", "s"]}, title="T", ylabel="ms")
+    labels = {"a": ["p", "q"], "b": ["r", "s"]}
+    grouped_bars(tmp_path / "x.png", ["g", "h"], series, labels=labels, title="T", ylabel="ms")
     axes = drawn[0].axes[0]
     assert sorted(bar.get_height() for bar in axes.patches) == [1, 2, 3, 4]
     # Bars of a group stand side by side around its tick.

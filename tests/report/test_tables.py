@@ -20,7 +20,7 @@ def test_plain_column_names_and_missing_values() -> None:
     text = render(table([{"a": "left", "b": None}, {"a": "x", "b": 22}], ["a", "b"], title="Title", caption="caption"))
     lines = [line.strip() for line in text.splitlines()]
     assert lines[0] == "Title" and lines[-1] == "caption"
-    assert "left   -" in lines and "x     22" in lines
+    assert "left    -" in lines and "x      22" in lines
 
 
 def test_text_is_not_markup() -> None:

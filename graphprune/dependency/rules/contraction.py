@@ -70,7 +70,7 @@ def linear(context: NodeContext) -> Result:
         for s in context.states():
             context.freeze_state(s, "operator", "a linear layer with one output")
         return empty(context)
-    context.tie(x.axis(-1), weight.axis(1), weight.shape[1], "read by a layer whose inputs cannot be removed")
+    context.tie(x.axis(-1), weight.axis(1), weight.shape[1], _reads(context))
     last = len(x.shape) - 1
     axes = {a: m for a, m in x.axes.items() if a != last}
     axes[last] = weight.axis(0)
@@ -119,6 +119,10 @@ def trilinear(context: NodeContext) -> Result:
     return joint.moved(context.shape, {a: i for i, a in enumerate(kept)})
 
 
+def _reads(context: NodeContext) -> str:
+    return context.blocked_by(context.arg(0), "reads channels that cannot be removed")
+
+
 @rule("convolution", "_convolution", "conv1d", "conv2d", "conv3d", "mkldnn_convolution", "cudnn_convolution")
 def convolution(context: NodeContext) -> Result:
     if context.operation not in ("convolution", "_convolution"):
@@ -135,7 +139,7 @@ def convolution(context: NodeContext) -> Result:
     if transposed:
         out = _transposed_channels(context, x, weight, groups)
     elif groups == 1:
-        context.tie(x.axis(1), weight.axis(1), weight.shape[1], "read by a layer whose inputs cannot be removed")
+        context.tie(x.axis(1), weight.axis(1), weight.shape[1], _reads(context))
         out = weight.axis(0)
     else:
         out = _grouped_channels(context, x, weight, groups)
@@ -151,7 +155,7 @@ def _grouped_channels(context: NodeContext, x: State, weight: State, groups: int
     xs = context.reshape(State((x.shape[1],), {0: x.axis(1)}), (groups, inner))
     ws = context.reshape(State((weight.shape[0],), {0: weight.axis(0)}), (groups, outer))
     context.tie(xs.axis(0), ws.axis(0), groups, "group of a convolution that cannot be removed")
-    context.tie(xs.axis(1), weight.axis(1), inner, "read by a layer whose inputs cannot be removed")
+    context.tie(xs.axis(1), weight.axis(1), inner, _reads(context))
     _group_sites(context, xs, ws, groups, inner, outer)
     return weight.axis(0)
 
@@ -159,10 +163,10 @@ def _grouped_channels(context: NodeContext, x: State, weight: State, groups: int
 def _transposed_channels(context: NodeContext, x: State, weight: State, groups: int) -> AxisMap:
     """weight (I, O/g, ...): the output axis is (groups, O/g), assembled from two axes."""
     if groups == 1:
-        context.tie(x.axis(1), weight.axis(0), weight.shape[0], "read by a layer whose inputs cannot be removed")
+        context.tie(x.axis(1), weight.axis(0), weight.shape[0], _reads(context))
         return weight.axis(1)
     inner, outer = weight.shape[0] // groups, weight.shape[1]
-    context.tie(x.axis(1), weight.axis(0), weight.shape[0], "read by a layer whose inputs cannot be removed")
+    context.tie(x.axis(1), weight.axis(0), weight.shape[0], _reads(context))
     ws = context.reshape(State((weight.shape[0],), {0: weight.axis(0)}), (groups, inner))
     parts = State((groups, outer), {0: ws.axis(0), 1: weight.axis(1)})
     _group_sites(context, ws, parts, groups, inner, outer)

@@ -15,6 +15,7 @@ def tie_all(context: NodeContext, states: list[State], shape: tuple[int, ...]) -
     """Tie operands that broadcast to `shape`; the result carries the coordinates of the richest one per axis."""
     n = len(shape)
     axes: dict[int, AxisMap] = {}
+    text = _blocker(context)
     for axis in range(n):
         length = shape[axis]
         if length == 1:
@@ -28,9 +29,18 @@ def tie_all(context: NodeContext, states: list[State], shape: tuple[int, ...]) -
         if best:
             for other in maps:
                 if other is not best:
-                    context.tie(best, other, length, "combined with a tensor whose channels cannot be removed")
+                    context.tie(best, other, length, text)
             axes[axis] = best
     return State(shape, axes)
+
+
+def _blocker(context: NodeContext) -> str:
+    text = "combined with a tensor whose channels cannot be removed"
+    for node in context.node.all_input_nodes:
+        found = context.blocked_by(node, text)
+        if found != text:
+            return found.replace("reads the", "combined with the")
+    return text
 
 
 @rule("<pointwise>")
