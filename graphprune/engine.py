@@ -18,6 +18,7 @@ from .dependency.temperature import Rescale, rescales
 from .errors import GraphPruneError
 from .importance import BatchNormLink, Criterion, ImportanceContext, normalise, resolve_criterion
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
+from .tracing.pause import paused_collector
 from .surgery import Fold, find_folds, fold_names, folded_tensors
 from .verification import verify as run_verification
 
@@ -63,8 +64,9 @@ def plan(
     settings = Settings(ratio, scope, round_to, min_channels, granularity)
     settings.check()
     chosen = resolve_criterion(criterion)
-    graph = trace(model, example_input)
-    return plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
+    with paused_collector():
+        graph = trace(model, example_input)
+        return plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
 
 
 def plan_from_graph(
@@ -265,9 +267,10 @@ def prune(
     settings = Settings(ratio, scope, round_to, min_channels, granularity)
     settings.check()
     chosen = resolve_criterion(criterion)
-    graph = trace(model, example_input)
-    decided = plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
-    small = decided.apply(model)
+    with paused_collector():
+        graph = trace(model, example_input)
+        decided = plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
+        small = decided.apply(model)
     if verify:
         report = run_verification(model, small, decided, example_input, graph=graph)
         report.raise_on_failure()

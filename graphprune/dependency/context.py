@@ -338,6 +338,8 @@ class NodeContext:
 
 
 def _same_partition(a: Vector, b: Vector) -> bool:
+    if np.array_equal(a, b):
+        return True
     pairs = len(np.unique(a * (int(b.max()) + 1) + b))
     return pairs == len(np.unique(a)) == len(np.unique(b))
 

@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import GraphPruneError
+from ..tracing.pause import paused_collector
 from ..tracing.trace import Trace, record_run
 from .analysis import Analysis, analyse
 from .build import axis_roles, build_groups
@@ -46,6 +47,9 @@ class DependencyGraph:
 
     def __init__(self, analysis: Analysis) -> None:
         self._analysis = analysis
+        self._tied_cache: Ints = analysis.label
+        self._tied_key = -1
+        self._reason_cache: dict[int, dict[str, Reason]] | None = None
         self._freeze_unproduced()
         self._groups, self._components = build_groups(analysis)
 
@@ -87,6 +91,7 @@ class DependencyGraph:
         """Positions that only scale or shift - no weight produces them - are no channels (tokens, queries, pixels)."""
         analysis = self._analysis
         roles = axis_roles(analysis)
+        before = len(analysis.extra_freezes)
         produced = np.zeros(int(analysis.label.max()) + 1, bool)
         produced[analysis.label[0]] = True
         for root, axis_map in analysis.dims.roots.items():
@@ -101,7 +106,8 @@ class DependencyGraph:
                     if len(lone):
                         text = "no layer produces or reads these positions as channels"
                         analysis.extra_freezes.append((lone, Reason("no channel", text)))
-        analysis.connect()
+        if len(analysis.extra_freezes) > before:
+            analysis.connect()
 
     def freeze(self, positions: Ints, reason: Reason) -> None:
         """Hold global positions; groups are rebuilt."""
@@ -137,26 +143,35 @@ class DependencyGraph:
         return Frozen(name, axis, stuck_count, length, self._reasons(np.unique(np.concatenate(labels)) if labels else None))
 
     def _reasons(self, positions: Ints | None) -> tuple[Reason, ...]:
-        """The statements that froze what these positions are tied to, nearest first."""
+        """The statements that froze what these positions are tied to."""
         if positions is None:
             return ()
-        tied = self._tied_labels()[positions]
-        wanted = set(np.unique(tied).tolist())
+        by_label = self._reasons_by_label()
         out: dict[str, Reason] = {}
-        for frozen, reason in self._analysis.freezes:
-            if not wanted.isdisjoint(np.unique(self._tied_labels()[frozen]).tolist()):
-                out.setdefault(str(reason), reason)
+        for label in np.unique(self._tied_labels()[positions]).tolist():
+            for text, reason in by_label.get(label, {}).items():
+                out.setdefault(text, reason)
         return tuple(out.values())[:6]
+
+    def _reasons_by_label(self) -> dict[int, dict[str, Reason]]:
+        labels = self._tied_labels()
+        if self._reason_cache is None:
+            self._reason_cache = {}
+            for frozen, reason in self._analysis.freezes:
+                text = str(reason)
+                for label in np.unique(labels[frozen]).tolist():
+                    self._reason_cache.setdefault(label, {}).setdefault(text, reason)
+        return self._reason_cache
 
     def _tied_labels(self) -> Ints:
         """Components by ties alone, before freezing joined them."""
         key = len(self._analysis.extra_freezes)
-        if getattr(self, "_tied_key", None) != key:
+        if self._tied_key != key:
             analysis = self._analysis
             bare = dataclasses.replace(analysis, effects={}, extra_freezes=[])
             bare.effects = {n: dataclasses.replace(e, freezes=[]) for n, e in analysis.effects.items()}
             bare.connect()
-            self._tied_cache, self._tied_key = bare.label, key
+            self._tied_cache, self._tied_key, self._reason_cache = bare.label, key, None
         return self._tied_cache
 
     def explain(self, parameter: str) -> str:
@@ -281,4 +296,5 @@ def trace(model: nn.Module, example_input: Any) -> DependencyGraph:
 
     Raises GraphPruneError when the model fails on the example input.
     """
-    return DependencyGraph(analyse(record_run(model, example_input)))
+    with paused_collector():
+        return DependencyGraph(analyse(record_run(model, example_input)))

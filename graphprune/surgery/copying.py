@@ -32,7 +32,7 @@ def clone_with(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
         memo[id(old)] = _like(old, tensor)
     _memoise_plain_tensors(model, memo, keep)
     try:
-        out = copy.deepcopy(model, memo)
+        out = _copy_module(model, memo)
     except Exception as error:
         raise GraphPruneError(
             f"the model cannot be copied with copy.deepcopy ({type(error).__name__}: {error}); make its attributes "
@@ -74,11 +74,53 @@ def _memoise_plain_tensors(model: nn.Module, memo: dict[int, Any], keep: list[An
                 keep.append(value)
 
 
-def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
-    """Put `new` wherever the module at `path` is registered."""
-    old = model.get_submodule(path)
-    new.train(old.training)
+def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
+    """Put other modules wherever the modules at the given paths are registered."""
+    if not new:
+        return
+    by_old = {}
+    for path, module in new.items():
+        old = model.get_submodule(path)
+        module.train(old.training)
+        by_old[id(old)] = module
     for parent in model.modules():
-        for name, child in parent.named_children():
-            if child is old:
-                parent._modules[name] = new
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in by_old:
+                parent._modules[name] = by_old[id(child)]
+
+
+# nn.Module's own tables: nearly always empty, and slow to copy one by one through the copy protocol
+_TABLES = tuple(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
+_COPY_PROTOCOL = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
+
+
+def _ordinary(kind: type[nn.Module]) -> bool:
+    """The class copies as nn.Module does."""
+    return all(getattr(kind, m, None) is getattr(nn.Module, m, None) for m in _COPY_PROTOCOL)
+
+
+def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """What copy.deepcopy does for a module, without its detours."""
+    known = memo.get(id(module))
+    if known is not None:
+        return known  # type: ignore[no-any-return]
+    kind = type(module)
+    if not _ordinary(kind):
+        return copy.deepcopy(module, memo)
+    out: nn.Module = kind.__new__(kind)
+    memo[id(module)] = out
+    target = out.__dict__
+    for name, value in module.__dict__.items():
+        if name == "_modules":
+            target[name] = type(value)((k, None if m is None else _copy_module(m, memo)) for k, m in value.items())
+        elif name in _TABLES and not value:
+            target[name] = type(value)()
+        elif value is None or isinstance(value, (bool, int, float, str)) or type(value) is tuple and _flat(value):
+            target[name] = value
+        else:
+            target[name] = copy.deepcopy(value, memo)
+    return out
+
+
+def _flat(value: tuple[Any, ...]) -> bool:
+    return all(type(item) in (int, float, str, bool, type(None)) for item in value)

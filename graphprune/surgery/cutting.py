@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..dependency.temperature import Rescale
 from ..errors import GraphPruneError
 from .attributes import refresh, set_attribute
-from .copying import clone_with, replace_module
+from .copying import clone_with, replace_modules
 from .folding import Fold, fold_names, folded_tensors
 
 Removed = Mapping[str, Mapping[int, Sequence[int]]]
@@ -65,8 +65,7 @@ def operate(
         for name, axes in cuts.items():
             new[name] = cut_tensor(new[name] if name in new else named[name], axes)
     out = clone_with(model, new)
-    for fold in folds:
-        replace_module(out, fold.batch_norm, nn.Identity())
+    replace_modules(out, {fold.batch_norm: nn.Identity() for fold in folds})
     for module, attribute, key, value in attributes:
         set_attribute(out, module, attribute, key, value)
     touched = {n.rpartition(".")[0] for n in new}

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..tracing.trace import Trace, record_run
-from .copying import clone_with, replace_module
+from .copying import clone_with, replace_modules
 
 _BATCH_NORMS = {
     "native_batch_norm": 5,
@@ -159,7 +159,6 @@ def fold_conv_bn(model: nn.Module, example_input: Any) -> nn.Module:
     """
     folds = find_folds(model, record_run(model, example_input))
     copied = clone_with(model, folded_tensors(model, folds))
-    for fold in folds:
-        replace_module(copied, fold.batch_norm, nn.Identity())
+    replace_modules(copied, {fold.batch_norm: nn.Identity() for fold in folds})
     return copied
 

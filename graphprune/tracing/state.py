@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .origin import traced_sqrt
 from .overrides import python_functions_stay_visible
@@ -77,6 +77,34 @@ def preserved(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]
                     if list(map(id, current.values())) != list(map(id, table.values())) or list(current) != list(table):
                         current.clear()
                         current.update(table)
+
+
+def without_data(modules: dict[str, nn.Module]) -> Callable[[Tensor], Tensor]:
+    """Put every parameter and buffer on the meta device; `preserved` puts them back. Returns the mapping, which also
+    takes inputs there."""
+    known: dict[int, Tensor] = {}
+    keep: list[Tensor] = []
+
+    def bare(tensor: Tensor) -> Tensor:
+        found = known.get(id(tensor))
+        if found is None:
+            found = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            if isinstance(tensor, nn.Parameter):
+                found = nn.Parameter(found, requires_grad=tensor.requires_grad)
+            known[id(tensor)] = found
+            keep.append(tensor)
+        return found
+
+    for module in modules.values():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = bare(tensor)  # type: ignore[assignment]
+    for module in modules.values():  # nn.LSTM and its kin keep a list of their parameters
+        for name, value in module.__dict__.items():
+            if type(value) is list and value and all(isinstance(v, Tensor) and id(v) in known for v in value):
+                module.__dict__[name] = [known[id(v)] for v in value]
+    return bare
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ..errors import GraphPruneError
 from .example import ExampleInput, flatten_tensors
 from .recorder import DispatchMode, FunctionMode, Guard, Recorder, Source
-from .state import preserved, trace_attributes, unfused
+from .state import preserved, trace_attributes, unfused, without_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,17 +67,36 @@ def run_model(model: nn.Module, example: ExampleInput, what: str) -> Any:
 def record_run(model: nn.Module, example_input: Any) -> Trace:
     """Run `model` once in eval mode without gradients and record it. The model is left exactly as it was.
 
-    Raises GraphPruneError when the model is no nn.Module, has no parameters, or fails on the example input.
+    The run needs shapes only, so it is first tried on the meta device, without arithmetic. A model that looks at its
+    values (`if x.mean() > 0`) cannot run there; it is then recorded on its own device.
+
+    Raises GraphPruneError when the model is no nn.Module or fails on the example input.
     """
     if not isinstance(model, nn.Module):
         raise GraphPruneError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     example = ExampleInput.of(example_input)
     modules = dict(model.named_modules())
-    flags = [(m, m.training) for m in modules.values()]
+    tensors = [*model.parameters(), *model.buffers(), *example.tensors()]
+    if all(type(t) in _PLAIN and t.layout is torch.strided and not t.is_meta for t in tensors):
+        try:
+            return _record(model, modules, example, data=False)
+        except Exception:  # whatever went wrong without data, the run with data decides
+            pass
+    return _record(model, modules, example, data=True)
+
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+def _record(model: nn.Module, modules: dict[str, nn.Module], example: ExampleInput, data: bool) -> Trace:
     with preserved(model, modules), unfused():
+        if not data:
+            bare = without_data(modules)
+            seen: dict[int, Tensor] = {}
+            example = example.map(lambda t: seen.setdefault(id(t), bare(t)))
         recorder = Recorder(model, modules, example.tensors())
         try:
-            for module, _ in flags:
+            for module in modules.values():
                 module.training = False
             trace_attributes(modules, recorder.attribute)
             with torch.no_grad(), recorder.module_paths(), DispatchMode(recorder), FunctionMode(recorder):
@@ -87,7 +106,7 @@ def record_run(model: nn.Module, example_input: Any) -> Trace:
         finally:
             recorder.active = False
             recorder.undo_writes()
-    return _finish(model, recorder, modules)
+        return _finish(model, recorder, modules)
 
 
 def _finish(model: nn.Module, recorder: Recorder, modules: dict[str, nn.Module]) -> Trace:

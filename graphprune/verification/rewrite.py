@@ -51,6 +51,7 @@ class RewrittenRun:
         self.gone = gone
         self.tensors = tensors
         self.env: dict[fx.Node, Any] = {}
+        self.device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
 
     def run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
         for node in self.graph.trace.graph.nodes:
@@ -70,6 +71,8 @@ class RewrittenRun:
         args = list(fx.node.map_arg(node.args, self.env.__getitem__))
         kwargs = dict(fx.node.map_arg(node.kwargs, self.env.__getitem__))
         name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+        if kwargs.get("device") is not None:  # recorded on the meta device
+            kwargs["device"] = self.device
         method: Callable[..., Any] | None = getattr(self, f"_{name.strip('_')}", None)
         if method is not None:
             return method(node, args, kwargs)

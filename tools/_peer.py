@@ -1,0 +1,136 @@
+"""Torch-Pruning, used as its documentation says, and a check of whether what it returns is right."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tools._common import classifier_of, parameters_in, relative_difference
+
+
+def prune_in_place(model: nn.Module, example: Tensor, ratio: float) -> Any:
+    """Build the dependency graph of `model`, prune it, return the pruner: the plain use of the library."""
+    pruner = tp.pruner.BasePruner(
+        model,
+        example,
+        importance=tp.importance.GroupMagnitudeImportance(p=2),
+        pruning_ratio=ratio,
+        ignored_layers=[classifier_of(model)],
+        global_pruning=False,
+        # The defaults of these two are dicts that all pruners of a process would share.
+        in_channel_groups={},
+        out_channel_groups={},
+    )
+    pruner.step()
+    return pruner
+
+
+def surviving(model: nn.Module, example: Tensor, history: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """For every tensor of `model`, the flat indices of the elements that the recorded pruning leaves.
+
+    The record is replayed on a copy whose elements are their own indices.
+    """
+    numbered = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = tp.DependencyGraph().build_dependency(numbered, example_inputs=example)
+    with torch.no_grad():
+        for tensor in (*numbered.parameters(), *numbered.buffers()):
+            if tensor.is_floating_point():
+                tensor.data = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
+    graph.load_pruning_history(history)
+    named = {**dict(numbered.named_parameters()), **dict(numbered.named_buffers())}
+    return numbered, {n: t.detach().flatten().long() for n, t in named.items() if t.is_floating_point()}
+
+
+class _MaskedNorm(nn.Module):
+    """LayerNorm over the last axis whose statistics run over the surviving channels only."""
+
+    def __init__(self, norm: nn.LayerNorm, kept: Tensor, channels_first: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.kept = kept
+        self.channels_first = channels_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1) if self.channels_first else x
+        part = F.layer_norm(x[..., self.kept], (len(self.kept),), eps=self.norm.eps)
+        y = torch.zeros_like(x)
+        y[..., self.kept] = part
+        if self.norm.weight is not None:
+            y = y * self.norm.weight + self.norm.bias
+        return y.permute(0, 3, 1, 2) if self.channels_first else y
+
+
+@torch.no_grad()
+def zeroed(model: nn.Module, kept: dict[str, Tensor]) -> nn.Module:
+    """A copy of `model` with everything that is not kept set to zero; norms over channels leave those out."""
+    copied = copy.deepcopy(model)
+    named: dict[str, Tensor] = {**dict(copied.named_parameters()), **dict(copied.named_buffers())}
+    for name, indices in kept.items():
+        tensor = named[name]
+        if len(indices) < tensor.numel() and not name.endswith("running_var"):
+            values = torch.zeros_like(tensor).flatten()
+            values[indices] = tensor.flatten()[indices]
+            tensor.copy_(values.reshape(tensor.shape))
+    for name, module in list(copied.named_modules()):
+        if isinstance(module, nn.LayerNorm) and len(kept[f"{name}.weight"]) < module.weight.numel():
+            masked = _MaskedNorm(module, kept[f"{name}.weight"], type(module).__name__ == "LayerNorm2d")
+            parent, _, own = name.rpartition(".")
+            setattr(copied.get_submodule(parent), own, masked)
+    return copied
+
+
+@torch.no_grad()
+def error_of(original: nn.Module, pruned: nn.Module, example: Tensor, history: Any) -> float:
+    """Relative difference between the pruned network and the original with the same slices zeroed."""
+    replayed, kept = surviving(original, example, history)
+    shapes = [{n: tuple(p.shape) for n, p in m.named_parameters()} for m in (replayed, pruned)]
+    if shapes[0] != shapes[1]:
+        raise RuntimeError("its record, replayed, does not give the same shapes")
+    reference = zeroed(original, kept)
+    error = relative_difference(pruned(example), reference(example))
+    if error > 1e-4:  # only real differences survive in double precision
+        images = example.double()
+        error = relative_difference(copy.deepcopy(pruned).double()(images), reference.double()(images))
+    return error
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line of at most 160 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:160]
+
+
+def examine(original: nn.Module, example: Tensor, ratio: float) -> dict[str, Any]:
+    """Prune a copy and say how it went: failed at which stage, or how much was removed and whether it is right."""
+    found: dict[str, Any] = {"parameters": parameters_in(original), "stage": "pruning"}
+    model = copy.deepcopy(original)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pruner = prune_in_place(model, example, ratio)
+        found["left"] = parameters_in(model)
+        found["stage"] = "forward"
+        with torch.no_grad():
+            output = model(example)
+        if output.shape != original(example).shape:
+            raise RuntimeError(f"the output has shape {tuple(output.shape)}")
+        found["stage"] = "backward"
+        model(example).square().sum().backward()
+        model.zero_grad()
+        found["stage"] = "done"
+    except Exception as error:
+        found["failure"] = first_line(error)
+        return found
+    try:
+        found["error"] = error_of(original, model, example, pruner.pruning_history())
+    except Exception as error:
+        found["unchecked"] = first_line(error)
+    return found
