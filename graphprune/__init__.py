@@ -6,6 +6,7 @@
 """
 
 from ._version import __version__
+from .counting import Count, LayerCount, count
 from .dependency import DependencyGraph, Frozen, Group, Member, trace
 from .deploy import benchmark, export_onnx
 from .engine import plan, prune
@@ -16,15 +17,18 @@ from .surgery import fold_conv_bn
 from .verification import VerificationReport, verify
 
 __all__ = [
+    "Count",
     "DependencyGraph",
     "Frozen",
     "GraphPruneError",
     "Group",
+    "LayerCount",
     "Member",
     "Plan",
     "VerificationReport",
     "__version__",
     "benchmark",
+    "count",
     "criterion",
     "export_onnx",
     "fold_conv_bn",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -67,17 +68,18 @@ class Count:
             Column("parameters", 2, ","),
             Column("MACs", 3, ","),
         ]
-        caption = "" if self.batch_size is None else f"MACs of one forward pass at batch size {self.batch_size}"
-        if self.uncounted:
-            calls = ", ".join(f"{name} ({n})" for name, n in self.uncounted.items())
-            caption += f"{'; ' if caption else ''}not counted: {calls}"
-        result = table(rows, columns, caption=caption or None)
+        result = table(rows, columns)
         if self.per_layer:
             result.rows[-2].end_section = True
         return result
 
     def __str__(self) -> str:
-        return render(self.table())
+        lines = []
+        if self.batch_size is not None:
+            lines.append(f"MACs of one forward pass at batch size {self.batch_size}")
+        if self.uncounted:
+            lines.append("not counted: " + ", ".join(f"{name} ({calls})" for name, calls in self.uncounted.items()))
+        return render(self.table(), *lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain dicts and numbers, ready for JSON."""
@@ -160,10 +162,14 @@ def _operator_name(node: fx.Node) -> str:
 
 
 # Operators of ATen that multiply and add, in amounts that depend on more than shapes or on the implementation.
-_WORKING = ("fft", "linalg_", "sparse", "cdist", "flash_attention", "efficient_attention", "_rnn", "multi_head_attention")
+_WORKING = re.compile(
+    "conv|mm$|matmul|linear$|fft|linalg_|sparse|cdist|flash_attention|efficient_attention|multi_head_attention|_rnn"
+)
 # Share a word with those above, but do no more than elementwise arithmetic.
-_IDLE = ("to_sparse", "sparse_coo_tensor", "sparse_compressed", "fftfreq", "fftshift", "linalg_check", "linalg_cross")
-_IDLE += ("linalg_diagonal", "linalg_vector_norm")
+_IDLE = re.compile(
+    "convert|to_sparse|sparse_coo_tensor|sparse_compressed|fftfreq|fftshift"
+    "|linalg_(check|cross|diagonal|vector_norm)"
+)
 _IDLE_NAMESPACES = frozenset("prim prims profiler c10d _c10d_functional".split())
 _IDLE_KERNELS = frozenset(
     "nms roi_align roi_pool ps_roi_align ps_roi_pool _cuda_version _jpeg_version decode_image".split()
@@ -177,7 +183,7 @@ def _unknown_work(namespace: str, name: str) -> bool:
         return name not in _IDLE_KERNELS
     if namespace != "aten":
         return True  # another library's kernel
-    return any(word in name for word in _WORKING) and not any(word in name for word in _IDLE)
+    return bool(_WORKING.search(name)) and not _IDLE.search(name)
 
 
 class _Call:
@@ -203,7 +209,7 @@ class _Call:
     @property
     def first(self) -> str:
         """The name of the first argument."""
-        return self._names[0]
+        return str(self._names[0])
 
     @property
     def result(self) -> tuple[int, ...]:
@@ -284,6 +290,12 @@ def _deform_conv(call: _Call) -> int:
     return math.prod(call.result) * math.prod(call.shape("weight")[1:])
 
 
+_CONVOLUTIONS = "convolution _convolution mkldnn_convolution _slow_conv2d_forward".split()
+_ATTENTIONS = (
+    "scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_flash_attention "
+    "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention "
+    "_scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"
+).split()
 _RULES: dict[str, Callable[[_Call], int]] = {
     "mm": _product("self"),
     "bmm": _product("self"),
@@ -305,18 +317,8 @@ _RULES: dict[str, Callable[[_Call], int]] = {
     "conv_tbc": _conv_tbc,
     "deform_conv2d": _deform_conv,
     **dict.fromkeys(["lstm", "gru", "rnn_tanh", "rnn_relu"], _recurrent),
-    **dict.fromkeys(
-        ["convolution", "_convolution", "convolution_overrideable", "mkldnn_convolution", "cudnn_convolution"]
-        + ["miopen_convolution", "_slow_conv2d_forward", "_conv_depthwise2d", "conv_depthwise3d"],
-        _convolution,
-    ),
-    **dict.fromkeys(
-        ["scaled_dot_product_attention", "_scaled_dot_product_attention_math"]
-        + ["_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu"]
-        + ["_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"]
-        + ["_scaled_dot_product_fused_attention_overrideable"],
-        _attention,
-    ),
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+    **dict.fromkeys(_ATTENTIONS, _attention),
 }
 
 __all__ = ["Count", "LayerCount", "count"]

@@ -66,6 +66,8 @@ def examine(model: nn.Module, example: Any, demands: Demands) -> Outcome:
     before = oracles.snapshot(model)
     try:
         _examine(model, example, demands, outcome)
+    except TimeoutError:
+        raise
     except Exception as error:  # every failure is a finding about this one network
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "graphprune" in frame.filename]
         place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

@@ -37,7 +37,7 @@ def surviving(model: nn.Module, example: Tensor, history: Any) -> tuple[nn.Modul
     The record is replayed on a copy whose elements are their own indices.
     """
     numbered = copy.deepcopy(model)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         graph = tp.DependencyGraph().build_dependency(numbered, example_inputs=example)
     with torch.no_grad():
@@ -103,9 +103,9 @@ def error_of(original: nn.Module, pruned: nn.Module, example: Tensor, history: A
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line of at most 160 characters."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:160]
+    """What an exception says first, in one line of at most 240 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:240]
 
 
 def examine(original: nn.Module, example: Tensor, ratio: float) -> dict[str, Any]:

@@ -9,11 +9,34 @@ Prints every failing seed as it is found and a summary at the end; exit status 1
 from __future__ import annotations
 
 import argparse
+import contextlib
+import signal
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from tests.examination import Outcome, examine_random
+
+
+@contextlib.contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """TimeoutError after so many seconds, where the system has alarms; 0 for none."""
+
+    def expired(*_: Any) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    if not seconds or not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, expired)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def main() -> int:
@@ -22,6 +45,7 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=5000, help="number of seeds (default 5000)")
     parser.add_argument("--ratio", type=float, help="share of channels to remove (default: another one for each seed)")
     parser.add_argument("--prove", action="store_true", help="also run the engine's own verification")
+    parser.add_argument("--limit", type=int, default=120, help="seconds for one network (default 120, 0 for no limit)")
     parser.add_argument("--every", type=int, default=100, help="networks between two lines of progress (default 100)")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -29,7 +53,11 @@ def main() -> int:
     failures: dict[int, Outcome] = {}
     shares: list[float] = []
     for done, seed in enumerate(range(options.start, options.start + options.count), 1):
-        outcome = examine_random(seed, options.ratio, prove=options.prove)
+        try:
+            with time_limit(options.limit):
+                outcome = examine_random(seed, options.ratio, prove=options.prove)
+        except TimeoutError as error:
+            outcome = Outcome(crash=str(error))
         shares.append(outcome.share)
         if outcome.failed:
             failures[seed] = outcome

@@ -21,6 +21,7 @@ from .state import AxisMap, Vector
 
 Mask = npt.NDArray[np.bool_]
 _NUMPY_COMPARE = {
+    "same": lambda a, b: a == b,
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: a != b,
     "lt": lambda a, b: a < b,
@@ -179,8 +180,10 @@ class SizeSolver:
             if left is None or right is None:
                 continue
             if _NUMPY_COMPARE[guard.comparison](left, right) != guard.outcome:
-                symbol = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[guard.comparison]
+                symbol = {"same": "==", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[guard.comparison]
                 text = f"the code asks whether {describe(guard.left)} {symbol} {describe(guard.right)}"
+                if guard.comparison == "same":
+                    text = f"the code uses {describe(guard.left)} as a plain number"
                 source = str(guard.source) if guard.source else ""
                 found = self.blame(guard.left, text, None, source) + self.blame(guard.right, text, None, source)
                 out += found

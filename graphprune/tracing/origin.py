@@ -182,10 +182,24 @@ _sqrt = math.sqrt  # `traced_sqrt` stands in for it while a model is recorded
 
 def traced_sqrt(value: Any) -> float:
     """`math.sqrt` that keeps the history."""
-    result = _sqrt(value)
+    result = _sqrt(plain(value))
     if is_traced(value):
         return TracedFloat(result, Operation("sqrt", (value.origin,)), value.guard)
     return result
+
+
+class _FloatLike(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, float)
+
+    def __call__(cls, value: Any = 0.0) -> float:
+        if isinstance(value, TracedInt):
+            return TracedFloat(float(plain(value)), value.origin, value.guard)
+        return value if isinstance(value, TracedFloat) else float(value)
+
+
+class traced_float(metaclass=_FloatLike):  # noqa: N801
+    """Stands in for `float` where torch converts a size (`1.0 / float(E)` in multi-head attention)."""
 
 
 def _wrap(result: Any, expr: Expr, guard: Any) -> Any:
@@ -194,6 +208,29 @@ def _wrap(result: Any, expr: Expr, guard: Any) -> Any:
     if type(result) is float:
         return TracedFloat(result, expr, guard)
     return result
+
+
+def _lossy(self: Any) -> None:
+    """The number leaves our sight as a plain one: from here on it must not change."""
+    if self.guard is not None:
+        self.guard("same", self.origin, Literal(plain(self)), True)
+
+
+def _to_float(self: Any) -> float:
+    _lossy(self)
+    return float(plain(self)) if isinstance(self, TracedInt) else plain(self)  # type: ignore[no-any-return]
+
+
+def _to_int(self: Any) -> int:
+    _lossy(self)
+    return int(plain(self))
+
+
+def _array_ufunc(self: Any, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+    for value in inputs:
+        if is_traced(value):
+            _lossy(value)
+    return getattr(ufunc, method)(*map(plain, inputs), **kwargs)
 
 
 def _install(cls: type, base: type) -> None:
@@ -227,12 +264,19 @@ def _install(cls: type, base: type) -> None:
         setattr(cls, f"__r{name}__", binary(name, True))
     for name in ("eq", "ne", "lt", "le", "gt", "ge"):
         setattr(cls, f"__{name}__", compare(name))
-    setattr(cls, "__neg__", lambda self: _wrap(-plain(self), Operation("neg", (self.origin,)), self.guard))  # noqa: B010
-    setattr(  # noqa: B010
-        cls,
-        "__divmod__",
-        lambda self, other: (self // other, self % other),
-    )
+    special: dict[str, Callable[..., Any]] = {
+        "__neg__": lambda self: _wrap(-plain(self), Operation("neg", (self.origin,)), self.guard),
+        "__pos__": lambda self: self,
+        "__divmod__": lambda self, other: (self // other, self % other),
+        "__float__": _to_float,
+        "__int__": _to_int,
+        "__trunc__": _to_int,
+        "__array_ufunc__": _array_ufunc,
+    }
+    if base is int:
+        special["__round__"] = lambda self, ndigits=None: self
+    for name, method in special.items():
+        setattr(cls, name, method)
 
 
 _install(TracedInt, int)

@@ -17,6 +17,8 @@ import torch._tensor
 import torch.functional
 import torch.nn.functional
 
+from .origin import traced_float
+
 _MODULES = (torch.nn.functional, torch.functional, torch._tensor)
 _ORDINARY = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}
 _NEUTRAL = {
@@ -49,7 +51,9 @@ def python_functions_stay_visible() -> Iterator[None]:
     try:
         for module, name, _ in saved:
             setattr(module, name, _ANSWERS[name])
+        torch.nn.functional.float = traced_float  # type: ignore[attr-defined]
         yield
     finally:
+        vars(torch.nn.functional).pop("float", None)
         for module, name, original in saved:
             setattr(module, name, original)

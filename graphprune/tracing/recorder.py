@@ -16,8 +16,8 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .origin import Attribute, Expr, TensorSize, TracedInt, plain
-from .sizes import CallSizes, read_scalars, read_sizes
+from .origin import Attribute, Expr, Literal, TensorSize, TracedInt, plain
+from .sizes import CallSizes, other_numbers, read_scalars, read_sizes
 
 aten = torch.ops.aten
 _HIDDEN_DIRECTORIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
@@ -285,7 +285,9 @@ class FunctionMode(TorchFunctionMode):
         whole = _WHOLE.get(func)
         before = recorder.sizes, recorder.scalars, recorder.function_name
         recorder.function_name = name
-        recorder.scalars = read_scalars(args)
+        recorder.scalars = read_scalars(name, args, kwargs)
+        for number in other_numbers(name, args, kwargs):
+            recorder.guard("same", number.origin, Literal(plain(number)), True)
         if name in _SIZE_LIKE and len(args) > 1 and isinstance(args[1], Tensor):
             node = recorder.node_of(args[1])
             recorder.sizes = CallSizes("shape", tuple(TensorSize(node, a) for a in range(args[1].dim())), name)

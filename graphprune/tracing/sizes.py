@@ -10,7 +10,7 @@ An ATen call with no `CallSizes` computed its sizes inside torch (`flatten`, `pe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -222,7 +222,28 @@ def read_sizes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
     return reader(args, kwargs) if reader is not None and args else None
 
 
-def read_scalars(args: tuple[Any, ...]) -> dict[int, Expr] | None:
-    """Traced numbers passed directly as arguments (`q * self.head_dim ** -0.5`), by position."""
-    found = {i: a.origin for i, a in enumerate(args) if is_traced(a)}
+_SCALING = frozenset(("mul", "mul_", "div", "div_", "true_divide", "__mul__", "__truediv__", "__rmul__", "__imul__"))
+
+
+def read_scalars(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Expr] | None:
+    """Traced numbers that scale a tensor (`q * self.head_dim ** -0.5`), by position of the argument. The `scale` of
+    scaled_dot_product_attention counts as position -1."""
+    found: dict[int, Expr] = {}
+    if name in _SCALING:
+        found = {i: a.origin for i, a in enumerate(args) if is_traced(a)}
+        if is_traced(kwargs.get("other")):
+            found[1] = kwargs["other"].origin
+    elif name == "scaled_dot_product_attention" and is_traced(kwargs.get("scale")):
+        found[-1] = kwargs["scale"].origin
     return found or None
+
+
+def other_numbers(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """Traced numbers in a call that are neither sizes nor scales: they must stay what they are."""
+    if name in READERS or name in _SCALING or name == "scaled_dot_product_attention":
+        return
+    for value in (*args, *kwargs.values()):
+        if is_traced(value):
+            yield value
+        elif type(value) in (tuple, list, torch.Size):
+            yield from (item for item in value if is_traced(item))

@@ -279,8 +279,9 @@ class PositionedAttention(nn.Module):
 for _how in (
     "bias_table", "bias_embedding", "bias_parameter", "slopes", "causal", "cosine", "sinks", "talking",
 ):
-    variant(f"attention_{_how}", lambda how=_how: PositionedAttention(how), tokens())  # type: ignore[misc]
-variant("attention_normed", lambda: PositionedAttention("normed"), tokens(), statistics=True)
+    variant(f"attention_{_how}", lambda how=_how: PositionedAttention(how), tokens(),  # type: ignore[misc]
+            temperature=True)
+variant("attention_normed", lambda: PositionedAttention("normed"), tokens(), statistics=True, temperature=True)
 
 
 @network(lambda: (torch.randn(2, 5, 10), torch.randn(2, 7, 8)), temperature=True)

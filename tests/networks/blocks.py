@@ -49,7 +49,7 @@ class ConvNextV2Block(nn.Module):
         return self.head(y + self.down(z).permute(0, 3, 1, 2))
 
 
-@network(image(3, 8), statistics=True)
+@network(image(3, 8), statistics=True, temperature=True)
 class ShiftedWindows(nn.Module):
     """Swin: cyclic shift, window partition, attention with relative positions and mask, and the way back; merging."""
 
@@ -93,7 +93,7 @@ class ShiftedWindows(nn.Module):
         return self.head(self.reduce(self.reduce_norm(torch.cat(quarters, -1))).mean((1, 2)))
 
 
-@network(image(3, 8), statistics=True)
+@network(image(3, 8), statistics=True, temperature=True)
 class VisionTransformerBlock(nn.Module):
     """Patch embedding, class token, learned positions, one block, and the class token's head."""
 
@@ -121,7 +121,7 @@ class VisionTransformerBlock(nn.Module):
         return self.head(self.norm(y)[:, 0])
 
 
-@network(words(), statistics=True)
+@network(words(), statistics=True, temperature=True)
 class CausalLanguageModel(nn.Module):
     """GPT: fused projection split by an attribute, causal buffer, tied output."""
 
@@ -150,7 +150,7 @@ class CausalLanguageModel(nn.Module):
         return F.linear(self.ln_f(y), self.wte.weight)
 
 
-@network(words(), statistics=True)
+@network(words(), statistics=True, temperature=True)
 class LlamaBlock(nn.Module):
     """RMS norms, rotary positions, grouped key and value heads, SwiGLU."""
 
@@ -194,7 +194,7 @@ def _masked_words() -> tuple[Tensor, Tensor]:
     return torch.randint(0, 20, (2, 6)), torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]])
 
 
-@network(_masked_words, statistics=True)
+@network(_masked_words, statistics=True, temperature=True)
 class BertLayer(nn.Module):
     """Post-norm encoder with an additive mask and a pooler over the first token."""
 
@@ -227,7 +227,7 @@ class BertLayer(nn.Module):
         return self.classifier(torch.tanh(self.pooler(y[:, 0])))
 
 
-@network(image(3, 6))
+@network(image(3, 6), temperature=True)
 class LevitAttention(nn.Module):
     """Linear with BatchNorm, values wider than keys, biases per head by constant indices."""
 
@@ -259,7 +259,7 @@ class LevitAttention(nn.Module):
         return self.head((y + self.proj(F.hardswish(mixed))).mean(1))
 
 
-@network(image(3, 6))
+@network(image(3, 6), temperature=True)
 class NonLocalBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -295,7 +295,7 @@ class GlobalContextBlock(nn.Module):
         return self.head(y + self.transform(context))
 
 
-@network(image(3, 8), statistics=True)
+@network(image(3, 8), statistics=True, temperature=True)
 class MobileVitBlock(nn.Module):
     """Features unfolded into patches, attention across patches, folded back, and concatenated with the input."""
 

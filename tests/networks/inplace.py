@@ -174,7 +174,7 @@ class InPlaceRows(nn.Module):
         return self.head(torch.relu_(y))
 
 
-@network(tokens())
+@network(tokens(), temperature=True)
 class PartlyZeroedBias(nn.Module):
     """The key's part of a fused bias is zeroed in a copy, as some vision transformers do."""
 

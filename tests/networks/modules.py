@@ -100,12 +100,12 @@ class Encoder(nn.Module):
         return self.head(self.layer(self.embed(x)))
 
 
-variant("transformer_encoder_layer", Encoder, tokens(), statistics=True)
+variant("transformer_encoder_layer", Encoder, tokens(), statistics=True, temperature=True)
 variant("transformer_encoder_layer_pre_norm", lambda: Encoder(norm_first=True, activation="gelu"), tokens(),
-        statistics=True)
+        statistics=True, temperature=True)
 
 
-@network(tokens(), statistics=True)
+@network(tokens(), statistics=True, temperature=True)
 class TransformerEncoderStack(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class TransformerEncoderStack(nn.Module):
         return self.head(self.encoder(self.embed(x)).mean(1))
 
 
-@network(_two_sequences, statistics=True)
+@network(_two_sequences, statistics=True, temperature=True)
 class TransformerDecoderLayers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -270,7 +270,7 @@ class LayerScaleAndDropPath(nn.Module):
         return self.head(y + branch)
 
 
-@network(tokens(5, 8))
+@network(tokens(5, 8), temperature=True)
 class LearnedQueries(nn.Module):
     """Learned tokens attend to the input and are flattened."""
 

@@ -216,9 +216,10 @@ def attention(context: NodeContext) -> Result:
         scores = State((*q.shape[:-1], k.shape[-2]), {**{a: axes[a] for a in range(n - 1)}, n - 1: k.axis(-2)})
         tie_all(context, [scores, m], scores.shape)
     _equal_features(context, q.axis(-1), v.axis(-1))
-    if context.arg(99, "scale") is None:
+    scale = (context.node.meta.get("scalars") or {}).get(-1)
+    if context.arg(99, "scale") is None or scale is not None:
         last = TensorSize(context.node.all_input_nodes[0], n - 1)
-        expr = Operation("pow", (last, Literal(-0.5)))
+        expr = scale or Operation("pow", (last, Literal(-0.5)))
         context.effects.scalars.append(ScalarSite(context.node, expr, context.node.all_input_nodes[0], False))
     out = State(shape, axes)
     meta = context.node.meta["val"]

@@ -59,14 +59,9 @@ def pointwise(context: NodeContext) -> Result:
 
 def _temperature(context: NodeContext) -> None:
     """x * f(sizes) and x / f(sizes): the factor must not change when the sizes do."""
-    scalars: dict[int, Expr] | None = context.node.meta.get("scalars")
-    if not scalars or context.operation not in ("mul", "mul_", "div", "div_", "true_divide"):
-        if scalars:
-            for expr in scalars.values():
-                context.require(expr, {}, 0, "a number computed from sizes", None)
-        return
+    scalars: dict[int, Expr] = context.node.meta.get("scalars") or {}
     operand = next((a for a in context.node.args if isinstance(a, fx.Node)), None)
-    if operand is None:
+    if operand is None or context.operation not in ("mul", "mul_", "div", "div_", "true_divide"):
         return
     for position, expr in scalars.items():
         divide = context.operation.startswith(("div", "true")) and position == 1
