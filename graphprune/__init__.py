@@ -1,8 +1,8 @@
 """Structured pruning for PyTorch: physically smaller networks, proven, exported and measured.
 
-    small = graphprune.prune(model, example_input, 0.5)
-    graphprune.export_onnx(small, example_input, "small.onnx")
-    graphprune.benchmark({"dense": model, "small": small}, example_input)
+small = graphprune.prune(model, example_input, 0.5)
+graphprune.export_onnx(small, example_input, "small.onnx")
+graphprune.benchmark({"dense": model, "small": small}, example_input)
 """
 
 from ._version import __version__

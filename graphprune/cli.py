@@ -6,27 +6,47 @@ else (progress, warnings, errors, what a model prints) to standard error.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from ._version import __version__
-from .counting import Count, count
+from .counting import count
 from .dependency import DependencyGraph, trace
-from .deploy import ExportReport, benchmark, export_onnx
+from .deploy import benchmark, export_onnx
 from .engine import plan as make_plan
-from .errors import GraphPruneError
-from .factories import InputShape, Loaded, load_factory, load_weights, save_weights
+from .factories import Loaded, common_input, load_factory, load_weights, save_weights
 from .plans import Plan
-from .report.tables import Column, render, table
+from .report.files import check_target
+from .report.tables import Column, table
+from .terminal import (
+    CriterionOption,
+    DrawOption,
+    ExplainOption,
+    FoldOption,
+    GranularityOption,
+    IgnoreOption,
+    JsonOption,
+    LeastOption,
+    ModelArgument,
+    PlanOption,
+    PrunedWeightsOption,
+    RatioOption,
+    RoundOption,
+    ScopeOption,
+    SeedOption,
+    ShapeOption,
+    VerifyOption,
+    WeightsOption,
+    checks_as_data,
+    comparison,
+    named_models,
+    parse_integers,
+    parse_ratio,
+    show,
+    working,
+)
 from .verification import VerificationReport, verify
 
 app = typer.Typer(
@@ -36,125 +56,6 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_PLAN = "How to prune"
-_MODEL = "Model"
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODULE:FUNCTION",
-        help="Function without arguments that returns a model, or (model, example input). The current directory is "
-        "searched first.",
-        show_default=False,
-    ),
-]
-ShapeOption = Annotated[
-    list[InputShape] | None,
-    typer.Option(
-        "--input-shape",
-        parser=InputShape.parse,
-        metavar="SHAPE",
-        help="Shape of the example input, such as 1,3,224,224 (random numbers) or 1,128:int64 (zeros). Repeat for "
-        "several inputs.",
-        rich_help_panel=_MODEL,
-    ),
-]
-WeightsOption = Annotated[
-    Path | None,
-    typer.Option("--weights", metavar="FILE", help="A safetensors file to load first.", rich_help_panel=_MODEL),
-]
-SeedOption = Annotated[
-    int,
-    typer.Option("--seed", min=0, help="Of random weights, inputs and the criterion 'random'.", rich_help_panel=_MODEL),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-RatioOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--ratio",
-        metavar="RATIO",
-        help="Fraction of the channels to remove: 0.5, or name=0.5 for a module, parameter or pattern (repeat, or "
-        "separate by commas).",
-        rich_help_panel=_PLAN,
-    ),
-]
-VerifyOption = Annotated[
-    bool, typer.Option("--verify/--no-verify", help="Prove the pruned model.", rich_help_panel=_PLAN)
-]
-
-
-class _Work:
-    """Progress of one command on standard error."""
-
-    def __init__(self, bar: Progress, steps: int) -> None:
-        self._bar = bar
-        self._task = bar.add_task("", total=steps)
-        self._begun = False
-
-    def step(self, text: str) -> None:
-        """Say what begins now; what was going on before is done."""
-        self._bar.update(self._task, description=text, advance=1 if self._begun else 0)
-        self._begun = True
-
-    def stop(self) -> None:
-        """Give the terminal to another progress bar."""
-        self._bar.stop()
-
-
-@contextlib.contextmanager
-def _working(steps: int) -> Iterator[_Work]:
-    """Progress while inside; models print to standard error; errors of the user end the program with status 1."""
-    columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
-    try:
-        bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
-        with bar, contextlib.redirect_stdout(sys.stderr):
-            yield _Work(bar, steps)
-    except (GraphPruneError, OSError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        typer.echo("error: " + " | ".join(lines), err=True)
-        raise typer.Exit(1) from None
-
-
-def _show(as_json: bool, data: dict[str, Any], *text: Any) -> None:
-    """Print the result: `data` as JSON, or the tables and strings."""
-    if as_json:
-        typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
-    else:
-        typer.echo(render(*text))
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _ratio(texts: list[str] | None) -> float | dict[str, float]:
-    """0.5, or a dict from names."""
-    items = [item.strip() for text in texts or ["0.5"] for item in text.split(",") if item.strip()]
-    named: dict[str, float] = {}
-    try:
-        if len(items) == 1 and "=" not in items[0]:
-            return float(items[0])
-        for item in items:
-            name, sign, value = item.rpartition("=")
-            if not sign or not name or name in named:
-                raise ValueError
-            named[name] = float(value)
-    except ValueError:
-        raise typer.BadParameter(
-            f"{' '.join(texts or [])!r} is neither a number nor a list of name=number with each name once",
-            param_hint="--ratio",
-        ) from None
-    if not named:
-        raise typer.BadParameter("expected a number or name=number", param_hint="--ratio")
-    return named
-
-
-def _checks(report: VerificationReport | None) -> dict[str, Any] | None:
-    if report is None:
-        return None
-    checks = [{"name": c.name, "passed": c.passed, "error": _finite(c.error), "detail": c.detail} for c in report.checks]
-    return {"passed": report.passed, "checks": checks}
-
 
 def _version(value: bool) -> None:
     if value:
@@ -180,24 +81,12 @@ def inspect(
     input_shape: ShapeOption = None,
     weights: WeightsOption = None,
     seed: SeedOption = 0,
-    explain: Annotated[
-        list[str] | None,
-        typer.Option("--explain", metavar="NAME", help="What a parameter is tied to, or why it stays. Repeatable."),
-    ] = None,
-    draw: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--draw",
-            "--dot",
-            "--svg",
-            metavar="FILE",
-            help="Draw the dependency graph, as .dot, .svg, .png or .pdf. Repeatable.",
-        ),
-    ] = None,
+    explain: ExplainOption = None,
+    draw: DrawOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what can be pruned, what cannot and why, parameters and MACs. Changes nothing."""
-    with _working(4) as work:
+    with working(4) as work:
         work.step("building the model")
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)
@@ -243,7 +132,7 @@ def inspect(
     text = [f"{model}: {type(loaded.model).__name__}", str(counted), groups]
     text += ["Cannot be removed:", *(f"  {line}" for line in news)] if news else []
     text += [f"  and {kernels} axes of kernel positions, which are no channels"] if kernels else []
-    _show(as_json, data, *text, *explained.values(), *(f"drawn: {path}" for path in files))
+    show(as_json, data, *text, *explained.values(), *(f"drawn: {path}" for path in files))
 
 
 def _group(graph: DependencyGraph, index: int) -> dict[str, Any]:
@@ -269,35 +158,20 @@ def prune(
     weights: WeightsOption = None,
     seed: SeedOption = 0,
     ratio: RatioOption = None,
-    ignore: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Module, parameter or pattern whose outputs stay.", rich_help_panel=_PLAN),
-    ] = None,
-    scope: Annotated[str, typer.Option(help="local, global or isomorphic.", rich_help_panel=_PLAN)] = "local",
-    criterion: Annotated[
-        str, typer.Option(help="l1, l2, bn_scale, fpgm, lamp, random, or a registered name.", rich_help_panel=_PLAN)
-    ] = "l2",
-    round_to: Annotated[int, typer.Option(help="Keep multiples of this many.", rich_help_panel=_PLAN)] = 1,
-    min_channels: Annotated[int, typer.Option(help="Keep at least this many.", rich_help_panel=_PLAN)] = 1,
-    granularity: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="auto (default), channels, heads or 'head features'. Repeatable.",
-            metavar="KIND",
-            rich_help_panel=_PLAN,
-        ),
-    ] = None,
-    fold_bn: Annotated[
-        bool,
-        typer.Option("--fold-bn/--keep-bn", help="Merge batch norms, or keep them to train.", rich_help_panel=_PLAN),
-    ] = True,
+    ignore: IgnoreOption = None,
+    scope: ScopeOption = "local",
+    criterion: CriterionOption = "l2",
+    round_to: RoundOption = 1,
+    min_channels: LeastOption = 1,
+    granularity: GranularityOption = None,
+    fold_bn: FoldOption = True,
     verify_it: VerifyOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Prune a model, prove it, and write the plan (JSON) and the pruned weights (safetensors)."""
-    wanted = _ratio(ratio)
+    wanted = parse_ratio(ratio)
     kinds = granularity or ["auto"]
-    with _working(6) as work:
+    with working(6) as work:
         work.step("building the model")
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)
@@ -335,14 +209,14 @@ def prune(
         "groups": [{"name": g.name, "kind": g.kind, "size": g.size, "kept": g.kept} for g in decided.groups],
         "frozen": list(decided.frozen),
         "folded": len(decided.folds),
-        "verification": _checks(report),
+        "verification": checks_as_data(report),
         "files": files,
     }
     written = ", ".join(name for name in files.values() if name)
     if not files["weights"]:
         written += " (a model on the meta device has no weights to write)"
     proof = str(report) if report is not None else "not verified"
-    _show(as_json, data, decided.summary(), _comparison(before, after), proof, f"written: {written}")
+    show(as_json, data, decided.summary(), comparison(before, after), proof, f"written: {written}")
 
 
 def _proof(loaded: Loaded, small: Any, decided: Plan, example: Any) -> VerificationReport:
@@ -351,14 +225,167 @@ def _proof(loaded: Loaded, small: Any, decided: Plan, example: Any) -> Verificat
     return report
 
 
-def _comparison(before: Count, after: Count) -> Any:
-    rows = [("parameters", before.parameters, after.parameters)]
-    batch = "" if before.batch_size is None else f" at batch size {before.batch_size}"
-    rows.append((f"MACs{batch}", before.macs, after.macs))
-    columns = [
-        Column("", 0, justify="left"),
-        Column("before", 1, ","),
-        Column("after", 2, ","),
-        Column("removed", lambda row: 1 - row[2] / row[1] if row[1] else 0.0, ".1%"),
-    ]
-    return table(rows, columns)
+# -- export
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    path: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The file to write.", show_default=False)],
+    input_shape: ShapeOption = None,
+    weights: WeightsOption = None,
+    seed: SeedOption = 0,
+    plan: PlanOption = None,
+    ratio: RatioOption = None,
+    pruned_weights: PrunedWeightsOption = None,
+    verify_it: VerifyOption = True,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set; the exporter's choice if not given.")] = None,
+    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only the example's batch size.")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with PyTorch in ONNX Runtime.")] = True,
+    tolerance: Annotated[float | None, typer.Option(help="Largest relative error; by data type if not given.")] = None,
+    provider: Annotated[str, typer.Option(help="Where to compare: cpu, cuda or auto.")] = "cpu",
+    external_data: Annotated[
+        bool | None, typer.Option("--external-data/--one-file", help="Weights in a second file.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model as ONNX, pruned first where a plan or a ratio is given, and compare the file with PyTorch."""
+    if plan is not None and ratio is not None:
+        raise typer.BadParameter("give --plan or --ratio, not both", param_hint="--ratio")
+    pruning = plan is not None or ratio is not None
+    if pruned_weights is not None and not pruning:
+        raise typer.BadParameter(
+            "needs --plan or --ratio; use --weights for the whole model", param_hint="--pruned-weights"
+        )
+    wanted = parse_ratio(ratio) if ratio is not None else None
+    with working(3 if pruning else 2) as work:
+        work.step("building the model")
+        check_target(path)
+        loaded = load_factory(model, weights=weights, seed=seed)
+        example = loaded.input(input_shape or (), seed)
+        exported, decided, proof = loaded.model, None, None
+        if pruning:
+            work.step("pruning")
+            decided = (
+                Plan.load(plan) if plan is not None else make_plan(loaded.model, example, wanted or 0.0, seed=seed)
+            )
+            exported = decided.apply(loaded.model)
+            proof = _proof(loaded, exported, decided, example) if verify_it else None
+            if pruned_weights is not None:
+                load_weights(exported, pruned_weights)
+        work.step("exporting and comparing" if check else "exporting")
+        report = export_onnx(
+            exported,
+            example,
+            path,
+            opset=opset,
+            dynamic_batch=not fixed_batch,
+            plan=decided,
+            check=check,
+            tolerance=tolerance,
+            provider=provider,
+            external_data=external_data,
+        )
+    data = {
+        "model": model,
+        "path": str(report.path),
+        "external_data": None if report.external_data is None else str(report.external_data),
+        **{
+            name: getattr(report, name)
+            for name in ("opset", "dynamic_batch", "batch_size", "nodes", "size", "tolerance")
+        },
+        "inputs": list(report.inputs),
+        "outputs": list(report.outputs),
+        "max_relative_error": report.max_relative_error,
+        "checked_batch_sizes": list(report.checked_batch_sizes),
+        "notes": list(report.notes),
+        "parameters": sum(parameter.numel() for parameter in exported.parameters()),
+        "verification": checks_as_data(proof),
+    }
+    show(as_json, data, *([str(proof)] if proof is not None else []), str(report))
+
+
+# -- bench
+
+
+@app.command()
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="MODULE:FUNCTION or the path of an ONNX file, each optionally as name=... Others are compared with "
+            "the first.",
+            show_default=False,
+        ),
+    ],
+    input_shape: ShapeOption = None,
+    seed: SeedOption = 0,
+    provider: Annotated[str, typer.Option(help="auto (CUDA if it loads, else the CPU), cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads inside an operator.")] = 1,
+    batch: Annotated[
+        list[str] | None, typer.Option(metavar="SIZES", help="Batch sizes, such as 1,8. Default: the example's.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Samples per model and batch size.")] = 30,
+    warmup: Annotated[int, typer.Option(help="Calls before anything is measured.")] = 5,
+    min_time: Annotated[float, typer.Option(help="Seconds that one sample lasts at least.")] = 0.01,
+    baseline: Annotated[str | None, typer.Option(help="Name of the model to compare with.")] = None,
+    provider_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the provider. Repeatable.")
+    ] = None,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Capture and replay CUDA graphs.")] = False,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set of exports.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare exports with PyTorch.")] = True,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the latencies, as .png or .svg.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure models side by side in ONNX Runtime: latency, speed-up with its interval, size."""
+    specs = named_models(models)
+    sizes = parse_integers(batch)
+    options = dict(item.partition("=")[::2] for item in provider_option or ())
+    if not all(options) or any("=" not in item for item in provider_option or ()):
+        raise typer.BadParameter("expected KEY=VALUE", param_hint="--provider-option")
+    with working(2) as work:
+        work.step("building the models")
+        if plot is not None:
+            check_target(plot)
+        candidates: dict[str, Any] = {}
+        made: list[Loaded] = []
+        for name, spec in specs.items():
+            if spec.endswith(".onnx"):
+                candidates[name] = spec
+            else:
+                made.append(load_factory(spec, seed=seed))
+                candidates[name] = made[-1].model
+        files = [spec for spec in specs.values() if spec.endswith(".onnx")]
+        example = common_input(made, files, input_shape or (), seed)
+        work.stop()  # the benchmark has a bar of its own
+        report = benchmark(
+            candidates,
+            example,
+            provider=provider,
+            threads=threads,
+            batch_sizes=sizes,
+            warmup=warmup,
+            rounds=rounds,
+            min_time=min_time,
+            baseline=baseline,
+            provider_options=options or None,
+            cuda_graph=cuda_graph,
+            opset=opset,
+            check=check,
+            seed=seed,
+            progress=True,
+        )
+        if plot is not None:
+            report.plot(plot)
+    show(as_json, report.to_dict(), str(report), *([f"drawn: {plot}"] if plot is not None else []))
+
+
+def main() -> None:
+    """The entry point of the command `graphprune`."""
+    app(prog_name="graphprune")
+
+
+if __name__ == "__main__":
+    main()

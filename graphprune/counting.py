@@ -167,8 +167,7 @@ _WORKING = re.compile(
 )
 # Share a word with those above, but do no more than elementwise arithmetic.
 _IDLE = re.compile(
-    "convert|to_sparse|sparse_coo_tensor|sparse_compressed|fftfreq|fftshift"
-    "|linalg_(check|cross|diagonal|vector_norm)"
+    "convert|to_sparse|sparse_coo_tensor|sparse_compressed|fftfreq|fftshift|linalg_(check|cross|diagonal|vector_norm)"
 )
 _IDLE_NAMESPACES = frozenset("prim prims profiler c10d _c10d_functional".split())
 _IDLE_KERNELS = frozenset(

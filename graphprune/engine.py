@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .allocation import Allocation, Settings, allocate, ignored_positions
 from ._version import __version__
+from .allocation import Allocation, Settings, allocate, ignored_positions
 from .dependency import DependencyGraph, Frozen, Group, Reason
 from .dependency.graph import trace
 from .dependency.sizes import Conflict, Resolution, SizeSolver, gone_on_axis, positions_of
@@ -18,8 +18,8 @@ from .dependency.temperature import Rescale, rescales
 from .errors import GraphPruneError
 from .importance import BatchNormLink, Criterion, ImportanceContext, normalise, resolve_criterion
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
-from .tracing.pause import paused_collector
 from .surgery import Fold, find_folds, fold_names, folded_tensors
+from .tracing.pause import paused_collector
 from .verification import verify as run_verification
 
 Criterionlike = str | Callable[..., Any]
@@ -138,9 +138,7 @@ def _settle(
         conflicts = resolution.conflicts + blocked
         if not conflicts:
             return allocation, resolution, factors
-        adjusted = {}
-        for conflict in conflicts:
-            adjusted.update(_adjustment(graph, conflict, allocation, tried))
+        adjusted = _adjustments(graph, conflicts, allocation, tried)
         if adjusted:
             forced.update(adjusted)
         else:
@@ -166,10 +164,27 @@ def _groups_on(graph: DependencyGraph, conflict: Conflict) -> list[Group]:
     return [g for g in graph.groups if np.isin(graph.units(g), labels).any()]
 
 
-def _adjustment(
+def _adjustments(
+    graph: DependencyGraph, conflicts: list[Conflict], allocation: Allocation, tried: set[tuple[int, int]]
+) -> dict[int, int]:
+    """Numbers of units to keep instead, where that makes the user's sizes right.
+
+    A width that many sizes are read from goes first and alone: once it is right, most other conflicts are gone.
+    """
+    for conflict in conflicts:
+        if conflict.instead is not None:
+            found = _adjust_axis(graph, conflict.instead, allocation, tried)
+            if found:
+                return found
+    out: dict[int, int] = {}
+    for conflict in conflicts:
+        out.update(_adjust_axis(graph, conflict, allocation, tried))
+    return out
+
+
+def _adjust_axis(
     graph: DependencyGraph, conflict: Conflict, allocation: Allocation, tried: set[tuple[int, int]]
 ) -> dict[int, int]:
-    """Can the axis have the length that the user's code computes? Then keep that many units instead."""
     if conflict.wanted is None or not 1 <= conflict.wanted < conflict.length:
         return {}
     groups = _groups_on(graph, conflict)
@@ -218,7 +233,8 @@ def _assemble(
     return Plan(
         removed=removed,
         attributes=tuple(
-            AttributeChange(a.module, a.name, a.key, a.value, v) for a, v in sorted(resolution.attributes.items(), key=str)
+            AttributeChange(a.module, a.name, a.key, a.value, v)
+            for a, v in sorted(resolution.attributes.items(), key=str)
         ),
         folds=tuple(folds),
         rescales=tuple(factors),

@@ -103,6 +103,7 @@ def load_factory(spec: str, *, weights: str | os.PathLike[str] | None = None, se
         sys.path.insert(0, os.getcwd())
     torch.manual_seed(seed)
     module = _import(module_name)
+    torch.manual_seed(seed)  # the module may have drawn numbers, but only if this was its first import
     try:
         made = functools.reduce(getattr, path.split("."), module)
     except AttributeError as error:
@@ -129,7 +130,9 @@ def _import(name: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise GraphPruneError(f"there is no module {error.name!r}, neither installed nor in {os.getcwd()}") from error
+            raise GraphPruneError(
+                f"there is no module {error.name!r}, neither installed nor in {os.getcwd()}"
+            ) from error
         raise GraphPruneError(f"importing {name} failed: {_told(error)}") from error
     except Exception as error:
         raise GraphPruneError(f"importing {name} failed: {_told(error)}") from error
@@ -140,6 +143,46 @@ def _told(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {error}{where}"
+
+
+def common_input(loaded: Sequence[Loaded], files: Sequence[str], shapes: Sequence[InputShape], seed: int = 0) -> Any:
+    """One example input for several models: of the given shapes, else the first that a factory made, else what the
+    first ONNX file says (its batch size 1 where that is free).
+
+    Raises:
+        GraphPruneError: there is none, or a file leaves sizes other than the batch open.
+    """
+    if not shapes:
+        for made in loaded:
+            if made.example is not None:
+                return made.example
+    if loaded:
+        return loaded[0].input(shapes, seed)
+    if shapes:
+        return tuple(shape.tensor(None, seed + i) for i, shape in enumerate(shapes))
+    return _file_input(files[0], seed)
+
+
+def _file_input(path: str, seed: int) -> dict[str, Tensor]:
+    import onnx
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception as error:
+        raise GraphPruneError(f"{path} cannot be read as an ONNX file: {error}") from error
+    weights = {tensor.name for tensor in graph.initializer}
+    example = {}
+    for i, value in enumerate(entry for entry in graph.input if entry.name not in weights):
+        kind = value.type.tensor_type
+        sizes = [dim.dim_value for dim in kind.shape.dim]
+        if sizes and sizes[0] < 1:
+            sizes[0] = 1
+        name = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+        dtype = _DTYPES.get({"float": "float32"}.get(name, name))
+        if dtype is None or any(size < 1 for size in sizes):
+            raise GraphPruneError(f"{path} does not fix the shape of its input {value.name!r}; add --input-shape")
+        example[value.name] = InputShape(tuple(sizes), dtype).tensor(None, seed + i)
+    return example
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:

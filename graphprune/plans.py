@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import tempfile
@@ -88,7 +89,8 @@ class Plan:
                 raise GraphPruneError(f"the plan was made for another model: this one has no {name}")
             if found[name] != tuple(shape):
                 raise GraphPruneError(
-                    f"the plan was made for another model: {name} has shape {found[name]}, the plan expects {tuple(shape)}"
+                    f"the plan was made for another model: {name} has shape {found[name]}, "
+                    f"the plan expects {tuple(shape)}"
                 )
         extra = [n for n in found if n not in self.structure]
         if extra:
@@ -171,7 +173,7 @@ class Plan:
             for axis, indices in axes.items():
                 if shape is None or not 0 <= axis < len(shape):
                     raise GraphPruneError(f"the plan removes from axis {axis} of {name}, which it does not describe")
-                ordered = all(a < b for a, b in zip(indices, indices[1:], strict=False))
+                ordered = all(a < b for a, b in itertools.pairwise(indices))
                 if not ordered or (indices and not 0 <= indices[0] <= indices[-1] < shape[axis]):
                     raise GraphPruneError(
                         f"the plan's indices for axis {axis} of {name} must be increasing and lie in [0, {shape[axis]})"

@@ -69,8 +69,13 @@ def examine(model: nn.Module, example: Any, demands: Demands) -> Outcome:
     except TimeoutError:
         raise
     except Exception as error:  # every failure is a finding about this one network
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "graphprune" in frame.filename]
-        place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+        frames = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if "site-packages" not in frame.filename and Path(frame.filename).parent.name != "tests"
+        ]
+        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames[-2:]]
+        place = f" ({' -> '.join(places)})" if places else ""
         lines = str(error).strip().splitlines() or [""]
         outcome.crash = f"{type(error).__name__}: {lines[0]}{place}"
     changed = oracles.differences(before, oracles.snapshot(model))

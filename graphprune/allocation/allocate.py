@@ -89,13 +89,16 @@ def _keep_per_group(
 ) -> list[int]:
     groups = graph.groups
     if settings.scope == "local":
-        return [_round(g.size - nearest(ratios[g.index] * g.size), g.size, settings) if ratios[g.index] else g.size for g in groups]
-    pools: dict[object, list[int]] = defaultdict(list)
+        return [
+            _round(g.size - nearest(ratios[g.index] * g.size), g.size, settings) if ratios[g.index] else g.size
+            for g in groups
+        ]
+    pools: dict[tuple[float, str], list[int]] = defaultdict(list)
     for g in groups:
         if ratios[g.index]:
             pools[(ratios[g.index], g.structure if settings.scope == "isomorphic" else "")].append(g.index)
     keep = [g.size for g in groups]
-    for (ratio, _), indices in pools.items():  # type: ignore[misc]
+    for (ratio, _), indices in pools.items():
         flat = np.concatenate([scores[i] for i in indices])
         owner = np.repeat(indices, [groups[i].size for i in indices])
         drop = np.argsort(flat, kind="stable")[: nearest(ratio * len(flat))]
@@ -105,41 +108,43 @@ def _keep_per_group(
     return keep
 
 
-def _cells(graph: DependencyGraph) -> tuple[list[_Cell], list[list[tuple[list[int], int]]]]:
-    """Cells, and the constraints as lists of blocks: (cells in the block, immovable indices in the block)."""
+# One block of an equal-count constraint: how many indices each unit of a cell takes in it, and how many are immovable
+_Block = tuple[dict[int, int], int]
+
+
+def _cells(graph: DependencyGraph) -> tuple[list[_Cell], list[list[_Block]]]:
+    """Cells, and the equal-count constraints over them. A unit may take several indices of a block."""
     label, equal = graph.analysis.label, graph.analysis.equal
     total = int(label.max()) + 1
-    block_of = []
-    for constraint in equal:
-        column = np.full(total, -1, np.int64)
-        for b, positions in enumerate(constraint.blocks):
-            column[label[positions]] = b
-        column[label[0]] = -1
-        block_of.append(column)
+    counted = [[np.unique(label[p], return_counts=True) for p in constraint.blocks] for constraint in equal]
+    rng = np.random.default_rng(0)
+    columns = []
+    for blocks in counted:
+        column = np.zeros(total, np.uint64)
+        for labels, n in blocks:
+            column[labels] += n.astype(np.uint64) * rng.integers(1, 2**63, dtype=np.uint64)
+        columns.append(column)
     cells: list[_Cell] = []
     cell_at = np.full(total, -1, np.int64)
     for group in graph.groups:
         components = graph.units(group)
-        if block_of:
-            key = np.stack([c[components] for c in block_of])
-            _, inverse = np.unique(key, axis=1, return_inverse=True)
-            inverse = inverse.reshape(-1)
-        else:
-            inverse = np.zeros(group.size, np.int64)
+        inverse = np.zeros(group.size, np.int64)
+        if columns:
+            key = np.stack([c[components] for c in columns])
+            inverse = np.unique(key, axis=1, return_inverse=True)[1].reshape(-1)
         for k in range(int(inverse.max()) + 1):
             units = np.nonzero(inverse == k)[0]
             cell_at[components[units]] = len(cells)
             cells.append(_Cell(group.index, units))
     constraints = []
-    for constraint in equal:
-        blocks = []
-        for positions in constraint.blocks:
-            labels = np.unique(label[positions])
-            inside = cell_at[labels[labels != label[0]]]
-            stuck = len(positions) - int((label[positions] != label[0]).sum())
-            blocks.append((np.unique(inside[inside >= 0]).tolist(), stuck))
-        if any(b != blocks[0] for b in blocks):
-            constraints.append(blocks)
+    for blocks in counted:
+        made: list[_Block] = []
+        for labels, n in blocks:
+            inside = cell_at[labels]
+            free = inside >= 0
+            made.append((dict(zip(inside[free].tolist(), n[free].tolist(), strict=True)), int(n[~free].sum())))
+        if any(block != made[0] for block in made):
+            constraints.append(made)
     return cells, constraints
 
 
@@ -164,7 +169,7 @@ def _share(
     return max(min(n, 1), min(n, share))
 
 
-def _equalise(graph: DependencyGraph, cells: list[_Cell], constraints: list[list[tuple[list[int], int]]]) -> None:
+def _equalise(graph: DependencyGraph, cells: list[_Cell], constraints: list[list[_Block]]) -> None:
     """Make blocks equal: the integer solution nearest to the wanted numbers, for each connected set of constraints."""
     parent = list(range(len(cells)))
 
@@ -178,7 +183,7 @@ def _equalise(graph: DependencyGraph, cells: list[_Cell], constraints: list[list
         members = [c for block, _ in blocks for c in block]
         for c in members[1:]:
             parent[find(c)] = find(members[0])
-    systems: dict[int, list[list[tuple[list[int], int]]]] = defaultdict(list)
+    systems: dict[int, list[list[_Block]]] = defaultdict(list)
     for blocks in constraints:
         members = [c for block, _ in blocks for c in block]
         if members:
@@ -187,7 +192,7 @@ def _equalise(graph: DependencyGraph, cells: list[_Cell], constraints: list[list
         _solve(cells, system)
 
 
-def _solve(cells: list[_Cell], system: list[list[tuple[list[int], int]]]) -> None:
+def _solve(cells: list[_Cell], system: list[list[_Block]]) -> None:
     members = sorted({c for blocks in system for block, _ in blocks for c in block})
     column = {c: i for i, c in enumerate(members)}
     rows, right = [], []
@@ -195,10 +200,10 @@ def _solve(cells: list[_Cell], system: list[list[tuple[list[int], int]]]) -> Non
         first, stuck = blocks[0]
         for block, other in blocks[1:]:
             row = np.zeros(2 * len(members))
-            for c in first:
-                row[column[c]] += 1
-            for c in block:
-                row[column[c]] -= 1
+            for c, n in first.items():
+                row[column[c]] += n
+            for c, n in block.items():
+                row[column[c]] -= n
             if row.any():
                 rows.append(row)
                 right.append(other - stuck)

@@ -27,13 +27,16 @@ GRANULARITIES: dict[str, tuple[str, ...]] = {
 
 
 def module_of(parameter: str) -> str:
+    """The path of the module that holds a parameter."""
     return parameter.rpartition(".")[0]
 
 
 def check_ratio(value: Any, where: str = "ratio") -> float:
     """A fraction of channels to remove, in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= float(value) < 1:
-        raise GraphPruneError(f"{where}: expected a number in [0, 1), the fraction of channels to remove; got {value!r}")
+        raise GraphPruneError(
+            f"{where}: expected a number in [0, 1), the fraction of channels to remove; got {value!r}"
+        )
     return float(value)
 
 
@@ -120,7 +123,12 @@ def ignored_positions(
             for axis in range(len(graph.trace.parameters[first].meta["val"].shape)):
                 if (first, axis) in analysis.dims.roots and roles[(first, axis)] != "in":
                     for d in analysis.dims.roots[(first, axis)]:
-                        out.append((analysis.dims.positions(d), Reason("ignored", f"{item if isinstance(item, str) else name} is ignored")))
+                        out.append(
+                            (
+                                analysis.dims.positions(d),
+                                Reason("ignored", f"{item if isinstance(item, str) else name} is ignored"),
+                            )
+                        )
     return out
 
 

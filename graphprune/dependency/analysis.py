@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import operator
 
 import numpy as np
@@ -17,7 +18,7 @@ from .dims import DimTable, Root
 from .effects import Effects, EqualCounts, Reason, ScalarSite, SizeSite
 from .rules import rule_for
 from .rules.registry import unknown
-from .state import State, Vector
+from .state import Refine, State, Vector
 
 # Every pass factors at least one Dim; networks need 1 to 5 passes. Past the limit, what still asks is frozen.
 _MAX_PASSES = 60
@@ -131,11 +132,9 @@ def _mentions(env: dict[fx.Node, Result], node: fx.Node, gone: set[int]) -> bool
 
 def _propagate(
     analysis: Analysis, nodes: list[fx.Node], kernels: set[fx.Node], dirty: set[fx.Node]
-) -> dict[int, object]:
-    refines: dict[int, object] = {}
+) -> dict[int, Refine]:
+    refines: dict[int, Refine] = {}
     env, effects, dims = analysis.states, analysis.effects, analysis.dims
-    import heapq
-
     order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
     heap = [(order[n], n.name) for n in nodes]
     by_name = {n.name: n for n in analysis.trace.graph.nodes}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +43,7 @@ def axis_roles(analysis: Analysis) -> dict[Root, Role]:
 def _contraction_roles(roles: dict[Root, Role], name: str, user: object, node: object) -> None:
     target = getattr(user, "target", None)
     operation = getattr(getattr(target, "overloadpacket", None), "__name__", "")
-    args = getattr(user, "args", ())
+    args: tuple[Any, ...] = getattr(user, "args", ())
     ndim = len(node.meta["val"].shape)  # type: ignore[attr-defined]
     if ndim < 2:
         return
@@ -61,7 +62,17 @@ def _contraction_roles(roles: dict[Root, Role], name: str, user: object, node: o
             roles[(name, ndim - 1)], roles[(name, ndim - 2)] = "in", "out"
         elif args[first + 1] is node:
             roles[(name, ndim - 2)], roles[(name, ndim - 1)] = "in", "out"
-    elif operation in ("t", "transpose", "permute", "view", "reshape", "_weight_norm_interface", "mul", "div", "detach"):
+    elif operation in (
+        "t",
+        "transpose",
+        "permute",
+        "view",
+        "reshape",
+        "_weight_norm_interface",
+        "mul",
+        "div",
+        "detach",
+    ):
         for after in getattr(user, "users", ()):
             inner = getattr(getattr(after.target, "overloadpacket", None), "__name__", "")
             if operation == "t" and inner in ("mm", "addmm", "matmul"):
@@ -151,8 +162,9 @@ def _assemble(analysis: Analysis, slots: list[_Slot], group_of: Ints, unit_of: I
         parts = tuple(members[g])
         kind = min(kind_of[g], key=_KIND_ORDER.index)
         first = next((m for m in parts if m.role == "out"), parts[0])
-        shapes = sorted(
-            (m.role, m.axis, m.positions.shape[1], analysis.trace.parameters[m.parameter].meta["val"].shape) for m in parts
+        shapes: list[tuple[Role, int, int, tuple[int, ...]]] = sorted(
+            (m.role, m.axis, m.positions.shape[1], analysis.trace.parameters[m.parameter].meta["val"].shape)
+            for m in parts
         )
         structure = hashlib.sha1(repr((kind, [s[:3] for s in shapes])).encode()).hexdigest()[:12]
         out.append(Group(g, f"{first.parameter}[{first.axis}]", kind, len(parts[0].positions), parts, structure))

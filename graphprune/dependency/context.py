@@ -13,8 +13,8 @@ from ..tracing.origin import Expr, Literal, evaluate, leaves
 from ..tracing.recorder import TensorMeta
 from ..tracing.sizes import CallSizes
 from .dims import DimTable
-from .effects import Effects, EqualCounts, Reason, Refine, SizeSite
-from .state import AxisMap, Mixed, Partial, State, Vector, axis_groups, multiplicity, separate, spread
+from .effects import Effects, EqualCounts, Reason, SizeSite
+from .state import AxisMap, Mixed, Partial, Refine, State, Vector, axis_groups, multiplicity, separate, spread
 
 Result = State | list["State | None"] | None
 
@@ -158,7 +158,7 @@ class NodeContext:
         if many.any():
             self._tie_products(a, b, many)
 
-    def _factor_like(self, flat: AxisMap, product: AxisMap, mask: Vector) -> None:
+    def _factor_like(self, flat: AxisMap, product: AxisMap, mask: Any) -> None:
         """Give a flat axis the factors of a product axis it is tied to."""
         factors = [v for v in product.values() if (v[mask] >= 0).any()]
         for d, v in flat.items():
@@ -179,7 +179,7 @@ class NodeContext:
                 for p in product:
                     self.freeze_dim(p, "contradiction", "tied to an axis that is no product of the same factors")
 
-    def _tie_products(self, a: AxisMap, b: AxisMap, mask: Vector) -> None:
+    def _tie_products(self, a: AxisMap, b: AxisMap, mask: Any) -> None:
         """Two products: match factor by factor; a factor that holds several of the other side's is split."""
         open_a, open_b = set(a), set(b)
         for da, va in a.items():
@@ -193,7 +193,7 @@ class NodeContext:
             for d in unmatched:
                 self._split_by(d, mine[d], theirs, mask)
 
-    def _split_by(self, dim: int, vector: Vector, theirs: AxisMap, mask: Vector) -> None:
+    def _split_by(self, dim: int, vector: Vector, theirs: AxisMap, mask: Any) -> None:
         here = mask & (vector >= 0)
         if not here.any():
             return
@@ -249,7 +249,9 @@ class NodeContext:
     def _tie_slices(self, shape: tuple[int, ...], axis: int, whole: AxisMap, parts: list[Partial]) -> AxisMap:
         """Different Dims lie along one axis in different slices: an index can go only from all slices at once."""
         joint = np.broadcast_shapes(*(p.array.shape for p in parts))
-        rows = np.stack([np.moveaxis(np.broadcast_to(p.array, joint), axis, -1).reshape(-1, shape[axis]) for p in parts])
+        rows = np.stack(
+            [np.moveaxis(np.broadcast_to(p.array, joint), axis, -1).reshape(-1, shape[axis]) for p in parts]
+        )
         slices = np.unique(rows.transpose(1, 0, 2).reshape(rows.shape[1], -1), axis=0)
         maps = []
         for row in slices.reshape(len(slices), len(parts), shape[axis]):
@@ -317,12 +319,10 @@ class NodeContext:
         pieces = [slice(i * step, (i + 1) * step) for i in range(blocks)]
         if count.max() == 1:
             if (count == 0).any():
-                # an immovable index in a block holds that block, and so all of them, to its size only where all are free
+                # which of the free ones could make up for them is not worked out
                 self.freeze(axis_map, "uneven", f"{what}: some of its indices cannot be removed")
                 return
-            sets = tuple(
-                np.concatenate([self.dims.positions(d, v[p]) for d, v in axis_map.items()]) for p in pieces
-            )
+            sets = tuple(np.concatenate([self.dims.positions(d, v[p]) for d, v in axis_map.items()]) for p in pieces)
             self.effects.equal.append(EqualCounts(sets, what, self.node))
             return
         # products: corresponding factors of the blocks keep equal counts
@@ -347,6 +347,3 @@ def _same_partition(a: Vector, b: Vector) -> bool:
 def _no_leaf(leaf: Any) -> int:
     raise AssertionError(leaf)
 
-
-def literal(value: int) -> Expr:
-    return Literal(value)

@@ -41,8 +41,8 @@ class SizeSite:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScalarSite:
-    """A number computed from sizes that scales a tensor (an attention temperature). It must keep its value: `node`'s
-    operand number `operand` is multiplied (or divided) by `expr`, or by 1/sqrt of the last axis where `expr` is None."""
+    """A number computed from sizes that scales a tensor (an attention temperature) and must keep its value: `node`
+    multiplies (or divides) its input `operand` by `expr`."""
 
     node: fx.Node
     expr: Expr

@@ -140,7 +140,9 @@ class DependencyGraph:
         stuck_count = int((~free | held).sum())
         if not stuck_count:
             return None
-        return Frozen(name, axis, stuck_count, length, self._reasons(np.unique(np.concatenate(labels)) if labels else None))
+        return Frozen(
+            name, axis, stuck_count, length, self._reasons(np.unique(np.concatenate(labels)) if labels else None)
+        )
 
     def _reasons(self, positions: Ints | None) -> tuple[Reason, ...]:
         """The statements that froze what these positions are tied to."""

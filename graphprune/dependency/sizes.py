@@ -20,7 +20,9 @@ from .effects import SizeSite
 from .state import AxisMap, Vector
 
 Mask = npt.NDArray[np.bool_]
-_NUMPY_COMPARE = {
+# How far a width may be moved to satisfy a comparison such as `width % heads == 0`
+_NEARBY = 65
+_COMPARE = {
     "same": lambda a, b: a == b,
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: a != b,
@@ -33,7 +35,10 @@ _NUMPY_COMPARE = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conflict:
-    """A number that does not come out right. `wanted` is the count of surviving indices that would satisfy it."""
+    """A number that does not come out right.
+
+    `wanted` is the count of surviving indices that would satisfy it; `instead` another axis whose count would.
+    """
 
     text: str
     node: fx.Node | None
@@ -42,10 +47,13 @@ class Conflict:
     survivors: int
     wanted: int | None
     source: str = ""
+    instead: Conflict | None = None
 
 
 @dataclasses.dataclass
 class Resolution:
+    """Attributes that must change, and the sizes that cannot be made right."""
+
     attributes: dict[Attribute, int]
     conflicts: list[Conflict]
 
@@ -150,11 +158,41 @@ class SizeSolver:
                 return
         text = f"{site.what}, {describe(site.expr)}, would be {value:g}" if value is not None else site.what
         text += f" where {wanted} are left"
-        if site.axis_map:
+        if site.axis_map and not self.analysis.frozen(positions_of(self.analysis, site.axis_map)).all():
             count = int(value) if value is not None and value == int(value) else None
-            conflicts.append(Conflict(text, site.node, site.axis_map, site.length, wanted, count))
+            instead = self._other_side(site, text, wanted)
+            conflicts.append(
+                Conflict(text, site.node, site.axis_map, site.length, wanted, count, instead=instead)
+            )
         else:
             conflicts.extend(self.blame(site.expr, text, site.node))
+
+    def _other_side(self, site: SizeSite, text: str, wanted: int) -> Conflict | None:
+        """`view(..., x.shape[1])`: the axis it was read from could have the needed length instead."""
+        if not isinstance(site.expr, TensorSize):
+            return None
+        axis_map = self.analysis.state(site.expr.node).axis(site.expr.axis)
+        length = site.expr.node.meta["val"].shape[site.expr.axis]
+        return Conflict(text, site.node, axis_map, length, self.value(site.expr), wanted) if axis_map else None
+
+    def _nearby(self, guard: Guard, leaf: TensorSize) -> int | None:
+        """The size nearest to the present one for which a comparison comes out as recorded."""
+        now, length = self.value(leaf), leaf.node.meta["val"].shape[leaf.axis]
+        for distance in range(1, _NEARBY):
+            for candidate in (now + distance, now - distance):
+                if not 1 <= candidate < length:
+                    continue
+
+                def value(x: Attribute | TensorSize, candidate: int = candidate) -> float:
+                    return candidate if isinstance(x, TensorSize) and self.value(x) == now else self.value(x)
+
+                try:
+                    left, right = evaluate(guard.left, value), evaluate(guard.right, value)
+                except ArithmeticError:
+                    continue
+                if _COMPARE[guard.comparison](left, right) == guard.outcome:
+                    return candidate
+        return None
 
     def blame(self, expr: Expr, text: str, node: fx.Node | None, source: str = "") -> list[Conflict]:
         """Everything that changes a number which must not change."""
@@ -173,19 +211,31 @@ class SizeSolver:
                         )
         return out
 
+    def _moved(self, guard: Guard, conflict: Conflict) -> Conflict:
+        """A width that can be moved a little need not be frozen."""
+        if guard.comparison == "same":
+            return conflict
+        for leaf in (*leaves(guard.left), *leaves(guard.right)):
+            if isinstance(leaf, TensorSize) and self.value(leaf) == conflict.survivors:
+                return dataclasses.replace(conflict, wanted=self._nearby(guard, leaf))
+        return conflict
+
     def _check_guards(self, guards: Iterable[Guard]) -> list[Conflict]:
         out: list[Conflict] = []
         for guard in guards:
             left, right = self.evaluate(guard.left), self.evaluate(guard.right)
             if left is None or right is None:
                 continue
-            if _NUMPY_COMPARE[guard.comparison](left, right) != guard.outcome:
-                symbol = {"same": "==", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[guard.comparison]
+            if _COMPARE[guard.comparison](left, right) != guard.outcome:
+                symbol = {"same": "==", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[
+                    guard.comparison
+                ]
                 text = f"the code asks whether {describe(guard.left)} {symbol} {describe(guard.right)}"
                 if guard.comparison == "same":
                     text = f"the code uses {describe(guard.left)} as a plain number"
                 source = str(guard.source) if guard.source else ""
                 found = self.blame(guard.left, text, None, source) + self.blame(guard.right, text, None, source)
+                found = [self._moved(guard, c) for c in found]
                 out += found
         return out
 

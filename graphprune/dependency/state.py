@@ -129,9 +129,7 @@ def _classes(array: npt.NDArray[np.int64], axis: int) -> Vector:
     return rank[inverse]
 
 
-def separate(
-    dim: int, size: int, array: npt.NDArray[np.int64]
-) -> tuple[int, Vector] | Refine | Partial | Mixed | None:
+def separate(dim: int, size: int, array: npt.NDArray[np.int64]) -> tuple[int, Vector] | Refine | Partial | Mixed | None:
     """Find the one axis along which `array`, the coordinates of `dim` (with `size` positions), varies.
 
     Returns (axis, vector); or Refine when it varies along several axes that each follow from the position; or Partial

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-
 from typing import Any
 
 import numpy as np
@@ -107,7 +106,7 @@ def _correction(analysis: Analysis, site: ScalarSite, factor: float) -> list[Res
 def _sources(site: ScalarSite) -> list[tuple[fx.Node, fx.Node]]:
     """Tensors whose scaling has the same effect: (tensor, the node that consumes it)."""
     node, sink = site.operand, site.node
-    while _name(node) in _MOVEMENT or _name(node) in _SCALING and len(node.all_input_nodes) == 1:
+    while _name(node) in _MOVEMENT or (_name(node) in _SCALING and len(node.all_input_nodes) == 1):
         if _name(node) in _SCALING:
             sink = node
         node = node.args[0]  # type: ignore[assignment]

@@ -41,6 +41,8 @@ def refresh(modules: Iterable[nn.Module]) -> None:
             _refresh_attention(module)
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             continue
+        if weight is None and isinstance(module, _NormBase):
+            weight = module.running_mean  # affine=False
         if not isinstance(weight, Tensor):
             continue
         shape = weight.shape
@@ -62,9 +64,6 @@ def refresh(modules: Iterable[nn.Module]) -> None:
             module.num_embeddings, module.embedding_dim = shape
         elif isinstance(module, nn.PReLU):
             module.num_parameters = shape[0]
-    for module in modules:
-        if isinstance(module, _NormBase) and module.weight is None and module.running_mean is not None:
-            module.num_features = module.running_mean.shape[0]
 
 
 def _refresh_attention(module: nn.MultiheadAttention) -> None:

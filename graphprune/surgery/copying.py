@@ -115,7 +115,7 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             target[name] = type(value)((k, None if m is None else _copy_module(m, memo)) for k, m in value.items())
         elif name in _TABLES and not value:
             target[name] = type(value)()
-        elif value is None or isinstance(value, (bool, int, float, str)) or type(value) is tuple and _flat(value):
+        elif value is None or isinstance(value, (bool, int, float, str)) or (type(value) is tuple and _flat(value)):
             target[name] = value
         else:
             target[name] = copy.deepcopy(value, memo)

@@ -50,9 +50,9 @@ def operate(
     for fold in folds:
         weight, bias = fold_names(fold)
         if bias not in named:
-            out = _output_cut(model, fold, cuts.get(weight, {}), removed)
-            if len(out):
-                cuts[bias] = {0: out}
+            lost = _output_cut(model, fold, cuts.get(weight, {}), removed)
+            if len(lost):
+                cuts[bias] = {0: lost}
     with torch.no_grad():
         for scale in rescales:
             tensor = new.get(scale.parameter, named[scale.parameter])
@@ -81,7 +81,9 @@ def _has(model: nn.Module, path: str) -> bool:
     return True
 
 
-def _output_cut(model: nn.Module, fold: Fold, weight_cut: Mapping[int, Sequence[int]], removed: Removed) -> Sequence[int]:
+def _output_cut(
+    model: nn.Module, fold: Fold, weight_cut: Mapping[int, Sequence[int]], removed: Removed
+) -> Sequence[int]:
     """Which outputs of the layer go: what its batch norm loses (a grouped transposed weight does not say)."""
     norm = f"{fold.batch_norm}.running_mean"
     if norm in removed:

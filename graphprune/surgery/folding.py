@@ -161,4 +161,3 @@ def fold_conv_bn(model: nn.Module, example_input: Any) -> nn.Module:
     copied = clone_with(model, folded_tensors(model, folds))
     replace_modules(copied, {fold.batch_norm: nn.Identity() for fold in folds})
     return copied
-

@@ -74,7 +74,9 @@ def flatten_tensors(value: Any) -> list[Tensor]:
 def _flatten(value: Any, found: list[Tensor], depth: int) -> None:
     if isinstance(value, Tensor):
         found.append(value)
-    elif value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)):
+    elif value is None or isinstance(
+        value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
+    ):
         return
     elif depth > 16:
         return

@@ -12,11 +12,11 @@ import dataclasses
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any, Union
+from typing import Any
 
 import torch.fx
 
-Number = Union[int, float]
+Number = int | float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Operation:
         return f"{self.function}({', '.join(map(str, self.args))})"
 
 
-Expr = Union[Literal, Attribute, TensorSize, Operation]
+Expr = Literal | Attribute | TensorSize | Operation
 
 _FUNCTIONS: dict[str, Callable[..., Number]] = {
     "add": operator.add,
@@ -114,7 +114,9 @@ class TracedInt(int):
     origin: Expr
     guard: Callable[[str, Expr, Expr, bool], None] | None
 
-    def __new__(cls, value: int, origin: Expr, guard: Callable[[str, Expr, Expr, bool], None] | None = None) -> TracedInt:
+    def __new__(
+        cls, value: int, origin: Expr, guard: Callable[[str, Expr, Expr, bool], None] | None = None
+    ) -> TracedInt:
         self = super().__new__(cls, value)
         self.origin = origin
         self.guard = guard
@@ -139,7 +141,9 @@ class TracedFloat(float):
     origin: Expr
     guard: Callable[[str, Expr, Expr, bool], None] | None
 
-    def __new__(cls, value: float, origin: Expr, guard: Callable[[str, Expr, Expr, bool], None] | None = None) -> TracedFloat:
+    def __new__(
+        cls, value: float, origin: Expr, guard: Callable[[str, Expr, Expr, bool], None] | None = None
+    ) -> TracedFloat:
         self = super().__new__(cls, value)
         self.origin = origin
         self.guard = guard
@@ -165,6 +169,7 @@ def origin_of(value: Any) -> Expr:
 
 
 def is_traced(value: Any) -> bool:
+    """A number with a history."""
     return isinstance(value, (TracedInt, TracedFloat))
 
 
@@ -198,7 +203,7 @@ class _FloatLike(type):
         return value if isinstance(value, TracedFloat) else float(value)
 
 
-class traced_float(metaclass=_FloatLike):  # noqa: N801
+class traced_float(metaclass=_FloatLike):
     """Stands in for `float` where torch converts a size (`1.0 / float(E)` in multi-head attention)."""
 
 
@@ -218,7 +223,7 @@ def _lossy(self: Any) -> None:
 
 def _to_float(self: Any) -> float:
     _lossy(self)
-    return float(plain(self)) if isinstance(self, TracedInt) else plain(self)  # type: ignore[no-any-return]
+    return float(plain(self))
 
 
 def _to_int(self: Any) -> int:
@@ -281,5 +286,3 @@ def _install(cls: type, base: type) -> None:
 
 _install(TracedInt, int)
 _install(TracedFloat, float)
-TracedInt.__hash__ = int.__hash__  # type: ignore[method-assign]
-TracedFloat.__hash__ = float.__hash__  # type: ignore[method-assign]

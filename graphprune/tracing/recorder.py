@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -112,7 +113,8 @@ class Recorder:
         """The node that made `tensor`; parameters and buffers by identity, anything unknown is a constant."""
         link = getattr(tensor, "_graphprune_node", None)
         if link is not None and link[0] is self:
-            return link[1] if link[2] is None else self._item(tensor, link[1], link[2])
+            made: fx.Node = link[1]
+            return made if link[2] is None else self._item(tensor, made, link[2])
         node = self._by_id.get(id(tensor))
         if node is None:
             node = self._attribute_node(tensor)
@@ -158,7 +160,9 @@ class Recorder:
 
     def record(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Append one call and attach its result."""
-        node = self.graph.call_function(target, self._convert(tuple(args)), {k: self._convert(v) for k, v in kwargs.items()})
+        node = self.graph.call_function(
+            target, self._convert(tuple(args)), {k: self._convert(v) for k, v in kwargs.items()}
+        )
         meta = node.meta
         meta["source"] = self.source()
         meta["module"] = self.module_stack[-1] if self.module_stack else ""
@@ -215,7 +219,7 @@ class Recorder:
 
     def source(self) -> Source | None:
         """The innermost frame that is neither torch's nor ours."""
-        frame = sys._getframe(2)
+        frame: FrameType | None = sys._getframe(2)
         known = self._user_code
         while frame is not None:
             code = frame.f_code
@@ -225,7 +229,7 @@ class Recorder:
                 user = known[code] = not file.startswith(_HIDDEN_DIRECTORIES) and not file.startswith("<frozen")
             if user:
                 return Source(code.co_filename, frame.f_lineno, code.co_name)
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         return None
 
     def guard(self, comparison: str, left: Expr, right: Expr, outcome: bool) -> None:
@@ -314,7 +318,9 @@ class FunctionMode(TorchFunctionMode):
 
 def _whole_call(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     # RNNs on packed sequences call the same function with (data, batch_sizes, hx, ...)
-    if target in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input) and isinstance(args[1], Tensor):
+    if target in (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input) and isinstance(
+        args[1], Tensor
+    ):
         if not isinstance(args[2], (bool, list)) or target is aten.lstm.input:
             target = target.overloadpacket.data
     return target, args, kwargs

@@ -23,8 +23,9 @@ class CallSizes:
     """The numbers a user's call passed.
 
     `kind` says what they mean: "shape" (target sizes, aligned with the last axes of the result), "split" (one size per
-    piece, or a single one for all), "boundaries" (tensor_split), "index" (what stood between the brackets, see `index_entries`), "chunks" (a number of equal pieces), "groups", "normalized_shape", "shift" (roll),
-    "creation" (sizes of a new tensor).
+    piece, or a single one for all), "boundaries" (tensor_split), "index" (what stood between the brackets, see
+    `index_entries`), "chunks" (a number of equal pieces), "groups", "normalized_shape", "shift" (roll), "creation"
+    (sizes of a new tensor).
     """
 
     kind: str
@@ -79,7 +80,11 @@ def _unflatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSizes | Non
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSizes | None:
-    sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size", kwargs.get("split_sizes")))
+    sizes = (
+        args[1]
+        if len(args) > 1
+        else kwargs.get("split_size_or_sections", kwargs.get("split_size", kwargs.get("split_sizes")))
+    )
     if isinstance(sizes, int):
         return CallSizes("split", (origin_of(sizes),), "split")
     if isinstance(sizes, (tuple, list)) and all(isinstance(s, int) for s in sizes):
@@ -88,7 +93,9 @@ def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSizes | None:
 
 
 def _chunks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSizes | None:
-    count = args[1] if len(args) > 1 else kwargs.get("chunks", kwargs.get("indices_or_sections", kwargs.get("sections")))
+    count = (
+        args[1] if len(args) > 1 else kwargs.get("chunks", kwargs.get("indices_or_sections", kwargs.get("sections")))
+    )
     return CallSizes("chunks", (origin_of(count),), "chunk") if isinstance(count, int) else None
 
 
@@ -161,7 +168,9 @@ def _position(kind: str, position: int, key: str) -> Callable[..., CallSizes | N
 
 
 def _tensor_split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSizes | None:
-    where = args[1] if len(args) > 1 else kwargs.get("indices_or_sections", kwargs.get("sections", kwargs.get("indices")))
+    where = (
+        args[1] if len(args) > 1 else kwargs.get("indices_or_sections", kwargs.get("sections", kwargs.get("indices")))
+    )
     if isinstance(where, int):
         return CallSizes("chunks", (origin_of(where),), "tensor_split")
     if isinstance(where, (tuple, list)) and all(isinstance(w, int) for w in where):

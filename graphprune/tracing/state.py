@@ -17,7 +17,15 @@ from .overrides import python_functions_stay_visible
 
 # nn.Module's own bookkeeping, which is not a size of anything
 _INTERNAL = frozenset(
-    {"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_is_full_backward_hook", "_version"}
+    {
+        "training",
+        "_parameters",
+        "_buffers",
+        "_modules",
+        "_non_persistent_buffers_set",
+        "_is_full_backward_hook",
+        "_version",
+    }
 )
 # The integers that torch.nn's own modules read in forward. Others (stride, kernel_size...) never follow channels.
 _TORCH_NN = frozenset(
@@ -58,7 +66,11 @@ def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
 def preserved(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
     """Restore attributes, parameter and submodule tables, training flags and random state, also after an error."""
     saved = [
-        (m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in ("_parameters", "_buffers", "_modules") if k in m.__dict__})
+        (
+            m,
+            dict(m.__dict__),
+            {k: dict(m.__dict__[k]) for k in ("_parameters", "_buffers", "_modules") if k in m.__dict__},
+        )
         for m in modules.values()
     ]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -113,7 +125,7 @@ def unfused() -> Iterator[None]:
     fastpath = torch.backends.mha.get_fastpath_enabled()
     sqrt = math.sqrt
     torch.backends.mha.set_fastpath_enabled(False)
-    math.sqrt = traced_sqrt  # type: ignore[assignment]
+    math.sqrt = traced_sqrt
     try:
         with python_functions_stay_visible():
             yield

@@ -45,8 +45,12 @@ def _user_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     ours = os.path.dirname(os.path.dirname(__file__)) + os.sep
     for frame in reversed(frames):
-        if not frame.filename.startswith(ours) and not frame.filename.startswith(os.path.dirname(torch.__file__) + os.sep):
-            return f" at {os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
+        if not frame.filename.startswith(ours) and not frame.filename.startswith(
+            os.path.dirname(torch.__file__) + os.sep
+        ):
+            return (
+                f" at {os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
+            )
     return ""
 
 

@@ -74,8 +74,9 @@ def relative_error(got: Any, want: Any) -> float:
         if not (y.is_floating_point() or y.is_complex()):
             worst = max(worst, 0.0 if torch.equal(x, y) else math.inf)
             continue
-        x, y = x.detach().to(torch.complex128 if y.is_complex() else torch.float64), y.detach().to(
-            torch.complex128 if y.is_complex() else torch.float64
+        x, y = (
+            x.detach().to(torch.complex128 if y.is_complex() else torch.float64),
+            y.detach().to(torch.complex128 if y.is_complex() else torch.float64),
         )
         same = (x == y) | (torch.isnan(x) & torch.isnan(y))
         difference = torch.where(same, 0, (x - y).abs())
@@ -252,4 +253,3 @@ def _permutation_check(original: nn.Module, graph: DependencyGraph, example: Exa
                 detail = f"the units of {group.name} are not interchangeable"
                 break
     return Check("permutation", error <= tolerance, error, detail)
-

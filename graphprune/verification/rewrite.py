@@ -6,6 +6,7 @@ module only if both are right.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -124,7 +125,7 @@ class RewrittenRun:
         kept = self._kept(node.args[0], dim)
         sizes = [m.shape[dim % len(m.shape)] for m in node.meta["val"]]
         bounds = np.cumsum([0, *sizes])
-        new = [int(kept[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        new = [int(kept[a:b].sum()) for a, b in itertools.pairwise(bounds)]
         return torch.split(args[0], new, dim)
 
     _split_with_sizes = _unsafe_split = _unsafe_split_with_sizes = _split
@@ -189,9 +190,7 @@ class RewrittenRun:
         return args[0]  # as_strided_ after a pool: only the memory layout changes; other uses freeze what they touch
 
 
-def run_rewritten(
-    graph: DependencyGraph, plan: Plan, example: ExampleInput, original: nn.Module
-) -> tuple[Tensor, ...]:
+def run_rewritten(graph: DependencyGraph, plan: Plan, example: ExampleInput, original: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of the recorded graph when the plan's slices are cut from the original's tensors."""
     named: dict[str, Tensor] = dict(original.named_parameters())
     named.update(original.named_buffers())

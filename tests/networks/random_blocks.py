@@ -146,16 +146,12 @@ class Gate(Block):
         if self.how == "full":
             return torch.sigmoid(self.full(x)) * x
         b, c = x.size(0), x.size(1)
-        y = self.up(F.relu(self.down(x.mean((2, 3)))))
+        y = F.hardsigmoid(self.up(F.relu(self.down(x.mean((2, 3))))))
         if self.how == "view":
-            y = y.view(b, c, 1, 1)
-        elif self.how == "literal":
-            y = y.view(-1, self.literal(), 1, 1)
-        elif self.how == "attribute":
-            y = y.reshape(b, self.channels, 1, 1)
-        else:
-            y = y[:, :, None, None]
-        return x * F.hardsigmoid(y)
+            return x * y.view(b, c, 1, 1)
+        if self.how == "literal":
+            return x * y.view(-1, self.literal(), 1, 1)
+        return x * (y.reshape(b, self.channels, 1, 1) if self.how == "attribute" else y[:, :, None, None])
 
 
 class Shuffle(Block):
@@ -254,10 +250,8 @@ class Reorder(Block):
             return x[:, self.order]
         if self.how == "list":
             return x[:, self.list]
-        if self.how == "stride":
-            return x[:, ::2] * 1.2
-        if self.how == "tail":
-            return x[:, -self.literal() :]
+        if self.how in ("stride", "tail"):
+            return x[:, ::2] * 1.2 if self.how == "stride" else x[:, -self.literal() :]
         if self.how == "overlap":
             return x[:, 1:] + x[:, :-1].relu()
         if self.how == "repeat":

@@ -73,7 +73,13 @@ def picture_of_model(model: nn.Module) -> dict[str, Any]:
             out[f"{path}.{table}"] = [(k, id(v)) for k, v in module.__dict__[table].items()]
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         out[f"{name}: value"] = None if tensor.is_meta else tensor.detach().clone()
-        out[f"{name}: flags"] = (tensor.requires_grad, tensor.dtype, tensor.stride(), tensor.grad is None, tensor.device)
+        out[f"{name}: flags"] = (
+            tensor.requires_grad,
+            tensor.dtype,
+            tensor.stride(),
+            tensor.grad is None,
+            tensor.device,
+        )
         out[f"{name}: attributes"] = sorted(vars(tensor))
     return out
 

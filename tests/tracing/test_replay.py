@@ -327,5 +327,5 @@ def test_packed_sequences(kind: str) -> None:
 
 
 def test_not_a_module() -> None:
-    with pytest.raises(GraphPruneError, match="expected a torch.nn.Module, got function"):
+    with pytest.raises(GraphPruneError, match=r"expected a torch\.nn\.Module, got function"):
         record_run(lambda x: x, torch.randn(1))  # type: ignore[arg-type]

@@ -208,13 +208,15 @@ def attention(context: NodeContext) -> Result:
             for other in (q, k, v):
                 context.mark(other.axis(-1), "head feature")
     axes[n - 2], axes[n - 1] = q.axis(-2), v.axis(-1)
-    mask = context.arg(3, "attn_mask") if context.operation == "scaled_dot_product_attention" else context.arg(
-        99, "attn_mask"
+    mask = (
+        context.arg(3, "attn_mask")
+        if context.operation == "scaled_dot_product_attention"
+        else context.arg(99, "attn_mask")
     )
     if mask is not None:
-        m = context.state(mask)
+        bias = context.state(mask)
         scores = State((*q.shape[:-1], k.shape[-2]), {**{a: axes[a] for a in range(n - 1)}, n - 1: k.axis(-2)})
-        tie_all(context, [scores, m], scores.shape)
+        tie_all(context, [scores, bias], scores.shape)
     _equal_features(context, q.axis(-1), v.axis(-1))
     scale = (context.node.meta.get("scalars") or {}).get(-1)
     if context.arg(99, "scale") is None or scale is not None:

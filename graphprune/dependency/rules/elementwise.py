@@ -126,5 +126,3 @@ def per_channel(context: NodeContext) -> Result:
         context.tie(x.axis(axis), other.axis(0), x.shape[axis], "scale of a channel that cannot be removed")
     out = State(x.shape, x.axes)
     return [out, out] if isinstance(context.node.meta["val"], tuple) else out
-
-

@@ -20,7 +20,8 @@ def _axis(value: Any, ndim: int) -> int:
 @rule(
     "alias", "detach", "detach_", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "_to_copy", "to", "type_as",
     "dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "alias_copy", "detach_copy",
-    "as_strided_", "positive", "_conj", "resolve_conj", "resolve_neg", "_neg_view", "fill_", "zero_", "fill", "requires_grad_",
+    "as_strided_", "positive", "_conj", "resolve_conj", "resolve_neg", "_neg_view", "fill_", "zero_", "fill",
+    "requires_grad_",
 )  # fmt: skip
 def same_place(context: NodeContext) -> Result:
     state = context.state(context.arg(0, "self"))
@@ -183,9 +184,7 @@ def slice_(context: NodeContext) -> Result:
     n = len(state.shape)
     dim = _axis(context.arg(1, "dim", 0), n)
     length = state.shape[dim]
-    start, stop, step = slice(
-        context.arg(2, "start"), context.arg(3, "end"), context.arg(4, "step", 1)
-    ).indices(length)
+    start, stop, step = slice(context.arg(2, "start"), context.arg(3, "end"), context.arg(4, "step", 1)).indices(length)
     axis_map = state.axis(dim)
     if axis_map and (start, stop, step) != (0, length, 1):
         if step != 1:
@@ -378,9 +377,7 @@ def repeat_interleave(context: NodeContext) -> Result:
     if isinstance(context.arg(1, "repeats"), int) and dim is not None:
         dim = _axis(dim, len(state.shape))
         times = int(context.arg(1, "repeats"))
-        return state.with_axis(
-            dim, context.shape[dim], {d: np.repeat(v, times) for d, v in state.axis(dim).items()}
-        )
+        return state.with_axis(dim, context.shape[dim], {d: np.repeat(v, times) for d, v in state.axis(dim).items()})
     for s in context.states():
         context.freeze_state(s, "operator", "repeated a different number of times per index")
     return empty(context)
@@ -450,9 +447,7 @@ def pixel_unshuffle(context: NodeContext) -> Result:
     r = int(context.arg(1, "downscale_factor"))
     *lead, c, h, w = state.shape
     n = len(lead)
-    return _through(
-        context, state, [*lead, c, h // r, r, w // r, r], [*range(n), n, n + 2, n + 4, n + 1, n + 3]
-    )
+    return _through(context, state, [*lead, c, h // r, r, w // r, r], [*range(n), n, n + 2, n + 4, n + 1, n + 3])
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
@@ -515,7 +510,7 @@ def index_select(context: NodeContext) -> Result:
     context.freeze(state.axis(dim), "index", "picked by an index tensor")
     axes = {a: m for a, m in state.axes.items() if a != dim}
     if context.operation != "index_select":
-        for axis, axis_map in axes.items():
+        for axis_map in axes.values():
             context.freeze(axis_map, "index", "picked by an index tensor")
         axes = {}
     return State(context.shape, axes)

@@ -37,5 +37,3 @@ def recurrent(context: NodeContext) -> Result:
 
 def _hidden(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
-
-

@@ -134,7 +134,11 @@ def ordering(context: NodeContext) -> Result:
     default = -1
     position = 2 if context.operation == "topk" else 1
     dim = context.arg(position, "dim", default)
-    axis = int(dim) % max(len(state.shape), 1) if isinstance(dim, int) and not isinstance(dim, bool) else len(state.shape) - 1
+    axis = (
+        int(dim) % max(len(state.shape), 1)
+        if isinstance(dim, int) and not isinstance(dim, bool)
+        else len(state.shape) - 1
+    )
     context.freeze(state.axis(axis), "index", f"{context.operation} orders positions along this axis")
     axes = {a: m for a, m in state.axes.items() if a != axis}
     meta = context.node.meta["val"]
