@@ -121,7 +121,10 @@ def working(steps: int) -> Iterator[Work]:
     """Progress while inside; models print to standard error; errors of the user end the program with status 1."""
     columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
     try:
-        bar = Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+        console = Console(stderr=True)
+        bar = Progress(
+            *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+        )
         with bar, contextlib.redirect_stdout(sys.stderr):
             yield Work(bar, steps)
     except (GraphPruneError, OSError) as error:

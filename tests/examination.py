@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import traceback
 from collections.abc import Iterable
@@ -96,7 +97,7 @@ def _examine(model: nn.Module, example: Any, demands: Demands, outcome: Outcome)
         names = [name for name, _ in model.named_parameters()]
         explained = [graph.explain(name) for name in names]
         silent = [name for name, text in zip(names, explained, strict=True) if not text.strip()]
-        outcome.reason = next((text.strip().splitlines()[-1] for text in explained), "no parameters")
+        outcome.reason = _main_reason([str(reason) for axis in graph.frozen for reason in axis.reasons])
         if silent:
             outcome.problems.append(f"nothing was removed and nothing explains {silent[0]}")
         if names and not graph.frozen:
@@ -116,6 +117,14 @@ def _examine(model: nn.Module, example: Any, demands: Demands, outcome: Outcome)
         report = graphprune.verify(model, pruned, plan, example)
         if not report.passed and not outcome.problems:
             outcome.problems.append(f"verify() finds a mismatch where there is none: {report}")
+
+
+def _main_reason(reasons: list[str]) -> str:
+    """The reason given most often, leaving aside what is true of every network."""
+    everywhere = ("kernel positions", "reads the model's input", "part of the model's output", "is ignored")
+    special = [reason for reason in reasons if not any(words in reason for words in everywhere)]
+    counted = collections.Counter(special or reasons).most_common(1)
+    return counted[0][0] if counted else "nothing to remove"
 
 
 def _same_outputs(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from ..tracing.origin import Expr, Literal, evaluate, leaves
+from ..tracing.origin import Expr, evaluate, leaves
 from ..tracing.recorder import TensorMeta
 from ..tracing.sizes import CallSizes
 from .dims import DimTable

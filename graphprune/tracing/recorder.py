@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .origin import Attribute, Expr, Literal, TensorSize, TracedInt, plain
+from .shapes import shape_only
 from .sizes import CallSizes, other_numbers, read_scalars, read_sizes
 
 aten = torch.ops.aten
@@ -83,6 +84,7 @@ class Recorder:
         self.placeholders: dict[int, fx.Node] = {}
         self.touched: dict[str, Tensor] = {}
         self.active = True
+        self.shapes_only = False
         self.whole_depth = 0
         self.sizes: CallSizes | None = None
         self.scalars: dict[int, Expr] | None = None
@@ -348,7 +350,9 @@ class DispatchMode(TorchDispatchMode):
         recorder = self.recorder
         if func._schema.is_mutable:
             recorder.before_write(func, args)
-        out = func(*args, **kwargs)
+        out = shape_only(func, args) if recorder.shapes_only and not kwargs else None
+        if out is None:
+            out = func(*args, **kwargs)
         if recorder.whole_depth == 0:
             recorder.record(func, args, kwargs, out)
         return out

@@ -99,6 +99,7 @@ def _record(model: nn.Module, modules: dict[str, nn.Module], example: ExampleInp
             seen: dict[int, Tensor] = {}
             example = example.map(lambda t: seen.setdefault(id(t), bare(t)))
         recorder = Recorder(model, modules, example.tensors())
+        recorder.shapes_only = not data or any(p.is_meta for p in model.parameters())
         try:
             for module in modules.values():
                 module.training = False

@@ -1,0 +1,53 @@
+"""Results of common calls on the meta device, without asking torch.
+
+A recording run on the meta device needs shapes only. torch computes them for batch norms and pointwise operators in
+Python, which takes longer than the arithmetic would; here it takes one allocation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+_BATCH_NORMS = (aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default)
+_LIKE_FIRST = frozenset(
+    getattr(aten, name).default
+    for name in (
+        "relu sigmoid tanh silu hardswish hardsigmoid gelu leaky_relu elu hardtanh softplus "
+        "relu_ sigmoid_ tanh_ silu_ hardswish_ hardsigmoid_ leaky_relu_ elu_ hardtanh_"
+    ).split()
+)
+_BINARY = frozenset((aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.add_.Tensor, aten.mul_.Tensor))
+
+
+def shape_only(target: Any, args: tuple[Any, ...]) -> Any:
+    """The result of `target(*args)` for meta tensors, or None where torch has to be asked."""
+    if target in _BATCH_NORMS:
+        x: Tensor = args[0]
+        empty = x.new_empty(0)
+        return torch.empty_like(x), empty, x.new_empty(0)
+    if target in _LIKE_FIRST:
+        return _result(target, args[0])
+    if target in _BINARY and len(args) > 1 and _same(args[0], args[1]):
+        return _result(target, args[0])
+    return None
+
+
+def _same(a: Any, b: Any) -> bool:
+    return (
+        isinstance(a, Tensor)
+        and isinstance(b, Tensor)
+        and a.is_meta
+        and b.is_meta
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+    )
+
+
+def _result(target: Any, first: Tensor) -> Tensor | None:
+    if not first.is_meta or not first.is_floating_point():
+        return None
+    return first if target._schema.is_mutable else torch.empty_like(first)
