@@ -6,6 +6,7 @@ else (progress, warnings, errors, what a model prints) to standard error.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -375,7 +376,7 @@ def bench(
             opset=opset,
             check=check,
             seed=seed,
-            progress=True,
+            progress=sys.stderr.isatty(),
         )
         if plot is not None:
             report.plot(plot)

@@ -14,126 +14,15 @@ import onnx
 import pytest
 import safetensors.torch
 import torch
-from typer.testing import CliRunner, Result
 
 import graphprune
-from graphprune import GraphPruneError
-from graphprune.cli import app
 from graphprune.factories import InputShape, load_factory, load_weights, save_weights
-from graphprune.importance import registry
-
-ZOO = '''
-import torch
-from torch import nn
-
-import graphprune
-
-print("imported")
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.norm, self.second = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 1)
-        self.head = nn.Linear(6, 4)
-
-    def forward(self, x):
-        print("called")
-        return self.head(self.second(self.norm(self.first(x)).relu()).relu().mean((2, 3)))
-
-    @classmethod
-    def small(cls):
-        return cls(), torch.randn(2, 3, 8, 8)
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table, self.body, self.out = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
-        self.out.weight = self.table.weight
-
-    def forward(self, tokens, mask):
-        return self.out(self.body(self.table(tokens)).relu() * mask)
-
-
-@graphprune.criterion("zoo_first")
-def zoo_first(context, group):
-    return torch.arange(group.size, 0, -1).double()
-
-
-made = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
-number = 3
-
-
-def net():
-    return Net.small()
-
-
-def tokens():
-    return Tied()
-
-
-def meta():
-    with torch.device("meta"):
-        return Net(), torch.empty(1, 3, 8, 8)
-
-
-def broken():
-    raise RuntimeError("first line\\nsecond line")
-
-
-def needs(width):
-    return nn.Linear(width, width)
-
-
-def nothing():
-    return None
-'''
+from tests.command_line import as_json, failed, ok, written, zoo_folder
 
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Every test has a current directory of its own, with the module `zoo` in it."""
-    (tmp_path / "zoo.py").write_text(ZOO, encoding="utf-8")
-    (tmp_path / "unimportable.py").write_text("import there_is_no_such_package\n", encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
-    yield
-    for name in ("zoo", "unimportable"):
-        sys.modules.pop(name, None)
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments), terminal_width=200, env={"COLUMNS": "200"})
-
-
-def ok(*arguments: str) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def as_json(*arguments: str) -> Any:
-    """Standard output must be one JSON object and nothing else."""
-    return json.loads(ok(*arguments, "--json"))
-
-
-def failed(*arguments: str) -> str:
-    """The one line of an error that the user can act on."""
-    result = run(*arguments)
-    assert result.exit_code == 1 and result.stdout == "", result.output
-    assert isinstance(result.exception, SystemExit) and "Traceback" not in result.output
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.stderr.splitlines()[-1] == line
-    return line
-
-
-def wrong(*arguments: str) -> str:
-    """Bad usage."""
-    result = run(*arguments)
-    assert result.exit_code == 2 and result.stdout == "", result.output
-    return " ".join(result.stderr.replace("│", " ").split())
+    yield from zoo_folder(tmp_path, monkeypatch)
 
 
 # -- inspect
@@ -204,11 +93,6 @@ def test_prune_writes_a_plan_and_weights_that_fit_it() -> None:
     safetensors.torch.load_model(small, "half.safetensors")
     assert torch.equal(small(image), expected)
     assert written() == {"half.plan.json", "half.safetensors"}
-
-
-def written() -> set[str]:
-    """Files in the current directory that no test put there."""
-    return set(os.listdir()) - {"zoo.py", "unimportable.py", "__pycache__"}
 
 
 def test_prune_prints_a_comparison() -> None:
@@ -328,110 +212,7 @@ def test_bench_reads_the_input_shape_of_a_file() -> None:
     assert "garbage.onnx cannot be read as an ONNX file" in failed("bench", "garbage.onnx", *BENCH)
 
 
-# -- what goes wrong
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspect", "nowhere.at:all"], "there is no module 'nowhere', neither installed nor in"),
-        (["inspect", "zoo.more:net"], "there is no module 'zoo.more'"),
-        (["inspect", "unimportable:net"], "No module named 'there_is_no_such_package' (unimportable.py:1)"),
-        (["inspect", "zoo"], "'zoo' names no model; write module:function"),
-        (["inspect", "zoo:none"], "module 'zoo' has no attribute 'none'"),
-        (["inspect", "zoo:number"], "zoo:number is no function but int"),
-        (["inspect", "zoo:broken"], "failed: RuntimeError: first line | second line (zoo.py:"),
-        (["inspect", "zoo:needs"], "calling it without arguments failed: TypeError: needs() missing 1 required"),
-        (["inspect", "zoo:nothing"], "returned NoneType; expected a torch.nn.Module or a pair"),
-        (["inspect", "zoo:Net"], "zoo:Net returns a model without an example input; add --input-shape"),
-        (["inspect", "zoo:Net", "--input-shape", "1,4,8,8"], "example_input held tensors of shape (1, 4, 8, 8)"),
-        (["inspect", "zoo:net", "--explain", "first.wieght"], "no parameter or buffer named 'first.wieght'"),
-        (["inspect", "zoo:net", "--dot", "no/a.dot"], "the folder no does not exist"),
-        (["inspect", "zoo:net", "--svg", "a.bmp"], "must end in one of .dot, .svg, .png, .pdf"),
-        (["inspect", "zoo:net", "--weights", "none.safetensors"], "the weights none.safetensors cannot be read"),
-        (["inspect", "zoo:net", "--weights", "zoo.py"], "the weights zoo.py cannot be read"),
-        (["prune", "zoo:net", "--ratio", "1.0"], "ratio"),
-        (["prune", "zoo:net", "--ratio", "nan"], "ratio"),
-        (["prune", "zoo:net", "--ratio", "frist=0.5"], "frist"),
-        (["prune", "zoo:net", "--ignore", "frist"], "frist"),
-        (["prune", "zoo:net", "--scope", "everywhere"], "scope: expected one of 'local', 'global', 'isomorphic'"),
-        (["prune", "zoo:net", "--criterion", "l3"], "l3"),
-        (["prune", "zoo:net", "--round-to", "0"], "round_to"),
-        (["prune", "zoo:net", "--granularity", "kernels"], "kernels"),
-        (["prune", "zoo:net", "-o", "no/small"], "the folder no does not exist"),
-        (["export", "zoo:net", "no/small.onnx"], "the folder no does not exist"),
-        (["export", "zoo:net", "a.onnx", "--plan", "zoo.py"], "the plan zoo.py is no JSON"),
-        (["export", "zoo:net", "a.onnx", "--opset", "999"], "opset must be an integer up to"),
-        (["export", "zoo:meta", "a.onnx"], "is on the meta device"),
-        (["bench", "none.onnx", "--input-shape", "1,3,8,8"], "there is no file none.onnx"),
-        (["bench", "zoo:net", "--baseline", "other"], "baseline 'other' is not among the models: net"),
-        (["bench", "zoo:net", "--provider", "abacus"], "abacus"),
-        (["bench", "zoo:net", "--plot", "no/a.svg"], "the folder no does not exist"),
-    ],
-)
-def test_errors_are_one_line_and_status_1(arguments: list[str], message: str) -> None:
-    assert message in failed(*arguments)
-    assert not written()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspect"], "Missing argument"),
-        (["inspect", "zoo:net", "--input-shape", "1,x"], "'1,x' is no shape"),
-        (["inspect", "zoo:net", "--input-shape", "1,0"], "every size must be at least 1"),
-        (["inspect", "zoo:net", "--input-shape", "1,3:int65"], "'int65' is no data type"),
-        (["inspect", "zoo:net", "--seed", "-1"], "--seed"),
-        (["prune", "zoo:net", "--ratio", "half"], "'half' is neither a number nor a list of name=number"),
-        (["prune", "zoo:net", "--ratio", "0.5,first=0.5"], "neither a number"),
-        (["prune", "zoo:net", "--ratio", "first=0.5,first=0.4"], "neither a number"),
-        (["prune", "zoo:net", "--ratio", ","], "expected a number or name=number"),
-        (["prune", "zoo:net", "--round-to", "x"], "--round-to"),
-        (["export", "zoo:net"], "Missing argument"),
-        (["export", "zoo:net", "a.onnx", "--ratio", "0.5", "--plan", "p.json"], "give --plan or --ratio, not both"),
-        (["export", "zoo:net", "a.onnx", "--pruned-weights", "w"], "needs --plan or --ratio"),
-        (["bench", "zoo"], "'zoo' is neither MODULE:FUNCTION nor an .onnx file"),
-        (["bench", "a=zoo:net", "a=zoo:Net"], "two models are called 'a'"),
-        (["bench", "zoo:net", "--batch", "1,two"], "'1,two' is no list of integers"),
-        (["bench", "zoo:net", "--provider-option", "x"], "expected KEY=VALUE"),
-        (["unknown"], "No such command 'unknown'"),
-    ],
-)
-def test_bad_usage_is_status_2(arguments: list[str], message: str) -> None:
-    assert message in wrong(*arguments)
-
-
-def test_weights_that_do_not_fit_are_named() -> None:
-    state = {name: t.clone() for name, t in load_factory("zoo:net").model.state_dict().items()}
-    cases: list[tuple[dict[str, Any], str]] = [
-        ({"first.weight": torch.ones(8, 3, 2, 2)}, "'first.weight' has shape (8, 3, 2, 2) in the file and (8, 3, 3"),
-        ({"extra": torch.ones(1)}, "the model has no 'extra'"),
-        ({"head.bias": None}, "'head.bias' is not in the file"),
-    ]
-    for change, message in cases:
-        changed = {name: t for name, t in {**state, **change}.items() if t is not None}
-        safetensors.torch.save_file(changed, "wrong.safetensors")
-        assert message in failed("inspect", "zoo:net", "--weights", "wrong.safetensors")
-    save_weights(load_factory("zoo:net").model, "good.safetensors")
-    assert "is on the meta device; build a real model" in failed("inspect", "zoo:meta", "--weights", "good.safetensors")
-    with pytest.raises(GraphPruneError, match="on the meta device and has no values"):
-        save_weights(load_factory("zoo:meta").model, "meta.safetensors")
-    assert not Path("meta.safetensors").exists()
-
-
-def test_a_plan_of_another_model_is_refused() -> None:
-    ok("prune", "zoo:net")
-    line = failed("export", "zoo:tokens", "a.onnx", "--plan", "pruned.plan.json", "--input-shape", "1,2:int64",
-                  "--input-shape", "1,2,1")  # fmt: skip
-    assert "the plan was made for another model" in line and not Path("a.onnx").exists()
-
-
-def test_what_fails_verification_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong_check = graphprune.verification.Check("zero equivalence", False, 0.5)
-    monkeypatch.setattr("graphprune.cli.verify", lambda *_: graphprune.VerificationReport((wrong_check,)))
-    assert "verification failed" in failed("prune", "zoo:net")
-    assert "verification failed" in failed("export", "zoo:net", "a.onnx", "--ratio", "0.5")
-    assert not written()
+# -- models by name
 
 
 def test_same_spec_and_seed_give_the_same_weights() -> None:

@@ -95,7 +95,7 @@ def build_groups(analysis: Analysis) -> tuple[tuple[Group, ...], list[Ints]]:
                 slots.append(_Slot(root, dim, index[free].astype(np.int64), labels[free]))
     if not slots:
         return (), []
-    signature = _signatures(slots, int(label.max()) + 1)
+    signature = _signatures(slots, int(label.max()) + 1) + _treatment(analysis, int(label.max()) + 1)
     order = _order(slots, len(signature))
     used = np.unique(np.concatenate([s.label for s in slots]))
     _, cluster = np.unique(signature[used], return_inverse=True)
@@ -126,6 +126,22 @@ def _signatures(slots: list[_Slot], components: int) -> Ints:
             labels, n = np.unique(slot.label, return_counts=True)
             signature[labels] += n.astype(np.uint64) * key
     return signature.view(np.int64)
+
+
+def _treatment(analysis: Analysis, components: int) -> Ints:
+    """A hash per component of the parts of axes it lies in, where code treats parts of an axis differently."""
+    out = np.zeros(components, np.uint64)
+    rng = np.random.default_rng(1)
+    label, dims = analysis.label, analysis.dims
+    parts = [block for constraint in analysis.equal if constraint.apart for block in constraint.blocks]
+    for site in analysis.sites:
+        if site.span is not None and site.axis_map:
+            inside = [dims.positions(d, v[slice(*site.span)]) for d, v in site.axis_map.items()]
+            parts.append(np.concatenate(inside))
+    for positions in parts:
+        labels, n = np.unique(label[positions], return_counts=True)
+        out[labels] += n.astype(np.uint64) * rng.integers(1, 2**63, dtype=np.uint64)
+    return out.view(np.int64)
 
 
 def _order(slots: list[_Slot], components: int) -> Ints:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -305,36 +306,36 @@ class NodeContext:
             return
         self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span))
 
-    def require_equal(self, axis_map: AxisMap, length: int, blocks: int, what: str) -> None:
-        """The axis is cut into `blocks` equal pieces that must stay equal."""
+    def require_equal(self, axis_map: AxisMap, length: int, blocks: int, what: str, apart: bool = True) -> None:
+        """The axis is cut into `blocks` equal pieces that must stay equal. `apart`: each piece is treated differently."""
         if not axis_map or blocks <= 1:
             return
         if length % blocks:
             self.freeze(axis_map, "uneven", f"{what} into {blocks} unequal parts")
             return
         step = length // blocks
-        if step == 1:
-            return
-        count = multiplicity(axis_map, length)
         pieces = [slice(i * step, (i + 1) * step) for i in range(blocks)]
-        if count.max() == 1:
-            if (count == 0).any():
-                # which of the free ones could make up for them is not worked out
-                self.freeze(axis_map, "uneven", f"{what}: some of its indices cannot be removed")
-                return
-            sets = tuple(np.concatenate([self.dims.positions(d, v[p]) for d, v in axis_map.items()]) for p in pieces)
-            self.effects.equal.append(EqualCounts(sets, what, self.node))
-            return
-        # products: corresponding factors of the blocks keep equal counts
-        held = [[d for d, v in axis_map.items() if (v[p] >= 0).any()] for p in pieces]
-        sizes = [[self.dims.size[d] for d in ds] for ds in held]
-        if any(s != sizes[0] for s in sizes):
-            self.freeze(axis_map, "uneven", f"{what}: the parts are factored differently")
-            return
-        for same in zip(*held, strict=True):
-            if len(set(same)) > 1:
-                sets = tuple(self.dims.positions(d) for d in dict.fromkeys(same))
-                self.effects.equal.append(EqualCounts(sets, what, self.node))
+        held = [[(d, np.unique(v[p])) for d, v in axis_map.items() if (v[p] >= 0).all()] for p in pieces]
+        whole = all(
+            len(factors) == sum(1 for v in axis_map.values() if (v[p] >= 0).any())
+            and math.prod(len(values) for _, values in factors) == step
+            for factors, p in zip(held, pieces, strict=True)
+        )
+        flat = multiplicity(axis_map, length)
+        if (flat == 1).all():
+            sets = [np.concatenate([self.dims.positions(d, v[p]) for d, v in axis_map.items()]) for p in pieces]
+            self.effects.equal.append(EqualCounts(tuple(sets), what, self.node, apart))
+        elif whole and all(len(h) == len(held[0]) for h in held):
+            # each piece is a product: corresponding factors keep equal counts
+            for factors in zip(*held, strict=True):
+                sets = [self.dims.offset[d] + values for d, values in factors]
+                distinct = {s.tobytes(): s for s in sets}
+                if len({len(s) for s in sets}) > 1:
+                    self.freeze(axis_map, "uneven", f"{what}: the parts are factored differently")
+                elif len(distinct) > 1:
+                    self.effects.equal.append(EqualCounts(tuple(distinct.values()), what, self.node, apart))
+        else:
+            self.freeze(axis_map, "uneven", f"{what}: some of its indices cannot be removed")
 
 
 def _same_partition(a: Vector, b: Vector) -> bool:

@@ -52,11 +52,15 @@ class ScalarSite:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class EqualCounts:
-    """Blocks of positions (global numbers) of which equally many must survive."""
+    """Blocks of positions (global numbers) of which equally many must survive.
+
+    `apart`: what happens to the blocks differs, so that units of different blocks are not interchangeable.
+    """
 
     blocks: tuple[Vector, ...]
     text: str
     node: fx.Node
+    apart: bool = False
 
 
 @dataclasses.dataclass

@@ -67,8 +67,7 @@ def refresh(modules: Iterable[nn.Module]) -> None:
 
 
 def _refresh_attention(module: nn.MultiheadAttention) -> None:
-    width = module.out_proj.weight.shape[0]
-    module.embed_dim = width
-    module.head_dim = width // module.num_heads
+    # embed_dim is read by forward, so the plan has set it; the width of the output may differ from it
+    module.head_dim = module.embed_dim // module.num_heads
     if module._qkv_same_embed_dim:
-        module.kdim = module.vdim = width
+        module.kdim = module.vdim = module.embed_dim

@@ -106,7 +106,7 @@ def _bound(value: Any) -> Expr | None:
 def index_entries(index: Any, ndim: int) -> tuple[Any, ...]:
     """What `x[index]` asks for, in order.
 
-    ("slice", start, stop) with expressions or None, ("int", expr), ("new",) for a new axis, ("other",) for whatever
+    ("slice", start, stop) with expressions or None (and "exact" where a stop past the end is an error), ("int", expr), ("new",) for a new axis, ("other",) for whatever
     takes one axis of x otherwise (a tensor, a list, an axis covered by an Ellipsis).
     """
     items = index if isinstance(index, tuple) else (index,)
@@ -141,7 +141,7 @@ def _narrow(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSizes | None:
     length = args[3] if len(args) > 3 else kwargs.get("length")
     if not (isinstance(start, int) and isinstance(length, int) and isinstance(dim, int)):
         return None
-    return _on_axis(x, dim, ("slice", origin_of(start), origin_of(start + length)))
+    return _on_axis(x, dim, ("slice", origin_of(start), origin_of(start + length), "exact"))
 
 
 def _select(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSizes | None:

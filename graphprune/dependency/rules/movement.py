@@ -186,7 +186,8 @@ def slice_(context: NodeContext) -> Result:
     length = state.shape[dim]
     start, stop, step = slice(context.arg(2, "start"), context.arg(3, "end"), context.arg(4, "step", 1)).indices(length)
     axis_map = state.axis(dim)
-    if axis_map and (start, stop, step) != (0, length, 1):
+    entry = _entry(context, dim, "slice")
+    if axis_map and ((start, stop, step) != (0, length, 1) or (entry is not None and len(entry) > 3)):
         if step != 1:
             context.freeze(axis_map, "stride", "indices are taken in steps along this axis")
         else:
@@ -198,6 +199,7 @@ def slice_(context: NodeContext) -> Result:
 
 def _slice_bounds(context: NodeContext, axis_map: AxisMap, length: int, dim: int, start: int, stop: int) -> None:
     sizes = context.sizes
+    exact = False
     if sizes is not None and sizes.kind == "chunks":  # tensor_split into a number of parts
         context.require_equal(axis_map, length, round(length / max(stop - start, 1)), "split into equal parts")
         return
@@ -210,9 +212,10 @@ def _slice_bounds(context: NodeContext, axis_map: AxisMap, length: int, dim: int
             low, high = Literal(start), Literal(stop)
         else:
             low, high = entry[1] or Literal(0), entry[2]
+            exact = len(entry) > 3
     if start > 0:
         _boundary(context, axis_map, length, low, start)
-    if stop < length and high is not None:
+    if (stop < length or exact) and high is not None:
         _boundary(context, axis_map, length, high, stop)
 
 
@@ -304,6 +307,7 @@ def _split_sizes(context: NodeContext, axis_map: AxisMap, length: int, bounds: l
     values = list(sizes.values)
     if len(values) == 1 and len(bounds) > 2:  # one size for all parts; the last may be smaller
         values = values * (len(bounds) - 2)
+        context.require_equal(axis_map, length, len(bounds) - 1, "split into parts of one size")
     for expr, low, high in zip(values, bounds[:-1], bounds[1:], strict=False):
         context.require(expr, axis_map, length, "a split size", (low, high))
 

@@ -60,7 +60,7 @@ def group_norm(context: NodeContext) -> Result:
     if x.axis(1):
         if groups < x.shape[1]:
             context.statistics(x.axis(1))
-            context.require_equal(x.axis(1), x.shape[1], groups, "groups of a GroupNorm")
+            context.require_equal(x.axis(1), x.shape[1], groups, "groups of a GroupNorm", apart=False)
         else:  # one channel per group: the number of groups is the number of channels
             sizes = context.sizes
             expr = sizes.values[0] if sizes is not None and sizes.kind == "groups" else Literal(groups)
