@@ -105,6 +105,8 @@ def analyse(trace: Trace) -> Analysis:
         refines = _propagate(analysis, sorted(dirty, key=order.__getitem__), kernels, dirty)
         if not refines:
             break
+        if passes == _MAX_PASSES:
+            continue
         changed: set[Root] = set()
         for request in refines.values():
             if dims.size[request.dim]:
@@ -113,21 +115,26 @@ def analyse(trace: Trace) -> Analysis:
         dirty = {n for n, e in effects.items() if e.refines or _mentions(env, n, gone)}
         dirty |= {trace.parameters[name] for name, _ in changed}
     else:
+        # ties of these calls are missing: everything they touch stays
         for node, effect in effects.items():
-            for request in effect.refines:
-                reason = Reason("factoring", "its factors never settled", node)
-                analysis.extra_freezes.append((dims.positions(request.dim), reason))
+            if effect.refines:
+                reason = Reason("factoring", "the factors of its operands never settled", node)
+                for dim in {d for n in (node, *node.all_input_nodes) for s in _states(env.get(n)) for d in s.dims()}:
+                    analysis.extra_freezes.append((dims.positions(dim), reason))
     analysis.connect()
     return analysis
 
 
+def _states(value: Result) -> list[State]:
+    return [s for s in (value if isinstance(value, list) else [value]) if isinstance(s, State)]
+
+
 def _mentions(env: dict[fx.Node, Result], node: fx.Node, gone: set[int]) -> bool:
-    values = [env.get(node), *(env.get(a) for a in node.all_input_nodes)]
-    for value in values:
-        for state in value if isinstance(value, list) else (value,):
-            if isinstance(state, State) and not gone.isdisjoint(state.dims()):
-                return True
-    return False
+    return any(
+        not gone.isdisjoint(state.dims())
+        for value in (env.get(node), *(env.get(a) for a in node.all_input_nodes))
+        for state in _states(value)
+    )
 
 
 def _propagate(

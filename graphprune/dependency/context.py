@@ -161,10 +161,25 @@ class NodeContext:
 
     def _factor_like(self, flat: AxisMap, product: AxisMap, mask: Any) -> None:
         """Give a flat axis the factors of a product axis it is tied to."""
-        factors = [v for v in product.values() if (v[mask] >= 0).any()]
+        varying = {}
+        for p, f in product.items():
+            values = f[mask][f[mask] >= 0]
+            if len(values) and (values == values[0]).all():
+                self.freeze({p: values[:1]}, "selected", "one index of a factor is used by itself")
+            elif len(values):
+                varying[p] = f
+        factors = list(varying.values())
         for d, v in flat.items():
             here = mask & (v >= 0)
             if not here.any():
+                continue
+            if not factors:
+                self.freeze({d: v[here]}, "immovable", "tied to an index that cannot be removed")
+                continue
+            if len(factors) == 1:
+                ((p, f),) = varying.items()
+                self.freeze({d: v[here & (f < 0)]}, "immovable", "tied to an index that cannot be removed")
+                self.union(d, np.where(here, v, -1), p, np.where(here, f, -1))
                 continue
             columns = []
             for f in factors:
