@@ -197,17 +197,20 @@ class NodeContext:
 
     def _tie_products(self, a: AxisMap, b: AxisMap, mask: Any) -> None:
         """Two products: match factor by factor; a factor that holds several of the other side's is split."""
-        open_a, open_b = set(a), set(b)
+        matched_a = {d: np.zeros(len(mask), bool) for d in a}
+        matched_b = {d: np.zeros(len(mask), bool) for d in b}
         for da, va in a.items():
             for db, vb in b.items():
                 here = mask & (va >= 0) & (vb >= 0)
                 if here.any() and _same_partition(va[here], vb[here]):
                     self.union(da, np.where(here, va, -1), db, np.where(here, vb, -1))
-                    open_a.discard(da)
-                    open_b.discard(db)
-        for mine, unmatched, theirs in ((a, open_a, b), (b, open_b, a)):
-            for d in unmatched:
-                self._split_by(d, mine[d], theirs, mask)
+                    matched_a[da] |= here
+                    matched_b[db] |= here
+        for mine, matched, theirs in ((a, matched_a, b), (b, matched_b, a)):
+            for d, v in mine.items():
+                rest = mask & (v >= 0) & ~matched[d]
+                if rest.any():
+                    self._split_by(d, v, theirs, rest)
 
     def _split_by(self, dim: int, vector: Vector, theirs: AxisMap, mask: Any) -> None:
         here = mask & (vector >= 0)

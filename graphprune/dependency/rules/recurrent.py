@@ -21,6 +21,9 @@ def recurrent(context: NodeContext) -> Result:
     directions = 2 if bidirectional else 1
     per_cell = len(weights) // (layers * directions)
     del biases
+    for axis, axis_map in x.axes.items():
+        if axis != len(x.shape) - 1:
+            context.freeze(axis_map, "recurrent", "steps of a sequence")
     for position, weight in enumerate(weights):
         state = context.state(weight)
         first_layer = position < per_cell * directions and position % per_cell == 0
