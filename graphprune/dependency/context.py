@@ -325,7 +325,7 @@ class NodeContext:
         self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span))
 
     def require_equal(self, axis_map: AxisMap, length: int, blocks: int, what: str, apart: bool = True) -> None:
-        """The axis is cut into `blocks` equal pieces that must stay equal. `apart`: each piece is treated differently."""
+        """The axis is cut into `blocks` equal pieces that must stay equal; `apart`: they are treated differently."""
         if not axis_map or blocks <= 1:
             return
         if length % blocks:

@@ -28,6 +28,8 @@ _NEUTRAL = {
 
 
 def _own_opinion(values: Any) -> bool:
+    if not torch._C._is_torch_function_enabled():
+        return False
     for value in values:
         kind = type(value)
         if kind not in _ORDINARY and isinstance(value, torch.Tensor):

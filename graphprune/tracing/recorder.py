@@ -82,7 +82,7 @@ class Recorder:
         self.guards: list[Guard] = []
         self.constants: dict[str, Tensor] = {}
         self.placeholders: dict[int, fx.Node] = {}
-        self.touched: dict[str, Tensor] = {}
+        self.touched: dict[int, tuple[str | None, Tensor, Tensor]] = {}
         self.active = True
         self.shapes_only = False
         self.whole_depth = 0
@@ -93,13 +93,13 @@ class Recorder:
         self._paths = {id(m): path for path, m in reversed(list(modules.items()))}
         self._by_id: dict[int, fx.Node] = {}
         self._names: dict[int, str] = {}
-        self._tensors: dict[str, Tensor] = {}
+        self._owners: dict[int, Tensor] = {}
         self._user_code: dict[Any, bool] = {}
         self._keep: list[Tensor] = []
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if id(tensor) not in self._names:
                 self._names[id(tensor)] = name
-                self._tensors[name] = tensor
+                self._owners[tensor.untyped_storage()._cdata] = tensor
         for index, tensor in enumerate(inputs):
             if id(tensor) in self._by_id or id(tensor) in self._names:
                 continue
@@ -107,7 +107,7 @@ class Recorder:
             node.meta["val"] = TensorMeta(tuple(tensor.shape), tensor.dtype)
             self._by_id[id(tensor)] = node
             self._keep.append(tensor)
-        self._first_call: fx.Node | None = None
+            self._owners[tensor.untyped_storage()._cdata] = tensor
 
     # -- tensors -> nodes
 
@@ -203,19 +203,27 @@ class Recorder:
         """Inputs, parameters and buffers: the user's own objects, on which nothing of ours is left behind."""
         return any(tensor is kept for kept in self._keep)
 
-    def before_write(self, target: Any, args: Any) -> None:
+    def before_write(self, target: Any, args: Any, kwargs: Any) -> None:
         """Remember parameters and buffers before the model writes into them."""
-        for argument, value in zip(target._schema.arguments, args, strict=False):
+        for position, argument in enumerate(target._schema.arguments):
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
                 base = value._base if value._base is not None else value
-                name = self._names.get(id(base))
-                if name is not None and name not in self.touched:
-                    self.touched[name] = base.detach().clone()
+                owner = self._owners.get(value.untyped_storage()._cdata)
+                if owner is not None:
+                    base = owner
+                elif self.whole_depth or getattr(base, "_graphprune_node", (None,))[0] is self:
+                    continue  # made in this run; everything else is the user's
+                if id(base) not in self.touched:
+                    self.touched[id(base)] = (self._names.get(id(base)), base, base.detach().clone())
 
     def undo_writes(self) -> None:
         with torch.no_grad():
-            for name, before in self.touched.items():
-                self._tensors[name].copy_(before)
+            for _, tensor, before in self.touched.values():
+                if tensor.shape == before.shape:
+                    tensor.detach().copy_(before)
+                else:
+                    tensor.data = before
 
     # -- where
 
@@ -349,7 +357,7 @@ class DispatchMode(TorchDispatchMode):
         kwargs = kwargs or {}
         recorder = self.recorder
         if func._schema.is_mutable:
-            recorder.before_write(func, args)
+            recorder.before_write(func, args, kwargs)
         out = shape_only(func, args) if recorder.shapes_only and not kwargs else None
         if out is None:
             out = func(*args, **kwargs)

@@ -106,8 +106,9 @@ def _bound(value: Any) -> Expr | None:
 def index_entries(index: Any, ndim: int) -> tuple[Any, ...]:
     """What `x[index]` asks for, in order.
 
-    ("slice", start, stop) with expressions or None (and "exact" where a stop past the end is an error), ("int", expr), ("new",) for a new axis, ("other",) for whatever
-    takes one axis of x otherwise (a tensor, a list, an axis covered by an Ellipsis).
+    ("slice", start, stop) with expressions or None (and "exact" where a stop past the end is an error), ("int", expr),
+    ("new",) for a new axis, ("other",) for whatever takes one axis of x otherwise (a tensor, a list, an axis covered by
+    an Ellipsis).
     """
     items = index if isinstance(index, tuple) else (index,)
     consumed = sum(1 for i in items if i is not None and i is not Ellipsis and not isinstance(i, bool))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -62,6 +63,19 @@ def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
                 attributes[name] = traced
 
 
+def _refill(container: Any, contents: Any) -> None:
+    """Give a list, dict or set its earlier contents back."""
+    before = list(contents.items()) if type(contents) is dict else list(contents)
+    now = list(container.items()) if type(container) is dict else list(container)
+    if len(now) != len(before) or any(a is not b and not _same_item(a, b) for a, b in zip(now, before, strict=True)):
+        container.clear()
+        container.extend(contents) if type(container) is list else container.update(contents)
+
+
+def _same_item(a: Any, b: Any) -> bool:
+    return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(operator.is_, a, b))
+
+
 @contextlib.contextmanager
 def preserved(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
     """Restore attributes, parameter and submodule tables, training flags and random state, also after an error."""
@@ -73,6 +87,12 @@ def preserved(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]
         )
         for m in modules.values()
     ]
+    containers = [
+        (value, value.copy())
+        for _, attributes, _ in saved
+        for name, value in attributes.items()
+        if name not in _INTERNAL and type(value) in (list, dict, set)
+    ]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=devices, enabled=True):
@@ -81,6 +101,8 @@ def preserved(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
+            for container, contents in containers:
+                _refill(container, contents)
             for module, attributes, tables in saved:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import GraphPruneError
 from .example import ExampleInput, flatten_tensors
-from .recorder import DispatchMode, FunctionMode, Guard, Recorder, Source
+from .recorder import _WHOLE, DispatchMode, FunctionMode, Guard, Recorder, Source
 from .state import preserved, trace_attributes, unfused, without_data
 
 
@@ -83,12 +83,29 @@ def record_run(model: nn.Module, example_input: Any) -> Trace:
     tensors = [*model.parameters(), *model.buffers(), *example.tensors()]
     if all(type(t) in _PLAIN and t.layout is torch.strided and not t.is_meta for t in tensors):
         try:
-            return _record(model, modules, example, data=False)
+            recorded = _record(model, modules, example, data=False)
+            if _self_contained(recorded):
+                return recorded
         except Exception:  # whatever went wrong without data, the run with data decides
             pass
     return _record(model, modules, example, data=True)
 
 
+def _self_contained(recorded: Trace) -> bool:
+    """Nothing in the graph but parameters, inputs and computation: no constant whose values the run did not have, no
+    call that makes a tensor on a device of its own."""
+    if recorded.constants:
+        return False
+    for node in recorded.graph.nodes:
+        if node.op == "call_function" and node.users:
+            if any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values())):
+                return False
+            if not node.all_input_nodes or node.target in _WITH_STATE:
+                return False
+    return True
+
+
+_WITH_STATE = tuple(_WHOLE[f] for f in (torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu))
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
@@ -128,7 +145,7 @@ def _finish(model: nn.Module, recorder: Recorder, modules: dict[str, nn.Module])
         constants=recorder.constants,
         guards=tuple(dict.fromkeys(recorder.guards)),
         modules={path: type(m).__name__ for path, m in modules.items()},
-        written=frozenset(recorder.touched),
+        written=frozenset(n for n, _, _ in recorder.touched.values() if n is not None),
     )
 
 
