@@ -192,12 +192,24 @@ def verify(
     checks = [_forward_check(shapes, small)]
     if any(p.is_meta for p in original.parameters()):
         return VerificationReport(tuple(checks))
-    half = _dtype_of(original) in (torch.float16, torch.bfloat16)
+    dtype = _dtype_of(original)
+    half = dtype in (torch.float16, torch.bfloat16)
+    rounded = bool(plan.folds or plan.rescales)  # weights were computed, and rounded to the model's own dtype
+    if half and rounded:
+        tolerance = max(tolerance, 16 * torch.finfo(dtype).eps)
     first = _compare(original, pruned, plan, example, graph, torch.float32 if half else None, tolerance)
     failed = [c for c in first if not c.passed]
     if failed and _dtype_of(original) != torch.float64:
         try:
-            first = _compare(original, pruned, plan, example, graph, torch.float64, max(TOLERANCE_64, tolerance * 1e-3))
+            first = _compare(
+                original,
+                pruned,
+                plan,
+                example,
+                graph,
+                torch.float64,
+                tolerance if rounded else max(TOLERANCE_64, tolerance * 1e-3),
+            )
         except GraphPruneError as error:
             if half:
                 raise
@@ -225,8 +237,6 @@ def _compare(
     if dtype is not None:
         original, pruned = _as_dtype(original, dtype), _as_dtype(pruned, dtype)
         example = example.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-        if plan.folds or plan.rescales:
-            pruned = plan.apply(original)  # folded in the wider type, not rounded before
     out = [_permutation_check(original, graph, example, tolerance)]
     small = _run(pruned, example, "verify (pruned)")
     if plan.statistics:
