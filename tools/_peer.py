@@ -104,6 +104,8 @@ def error_of(original: nn.Module, pruned: nn.Module, example: Tensor, history: A
 
 def first_line(error: BaseException) -> str:
     """What an exception says first, in one line of at most 240 characters."""
+    if isinstance(error, MemoryError):
+        return "out of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:240]
 

@@ -25,6 +25,38 @@ REASONS: tuple[tuple[str, float, str], ...] = (
         "Its grouped convolutions have 8 channels in a group: 0.3 of 8 is 2 to the nearest here, 3 in Torch-Pruning, "
         "which rounds up.",
     ),
+    (
+        "regnet_?_1_6gf",
+        0.3,
+        "24 channels in a group: 0.3 of 24 is 7 to the nearest here, 8 in Torch-Pruning, which rounds up.",
+    ),
+    (
+        "regnet_y_3_2gf",
+        0.3,
+        "24 channels in a group: 0.3 of 24 is 7 to the nearest here, 8 in Torch-Pruning, which rounds up.",
+    ),
+    (
+        "regnet_x_3_2gf",
+        0.3,
+        "48 channels in a group: 0.3 of 48 is 14 to the nearest here, 15 in Torch-Pruning, which rounds up.",
+    ),
+    (
+        "densenet161",
+        0.3,
+        "Each of its 78 layers adds 48 channels: 0.3 of 48 is 14 to the nearest here, 15 in Torch-Pruning, which "
+        "rounds up.",
+    ),
+    *(
+        ("googlenet", ratio, "Half of its parameters are in the auxiliary classifiers, which do not run in eval mode.")
+        for ratio in (0.3, 0.5)
+    ),
+)
+# Why a pruned network does not run in training mode.
+ONLY_EVAL = dict.fromkeys(
+    ("googlenet", "inception_v3"),
+    "Its auxiliary classifiers run in training mode only, so the recorded run does not see them and they stay as they "
+    "are, while what they read is cut. To train the pruned network set `aux_logits` to False and them (`aux1` and "
+    "`aux2`, `AuxLogits`) to None.",
 )
 
 Result = Mapping[str, Any]
@@ -48,9 +80,10 @@ def fault(result: Result) -> str | None:
         return "nothing is removed"
     if not result["meta"] and result["effect"] < VACUOUS:
         return f"the cut changes the output by {result['effect']:.1e} only, so the proof says little"
-    for what in ("backward", "training"):
-        if result[what]:
-            return f"{what}: {result[what]}"
+    if result["backward"]:
+        return f"backward: {result['backward']}"
+    if result["training"] and result["name"] not in ONLY_EVAL:
+        return f"in training mode: {result['training']}"
     return None
 
 
@@ -200,8 +233,8 @@ that no proof is about zeros.
   and the pruned network equals the original with the removed slices set to zero. "(graph)": a norm runs over removed
   channels, so zeroing is no reference; the pruned network is compared with the recorded graph run on the cut tensors.
   "shapes": on the meta device, where there are no numbers.
-- Also asked of each: a forward and a backward pass with finite gradients, in eval and in training mode, and an output
-  that differs from the dense network's.
+- Also asked of each: a forward and a backward pass with finite gradients, in eval and (exceptions below) in training
+  mode, and an output that differs from the dense network's.
 - *removed*: parameters taken away by the cut, of all parameters; what folding batch norms saves is not counted.
 - *frozen*: indices of parameter axes that cannot be removed, the network's inputs and outputs included and kernel
   positions left out.
@@ -240,6 +273,10 @@ def page(done: Results, names: Sequence[str], ratios: Sequence[float], options: 
                 less.append(f"- {name}, ratio {ratio:g}: {text}. {why}")
     if less:
         parts += ["## Where less is removed than by Torch-Pruning, or less than the ratio", "\n".join(less)]
+    only_eval = [n for n in names if any(done.get(("ours", n, ratio), {}).get("training") for ratio in ratios)]
+    if only_eval:
+        listed = [f"- {name}: {ONLY_EVAL.get(name, 'No reason is known.')}" for name in only_eval]
+        parts += ["## What runs in eval mode only", "\n".join(listed)]
     peers = []
     for name in names:
         found = [peer_fault(p) for r in ratios if (p := done.get(("peer", name, r))) is not None]
