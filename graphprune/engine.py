@@ -19,6 +19,7 @@ from .errors import GraphPruneError
 from .importance import BatchNormLink, Criterion, ImportanceContext, normalise, resolve_criterion
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
 from .surgery import Fold, find_folds, fold_names, folded_tensors
+from .tracing.names import all_modules, named_tensors
 from .tracing.pause import paused_collector
 from .verification import verify as run_verification
 
@@ -93,16 +94,14 @@ class _Scorer:
     """Scores of groups, computed once per set of members even when groups are rebuilt."""
 
     def __init__(self, model: nn.Module, folds: list[Fold], criterion: Criterion, seed: int, normalised: bool) -> None:
-        tensors: dict[str, Tensor] = {}
-        named: dict[str, Tensor] = dict(model.named_parameters())
-        named.update(model.named_buffers())
-        tensors = {n: t.detach() for n, t in named.items()}
+        tensors = {n: t.detach() for n, t in named_tensors(model).items()}
         self.meta = any(t.is_meta for t in tensors.values())
         links = {}
         if folds and not self.meta:
             tensors.update(folded_tensors(model, folds))
+            modules = all_modules(model)
             for fold in folds:
-                norm = model.get_submodule(fold.batch_norm)
+                norm = modules[fold.batch_norm]
                 if isinstance(norm.weight, Tensor):
                     links[fold_names(fold)[0]] = BatchNormLink(norm.weight.detach(), fold.axis, fold.batch_norm)
         self.context = ImportanceContext(model, tensors, bn=links, seed=seed)

@@ -17,6 +17,7 @@ from torch import nn
 from .dependency.temperature import Rescale
 from .errors import GraphPruneError
 from .surgery import Fold, operate
+from .tracing.names import named_tensors
 
 FORMAT = "graphprune.plan/1"
 
@@ -211,5 +212,4 @@ class Plan:
 
 def structure_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters and buffers."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tuple(tensor.shape) for name, tensor in named}
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}

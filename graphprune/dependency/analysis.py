@@ -28,7 +28,8 @@ _MAX_PASSES = 60
 class Analysis:
     """The outcome: states of all nodes, what each node contributed, and the components of tied positions.
 
-    `label[p]` is the component of global position p; component `label[0]` is the immovable one.
+    `label[p]` is the component of global position p; component `label[0]` is the immovable one. `tied` are the
+    components by ties alone, before freezing joined them.
     """
 
     trace: Trace
@@ -38,6 +39,7 @@ class Analysis:
     passes: int
     label: Vector = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
     extra_freezes: list[tuple[Vector, Reason]] = dataclasses.field(default_factory=list)
+    tied: Vector | None = None
 
     def state(self, node: fx.Node) -> State:
         """The coordinates of a recorded tensor (without any, if the analysis gave it none)."""
@@ -64,16 +66,20 @@ class Analysis:
         return [s for e in self.effects.values() for s in e.equal]
 
     def connect(self) -> None:
-        """Resolve all ties in one call of a sparse connected-components routine; frozen positions join component 0."""
-        pairs = [u for e in self.effects.values() for u in e.unions]
-        left = [a for a, _ in pairs] + [np.zeros(len(p), np.int64) for p, _ in self.freezes]
-        right = [b for _, b in pairs] + [p for p, _ in self.freezes]
-        u = np.concatenate(left) if left else np.zeros(0, np.int64)
-        v = np.concatenate(right) if right else np.zeros(0, np.int64)
-        total = self.dims.total
-        graph = coo_matrix((np.ones(len(u), np.int8), (u, v)), shape=(total, total))
-        _, label = connected_components(graph, directed=False)
-        self.label = label.astype(np.int64)
+        """Resolve all ties in one call of a sparse connected-components routine; components with a frozen position
+        join the immovable one. Freezing more positions later resolves no ties anew."""
+        if self.tied is None:
+            pairs = [u for e in self.effects.values() for u in e.unions]
+            u = np.concatenate([a for a, _ in pairs]) if pairs else np.zeros(0, np.int64)
+            v = np.concatenate([b for _, b in pairs]) if pairs else np.zeros(0, np.int64)
+            total = self.dims.total
+            graph = coo_matrix((np.ones(len(u), np.int8), (u, v)), shape=(total, total))
+            self.tied = connected_components(graph, directed=False)[1].astype(np.int64)
+        stuck = np.zeros(int(self.tied.max()) + 1, bool)
+        stuck[self.tied[0]] = True
+        for positions, _ in self.freezes:
+            stuck[self.tied[positions]] = True
+        self.label = np.where(stuck[self.tied], self.tied[0], self.tied)
 
     def frozen(self, positions: Vector) -> Vector:
         """Which of these global positions cannot be removed."""

@@ -359,8 +359,10 @@ class NodeContext:
 def _same_partition(a: Vector, b: Vector) -> bool:
     if np.array_equal(a, b):
         return True
-    pairs = len(np.unique(a * (int(b.max()) + 1) + b))
-    return pairs == len(np.unique(a)) == len(np.unique(b))
+    forward = np.full(int(a.max()) + 1, -1, np.int64)
+    backward = np.full(int(b.max()) + 1, -1, np.int64)
+    forward[a], backward[b] = b, a
+    return bool((forward[a] == b).all() and (backward[b] == a).all())
 
 
 def _no_leaf(leaf: Any) -> int:

@@ -50,11 +50,11 @@ class DimTable:
         inside = np.all([c >= 0 for c in request.columns], axis=0)
         tables: list[tuple[int, Vector]] = []
         for column in request.columns:
-            values, inverse = np.unique(column[inside], return_inverse=True)
-            if len(values) > 1 or len(request.columns) == 1:
+            count, place = _numbered(column[inside])
+            if count > 1 or len(request.columns) == 1:
                 table = np.full(size, -1, np.int64)
-                table[inside] = inverse
-                tables.append((self._new(root, len(values)), table))
+                table[inside] = place
+                tables.append((self._new(root, count), table))
         if not inside.all():
             table = np.full(size, -1, np.int64)
             table[~inside] = np.arange(int((~inside).sum()))
@@ -69,3 +69,11 @@ class DimTable:
         self.roots[root] = axis_map
         self.size[dim] = 0
         return root
+
+
+def _numbered(column: Vector) -> tuple[int, Vector]:
+    """The number of different values, and the rank of each entry among them. Columns are usually ranks already."""
+    present = np.bincount(column) > 0
+    if present.all():
+        return len(present), column
+    return int(present.sum()), (np.cumsum(present) - 1)[column]

@@ -47,8 +47,6 @@ class DependencyGraph:
 
     def __init__(self, analysis: Analysis) -> None:
         self._analysis = analysis
-        self._tied_cache: Ints = analysis.label
-        self._tied_key = -1
         self._reason_cache: dict[int, dict[str, Reason]] | None = None
         self._freeze_unproduced()
         self._groups, self._components = build_groups(analysis)
@@ -117,6 +115,7 @@ class DependencyGraph:
         self._analysis.extra_freezes.extend(items)
         self._analysis.connect()
         self._groups, self._components = build_groups(self._analysis)
+        self._reason_cache = None
 
     # -- explanations
 
@@ -125,6 +124,10 @@ class DependencyGraph:
         axis_map = analysis.dims.roots.get((name, axis))
         if axis_map is None:
             return Frozen(name, axis, length, length, (Reason("kernel", "kernel positions are no channels"),))
+        if len(axis_map) == 1:  # the usual case, and usually with nothing frozen
+            ((dim, vector),) = axis_map.items()
+            if vector.min() >= 0 and not analysis.frozen(analysis.dims.offset[dim] + vector).any():
+                return None
         held = multiplicity(axis_map, length) == 0
         labels = []
         for d, v in axis_map.items():
@@ -150,13 +153,15 @@ class DependencyGraph:
             return ()
         by_label = self._reasons_by_label()
         out: dict[str, Reason] = {}
-        for label in np.unique(self._tied_labels()[positions]).tolist():
+        assert self._analysis.tied is not None
+        for label in np.unique(self._analysis.tied[positions]).tolist():
             for text, reason in by_label.get(label, {}).items():
                 out.setdefault(text, reason)
         return tuple(out.values())[:6]
 
     def _reasons_by_label(self) -> dict[int, dict[str, Reason]]:
-        labels = self._tied_labels()
+        labels = self._analysis.tied
+        assert labels is not None
         if self._reason_cache is None:
             self._reason_cache = {}
             for frozen, reason in self._analysis.freezes:
@@ -164,17 +169,6 @@ class DependencyGraph:
                 for label in np.unique(labels[frozen]).tolist():
                     self._reason_cache.setdefault(label, {}).setdefault(text, reason)
         return self._reason_cache
-
-    def _tied_labels(self) -> Ints:
-        """Components by ties alone, before freezing joined them."""
-        key = len(self._analysis.extra_freezes)
-        if self._tied_key != key:
-            analysis = self._analysis
-            bare = dataclasses.replace(analysis, effects={}, extra_freezes=[])
-            bare.effects = {n: dataclasses.replace(e, freezes=[]) for n, e in analysis.effects.items()}
-            bare.connect()
-            self._tied_cache, self._tied_key, self._reason_cache = bare.label, key, None
-        return self._tied_cache
 
     def explain(self, parameter: str) -> str:
         """For each axis of a parameter: the group it belongs to and what it is tied to, or why it is frozen.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..tracing.names import all_modules, named_tensors
 
 
 def clone_with(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -21,8 +22,7 @@ def clone_with(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """
     memo: dict[int, Any] = {}
     keep: list[Any] = []
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named.update(model.named_buffers(remove_duplicate=False))
+    named = named_tensors(model)
     added: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         old = named.get(name)
@@ -79,11 +79,12 @@ def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
     if not new:
         return
     by_old = {}
+    modules = all_modules(model)
     for path, module in new.items():
-        old = model.get_submodule(path)
+        old = modules[path]
         module.train(old.training)
         by_old[id(old)] = module
-    for parent in model.modules():
+    for parent in modules.values():
         for name, child in parent._modules.items():
             if child is not None and id(child) in by_old:
                 parent._modules[name] = by_old[id(child)]
@@ -115,12 +116,25 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             target[name] = type(value)((k, None if m is None else _copy_module(m, memo)) for k, m in value.items())
         elif name in _TABLES and not value:
             target[name] = type(value)()
+        elif name in ("_parameters", "_buffers"):
+            target[name] = type(value)((k, _copy_tensor(t, memo)) for k, t in value.items())
+        elif type(value) is set and not value:
+            target[name] = set()
         elif value is None or isinstance(value, (bool, int, float, str)) or (type(value) is tuple and _flat(value)):
             target[name] = value
+        elif type(value) is list and _flat(value):
+            target[name] = memo.setdefault(id(value), list(value))
         else:
             target[name] = copy.deepcopy(value, memo)
     return out
 
 
-def _flat(value: tuple[Any, ...]) -> bool:
+def _copy_tensor(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
+    if tensor is None:
+        return None
+    known: Tensor | None = memo.get(id(tensor))
+    return copy.deepcopy(tensor, memo) if known is None else known
+
+
+def _flat(value: tuple[Any, ...] | list[Any]) -> bool:
     return all(type(item) in (int, float, str, bool, type(None)) for item in value)

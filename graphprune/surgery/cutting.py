@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..dependency.temperature import Rescale
 from ..errors import GraphPruneError
+from ..tracing.names import all_modules, named_tensors
 from .attributes import refresh, set_attribute
 from .copying import clone_with, replace_modules
 from .folding import Fold, fold_names, folded_tensors
@@ -43,8 +44,7 @@ def operate(
 ) -> nn.Module:
     """A pruned copy. `model` is not touched, and nothing is returned unless every step succeeded."""
     gone = {f"{f.batch_norm}.{p}" for f in folds for p in ("weight", "bias", "running_mean", "running_var")}
-    named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    named.update(model.named_buffers(remove_duplicate=False))
+    named = named_tensors(model)
     new = folded_tensors(model, list(folds))
     cuts: dict[str, Mapping[int, Sequence[int]]] = {n: a for n, a in removed.items() if n not in gone}
     for fold in folds:
@@ -69,16 +69,9 @@ def operate(
     for module, attribute, key, value in attributes:
         set_attribute(out, module, attribute, key, value)
     touched = {n.rpartition(".")[0] for n in new}
-    refresh([out.get_submodule(path) for path in touched | {p.rpartition(".")[0] for p in touched} if _has(out, path)])
+    touched |= {path.rpartition(".")[0] for path in touched}
+    refresh([module for path, module in all_modules(out).items() if path in touched])
     return out
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _output_cut(

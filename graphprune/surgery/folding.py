@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ..tracing.names import all_modules
 from ..tracing.trace import Trace, record_run
 from .copying import clone_with, replace_modules
 
@@ -46,7 +47,7 @@ def _operation(node: fx.Node) -> str:
 
 def find_folds(model: nn.Module, trace: Trace) -> list[Fold]:
     """Every batch norm whose input is made by one convolution or linear layer and read by nothing else."""
-    modules = dict(model.named_modules())
+    modules = all_modules(model)
     folds = []
     for node in trace.graph.nodes:
         if node.op != "call_function" or _operation(node) not in _BATCH_NORMS:
@@ -108,7 +109,7 @@ def _uses_bias(layer: nn.Module) -> bool:
 
 def folded_tensors(model: nn.Module, folds: list[Fold]) -> dict[str, Tensor]:
     """New weights and biases by parameter name, computed in float32 or better and returned in the layer's dtype."""
-    modules = dict(model.named_modules())
+    modules = all_modules(model)
     out: dict[str, Tensor] = {}
     with torch.no_grad():
         for fold in folds:

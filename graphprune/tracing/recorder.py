@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .names import named_tensors
 from .origin import Attribute, Expr, Literal, TensorSize, TracedInt, plain
 from .shapes import shape_only
 from .sizes import CallSizes, other_numbers, read_scalars, read_sizes
@@ -96,7 +97,7 @@ class Recorder:
         self._owners: dict[int, Tensor] = {}
         self._user_code: dict[Any, bool] = {}
         self._keep: list[Tensor] = []
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        for name, tensor in named_tensors(model).items():
             if id(tensor) not in self._names:
                 self._names[id(tensor)] = name
                 self._owners[tensor.untyped_storage()._cdata] = tensor

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import GraphPruneError
 from .example import ExampleInput, flatten_tensors
+from .names import named_tensors
 from .recorder import _WHOLE, DispatchMode, FunctionMode, Guard, Recorder, Source
 from .state import preserved, trace_attributes, unfused, without_data
 
@@ -134,8 +135,7 @@ def _record(model: nn.Module, modules: dict[str, nn.Module], example: ExampleInp
 def _finish(model: nn.Module, recorder: Recorder, modules: dict[str, nn.Module]) -> Trace:
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
+    for name, tensor in named_tensors(model).items():
         aliases[name] = first.setdefault(id(tensor), name)
     parameters = {n.meta["parameter"]: n for n in recorder.graph.nodes if n.op == "get_attr" and "parameter" in n.meta}
     return Trace(

@@ -17,6 +17,7 @@ from ..errors import GraphPruneError
 from ..plans import Plan
 from ..surgery import clone_with
 from ..tracing.example import ExampleInput, flatten_tensors
+from ..tracing.names import named_tensors
 from ..tracing.trace import run_model
 from .rewrite import run_rewritten
 
@@ -89,8 +90,7 @@ def relative_error(got: Any, want: Any) -> float:
 
 def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the untouched model in which the removed slices are zero."""
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    named.update(model.named_buffers())
+    named = named_tensors(model)
     tensors = {}
     for name, axes in plan.removed.items():
         tensor = named[name].detach().clone()
@@ -113,8 +113,7 @@ def permuted(model: nn.Module, graph: DependencyGraph, groups: Sequence[Group], 
             step = np.arange(length)
             step[m.positions.reshape(-1)] = m.positions[shuffle].reshape(-1)
             order[(m.parameter, m.axis)] = current[step]
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    named.update(model.named_buffers())
+    named = named_tensors(model)
     tensors: dict[str, Tensor] = {}
     for (name, axis), index in order.items():
         source = tensors.get(name, named[name].detach())
@@ -155,7 +154,7 @@ def _as_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A copy with floating point parameters and buffers in `dtype`."""
     tensors = {
         n: t.detach().to(dtype)
-        for n, t in [*model.named_parameters(), *model.named_buffers()]
+        for n, t in named_tensors(model).items()
         if t.is_floating_point() and t.dtype != dtype
     }
     return clone_with(model, tensors)

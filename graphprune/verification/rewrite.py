@@ -21,6 +21,7 @@ from ..errors import GraphPruneError
 from ..plans import Plan
 from ..surgery.cutting import cut_tensor
 from ..tracing.example import ExampleInput
+from ..tracing.names import named_tensors
 
 
 def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
@@ -192,8 +193,7 @@ class RewrittenRun:
 
 def run_rewritten(graph: DependencyGraph, plan: Plan, example: ExampleInput, original: nn.Module) -> tuple[Tensor, ...]:
     """The outputs of the recorded graph when the plan's slices are cut from the original's tensors."""
-    named: dict[str, Tensor] = dict(original.named_parameters())
-    named.update(original.named_buffers())
+    named = named_tensors(original)
     dtype = next((t.dtype for t in named.values() if t.is_floating_point()), torch.float32)
     tensors = {}
     for name in graph.trace.parameters:

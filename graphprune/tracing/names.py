@@ -1,0 +1,30 @@
+"""Names of a model's tensors in one walk; `named_parameters` walks the tree anew, and recursively, every time."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def all_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by path, also under the second path of a shared one, in the order of `named_modules`."""
+    out: dict[str, nn.Module] = {}
+    stack: list[tuple[str, nn.Module]] = [("", model)]
+    while stack:  # children are pushed in reverse, so that they come out in order
+        path, module = stack.pop()
+        out[path] = module
+        prefix = path + "." if path else ""
+        stack.extend((prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None)
+    return out
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters, then all buffers, by name; shared ones under each of their names."""
+    modules = all_modules(model)
+    out: dict[str, Tensor] = {}
+    for table in ("_parameters", "_buffers"):
+        for path, module in modules.items():
+            prefix = path + "." if path else ""
+            for name, tensor in getattr(module, table).items():
+                if tensor is not None:
+                    out[prefix + name] = tensor
+    return out
