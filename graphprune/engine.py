@@ -63,11 +63,24 @@ def plan(
     example input. A model with nothing to prune gives a plan that removes nothing and says why, axis by axis.
     """
     settings = Settings(ratio, scope, round_to, min_channels, granularity)
+    return _decide(model, example_input, settings, criterion, ignore, fold_bn, seed)[1]
+
+
+def _decide(
+    model: nn.Module,
+    example_input: Any,
+    settings: Settings,
+    criterion: Criterionlike,
+    ignore: Iterable[nn.Module | str] | nn.Module | str,
+    fold_bn: bool,
+    seed: int,
+) -> tuple[DependencyGraph, Plan]:
+    """The graph and the plan made from it. Arguments are checked before the model runs."""
     settings.check()
     chosen = resolve_criterion(criterion)
     with paused_collector():
         graph = trace(model, example_input)
-        return plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
+        return graph, plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
 
 
 def plan_from_graph(
@@ -280,11 +293,8 @@ def prune(
     (torch.Size([4, 3, 3, 3]), torch.Size([4, 4, 3, 3]))
     """
     settings = Settings(ratio, scope, round_to, min_channels, granularity)
-    settings.check()
-    chosen = resolve_criterion(criterion)
+    graph, decided = _decide(model, example_input, settings, criterion, ignore, fold_bn, seed)
     with paused_collector():
-        graph = trace(model, example_input)
-        decided = plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
         small = decided.apply(model)
     if verify:
         report = run_verification(model, small, decided, example_input, graph=graph)

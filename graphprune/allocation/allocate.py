@@ -67,8 +67,8 @@ def allocate(
     for cell in cells:
         size = graph.groups[cell.group].size
         keep = forced.get(cell.group, wanted[cell.group])
-        cell.keep = _share(graph, scores, cell, keep, size, settings, ratios[cell.group], cell.group in forced)
-    _equalise(graph, cells, constraints)
+        cell.keep = _share(cell, keep, size, settings, ratios[cell.group], cell.group in forced)
+    _equalise(cells, constraints)
     return _select(graph, scores, cells)
 
 
@@ -148,16 +148,7 @@ def _cells(graph: DependencyGraph) -> tuple[list[_Cell], list[list[_Block]]]:
     return cells, constraints
 
 
-def _share(
-    graph: DependencyGraph,
-    scores: Mapping[int, Floats],
-    cell: _Cell,
-    keep: int,
-    size: int,
-    settings: Settings,
-    ratio: float,
-    forced: bool,
-) -> int:
+def _share(cell: _Cell, keep: int, size: int, settings: Settings, ratio: float, forced: bool) -> int:
     """How many of a group's kept units fall to one of its cells."""
     n = len(cell.units)
     if n == size or keep == size:
@@ -169,7 +160,7 @@ def _share(
     return max(min(n, 1), min(n, share))
 
 
-def _equalise(graph: DependencyGraph, cells: list[_Cell], constraints: list[list[_Block]]) -> None:
+def _equalise(cells: list[_Cell], constraints: list[list[_Block]]) -> None:
     """Make blocks equal: the integer solution nearest to the wanted numbers, for each connected set of constraints."""
     parent = list(range(len(cells)))
 

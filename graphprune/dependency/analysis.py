@@ -11,6 +11,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import fx
 
+from ..tracing.names import operator_name
 from ..tracing.recorder import TensorMeta
 from ..tracing.trace import Trace
 from .context import NodeContext, Result
@@ -91,8 +92,7 @@ def _kernel_weights(graph: fx.Graph) -> set[fx.Node]:
     found = set()
     for node in graph.nodes:
         if node.op == "get_attr" and node.users:
-            names = {getattr(getattr(u.target, "overloadpacket", None), "__name__", "") for u in node.users}
-            if names == {"convolution"} and all(len(u.args) > 1 and u.args[1] is node for u in node.users):
+            if all(operator_name(u) == "convolution" and u.args[1] is node for u in node.users):
                 found.add(node)
     return found
 
@@ -104,11 +104,12 @@ def analyse(trace: Trace) -> Analysis:
     effects: dict[fx.Node, Effects] = {}
     kernels = _kernel_weights(trace.graph)
     analysis = Analysis(trace, dims, env, effects, 0)
-    order = {node: i for i, node in enumerate(trace.graph.nodes)}
-    dirty: set[fx.Node] = set(order)
+    nodes = list(trace.graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    dirty: set[fx.Node] = set(nodes)
     for passes in range(1, _MAX_PASSES + 1):
         analysis.passes = passes
-        refines = _propagate(analysis, sorted(dirty, key=order.__getitem__), kernels, dirty)
+        refines = _propagate(analysis, nodes, order, dirty, kernels)
         if not refines:
             break
         if passes == _MAX_PASSES:
@@ -144,17 +145,15 @@ def _mentions(env: dict[fx.Node, Result], node: fx.Node, gone: set[int]) -> bool
 
 
 def _propagate(
-    analysis: Analysis, nodes: list[fx.Node], kernels: set[fx.Node], dirty: set[fx.Node]
+    analysis: Analysis, nodes: list[fx.Node], order: dict[fx.Node, int], dirty: set[fx.Node], kernels: set[fx.Node]
 ) -> dict[int, Refine]:
+    """Visit the dirty nodes, and from them on every node whose operands changed, in graph order."""
     refines: dict[int, Refine] = {}
     env, effects, dims = analysis.states, analysis.effects, analysis.dims
-    order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
-    heap = [(order[n], n.name) for n in nodes]
-    by_name = {n.name: n for n in analysis.trace.graph.nodes}
-    heapq.heapify(heap)
-    queued = set(nodes)
+    heap = sorted(order[n] for n in dirty)
+    queued = set(dirty)
     while heap:
-        node = by_name[heapq.heappop(heap)[1]]
+        node = nodes[heapq.heappop(heap)]
         before = env.get(node)
         context = NodeContext(node, env, dims)
         _visit(context, node, analysis, kernels)
@@ -165,7 +164,7 @@ def _propagate(
             for user in node.users:
                 if user not in queued:
                     queued.add(user)
-                    heapq.heappush(heap, (order[user], user.name))
+                    heapq.heappush(heap, order[user])
     return refines
 
 
@@ -200,9 +199,7 @@ def _visit(context: NodeContext, node: fx.Node, analysis: Analysis, kernels: set
         except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             # A call in a form its rule does not know: never raise, never guess
             context.effects = Effects()
-            env[node] = unknown(context)
-            for _, reason in context.effects.freezes:
-                object.__setattr__(reason, "text", f"{context.operation} in a form its rule does not know ({error})")
+            env[node] = unknown(context, f"{context.operation} in a form its rule does not know ({error})")
 
 
 def _parameter(node: fx.Node, dims: DimTable, kernel: bool) -> State:

@@ -8,7 +8,9 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
+from torch import fx
 
+from ..tracing.names import operator_name
 from .analysis import Analysis
 from .dims import Root
 from .groups import Group, Ints, Member, Role
@@ -40,11 +42,10 @@ def axis_roles(analysis: Analysis) -> dict[Root, Role]:
     return roles
 
 
-def _contraction_roles(roles: dict[Root, Role], name: str, user: object, node: object) -> None:
-    target = getattr(user, "target", None)
-    operation = getattr(getattr(target, "overloadpacket", None), "__name__", "")
-    args: tuple[Any, ...] = getattr(user, "args", ())
-    ndim = len(node.meta["val"].shape)  # type: ignore[attr-defined]
+def _contraction_roles(roles: dict[Root, Role], name: str, user: fx.Node, node: fx.Node) -> None:
+    operation = operator_name(user)
+    args: tuple[Any, ...] = user.args
+    ndim = len(node.meta["val"].shape)
     if ndim < 2:
         return
     if operation == "convolution" and len(args) > 1 and args[1] is node:
@@ -73,8 +74,8 @@ def _contraction_roles(roles: dict[Root, Role], name: str, user: object, node: o
         "div",
         "detach",
     ):
-        for after in getattr(user, "users", ()):
-            inner = getattr(getattr(after.target, "overloadpacket", None), "__name__", "")
+        for after in user.users:
+            inner = operator_name(after)
             if operation == "t" and inner in ("mm", "addmm", "matmul"):
                 roles[(name, 0)], roles[(name, 1)] = "out", "in"
             elif inner in ("linear", "convolution", "getitem") or operation == "_weight_norm_interface":

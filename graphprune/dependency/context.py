@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from torch import fx
 
+from ..tracing.names import operator_name
 from ..tracing.origin import Expr, evaluate, leaves
 from ..tracing.recorder import TensorMeta
 from ..tracing.sizes import CallSizes
@@ -304,12 +304,8 @@ class NodeContext:
 
     @property
     def operation(self) -> str:
-        """The operator's name for people."""
-        target = self.node.target
-        if target is operator.getitem:
-            return "getitem"
-        packet = getattr(target, "overloadpacket", target)
-        return str(getattr(packet, "__name__", packet))
+        """The operator's name, for rules and people."""
+        return operator_name(self.node) or str(self.node.target)
 
     # -- sizes
 

@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import GraphPruneError
+from ..tracing.names import operator_name
 from ..tracing.pause import paused_collector
 from ..tracing.trace import Trace, record_run
 from .analysis import Analysis, analyse
@@ -107,11 +108,8 @@ class DependencyGraph:
         if len(analysis.extra_freezes) > before:
             analysis.connect()
 
-    def freeze(self, positions: Ints, reason: Reason) -> None:
-        """Hold global positions; groups are rebuilt."""
-        self.freeze_many([(positions, reason)])
-
     def freeze_many(self, items: Iterable[tuple[Ints, Reason]]) -> None:
+        """Hold global positions; groups are rebuilt."""
         self._analysis.extra_freezes.extend(items)
         self._analysis.connect()
         self._groups, self._components = build_groups(self._analysis)
@@ -247,8 +245,7 @@ class DependencyGraph:
                 pair = (min(ends), max(ends))
                 if pair[0] != pair[1] and pair not in seen:
                     seen.add(pair)
-                    operation = getattr(getattr(node.target, "overloadpacket", None), "__name__", str(node.target))
-                    graph.add_edge(*pair, operation=operation, source=str(node.meta.get("source") or ""))
+                    graph.add_edge(*pair, operation=operator_name(node), source=str(node.meta.get("source") or ""))
         return graph
 
     def to_dot(self) -> str:

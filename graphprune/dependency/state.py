@@ -66,6 +66,11 @@ class Mixed:
     dim: int
 
 
+def axis_of(dim: int, ndim: int) -> int:
+    """A dimension argument as an axis: negative ones count from the end."""
+    return int(dim) % ndim if ndim else 0
+
+
 def take(axis_map: AxisMap, index: npt.NDArray[np.int64] | slice) -> AxisMap:
     """The coordinates of some of the indices."""
     return {d: v[index] for d, v in axis_map.items()}

@@ -7,13 +7,13 @@ makes q: its rows are multiplied by old / new. This module finds that layer and 
 from __future__ import annotations
 
 import dataclasses
-import operator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import fx
 
+from ..tracing.names import operator_name
 from ..tracing.origin import evaluate, recorded_value
 from .analysis import Analysis
 from .effects import ScalarSite
@@ -37,12 +37,6 @@ class Rescale:
     axis: int
     indices: tuple[int, ...]
     factor: float
-
-
-def _name(node: fx.Node) -> str:
-    if node.target is operator.getitem:
-        return "getitem"
-    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
 
 
 def rescales(analysis: Analysis, solver: SizeSolver) -> tuple[list[Rescale], list[Conflict]]:
@@ -69,9 +63,9 @@ def rescales(analysis: Analysis, solver: SizeSolver) -> tuple[list[Rescale], lis
 def _correction(analysis: Analysis, site: ScalarSite, factor: float) -> list[Rescale] | None:
     for start in _sources(site):
         node, sink = start
-        while _name(node) in _MOVEMENT or node.target is operator.getitem:
+        while operator_name(node) in _MOVEMENT or operator_name(node) == "getitem":
             node = node.args[0]  # type: ignore[assignment]
-        name = _name(node)
+        name = operator_name(node)
         if name == "linear":
             weight, bias, out_axis = node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias"), -1
             weight_axis = 0
@@ -87,7 +81,7 @@ def _correction(analysis: Analysis, site: ScalarSite, factor: float) -> list[Res
         rows = _rows_reaching(node, out_axis, start[0], sink)
         if rows is None or not isinstance(weight, fx.Node):
             continue
-        if _name(weight) == "t" and isinstance(weight.args[0], fx.Node):
+        if operator_name(weight) == "t" and isinstance(weight.args[0], fx.Node):
             weight, weight_axis = weight.args[0], 1 - weight_axis
         out = []
         usable = True
@@ -106,13 +100,13 @@ def _correction(analysis: Analysis, site: ScalarSite, factor: float) -> list[Res
 def _sources(site: ScalarSite) -> list[tuple[fx.Node, fx.Node]]:
     """Tensors whose scaling has the same effect: (tensor, the node that consumes it)."""
     node, sink = site.operand, site.node
-    while _name(node) in _MOVEMENT or (_name(node) in _SCALING and len(node.all_input_nodes) == 1):
-        if _name(node) in _SCALING:
+    while operator_name(node) in _MOVEMENT or (operator_name(node) in _SCALING and len(node.all_input_nodes) == 1):
+        if operator_name(node) in _SCALING:
             sink = node
         node = node.args[0]  # type: ignore[assignment]
-        if _name(node) in _PRODUCTS or node.op != "call_function":
+        if operator_name(node) in _PRODUCTS or node.op != "call_function":
             break
-    if _name(node) in _PRODUCTS:
+    if operator_name(node) in _PRODUCTS:
         return [(node.args[0], node), (node.args[1], node)]  # type: ignore[list-item]
     return [(site.operand, site.node)] if sink is site.node else [(site.operand, site.node), (node, sink)]
 
@@ -134,9 +128,9 @@ def _rows_reaching(producer: fx.Node, out_axis: int, operand: fx.Node, sink: fx.
     while queue:
         node = queue.pop(0)
         for user in node.users:
-            if user is not sink and _name(user) in _SAME:
+            if user is not sink and operator_name(user) in _SAME:
                 arrays[user] = arrays[node]
-            elif user is not sink and (_name(user) in _MOVEMENT or _name(user) == "getitem"):
+            elif user is not sink and (operator_name(user) in _MOVEMENT or operator_name(user) == "getitem"):
                 arrays[user] = _move(user, arrays[node])
             else:
                 times = max(1, sum(1 for a in user.args if a is node))
@@ -149,8 +143,8 @@ def _rows_reaching(producer: fx.Node, out_axis: int, operand: fx.Node, sink: fx.
 
 
 def _move(node: fx.Node, array: Any) -> Any:
-    if _name(node) == "getitem":
+    if operator_name(node) == "getitem":
         return array[node.args[1]]
-    if _name(node) in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
+    if operator_name(node) in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
         return array.reshape(node.args[1])
     return node.target(array, *node.args[1:], **node.kwargs)  # type: ignore[operator]

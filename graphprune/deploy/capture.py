@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..tracing.state import evaluating
 from .arguments import FlatArguments, named_outputs
 
 _PACKAGE = Path(__file__).parents[1]
@@ -57,21 +58,14 @@ class Flattened(nn.Module):
 def inference_state(model: nn.Module) -> Iterator[None]:
     """Eval mode and no gradients; training flags and random state as before afterwards, also after an error.
 
-    The flags are set one by one: `train()` and `eval()` may be overridden to do more (merge adapters, for example).
     Fused attention kernels are turned off, because they have no counterpart in ONNX.
     """
-    flags = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    with evaluating(model):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
-            for module, _ in flags:
-                module.training = False
             yield
         finally:
-            for module, training in flags:
-                module.training = training
             torch.backends.mha.set_fastpath_enabled(fastpath)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..tracing.names import all_modules
+from ..tracing.names import all_modules, operator_name
 from ..tracing.trace import Trace, record_run
 from .copying import clone_with, replace_modules
 
@@ -41,18 +41,14 @@ class Fold:
     axis: int
 
 
-def _operation(node: fx.Node) -> str:
-    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
-
-
 def find_folds(model: nn.Module, trace: Trace) -> list[Fold]:
     """Every batch norm whose input is made by one convolution or linear layer and read by nothing else."""
     modules = all_modules(model)
     folds = []
     for node in trace.graph.nodes:
-        if node.op != "call_function" or _operation(node) not in _BATCH_NORMS:
+        if node.op != "call_function" or operator_name(node) not in _BATCH_NORMS:
             continue
-        flag = _BATCH_NORMS[_operation(node)]
+        flag = _BATCH_NORMS[operator_name(node)]
         if flag is not None and bool(node.args[flag]):
             continue  # statistics of the batch itself
         fold = _fold_of(node, modules, trace)
@@ -65,7 +61,7 @@ def _fold_of(node: fx.Node, modules: dict[str, nn.Module], trace: Trace) -> Fold
     producer = node.args[0]
     if not isinstance(producer, fx.Node) or len(producer.users) != 1:
         return None
-    operation = _operation(producer)
+    operation = operator_name(producer)
     if operation not in ("convolution", "linear"):
         return None
     if operation == "linear" and len(producer.meta["val"].shape) != 2:
@@ -125,9 +121,9 @@ def folded_tensors(model: nn.Module, folds: list[Fold]) -> dict[str, Tensor]:
                 shift = shift + norm.bias.detach().to(dtype)
             if layer.bias is not None:
                 shift = shift + layer.bias.detach().to(dtype) * scale
-            prefix = f"{fold.layer}." if fold.layer else ""
-            out[prefix + "weight"] = _scaled(weight, scale, fold.axis, layer).to(weight.dtype)
-            out[prefix + "bias"] = shift.to(weight.dtype)
+            weight_name, bias_name = fold_names(fold)
+            out[weight_name] = _scaled(weight, scale, fold.axis, layer).to(weight.dtype)
+            out[bias_name] = shift.to(weight.dtype)
     return out
 
 

@@ -1,8 +1,19 @@
-"""Names of a model's tensors in one walk; `named_parameters` walks the tree anew, and recursively, every time."""
+"""Names: of a model's tensors in one walk (`named_parameters` walks the tree anew, and recursively, every time), and of
+the operators in a recorded graph."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import operator
+
+from torch import Tensor, fx, nn
+
+
+def operator_name(node: fx.Node) -> str:
+    """The ATen operator a node calls, without its overload ("add" for `aten.add.Tensor`); "getitem" for an item of a
+    result; "" for nodes that call nothing."""
+    if node.target is operator.getitem:
+        return "getitem"
+    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
 
 
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:

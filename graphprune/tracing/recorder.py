@@ -28,6 +28,11 @@ _HIDDEN_DIRECTORIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname
 _MAX_KEPT_VALUE = 1 << 20
 
 
+def is_users_file(file: str) -> bool:
+    """Neither torch's, nor ours, nor the interpreter's."""
+    return not file.startswith(_HIDDEN_DIRECTORIES) and not file.startswith("<frozen")
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """A line of the user's code."""
@@ -72,7 +77,7 @@ _WHOLE: dict[Any, Any] = {
     torch._VF.rnn_relu: aten.rnn_relu.input,
 }
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-_SIZE_LIKE = {"view_as": "shape", "reshape_as": "shape", "expand_as": "shape"}
+_SIZE_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
 
 
 class Recorder:
@@ -82,7 +87,6 @@ class Recorder:
         self.graph = fx.Graph()
         self.guards: list[Guard] = []
         self.constants: dict[str, Tensor] = {}
-        self.placeholders: dict[int, fx.Node] = {}
         self.touched: dict[int, tuple[str | None, Tensor, Tensor]] = {}
         self.active = True
         self.shapes_only = False
@@ -237,7 +241,7 @@ class Recorder:
             user = known.get(code)
             if user is None:
                 file = code.co_filename
-                user = known[code] = not file.startswith(_HIDDEN_DIRECTORIES) and not file.startswith("<frozen")
+                user = known[code] = is_users_file(file)
             if user:
                 return Source(code.co_filename, frame.f_lineno, code.co_name)
             frame = frame.f_back

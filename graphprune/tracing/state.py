@@ -63,6 +63,28 @@ def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
                 attributes[name] = traced
 
 
+def _cuda_devices(model: nn.Module) -> list[int]:
+    """The CUDA devices whose random state a run may advance."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no gradients; training flags and random state as before afterwards, also after an error.
+
+    The flags are set one by one: `train()` and `eval()` may be overridden to do more (merge adapters, for example).
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
+        try:
+            for module, _ in flags:
+                module.training = False
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
 def _refill(container: Any, contents: Any) -> None:
     """Give a list, dict or set its earlier contents back."""
     before = list(contents.items()) if type(contents) is dict else list(contents)
@@ -93,9 +115,8 @@ def preserved(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]
         for name, value in attributes.items()
         if name not in _INTERNAL and type(value) in (list, dict, set)
     ]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=devices, enabled=True):
+    with torch.random.fork_rng(devices=_cuda_devices(model)):
         try:
             yield
         finally:

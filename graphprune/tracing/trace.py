@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from ..errors import GraphPruneError
 from .example import ExampleInput, flatten_tensors
 from .names import named_tensors
-from .recorder import _WHOLE, DispatchMode, FunctionMode, Guard, Recorder, Source
+from .recorder import _WHOLE, DispatchMode, FunctionMode, Guard, Recorder, Source, is_users_file
 from .state import preserved, trace_attributes, unfused, without_data
 
 
@@ -41,17 +41,10 @@ class Trace:
 
 
 def _user_line(error: BaseException) -> str:
-    import os
-
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = os.path.dirname(os.path.dirname(__file__)) + os.sep
-    for frame in reversed(frames):
-        if not frame.filename.startswith(ours) and not frame.filename.startswith(
-            os.path.dirname(torch.__file__) + os.sep
-        ):
-            return (
-                f" at {os.path.basename(frame.filename)}:{frame.lineno} in {frame.name}: {(frame.line or '').strip()}"
-            )
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if is_users_file(frame.filename):
+            source = Source(frame.filename, frame.lineno or 0, frame.name)
+            return f" at {source}: {(frame.line or '').strip()}"
     return ""
 
 
@@ -113,9 +106,7 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 def _record(model: nn.Module, modules: dict[str, nn.Module], example: ExampleInput, data: bool) -> Trace:
     with preserved(model, modules), unfused():
         if not data:
-            bare = without_data(modules)
-            seen: dict[int, Tensor] = {}
-            example = example.map(lambda t: seen.setdefault(id(t), bare(t)))
+            example = example.map(without_data(modules))
         recorder = Recorder(model, modules, example.tensors())
         recorder.shapes_only = not data or any(p.is_meta for p in model.parameters())
         try:

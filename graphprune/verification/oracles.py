@@ -17,7 +17,8 @@ from ..errors import GraphPruneError
 from ..plans import Plan
 from ..surgery import clone_with
 from ..tracing.example import ExampleInput, flatten_tensors
-from ..tracing.names import named_tensors
+from ..tracing.names import named_tensors, operator_name
+from ..tracing.state import evaluating
 from ..tracing.trace import run_model
 from .rewrite import run_rewritten
 
@@ -129,7 +130,7 @@ def permutable(graph: DependencyGraph) -> list[Group]:
         for block in constraint.blocks:
             ordered[analysis.label[block]] = True
     for node, effects in analysis.effects.items():
-        name = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+        name = operator_name(node)
         if name.startswith("cum") or name == "logcumsumexp":
             for positions in effects.statistics:
                 ordered[analysis.label[positions]] = True
@@ -137,17 +138,9 @@ def permutable(graph: DependencyGraph) -> list[Group]:
 
 
 def _run(model: nn.Module, example: ExampleInput, what: str) -> Any:
-    flags = [(m, m.training) for m in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    try:
-        for module, _ in flags:
-            module.training = False
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            torch.manual_seed(0)
-            return run_model(model, example.clone(), what)
-    finally:
-        for module, training in flags:
-            module.training = training
+    with evaluating(model):
+        torch.manual_seed(0)
+        return run_model(model, example.clone(), what)
 
 
 def _as_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -186,9 +179,8 @@ def verify(
     """
     example = ExampleInput.of(example_input)
     graph = graph or trace(original, example)
-    shapes = [tuple(t.shape) for t in flatten_tensors(_run(original, example, "verify (original)"))]
-    small = _run(pruned, example, "verify (pruned)")
-    checks = [_forward_check(shapes, small)]
+    outputs = _run(original, example, "verify (original)"), _run(pruned, example, "verify (pruned)")
+    checks = [_forward_check(*outputs)]
     if any(p.is_meta for p in original.parameters()):
         return VerificationReport(tuple(checks))
     dtype = _dtype_of(original)
@@ -196,19 +188,15 @@ def verify(
     rounded = bool(plan.folds or plan.rescales)  # weights were computed, and rounded to the model's own dtype
     if half and rounded:
         tolerance = max(tolerance, 16 * torch.finfo(dtype).eps)
-    first = _compare(original, pruned, plan, example, graph, torch.float32 if half else None, tolerance)
+    if half:
+        first = _compare_in(torch.float32, original, pruned, plan, example, graph, tolerance)
+    else:
+        first = _compare(original, outputs, plan, example, graph, tolerance)
     failed = [c for c in first if not c.passed]
-    if failed and _dtype_of(original) != torch.float64:
+    if failed and dtype != torch.float64:
         try:
-            first = _compare(
-                original,
-                pruned,
-                plan,
-                example,
-                graph,
-                torch.float64,
-                tolerance if rounded else max(TOLERANCE_64, tolerance * 1e-3),
-            )
+            strict = tolerance if rounded else max(TOLERANCE_64, tolerance * 1e-3)
+            first = _compare_in(torch.float64, original, pruned, plan, example, graph, strict)
         except GraphPruneError as error:
             if half:
                 raise
@@ -216,28 +204,40 @@ def verify(
     return VerificationReport((*checks, *first))
 
 
-def _forward_check(shapes: list[tuple[int, ...]], output: Any) -> Check:
-    tensors = flatten_tensors(output)
-    found = [tuple(t.shape) for t in tensors]
-    if found != shapes:
-        return Check("forward", False, math.nan, f"output shapes {found}, expected {shapes}")
+def _forward_check(want: Any, got: Any) -> Check:
+    expected, found = ([tuple(t.shape) for t in flatten_tensors(output)] for output in (want, got))
+    if found != expected:
+        return Check("forward", False, math.nan, f"output shapes {found}, expected {expected}")
     return Check("forward", True, math.nan, f"{len(found)} outputs")
 
 
-def _compare(
+def _compare_in(
+    dtype: torch.dtype,
     original: nn.Module,
     pruned: nn.Module,
     plan: Plan,
     example: ExampleInput,
     graph: DependencyGraph,
-    dtype: torch.dtype | None,
     tolerance: float,
 ) -> list[Check]:
-    if dtype is not None:
-        original, pruned = _as_dtype(original, dtype), _as_dtype(pruned, dtype)
-        example = example.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-    out = [_permutation_check(original, graph, example, tolerance)]
-    small = _run(pruned, example, "verify (pruned)")
+    """`_compare` on copies in another floating point type."""
+    original, pruned = _as_dtype(original, dtype), _as_dtype(pruned, dtype)
+    example = example.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    outputs = _run(original, example, "verify (original)"), _run(pruned, example, "verify (pruned)")
+    return _compare(original, outputs, plan, example, graph, tolerance)
+
+
+def _compare(
+    original: nn.Module,
+    outputs: tuple[Any, Any],
+    plan: Plan,
+    example: ExampleInput,
+    graph: DependencyGraph,
+    tolerance: float,
+) -> list[Check]:
+    """The two oracles; `outputs` are those of the original and of the pruned network on `example`."""
+    dense, small = outputs
+    out = [_permutation_check(original, dense, graph, example, tolerance)]
     if plan.statistics:
         reference = run_rewritten(graph, plan, example, original)
         error = relative_error(small, reference)
@@ -249,11 +249,12 @@ def _compare(
     return out
 
 
-def _permutation_check(original: nn.Module, graph: DependencyGraph, example: ExampleInput, tolerance: float) -> Check:
+def _permutation_check(
+    original: nn.Module, want: Any, graph: DependencyGraph, example: ExampleInput, tolerance: float
+) -> Check:
     groups = permutable(graph)
     if not groups:
         return Check("permutation", True, math.nan, "no groups")
-    want = _run(original, example, "verify (original)")
     error = relative_error(_run(permuted(original, graph, groups), example, "verify (permuted)"), want)
     detail = f"{len(groups)} groups"
     if error > tolerance:

@@ -21,7 +21,7 @@ from ..errors import GraphPruneError
 from ..plans import Plan
 from ..surgery.cutting import cut_tensor
 from ..tracing.example import ExampleInput
-from ..tracing.names import named_tensors
+from ..tracing.names import named_tensors, operator_name
 
 
 def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
@@ -72,7 +72,7 @@ class RewrittenRun:
     def _call(self, node: fx.Node) -> Any:
         args = list(fx.node.map_arg(node.args, self.env.__getitem__))
         kwargs = dict(fx.node.map_arg(node.kwargs, self.env.__getitem__))
-        name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+        name = operator_name(node)
         if kwargs.get("device") is not None:  # recorded on the meta device
             kwargs["device"] = self.device
         method: Callable[..., Any] | None = getattr(self, f"_{name.strip('_')}", None)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -144,15 +142,7 @@ def test_errors_leave_nothing_behind(graph: DependencyGraph, tmp_path: Path, mon
     assert (tmp_path / "old.dot").read_text() == "old" and os.listdir(tmp_path) == ["old.dot"]
 
 
-def test_without_matplotlib(graph: DependencyGraph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = builtins.__import__
-
-    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+def test_without_matplotlib(graph: DependencyGraph, tmp_path: Path, without_matplotlib: None) -> None:
     with pytest.raises(GraphPruneError, match=r"pip install 'graphprune\[bench\]'"):
         draw_dependencies(graph, tmp_path / "a.svg")
     assert draw_dependencies(graph, tmp_path / "a.dot").exists()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import builtins
 import os
 from pathlib import Path
 from typing import Any
@@ -55,14 +54,6 @@ def test_errors(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
-def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = builtins.__import__
-
-    def missing(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+def test_without_matplotlib(tmp_path: Path, without_matplotlib: None) -> None:
     with pytest.raises(GraphPruneError, match=r"pip install 'graphprune\[bench\]'"):
         grouped_bars(tmp_path / "x.png", ["g"], {"a": [1.0]})

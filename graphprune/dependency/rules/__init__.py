@@ -1,6 +1,6 @@
 """The rules, by kind. Importing this package registers all of them."""
 
-from . import contraction, elementwise, movement, recurrent, statistics
+from . import contraction, elementwise, indexing, movement, recurrent, statistics
 from .registry import RULES, rule, rule_for
 
-__all__ = ["RULES", "contraction", "elementwise", "movement", "recurrent", "rule", "rule_for", "statistics"]
+__all__ = ["RULES", "contraction", "elementwise", "indexing", "movement", "recurrent", "rule", "rule_for", "statistics"]

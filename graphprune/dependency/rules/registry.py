@@ -38,10 +38,10 @@ def rule_for(target: Any) -> Rule:
     return unknown
 
 
-def unknown(context: NodeContext) -> Result:
+def unknown(context: NodeContext, text: str = "") -> Result:
     """An operator without a rule: nothing that flows through it can be removed."""
     for state in context.states():
-        context.freeze_state(state, "operator", f"no rule for the operator {context.operation}")
+        context.freeze_state(state, "operator", text or f"no rule for the operator {context.operation}")
     return empty(context)
 
 
