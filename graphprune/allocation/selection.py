@@ -149,18 +149,23 @@ def chosen_groups(graph: DependencyGraph, granularity: str | Sequence[str]) -> l
                 )
             kinds |= set(GRANULARITIES[name])
         return [g.kind in kinds for g in groups]
-    taken: dict[tuple[str, int], list[np.ndarray]] = {}
+    # An axis that only one group lies on needs no looking at: only one of several groups can meet another.
+    shared: dict[tuple[str, int], int] = {}
+    for group in groups:
+        for m in group.members:
+            shared[(m.parameter, m.axis)] = shared.get((m.parameter, m.axis), 0) + 1
+    taken: dict[tuple[str, int], np.ndarray] = {}
     chosen = [False] * len(groups)
     for group in sorted(groups, key=_preference):
-        if any(
-            np.isin(m.positions, before, assume_unique=False).any()
-            for m in group.members
-            for before in taken.get((m.parameter, m.axis), ())
-        ):
-            continue
-        chosen[group.index] = True
-        for m in group.members:
-            taken.setdefault((m.parameter, m.axis), []).append(m.positions)
+        members = [m for m in group.members if shared[(m.parameter, m.axis)] > 1]
+        for m in members:
+            if (m.parameter, m.axis) not in taken:
+                length = graph.trace.parameters[m.parameter].meta["val"].shape[m.axis]
+                taken[(m.parameter, m.axis)] = np.zeros(length, bool)
+        if not any(taken[(m.parameter, m.axis)][m.positions].any() for m in members):
+            chosen[group.index] = True
+            for m in members:
+                taken[(m.parameter, m.axis)][m.positions] = True
     return chosen
 
 
