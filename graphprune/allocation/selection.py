@@ -99,11 +99,10 @@ def ignored_positions(
 ) -> list[tuple[Any, Reason]]:
     """The outputs of ignored modules and parameters, as positions to freeze."""
     items: Sequence[Any] = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
+    if not items:
+        return []
     paths = {id(m): n for n, m in model.named_modules()}
-    analysis = graph.analysis
-    from ..dependency.build import axis_roles
-
-    roles = axis_roles(analysis)
+    analysis, roles = graph.analysis, graph.roles
     out = []
     for item in items:
         if isinstance(item, nn.Module):

@@ -23,6 +23,7 @@ from .state import Refine, State, Vector
 
 # Every pass factors at least one Dim; networks need 1 to 5 passes. Past the limit, what still asks is frozen.
 _MAX_PASSES = 60
+_MAX_OWN = 8
 
 
 @dataclasses.dataclass
@@ -118,9 +119,8 @@ def analyse(trace: Trace) -> Analysis:
         for request in refines.values():
             if dims.size[request.dim]:
                 changed.add(dims.refine(request))
-        gone = {d for d, size in enumerate(dims.size) if not size}
-        dirty = {n for n, e in effects.items() if e.refines or _mentions(env, n, gone)}
-        dirty |= {trace.parameters[name] for name, _ in changed}
+        # whatever else mentions a factored Dim reads it from these parameters, and is reached through their users
+        dirty = {n for n, e in effects.items() if e.refines} | {trace.parameters[name] for name, _ in changed}
     else:
         # ties of these calls are missing: everything they touch stays
         for node, effect in effects.items():
@@ -136,29 +136,23 @@ def _states(value: Result) -> list[State]:
     return [s for s in (value if isinstance(value, list) else [value]) if isinstance(s, State)]
 
 
-def _mentions(env: dict[fx.Node, Result], node: fx.Node, gone: set[int]) -> bool:
-    return any(
-        not gone.isdisjoint(state.dims())
-        for value in (env.get(node), *(env.get(a) for a in node.all_input_nodes))
-        for state in _states(value)
-    )
-
-
 def _propagate(
     analysis: Analysis, nodes: list[fx.Node], order: dict[fx.Node, int], dirty: set[fx.Node], kernels: set[fx.Node]
 ) -> dict[int, Refine]:
     """Visit the dirty nodes, and from them on every node whose operands changed, in graph order."""
     refines: dict[int, Refine] = {}
-    env, effects, dims = analysis.states, analysis.effects, analysis.dims
+    env, effects = analysis.states, analysis.effects
     heap = sorted(order[n] for n in dirty)
     queued = set(dirty)
     while heap:
         node = nodes[heapq.heappop(heap)]
         before = env.get(node)
-        context = NodeContext(node, env, dims)
-        _visit(context, node, analysis, kernels)
-        effects[node] = context.effects
-        for request in context.effects.refines:
+        _visit(node, analysis, kernels)
+        for _ in range(_MAX_OWN):
+            if not _factor_own(node, analysis, kernels):
+                break
+            _visit(node, analysis, kernels)
+        for request in effects[node].refines:
             refines.setdefault(request.dim, request)
         if analysis.passes > 1 and not _same(before, env.get(node)):
             for user in node.users:
@@ -181,8 +175,24 @@ def _same(a: Result, b: Result) -> bool:
     return a is None and b is None
 
 
-def _visit(context: NodeContext, node: fx.Node, analysis: Analysis, kernels: set[fx.Node]) -> None:
+def _factor_own(node: fx.Node, analysis: Analysis, kernels: set[fx.Node]) -> bool:
+    """Factor at once what a call asks for in its own parameters, where nothing has read them before (the scale of a
+    norm, the bias of a layer): it saves a pass over the network. True when the call has to be looked at again."""
+    env, effects, dims = analysis.states, analysis.effects, analysis.dims
+    again = False
+    for request in effects[node].refines:
+        parameter = analysis.trace.parameters[dims.root_of[request.dim][0]]
+        if parameter in node.all_input_nodes and all(u is node or u not in effects for u in parameter.users):
+            dims.refine(request)
+            env[parameter] = _parameter(parameter, dims, parameter in kernels)
+            again = True
+    return again
+
+
+def _visit(node: fx.Node, analysis: Analysis, kernels: set[fx.Node]) -> None:
+    """Run the rule of one node: its state and its effects."""
     env = analysis.states
+    context = NodeContext(node, env, analysis.dims)
     if node.op == "get_attr":
         env[node] = _parameter(node, analysis.dims, node in kernels)
     elif node.op == "placeholder":
@@ -200,6 +210,7 @@ def _visit(context: NodeContext, node: fx.Node, analysis: Analysis, kernels: set
             # A call in a form its rule does not know: never raise, never guess
             context.effects = Effects()
             env[node] = unknown(context, f"{context.operation} in a form its rule does not know ({error})")
+    analysis.effects[node] = context.effects
 
 
 def _parameter(node: fx.Node, dims: DimTable, kernel: bool) -> State:

@@ -19,12 +19,13 @@ from .groups import Group, Ints, Member, Role
 _KIND_ORDER = ("head", "head feature", "conv group", "group channel", "channel")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """Along axis `root`, the indices whose coordinate on `dim` is not -1, and the component of each."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Entries:
+    """Indices of parameter axes that can go: along axis `slots[slot].root`, `index` has a coordinate on the slot's Dim
+    that belongs to component `label`. In graph order."""
 
-    root: Root
-    dim: int
+    slots: list[tuple[Root, int]]
+    slot: Ints
     index: Ints
     label: Ints
 
@@ -82,51 +83,53 @@ def _contraction_roles(roles: dict[Root, Role], name: str, user: fx.Node, node: 
                 roles[(name, 0)], roles[(name, 1)] = "out", "in"
 
 
-def build_groups(analysis: Analysis) -> tuple[tuple[Group, ...], list[Ints]]:
+def build_groups(analysis: Analysis, roles: dict[Root, Role]) -> tuple[tuple[Group, ...], list[Ints]]:
     """All groups of removable units, in the order in which the network first uses their parameters, and the component
     number of each of their units."""
-    dims, label = analysis.dims, analysis.label
-    slots = []
-    for root, axis_map in dims.roots.items():
-        for dim, vector in axis_map.items():
-            index = np.nonzero(vector >= 0)[0]
-            labels = label[dims.offset[dim] + vector[index]]
-            free = labels != label[0]
-            if free.any():
-                slots.append(_Slot(root, dim, index[free].astype(np.int64), labels[free]))
-    if not slots:
+    entries = _entries(analysis)
+    if entries is None:
         return (), []
-    signature = _signatures(slots, int(label.max()) + 1) + _treatment(analysis, int(label.max()) + 1)
-    order = _order(slots, len(signature))
-    used = np.unique(np.concatenate([s.label for s in slots]))
+    label = entries.label
+    components = int(analysis.label.max()) + 1
+    # a hash per component of which axes it touches how often: equal hashes mean interchangeable units
+    keys = np.random.default_rng(0).integers(1, 2**63, len(entries.slots), dtype=np.uint64)
+    signature = np.zeros(components, np.uint64)
+    np.add.at(signature, label, keys[entries.slot])
+    signature += _treatment(analysis, components)
+    # when each component is first seen, walking the axes in graph order: of repeated indices the last one written wins
+    order = np.full(components, np.iinfo(np.int64).max)
+    order[label[::-1]] = np.arange(len(label))[::-1]
+    used = np.nonzero(order < len(label))[0]
     _, cluster = np.unique(signature[used], return_inverse=True)
-    rank = np.empty(int(cluster.max()) + 1, np.int64)
-    earliest = np.full(len(rank), np.iinfo(np.int64).max)
+    earliest = np.full(int(cluster.max()) + 1, np.iinfo(np.int64).max)
     np.minimum.at(earliest, cluster, order[used])
+    rank = np.empty(len(earliest), np.int64)
     rank[np.argsort(earliest, kind="stable")] = np.arange(len(rank))
-    group_of = np.full(len(signature), -1, np.int64)
+    group_of = np.full(components, -1, np.int64)
     group_of[used] = rank[cluster]
-    unit_of = np.full(len(signature), -1, np.int64)
     by_group = used[np.lexsort((order[used], group_of[used]))]
     starts = np.searchsorted(group_of[by_group], np.arange(len(rank)))
+    unit_of = np.full(components, -1, np.int64)
     unit_of[by_group] = np.arange(len(by_group)) - starts[group_of[by_group]]
-    groups = _assemble(analysis, slots, group_of, unit_of, len(rank))
-    return groups, np.split(by_group, starts[1:])
+    units = np.split(by_group, starts[1:])
+    return _assemble(analysis, roles, entries, group_of[label], unit_of[label], [len(u) for u in units]), units
 
 
-def _signatures(slots: list[_Slot], components: int) -> Ints:
-    """A hash per component of which axes it touches how often: equal hashes mean interchangeable units."""
-    signature = np.zeros(components, np.uint64)
-    rng = np.random.default_rng(0)
-    keys = rng.integers(1, 2**63, len(slots), dtype=np.uint64)
-    for slot, key in zip(slots, keys, strict=True):
-        counts = np.bincount(slot.label, minlength=components) if len(slot.label) > components // 8 else None
-        if counts is not None:
-            signature += counts.astype(np.uint64) * key
-        else:
-            labels, n = np.unique(slot.label, return_counts=True)
-            signature[labels] += n.astype(np.uint64) * key
-    return signature.view(np.int64)
+def _entries(analysis: Analysis) -> _Entries | None:
+    """Every index of every parameter axis that can go, as flat arrays; None where nothing can."""
+    dims, label = analysis.dims, analysis.label
+    slots = [(root, dim) for root, axis_map in dims.roots.items() for dim in axis_map]
+    if not slots:
+        return None
+    vectors = [dims.roots[root][dim] for root, dim in slots]
+    lengths = np.array([len(v) for v in vectors])
+    coordinate = np.concatenate(vectors)
+    slot = np.repeat(np.arange(len(slots)), lengths)
+    index = np.arange(len(coordinate)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    offset = np.array([dims.offset[dim] for _, dim in slots])
+    labels = label[np.where(coordinate >= 0, offset[slot] + coordinate, 0)]
+    free = labels != label[0]
+    return _Entries(slots, slot[free], index[free], labels[free]) if free.any() else None
 
 
 def _treatment(analysis: Analysis, components: int) -> Ints:
@@ -142,47 +145,35 @@ def _treatment(analysis: Analysis, components: int) -> Ints:
     for positions in parts:
         labels, n = np.unique(label[positions], return_counts=True)
         out[labels] += n.astype(np.uint64) * rng.integers(1, 2**63, dtype=np.uint64)
-    return out.view(np.int64)
+    return out
 
 
-def _order(slots: list[_Slot], components: int) -> Ints:
-    """When each component is first seen, walking the axes in graph order."""
-    order = np.full(components, np.iinfo(np.int64).max)
-    start = 0
-    for slot in slots:
-        np.minimum.at(order, slot.label, start + slot.index)
-        start += int(slot.index.max()) + 1
-    return order
-
-
-def _assemble(analysis: Analysis, slots: list[_Slot], group_of: Ints, unit_of: Ints, count: int) -> tuple[Group, ...]:
-    roles = axis_roles(analysis)
+def _assemble(
+    analysis: Analysis, roles: dict[Root, Role], entries: _Entries, group: Ints, unit: Ints, sizes: list[int]
+) -> tuple[Group, ...]:
+    """One member per group and slot; `group` and `unit` say where each entry belongs."""
     kinds: dict[int, str] = {}
     for effects in analysis.effects.values():
         for dim, kind in effects.kinds:
             if dim not in kinds or _KIND_ORDER.index(kind) < _KIND_ORDER.index(kinds[dim]):
                 kinds[dim] = kind
+    place = group * len(entries.slots) + entries.slot
+    sorting = np.argsort(place * (max(sizes) + 1) + unit, kind="stable")
+    places, firsts = np.unique(place[sorting], return_index=True)
     members: dict[int, list[Member]] = defaultdict(list)
     kind_of: dict[int, set[str]] = defaultdict(set)
-    for slot in slots:
-        groups = group_of[slot.label]
-        units = unit_of[slot.label]
-        for g in np.unique(groups).tolist():
-            here = groups == g
-            order = np.argsort(units[here], kind="stable")
-            size = int(units[here].max()) + 1
-            positions = slot.index[here][order].reshape(size, -1)
-            members[g].append(Member(slot.root[0], slot.root[1], positions, roles[slot.root]))
-            kind_of[g].add(kinds.get(slot.dim, "channel"))
-    out = []
-    for g in range(count):
-        parts = tuple(members[g])
-        kind = min(kind_of[g], key=_KIND_ORDER.index)
-        first = next((m for m in parts if m.role == "out"), parts[0])
-        shapes: list[tuple[Role, int, int, tuple[int, ...]]] = sorted(
-            (m.role, m.axis, m.positions.shape[1], analysis.trace.parameters[m.parameter].meta["val"].shape)
-            for m in parts
-        )
-        structure = hashlib.sha1(repr((kind, [s[:3] for s in shapes])).encode()).hexdigest()[:12]
-        out.append(Group(g, f"{first.parameter}[{first.axis}]", kind, len(parts[0].positions), parts, structure))
-    return tuple(out)
+    for where, index in zip(places.tolist(), np.split(entries.index[sorting], firsts[1:]), strict=True):
+        g, slot = divmod(where, len(entries.slots))
+        root, dim = entries.slots[slot]
+        members[g].append(Member(root[0], root[1], index.reshape(sizes[g], -1), roles[root]))
+        kind_of[g].add(kinds.get(dim, "channel"))
+    shapes = {name: node.meta["val"].shape for name, node in analysis.trace.parameters.items()}
+    kind = [min(kind_of[g], key=_KIND_ORDER.index) for g in range(len(sizes))]
+    return tuple(_group(g, tuple(members[g]), kind[g], shapes) for g in range(len(sizes)))
+
+
+def _group(number: int, members: tuple[Member, ...], kind: str, shapes: dict[str, tuple[int, ...]]) -> Group:
+    first = next((m for m in members if m.role == "out"), members[0])
+    ordered = sorted((m.role, m.axis, m.positions.shape[1], shapes[m.parameter]) for m in members)
+    structure = hashlib.sha1(repr((kind, [s[:3] for s in ordered])).encode()).hexdigest()[:12]
+    return Group(number, f"{first.parameter}[{first.axis}]", kind, len(members[0].positions), members, structure)

@@ -49,8 +49,9 @@ class DependencyGraph:
     def __init__(self, analysis: Analysis) -> None:
         self._analysis = analysis
         self._reason_cache: dict[int, dict[str, Reason]] | None = None
+        self.roles = axis_roles(analysis)
         self._freeze_unproduced()
-        self._groups, self._components = build_groups(analysis)
+        self._groups, self._components = build_groups(analysis, self.roles)
 
     # -- contents
 
@@ -89,7 +90,7 @@ class DependencyGraph:
     def _freeze_unproduced(self) -> None:
         """Positions that only scale or shift - no weight produces them - are no channels (tokens, queries, pixels)."""
         analysis = self._analysis
-        roles = axis_roles(analysis)
+        roles = self.roles
         before = len(analysis.extra_freezes)
         produced = np.zeros(int(analysis.label.max()) + 1, bool)
         produced[analysis.label[0]] = True
@@ -112,7 +113,7 @@ class DependencyGraph:
         """Hold global positions; groups are rebuilt."""
         self._analysis.extra_freezes.extend(items)
         self._analysis.connect()
-        self._groups, self._components = build_groups(self._analysis)
+        self._groups, self._components = build_groups(self._analysis, self.roles)
         self._reason_cache = None
 
     # -- explanations
