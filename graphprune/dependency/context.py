@@ -138,6 +138,8 @@ class NodeContext:
             if va.min() >= 0 and vb.min() >= 0:
                 self.union(da, va, db, vb)
                 return
+        if len(a) == len(b) and self._tie_alike(a, b):
+            return
         count_a, count_b = multiplicity(a, length), multiplicity(b, length)
         text = what or "meets indices that cannot be removed"
         self.freeze(a, "immovable", text, (count_b == 0) & (count_a > 0))
@@ -158,6 +160,18 @@ class NodeContext:
         many = (count_a >= 2) & (count_b >= 2)
         if many.any():
             self._tie_products(a, b, many)
+
+    def _tie_alike(self, a: AxisMap, b: AxisMap) -> bool:
+        """The usual case of two products: the same factors in the same order, on every index."""
+        pairs = list(zip(a.items(), b.items(), strict=True))
+        if not all(
+            (va is vb or len(va) == len(vb)) and va.min() >= 0 and vb.min() >= 0 and _same_partition(va, vb)
+            for (_, va), (_, vb) in pairs
+        ):
+            return False
+        for (da, va), (db, vb) in pairs:
+            self.union(da, va, db, vb)
+        return True
 
     def _factor_like(self, flat: AxisMap, product: AxisMap, mask: Any) -> None:
         """Give a flat axis the factors of a product axis it is tied to."""

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..errors import GraphPruneError
 from ..tracing.names import all_modules, named_tensors
 
 
-def clone_with(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A deep copy of `model` with the named parameters and buffers replaced by `tensors`.
+def clone_with(
+    model: nn.Module, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None
+) -> nn.Module:
+    """A deep copy of `model` with the named parameters and buffers replaced by `tensors`, and the modules at the paths
+    in `modules` by those, wherever they are registered.
 
-    Replaced tensors are not copied first. Shared parameters stay shared, `requires_grad` and memory format stay, hooks
+    What is replaced is not copied first. Shared parameters stay shared, `requires_grad` and memory format stay, hooks
     and attributes are copied as `copy.deepcopy` does. A name that does not exist yet (a bias that folding adds) becomes
     a parameter of its module.
     """
@@ -30,7 +36,12 @@ def clone_with(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             added[name] = tensor
             continue
         memo[id(old)] = _like(old, tensor)
-    _memoise_plain_tensors(model, memo, keep)
+    if modules:
+        by_path = all_modules(model)
+        for path, module in modules.items():
+            memo[id(by_path[path])] = module.train(by_path[path].training)
+    _memoise_results(model, memo, keep)
+    _memoise_tensors(named, memo, frozenset(modules or ()))
     try:
         out = _copy_module(model, memo)
     except Exception as error:
@@ -65,7 +76,7 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
     return made
 
 
-def _memoise_plain_tensors(model: nn.Module, memo: dict[int, Any], keep: list[Any]) -> None:
+def _memoise_results(model: nn.Module, memo: dict[int, Any], keep: list[Any]) -> None:
     """deepcopy refuses tensors that are results of a computation (the old weight_norm keeps one); copy their values."""
     for module in model.modules():
         for value in module.__dict__.values():
@@ -74,20 +85,26 @@ def _memoise_plain_tensors(model: nn.Module, memo: dict[int, Any], keep: list[An
                 keep.append(value)
 
 
-def replace_modules(model: nn.Module, new: Mapping[str, nn.Module]) -> None:
-    """Put other modules wherever the modules at the given paths are registered."""
-    if not new:
-        return
-    by_old = {}
-    modules = all_modules(model)
-    for path, module in new.items():
-        old = modules[path]
-        module.train(old.training)
-        by_old[id(old)] = module
-    for parent in modules.values():
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in by_old:
-                parent._modules[name] = by_old[id(child)]
+def _memoise_tensors(named: Mapping[str, Tensor], memo: dict[int, Any], gone: frozenset[str]) -> None:
+    """Copy the ordinary parameters and buffers: those with a memory of their own and nothing else about them. The rest
+    is left to the copy protocol, which is slow. Tensors of the modules `gone` go with them."""
+    owners = Counter(t.untyped_storage()._cdata for t in {id(t): t for t in named.values()}.values())
+    for name, tensor in named.items():
+        if (
+            id(tensor) not in memo
+            and name.rpartition(".")[0] not in gone
+            and type(tensor) in (Tensor, nn.Parameter)
+            and not tensor.__dict__
+            and tensor.is_leaf
+            and tensor.grad is None
+            and tensor.layout is torch.strided
+            and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+            and owners[tensor.untyped_storage()._cdata] == 1
+        ):
+            copied = tensor.detach().clone()
+            if type(tensor) is nn.Parameter:
+                copied = nn.Parameter(copied, tensor.requires_grad)
+            memo[id(tensor)] = copied.requires_grad_(tensor.requires_grad)
 
 
 # nn.Module's own tables: nearly always empty, and slow to copy one by one through the copy protocol
@@ -95,9 +112,15 @@ _TABLES = tuple(name for name, value in nn.Module().__dict__.items() if isinstan
 _COPY_PROTOCOL = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
 
 
+# A convolution's __setstate__ only fills in what pickles of old versions lack.
+_HARMLESS = frozenset((nn.Module.__setstate__, _ConvNd.__setstate__))
+
+
+@functools.cache
 def _ordinary(kind: type[nn.Module]) -> bool:
     """The class copies as nn.Module does."""
-    return all(getattr(kind, m, None) is getattr(nn.Module, m, None) for m in _COPY_PROTOCOL)
+    same = all(getattr(kind, m, None) is getattr(nn.Module, m, None) for m in _COPY_PROTOCOL if m != "__setstate__")
+    return same and kind.__setstate__ in _HARMLESS
 
 
 def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

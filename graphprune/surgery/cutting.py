@@ -12,7 +12,7 @@ from ..dependency.temperature import Rescale
 from ..errors import GraphPruneError
 from ..tracing.names import all_modules, named_tensors
 from .attributes import refresh, set_attribute
-from .copying import clone_with, replace_modules
+from .copying import clone_with
 from .folding import Fold, fold_names, folded_tensors
 
 Removed = Mapping[str, Mapping[int, Sequence[int]]]
@@ -64,8 +64,7 @@ def operate(
             new[scale.parameter] = (tensor.detach().to(factor.dtype) * factor).to(tensor.dtype)
         for name, axes in cuts.items():
             new[name] = cut_tensor(new[name] if name in new else named[name], axes)
-    out = clone_with(model, new)
-    replace_modules(out, {fold.batch_norm: nn.Identity() for fold in folds})
+    out = clone_with(model, new, {fold.batch_norm: nn.Identity() for fold in folds})
     for module, attribute, key, value in attributes:
         set_attribute(out, module, attribute, key, value)
     touched = {n.rpartition(".")[0] for n in new}

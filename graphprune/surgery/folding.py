@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..tracing.names import all_modules, operator_name
 from ..tracing.trace import Trace, record_run
-from .copying import clone_with, replace_modules
+from .copying import clone_with
 
 _BATCH_NORMS = {
     "native_batch_norm": 5,
@@ -155,6 +155,4 @@ def fold_conv_bn(model: nn.Module, example_input: Any) -> nn.Module:
     Raises GraphPruneError when the model fails on the example input.
     """
     folds = find_folds(model, record_run(model, example_input))
-    copied = clone_with(model, folded_tensors(model, folds))
-    replace_modules(copied, {fold.batch_norm: nn.Identity() for fold in folds})
-    return copied
+    return clone_with(model, folded_tensors(model, folds), {fold.batch_norm: nn.Identity() for fold in folds})
