@@ -8,6 +8,7 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import fx
 
 from ..tracing.names import operator_name
@@ -132,7 +133,7 @@ def _entries(analysis: Analysis) -> _Entries | None:
     return _Entries(slots, slot[free], index[free], labels[free]) if free.any() else None
 
 
-def _treatment(analysis: Analysis, components: int) -> Ints:
+def _treatment(analysis: Analysis, components: int) -> npt.NDArray[np.uint64]:
     """A hash per component of the parts of axes it lies in, where code treats parts of an axis differently."""
     out = np.zeros(components, np.uint64)
     rng = np.random.default_rng(1)
@@ -168,8 +169,8 @@ def _assemble(
         members[g].append(Member(root[0], root[1], index.reshape(sizes[g], -1), roles[root]))
         kind_of[g].add(kinds.get(dim, "channel"))
     shapes = {name: node.meta["val"].shape for name, node in analysis.trace.parameters.items()}
-    kind = [min(kind_of[g], key=_KIND_ORDER.index) for g in range(len(sizes))]
-    return tuple(_group(g, tuple(members[g]), kind[g], shapes) for g in range(len(sizes)))
+    named = [min(kind_of[g], key=_KIND_ORDER.index) for g in range(len(sizes))]
+    return tuple(_group(g, tuple(members[g]), named[g], shapes) for g in range(len(sizes)))
 
 
 def _group(number: int, members: tuple[Member, ...], kind: str, shapes: dict[str, tuple[int, ...]]) -> Group:

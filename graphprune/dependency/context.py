@@ -103,6 +103,11 @@ class NodeContext:
         if not any(r.dim == request.dim for r in self.effects.refines):
             self.effects.refines.append(request)
 
+    def _union_whole(self, a: int, va: Vector, b: int, vb: Vector) -> None:
+        """`union` of vectors without gaps."""
+        if a != b or not (va is vb or np.array_equal(va, vb)):
+            self.effects.unions.append((self.dims.offset[a] + va, self.dims.offset[b] + vb))
+
     def union(self, a: int, va: Vector, b: int, vb: Vector) -> None:
         if a == b and (va is vb or np.array_equal(va, vb)):
             return
@@ -136,7 +141,7 @@ class NodeContext:
         if len(a) == 1 and len(b) == 1:
             (da, va), (db, vb) = next(iter(a.items())), next(iter(b.items()))
             if va.min() >= 0 and vb.min() >= 0:
-                self.union(da, va, db, vb)
+                self._union_whole(da, va, db, vb)
                 return
         if len(a) == len(b) and self._tie_alike(a, b):
             return
@@ -170,7 +175,7 @@ class NodeContext:
         ):
             return False
         for (da, va), (db, vb) in pairs:
-            self.union(da, va, db, vb)
+            self._union_whole(da, va, db, vb)
         return True
 
     def _factor_like(self, flat: AxisMap, product: AxisMap, mask: Any) -> None:
@@ -310,11 +315,23 @@ class NodeContext:
             if len(long_left) == 1 and len(long_right) == 1:
                 axes[right[long_right[0]]] = maps[0][1]
                 continue
+            if len(long_left) == 1 and self._unravel(maps[0][1], [after[p] for p in long_right]):
+                continue
             arrays = [(d, spread(v, p, before).reshape(after)) for p, m in maps for d, v in m.items()]
             part = self.separated(after, arrays)
             for position, axis_map in part.axes.items():
                 axes[right[position]] = axis_map
         return State(shape, axes)
+
+    def _unravel(self, axis_map: AxisMap, lengths: list[int]) -> bool:
+        """A Dim that lies alone and in order on an axis which is now several: its factors are the new axes."""
+        if len(axis_map) != 1:
+            return False
+        ((dim, vector),) = axis_map.items()
+        if len(vector) != self.dims.size[dim] or not (vector == np.arange(len(vector))).all():
+            return False
+        self.refine(Refine(dim, tuple(np.unravel_index(vector, lengths))))
+        return True
 
     @property
     def operation(self) -> str:

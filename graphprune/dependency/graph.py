@@ -18,6 +18,7 @@ from ..tracing.pause import paused_collector
 from ..tracing.trace import Trace, record_run
 from .analysis import Analysis, analyse
 from .build import axis_roles, build_groups
+from .dims import Root
 from .effects import Reason
 from .groups import Group, Ints
 from .state import multiplicity
@@ -73,13 +74,34 @@ class DependencyGraph:
     def frozen(self) -> tuple[Frozen, ...]:
         """Every parameter axis with immovable indices, in graph order, with reasons."""
         out = []
+        free = self._free_axes()
         for name, node in self.trace.parameters.items():
             for axis, length in enumerate(node.meta["val"].shape):
-                if length > 1:
+                if length > 1 and (name, axis) not in free:
                     found = self._frozen_axis(name, axis, length)
                     if found is not None:
                         out.append(found)
         return tuple(out)
+
+    def _free_axes(self) -> set[Root]:
+        """Axes of which every index can go by one of its coordinates (the usual case), found in one go."""
+        analysis = self._analysis
+        roots = list(analysis.dims.roots)
+        parts = [(k, dim, v) for k, root in enumerate(roots) for dim, v in analysis.dims.roots[root].items()]
+        if not parts:
+            return set()
+        lengths = [len(next(iter(analysis.dims.roots[root].values()))) for root in roots]
+        starts = np.cumsum([0, *lengths[:-1]])
+        sizes = [lengths[k] for k, _, _ in parts]
+        coordinate = np.concatenate([v for _, _, v in parts])
+        offset = np.repeat([analysis.dims.offset[dim] for _, dim, _ in parts], sizes)
+        ends = np.cumsum(sizes)
+        place = np.arange(len(coordinate)) + np.repeat(starts[[k for k, _, _ in parts]] - (ends - sizes), sizes)
+        can_go = (coordinate >= 0) & ~analysis.frozen(np.where(coordinate < 0, 0, offset + coordinate))
+        free = np.zeros(sum(lengths), bool)
+        free[place[can_go]] = True
+        whole = np.logical_and.reduceat(free, starts)
+        return {root for root, all_free in zip(roots, whole.tolist(), strict=True) if all_free}
 
     def units(self, group: Group) -> Ints:
         """The component number of every unit of a group."""
@@ -123,10 +145,6 @@ class DependencyGraph:
         axis_map = analysis.dims.roots.get((name, axis))
         if axis_map is None:
             return Frozen(name, axis, length, length, (Reason("kernel", "kernel positions are no channels"),))
-        if len(axis_map) == 1:  # the usual case, and usually with nothing frozen
-            ((dim, vector),) = axis_map.items()
-            if vector.min() >= 0 and not analysis.frozen(analysis.dims.offset[dim] + vector).any():
-                return None
         held = multiplicity(axis_map, length) == 0
         labels = []
         for d, v in axis_map.items():

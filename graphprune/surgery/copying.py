@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -116,7 +115,6 @@ _COPY_PROTOCOL = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__
 _HARMLESS = frozenset((nn.Module.__setstate__, _ConvNd.__setstate__))
 
 
-@functools.cache
 def _ordinary(kind: type[nn.Module]) -> bool:
     """The class copies as nn.Module does."""
     same = all(getattr(kind, m, None) is getattr(nn.Module, m, None) for m in _COPY_PROTOCOL if m != "__setstate__")

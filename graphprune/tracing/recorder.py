@@ -100,6 +100,7 @@ class Recorder:
         self._names: dict[int, str] = {}
         self._owners: dict[int, Tensor] = {}
         self._user_code: dict[Any, bool] = {}
+        self._node_names: dict[Any, str] = {}
         self._keep: list[Tensor] = []
         for name, tensor in named_tensors(model).items():
             if id(tensor) not in self._names:
@@ -167,9 +168,13 @@ class Recorder:
 
     def record(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Append one call and attach its result."""
-        node = self.graph.call_function(
-            target, self._convert(tuple(args)), {k: self._convert(v) for k, v in kwargs.items()}
-        )
+        inputs = self._convert(tuple(args))
+        named = {k: self._convert(v) for k, v in kwargs.items()}
+        # arguments are set afterwards: create_node would walk through them first
+        node = self.graph.create_node("call_function", target, (), {}, self._node_name(target))
+        node.args = inputs
+        if named:
+            node.kwargs = named
         meta = node.meta
         meta["source"] = self.source()
         meta["module"] = self.module_stack[-1] if self.module_stack else ""
@@ -180,6 +185,13 @@ class Recorder:
         constant = all(a.meta.get("constant_value") for a in node.all_input_nodes) and not _is_random(target)
         meta["constant_value"] = constant
         self._attach(node, out, constant)
+
+    def _node_name(self, target: Any) -> str:
+        """The name that a node of this target would get, which fx works out anew for every node."""
+        name = self._node_names.get(target)
+        if name is None:
+            name = self._node_names[target] = self.graph._target_to_str(target)
+        return name
 
     def _attach(self, node: fx.Node, out: Any, constant: bool) -> None:
         if isinstance(out, Tensor):

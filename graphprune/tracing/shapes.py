@@ -26,28 +26,38 @@ _BINARY = frozenset((aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.add
 def shape_only(target: Any, args: tuple[Any, ...]) -> Any:
     """The result of `target(*args)` for meta tensors, or None where torch has to be asked."""
     if target in _BATCH_NORMS:
-        x: Tensor = args[0]
-        empty = x.new_empty(0)
-        return torch.empty_like(x), empty, x.new_empty(0)
+        return _like(args[0]), *(torch.empty_strided((0,), (1,), dtype=args[0].dtype, device="meta") for _ in range(2))
     if target in _LIKE_FIRST:
         return _result(target, args[0])
-    if target in _BINARY and len(args) > 1 and _same(args[0], args[1]):
+    if target in _BINARY and len(args) > 1 and _covers(args[0], args[1]):
         return _result(target, args[0])
     return None
 
 
-def _same(a: Any, b: Any) -> bool:
+def _like(x: Tensor) -> Tensor:
+    # not torch.empty_like, which is a Python decomposition on this device
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+
+def _covers(a: Any, b: Any) -> bool:
+    """The result of a pointwise operator on the two looks like `a`."""
     return (
         isinstance(a, Tensor)
         and isinstance(b, Tensor)
         and a.is_meta
         and b.is_meta
         and a.dtype == b.dtype
-        and a.shape == b.shape
+        and (a.shape == b.shape or (a.is_contiguous() and b.is_contiguous() and _broadcasts(b.shape, a.shape)))
     )
+
+
+def _broadcasts(small: torch.Size, large: torch.Size) -> bool:
+    if len(small) > len(large) or 0 in large:
+        return False
+    return all(n == 1 or n == m for n, m in zip(reversed(small), reversed(large), strict=False))
 
 
 def _result(target: Any, first: Tensor) -> Tensor | None:
     if not first.is_meta or not first.is_floating_point():
         return None
-    return first if target._schema.is_mutable else torch.empty_like(first)
+    return first if target._schema.is_mutable else _like(first)

@@ -74,7 +74,7 @@ def record_run(model: nn.Module, example_input: Any) -> Trace:
         raise GraphPruneError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     example = ExampleInput.of(example_input)
     modules = dict(model.named_modules())
-    tensors = [*model.parameters(), *model.buffers(), *example.tensors()]
+    tensors = [*named_tensors(model).values(), *example.tensors()]
     if all(type(t) in _PLAIN and t.layout is torch.strided and not t.is_meta for t in tensors):
         try:
             recorded = _record(model, modules, example, data=False)
