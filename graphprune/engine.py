@@ -18,7 +18,7 @@ from .dependency.temperature import Rescale, rescales
 from .errors import GraphPruneError
 from .importance import BatchNormLink, Criterion, ImportanceContext, normalise, resolve_criterion
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
-from .surgery import Fold, find_folds, fold_names, folded_tensors
+from .surgery import Fold, effective_folds, fold_names, folded_tensors
 from .tracing.names import all_modules, named_tensors
 from .tracing.pause import paused_collector
 from .verification import verify as run_verification
@@ -97,8 +97,10 @@ def plan_from_graph(
     held = ignored_positions(ignore, graph, model)
     if held:
         graph.freeze_many(held)
-    folds = find_folds(model, graph.trace)
-    scorer = _Scorer(model, folds, criterion, seed, settings.scope != "local" and not criterion.comparable)
+    effective = effective_folds(model, graph.trace)
+    folds = [fold for fold, replaceable in effective if replaceable]
+    normalised = settings.scope != "local" and not criterion.comparable
+    scorer = _Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised)
     allocation, resolution, factors = _settle(graph, settings, scorer)
     return _assemble(model, graph, allocation, resolution, factors, folds if fold_bn else [])
 

@@ -63,39 +63,6 @@ def test_ties_keep_the_lower_index() -> None:
     assert graphprune.plan(net, torch.randn(1, 4), 0.5).removed["0.weight"][0] == (3, 4, 5)
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("bias", [False, True])
-def test_folding_equals_the_original(dims: int, transposed: bool, groups: int, bias: bool) -> None:
-    torch.manual_seed(0)
-    kind = getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
-    norm = getattr(nn, f"BatchNorm{dims}d")(6)
-    norm.running_mean.normal_()
-    norm.running_var.uniform_(0.5, 2)
-    nn.init.normal_(norm.weight)
-    nn.init.normal_(norm.bias)
-    model = nn.Sequential(kind(4, 6, 3, groups=groups, bias=bias), norm).eval()
-    x = torch.randn(2, 4, *[5] * dims)
-    folded = graphprune.fold_conv_bn(model, x)
-    assert isinstance(folded[1], nn.Identity) and isinstance(model[1], type(norm))
-    assert relative_error(folded(x), model(x)) < 1e-5
-
-
-def test_not_folded_where_the_convolution_is_read_twice() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.bn = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            y = self.conv(x)
-            return self.bn(y) + y
-
-    folded = graphprune.fold_conv_bn(Twice().eval(), torch.randn(1, 3, 4, 4))
-    assert isinstance(folded.bn, nn.BatchNorm2d)
-
-
 def test_the_model_is_not_touched_and_pruning_twice_works() -> None:
     model, x = small()
     before = copy.deepcopy(model.state_dict())

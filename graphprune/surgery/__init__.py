@@ -2,6 +2,15 @@
 
 from .copying import clone_with
 from .cutting import operate
-from .folding import Fold, find_folds, fold_conv_bn, fold_names, folded_tensors
+from .folding import Fold, effective_folds, find_folds, fold_conv_bn, fold_names, folded_tensors
 
-__all__ = ["Fold", "clone_with", "find_folds", "fold_conv_bn", "fold_names", "folded_tensors", "operate"]
+__all__ = [
+    "Fold",
+    "clone_with",
+    "effective_folds",
+    "find_folds",
+    "fold_conv_bn",
+    "fold_names",
+    "folded_tensors",
+    "operate",
+]

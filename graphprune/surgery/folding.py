@@ -7,6 +7,7 @@ sqrt(var + eps): W' = s W (per output channel) and b' = (b - mean) s + beta (Jac
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import torch
@@ -42,8 +43,19 @@ class Fold:
 
 
 def find_folds(model: nn.Module, trace: Trace) -> list[Fold]:
-    """Every batch norm whose input is made by one convolution or linear layer and read by nothing else."""
+    """Every batch norm whose input is made by one convolution or linear layer and read by nothing else, and in whose
+    place nn.Identity can be put."""
+    return [fold for fold, replaceable in effective_folds(model, trace) if replaceable]
+
+
+def effective_folds(model: nn.Module, trace: Trace) -> list[tuple[Fold, bool]]:
+    """Every batch norm fed by one layer alone, and whether nn.Identity can be put in its place.
+
+    It cannot where its module does more (an activation, hooks). The layer's effective filters are the folded ones all
+    the same, which is what importance looks at.
+    """
     modules = all_modules(model)
+    names = Counter(trace.aliases.values())
     folds = []
     for node in trace.graph.nodes:
         if node.op != "call_function" or operator_name(node) not in _BATCH_NORMS:
@@ -51,13 +63,21 @@ def find_folds(model: nn.Module, trace: Trace) -> list[Fold]:
         flag = _BATCH_NORMS[operator_name(node)]
         if flag is not None and bool(node.args[flag]):
             continue  # statistics of the batch itself
-        fold = _fold_of(node, modules, trace)
-        if fold is not None:
-            folds.append(fold)
+        fold = _fold_of(node, modules)
+        if fold is not None and names[fold_names(fold)[0]] == 1:
+            folds.append((fold, _replaceable(fold, node, modules)))
     return folds
 
 
-def _fold_of(node: fx.Node, modules: dict[str, nn.Module], trace: Trace) -> Fold | None:
+def _replaceable(fold: Fold, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
+    """Does the batch norm's module run this call and nothing else, and will the layer add the bias it may be given?"""
+    layer, producer = modules[fold.layer], node.all_input_nodes[0]
+    if node.meta["module"] != fold.batch_norm or not _does_nothing_else(modules[fold.batch_norm]):
+        return False
+    return isinstance(layer.bias, Tensor) or (producer.meta["module"] == fold.layer and _uses_bias(layer))
+
+
+def _fold_of(node: fx.Node, modules: dict[str, nn.Module]) -> Fold | None:
     producer = node.args[0]
     if not isinstance(producer, fx.Node) or len(producer.users) != 1:
         return None
@@ -78,12 +98,11 @@ def _fold_of(node: fx.Node, modules: dict[str, nn.Module], trace: Trace) -> Fold
             return None
         if parameter is not None and "parameter" not in parameter.meta:
             return None
-    if list(trace.aliases.values()).count(f"{layer}.weight" if layer else "weight") != 1:
-        return None
-    if bias is None and not _uses_bias(modules[layer]):
-        return None
     transposed = operation == "convolution" and bool(producer.args[6])
-    return Fold(layer, batch_norm, 1 if transposed else 0)
+    fold = Fold(layer, batch_norm, 1 if transposed else 0)
+    own = fold_names(fold)[1] if modules[layer].bias is not None else None
+    used = bias.meta["parameter"] if isinstance(bias, fx.Node) else None
+    return fold if used == own else None  # else the call leaves the layer's bias out, or adds another
 
 
 def _owner(node: Any, attribute: str, modules: dict[str, nn.Module], kinds: tuple[type, ...]) -> str | None:
@@ -95,12 +114,24 @@ def _owner(node: Any, attribute: str, modules: dict[str, nn.Module], kinds: tupl
     return path if last == attribute and isinstance(modules.get(path), kinds) else None
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _does_nothing_else(norm: nn.Module) -> bool:
+    """May nn.Identity take the module's place? Not where its class adds an activation, or hooks hang on it."""
+    own = type(norm).forward.__module__.startswith("torch.nn") and "forward" not in norm.__dict__
+    return own and not any(getattr(norm, hooks) for hooks in _HOOKS)
+
+
 def _uses_bias(layer: nn.Module) -> bool:
-    """Would a bias be added if the module had one? True for torch's own forward and for those that call it."""
+    """Would a bias be added if the module had one? True for torch's own forward and for those that call or name it."""
     forward = type(layer).forward
+    if "forward" in layer.__dict__:
+        return False
     if forward.__module__.startswith("torch.nn"):
         return True
-    return bool({"super", "bias", "_conv_forward"} & set(forward.__code__.co_names))
+    code = getattr(forward, "__code__", None)
+    return code is not None and bool({"super", "bias"} & set(code.co_names))
 
 
 def folded_tensors(model: nn.Module, folds: list[Fold]) -> dict[str, Tensor]:
@@ -149,8 +180,9 @@ def fold_conv_bn(model: nn.Module, example_input: Any) -> nn.Module:
     """A copy of `model` with every foldable batch norm merged into the layer before it and replaced by nn.Identity.
 
     Decided by the data flow of one recorded run, not by module order: only where a convolution (plain, transposed,
-    grouped, depthwise) or linear layer feeds that batch norm alone. Uses the running statistics, so the result equals
-    the original in eval mode. A layer without bias gets one.
+    grouped, depthwise) or linear layer feeds that batch norm alone, and the batch norm is a plain one: no class with an
+    activation of its own, no hooks. Uses the running statistics, so the result equals the original in eval mode. A
+    layer without bias gets one.
 
     Raises GraphPruneError when the model fails on the example input.
     """
