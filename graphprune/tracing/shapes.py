@@ -27,11 +27,39 @@ def shape_only(target: Any, args: tuple[Any, ...]) -> Any:
     """The result of `target(*args)` for meta tensors, or None where torch has to be asked."""
     if target in _BATCH_NORMS:
         return _like(args[0]), *(torch.empty_strided((0,), (1,), dtype=args[0].dtype, device="meta") for _ in range(2))
+    if target is aten.convolution.default:
+        return _convolution(*args)
     if target in _LIKE_FIRST:
         return _result(target, args[0])
     if target in _BINARY and len(args) > 1 and _covers(args[0], args[1]):
         return _result(target, args[0])
     return None
+
+
+def _convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], dilation: list[int],
+    transposed: bool, output_padding: list[int], groups: int,
+) -> Tensor | None:  # fmt: skip
+    """A plain convolution of matching operands; torch is asked about everything else, and says what is wrong."""
+    spatial = weight.dim() - 2
+    if (
+        transposed
+        or x.dim() != weight.dim()
+        or not x.is_meta
+        or not x.is_floating_point()
+        or x.shape[1] != weight.shape[1] * groups
+        or weight.shape[0] % groups
+        or x.dtype != weight.dtype
+        or (bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1]))
+        or not (len(stride) == len(padding) == len(dilation) == spatial)
+        or not (x.is_contiguous() and weight.is_contiguous())
+    ):
+        return None
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    out = [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in sizes]
+    if min(out, default=0) < 1:
+        return None
+    return torch.empty((x.shape[0], weight.shape[0], *out), dtype=x.dtype, device="meta")
 
 
 def _like(x: Tensor) -> Tensor:

@@ -1,0 +1,79 @@
+"""Shapes worked out without torch are torch's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from graphprune.tracing.shapes import shape_only
+
+aten = torch.ops.aten
+
+
+def assert_like_torch(target: Any, *args: Any) -> None:
+    """Where `shape_only` answers, torch gives the same shape, strides and dtype."""
+    found = shape_only(target, args)
+    if found is not None:
+        expected = target(*args)
+        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@settings(deadline=None)
+@given(
+    spatial=st.integers(1, 3), groups=st.integers(1, 3), inner=st.integers(1, 3), outer=st.integers(1, 3),
+    size=st.integers(1, 9), kernel=st.integers(1, 4), stride=st.integers(1, 3), padding=st.integers(0, 2),
+    dilation=st.integers(1, 2), bias=st.booleans(),
+)  # fmt: skip
+def test_convolutions(
+    spatial: int, groups: int, inner: int, outer: int, size: int, kernel: int, stride: int, padding: int, dilation: int,
+    bias: bool,
+) -> None:  # fmt: skip
+    x = meta(2, groups * inner, *[size] * spatial)
+    weight = meta(groups * outer, inner, *[kernel] * spatial)
+    settings = [[n] * spatial for n in (stride, padding, dilation)]
+    args = (x, weight, meta(groups * outer) if bias else None, *settings, False, [0] * spatial, groups)
+    fits = size + 2 * padding >= dilation * (kernel - 1) + 1
+    assert (shape_only(aten.convolution.default, args) is not None) == fits
+    assert_like_torch(aten.convolution.default, *args)
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "groups"),
+    [
+        (meta(1, 4, 5, 5), meta(6, 3, 1, 1), 1),  # channels do not match
+        (meta(4, 5, 5), meta(6, 4, 1, 1), 1),  # no batch
+        (meta(1, 4, 5, 5), meta(6, 4, 1, 1, dtype=torch.float64), 1),
+        (meta(1, 4, 5, 5), meta(5, 2, 1, 1), 2),  # no equal groups
+        (meta(1, 4, 5, 5).to(memory_format=torch.channels_last), meta(6, 4, 1, 1), 1),
+    ],
+)
+def test_torch_is_asked_about_unusual_convolutions(x: Tensor, weight: Tensor, groups: int) -> None:
+    args = (x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups)
+    assert shape_only(aten.convolution.default, args) is None
+
+
+@settings(deadline=None)
+@given(shapes=st.lists(st.lists(st.integers(1, 3), max_size=4), min_size=2, max_size=2), half=st.booleans())
+def test_pointwise_operators_of_two(shapes: list[list[int]], half: bool) -> None:
+    a, b = meta(*shapes[0]), meta(*shapes[1], dtype=torch.float16 if half else torch.float32)
+    try:
+        torch.broadcast_shapes(a.shape, b.shape)
+    except RuntimeError:
+        assert shape_only(aten.add.Tensor, (a, b)) is None
+        return
+    assert_like_torch(aten.add.Tensor, a, b)
+    assert_like_torch(aten.mul.Tensor, a.mT if a.dim() > 1 else a, b)
+
+
+@pytest.mark.parametrize("name", ["relu", "silu", "gelu", "hardtanh", "leaky_relu_", "sigmoid_"])
+def test_pointwise_operators_of_one(name: str) -> None:
+    assert_like_torch(getattr(aten, name).default, meta(2, 3, 4).transpose(0, 2))
