@@ -258,6 +258,7 @@ def _assemble(
         frozen=tuple(str(f) for f in graph.frozen if not _expected(f)),
         structure=structure_of(model),
         statistics=statistics,
+        caches=graph.trace.caches,
         versions={"graphprune": __version__, "torch": str(torch.__version__)},
     )
 

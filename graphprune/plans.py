@@ -56,6 +56,8 @@ class Plan:
     `rescales`: rows multiplied by a factor, so that attention keeps its temperature. `groups`: every group, with how
     much of it stays. `frozen`: what could not be removed, and why, one line each. `structure`: names and shapes of the
     model the plan was made for. `statistics`: whether something is removed that a norm, softmax or mean runs over.
+    `caches`: (module, attribute) of dicts in which the model keeps tensors computed from its parameters; they are
+    emptied.
     """
 
     removed: Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -66,6 +68,7 @@ class Plan:
     frozen: tuple[str, ...] = ()
     structure: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     statistics: bool = False
+    caches: tuple[tuple[str, str], ...] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -80,7 +83,7 @@ class Plan:
         """
         self.check(model)
         attributes = [(a.module, a.name, a.key, a.new) for a in self.attributes]
-        return operate(model, self.removed, attributes, self.folds, self.rescales)
+        return operate(model, self.removed, attributes, self.folds, self.rescales, self.caches)
 
     def check(self, model: nn.Module) -> None:
         """Raise GraphPruneError unless the plan fits `model`."""
@@ -134,6 +137,7 @@ class Plan:
             "groups": [dataclasses.asdict(g) for g in self.groups],
             "frozen": list(self.frozen),
             "statistics": self.statistics,
+            "caches": [list(c) for c in self.caches],
         }
 
     @classmethod
@@ -161,6 +165,7 @@ class Plan:
                 frozen=tuple(map(str, data["frozen"])),
                 structure={str(k): tuple(int(n) for n in v) for k, v in data["structure"].items()},
                 statistics=bool(data["statistics"]),
+                caches=tuple((str(path), str(name)) for path, name in data.get("caches", ())),
                 versions={str(k): str(v) for k, v in data["versions"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -8,6 +8,7 @@ import platform
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphprune.deploy.machine import cpu_model, usable_cores
 from graphprune.report.files import replacing
+from graphprune.tracing.example import ExampleInput
 
 CLASSES = 1000
 
@@ -57,12 +59,12 @@ def classifier_of(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def enliven(model: nn.Module, images: Tensor, seed: int = 0) -> None:
+def enliven(model: nn.Module, example: Any, seed: int = 0) -> None:
     """Give every parameter and statistic values whose loss or mix-up shows, in place.
 
     Fresh networks have constant scales, zero biases and layer scales of 1e-6: whatever is done to those changes
-    nothing, and a proof on them would prove nothing. Batch statistics become those of `images`, somewhat disturbed, so
-    that activations neither die nor explode.
+    nothing, and a proof on them would prove nothing. Batch statistics become those of `example` (any example input),
+    somewhat disturbed, so that activations neither die nor explode.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -84,7 +86,7 @@ def enliven(model: nn.Module, images: Tensor, seed: int = 0) -> None:
     for norm in batch_norms:
         norm.train()
         norm.momentum = 1.0
-    model(images)
+    ExampleInput.of(example).call(model)
     for norm, momentum in zip(batch_norms, momenta, strict=True):
         norm.eval()
         norm.momentum = momentum

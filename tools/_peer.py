@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,17 +12,21 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphprune.tracing.example import ExampleInput, flatten_tensors
 from tools._common import classifier_of, parameters_in, relative_difference
 
 
-def prune_in_place(model: nn.Module, example: Tensor, ratio: float) -> Any:
-    """Build the dependency graph of `model`, prune it, return the pruner: the plain use of the library."""
+def prune_in_place(model: nn.Module, example: Any, ratio: float, ignored: Sequence[str] | None = None) -> Any:
+    """Build the dependency graph of `model`, prune it, return the pruner: the plain use of the library.
+
+    `ignored`: paths of the modules that make the output; None for the classifier of a torchvision network.
+    """
     pruner = tp.pruner.BasePruner(
         model,
         example,
         importance=tp.importance.GroupMagnitudeImportance(p=2),
         pruning_ratio=ratio,
-        ignored_layers=[classifier_of(model)],
+        ignored_layers=[classifier_of(model)] if ignored is None else [model.get_submodule(p) for p in ignored],
         global_pruning=False,
         # The defaults of these two are dicts that all pruners of a process would share.
         in_channel_groups={},
@@ -110,26 +115,31 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:240]
 
 
-def examine(original: nn.Module, example: Tensor, ratio: float) -> dict[str, Any]:
+def examine(original: nn.Module, example: Any, ratio: float, ignored: Sequence[str] | None = None) -> dict[str, Any]:
     """Prune a copy and say how it went: failed at which stage, or how much was removed and whether it is right."""
     found: dict[str, Any] = {"parameters": parameters_in(original), "stage": "pruning"}
     model = copy.deepcopy(original)
+    arguments = ExampleInput.of(example)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            pruner = prune_in_place(model, example, ratio)
+            pruner = prune_in_place(model, example, ratio, ignored)
         found["left"] = parameters_in(model)
         found["stage"] = "forward"
         with torch.no_grad():
-            output = model(example)
-        if output.shape != original(example).shape:
-            raise RuntimeError(f"the output has shape {tuple(output.shape)}")
+            shapes = [[tuple(t.shape) for t in flatten_tensors(arguments.clone().call(m))] for m in (original, model)]
+        if shapes[0] != shapes[1]:
+            raise RuntimeError(f"the outputs have shapes {shapes[1]} instead of {shapes[0]}")
         found["stage"] = "backward"
-        model(example).square().sum().backward()
+        outputs = [t for t in flatten_tensors(arguments.clone().call(model)) if t.requires_grad]
+        torch.stack([t.square().sum() for t in outputs]).sum().backward()
         model.zero_grad()
         found["stage"] = "done"
     except Exception as error:
         found["failure"] = first_line(error)
+        return found
+    if not isinstance(example, Tensor):
+        found["unchecked"] = "not compared: more than one input"
         return found
     try:
         found["error"] = error_of(original, model, example, pruner.pruning_history())

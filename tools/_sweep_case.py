@@ -22,7 +22,7 @@ from graphprune.allocation import Settings
 from graphprune.dependency import DependencyGraph
 from graphprune.engine import plan_from_graph
 from graphprune.importance import resolve_criterion
-from graphprune.tracing.example import flatten_tensors
+from graphprune.tracing.example import ExampleInput, flatten_tensors
 from tools._common import build, enliven, example_for, parameters_in, relative_difference
 from tools._peer import examine as examine_peer
 from tools._peer import first_line
@@ -52,14 +52,15 @@ def frozen_share(model: nn.Module, graph: DependencyGraph) -> float:
     return stuck / max(total, 1)
 
 
-def run_backward(model: nn.Module, images: Tensor) -> str | None:
+def run_backward(model: nn.Module, batch: Any) -> str | None:
     """Forward and backward; what is wrong with the gradients, or None."""
-    outputs = [t for t in flatten_tensors(model(images)) if t.is_floating_point()]
+    example = ExampleInput.of(batch)
+    outputs = [t for t in flatten_tensors(example.call(model)) if t.requires_grad and t.numel()]
     torch.stack([t.square().mean() for t in outputs]).sum().backward()
     used = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
     if not used:
         return "no parameter gets a gradient"
-    if not images.is_meta:
+    if not any(t.is_meta for t in example.tensors()):
         for name, gradient in used:
             if not gradient.isfinite().all():
                 return f"the gradient of {name} is not finite"
@@ -67,10 +68,10 @@ def run_backward(model: nn.Module, images: Tensor) -> str | None:
     return None
 
 
-def attempt(model: nn.Module, images: Tensor) -> str | None:
+def attempt(model: nn.Module, batch: Any) -> str | None:
     """`run_backward`, with an exception as its first line."""
     try:
-        return run_backward(model, images)
+        return run_backward(model, batch)
     except Exception as error:
         return first_line(error)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,15 @@ from ..tracing.names import all_modules, named_tensors
 
 
 def clone_with(
-    model: nn.Module, tensors: Mapping[str, Tensor], modules: Mapping[str, nn.Module] | None = None
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    modules: Mapping[str, nn.Module] | None = None,
+    caches: Iterable[tuple[str, str]] = (),
 ) -> nn.Module:
     """A deep copy of `model` with the named parameters and buffers replaced by `tensors`, and the modules at the paths
     in `modules` by those, wherever they are registered.
+
+    `caches` (module path, attribute): dicts of tensors computed from parameters; they start empty in the copy.
 
     What is replaced is not copied first. Shared parameters stay shared, `requires_grad` and memory format stay, hooks
     and attributes are copied as `copy.deepcopy` does. A name that does not exist yet (a bias that folding adds) becomes
@@ -39,6 +44,10 @@ def clone_with(
         by_path = all_modules(model)
         for path, module in modules.items():
             memo[id(by_path[path])] = module.train(by_path[path].training)
+    for path, attribute in caches:
+        cache = getattr(model.get_submodule(path), attribute, None)
+        if type(cache) is dict:
+            memo[id(cache)] = {}
     _memoise_results(model, memo, keep)
     _memoise_tensors(named, memo, frozenset(modules or ()))
     try:

@@ -41,6 +41,7 @@ def operate(
     attributes: Sequence[tuple[str, str, tuple[int | str, ...], int]],
     folds: Sequence[Fold],
     rescales: Sequence[Rescale],
+    caches: Sequence[tuple[str, str]] = (),
 ) -> nn.Module:
     """A pruned copy. `model` is not touched, and nothing is returned unless every step succeeded."""
     gone = {f"{f.batch_norm}.{p}" for f in folds for p in ("weight", "bias", "running_mean", "running_var")}
@@ -64,7 +65,7 @@ def operate(
             new[scale.parameter] = (tensor.detach().to(factor.dtype) * factor).to(tensor.dtype)
         for name, axes in cuts.items():
             new[name] = cut_tensor(new[name] if name in new else named[name], axes)
-    out = clone_with(model, new, {fold.batch_norm: nn.Identity() for fold in folds})
+    out = clone_with(model, new, {fold.batch_norm: nn.Identity() for fold in folds}, caches)
     for module, attribute, key, value in attributes:
         set_attribute(out, module, attribute, key, value)
     touched = {n.rpartition(".")[0] for n in new}

@@ -71,24 +71,39 @@ def flatten_tensors(value: Any) -> list[Tensor]:
     return found
 
 
-def _flatten(value: Any, found: list[Tensor], depth: int) -> None:
+def result_tensors(value: Any) -> list[Tensor]:
+    """`flatten_tensors` of what a model returned, without the caches among it.
+
+    A cache - an object of a class whose name, or a base's name, ends in "Cache" - is state that the same model reads
+    again in its next step (the keys and values of a decoder), not an answer: its widths are the model's own affair.
+    """
+    found: list[Tensor] = []
+    _flatten(value, found, 0, caches=False)
+    return found
+
+
+def _is_cache(value: Any) -> bool:
+    return any(kind.__name__.endswith("Cache") for kind in type(value).__mro__)
+
+
+def _flatten(value: Any, found: list[Tensor], depth: int, caches: bool = True) -> None:
     if isinstance(value, Tensor):
         found.append(value)
     elif value is None or isinstance(
         value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
     ):
         return
-    elif depth > 16:
+    elif depth > 16 or (not caches and _is_cache(value)):
         return
     elif isinstance(value, Mapping):
         for item in value.values():
-            _flatten(item, found, depth + 1)
+            _flatten(item, found, depth + 1, caches)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            _flatten(item, found, depth + 1)
+            _flatten(item, found, depth + 1, caches)
     elif hasattr(value, "__dict__"):
         for item in vars(value).values():
-            _flatten(item, found, depth + 1)
+            _flatten(item, found, depth + 1, caches)
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -164,6 +164,10 @@ class Recorder:
             return value
         return plain(value) if isinstance(value, (int, float)) else None
 
+    def made(self, tensor: Tensor) -> bool:
+        """Computed in this run."""
+        return getattr(tensor, "_graphprune_node", (None,))[0] is self
+
     # -- nodes
 
     def record(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -229,7 +233,7 @@ class Recorder:
                 owner = self._owners.get(value.untyped_storage()._cdata)
                 if owner is not None:
                     base = owner
-                elif self.whole_depth or getattr(base, "_graphprune_node", (None,))[0] is self:
+                elif self.whole_depth or self.made(base):
                     continue  # made in this run; everything else is the user's
                 if id(base) not in self.touched:
                     self.touched[id(base)] = (self._names.get(id(base)), base, base.detach().clone())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import GraphPruneError
-from .example import ExampleInput, flatten_tensors
+from .example import ExampleInput, result_tensors
 from .names import named_tensors
 from .recorder import _WHOLE, DispatchMode, FunctionMode, Guard, Recorder, Source, is_users_file
 from .state import preserved, trace_attributes, unfused, without_data
@@ -25,6 +25,9 @@ class Trace:
     tensors of the model's output. Node meta: "val" (TensorMeta, or a tuple of them), "source" (the user's line),
     "module" (path of the running module), "function" (torch function as the user called it), "sizes" (CallSizes),
     "scalars", "value" (small integer constants).
+
+    `caches`: (module path, attribute) of dicts in which the run kept tensors it had computed. What lies in them follows
+    from the parameters, so a copy with other parameters must not inherit it.
     """
 
     graph: fx.Graph
@@ -34,6 +37,7 @@ class Trace:
     guards: tuple[Guard, ...]
     modules: dict[str, str]
     written: frozenset[str]
+    caches: tuple[tuple[str, str], ...] = ()
 
     def canonical(self, name: str) -> str:
         """The first name of a shared parameter."""
@@ -115,15 +119,28 @@ def _record(model: nn.Module, modules: dict[str, nn.Module], example: ExampleInp
             trace_attributes(modules, recorder.attribute)
             with torch.no_grad(), recorder.module_paths(), DispatchMode(recorder), FunctionMode(recorder):
                 out = run_model(model, example, "tracing")
-            outputs = tuple(dict.fromkeys(recorder.node_of(t) for t in flatten_tensors(out)))
+            outputs = tuple(dict.fromkeys(recorder.node_of(t) for t in result_tensors(out)))
             recorder.graph.output(outputs)
+            caches = _caches(recorder, modules)
         finally:
             recorder.active = False
             recorder.undo_writes()
-        return _finish(model, recorder, modules)
+        return _finish(model, recorder, modules, caches)
 
 
-def _finish(model: nn.Module, recorder: Recorder, modules: dict[str, nn.Module]) -> Trace:
+def _caches(recorder: Recorder, modules: dict[str, nn.Module]) -> tuple[tuple[str, str], ...]:
+    """Dicts among the modules' attributes to which the run added tensors of its own making."""
+    return tuple(
+        (path, name)
+        for path, module in modules.items()
+        for name, value in module.__dict__.items()
+        if type(value) is dict and any(isinstance(v, Tensor) and recorder.made(v) for v in value.values())
+    )
+
+
+def _finish(
+    model: nn.Module, recorder: Recorder, modules: dict[str, nn.Module], caches: tuple[tuple[str, str], ...]
+) -> Trace:
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in named_tensors(model).items():
@@ -137,6 +154,7 @@ def _finish(model: nn.Module, recorder: Recorder, modules: dict[str, nn.Module])
         guards=tuple(dict.fromkeys(recorder.guards)),
         modules={path: type(m).__name__ for path, m in modules.items()},
         written=frozenset(n for n, _, _ in recorder.touched.values() if n is not None),
+        caches=caches,
     )
 
 

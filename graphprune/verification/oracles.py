@@ -16,7 +16,7 @@ from ..dependency.graph import trace
 from ..errors import GraphPruneError
 from ..plans import Plan
 from ..surgery import clone_with
-from ..tracing.example import ExampleInput, flatten_tensors
+from ..tracing.example import ExampleInput, result_tensors
 from ..tracing.names import named_tensors, operator_name
 from ..tracing.state import evaluating
 from ..tracing.trace import run_model
@@ -64,7 +64,7 @@ class VerificationReport:
 
 def relative_error(got: Any, want: Any) -> float:
     """max|a - b| / max|b| over corresponding tensors; infinite where shapes, counts or NaN patterns differ."""
-    a, b = flatten_tensors(got), flatten_tensors(want)
+    a, b = result_tensors(got), result_tensors(want)
     if len(a) != len(b):
         return math.inf
     worst = 0.0
@@ -99,7 +99,7 @@ def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
             for axis, indices in axes.items():
                 tensor.index_fill_(axis, torch.tensor(indices, device=tensor.device), 0)
         tensors[name] = tensor
-    return clone_with(model, tensors)
+    return clone_with(model, tensors, caches=plan.caches)
 
 
 def permuted(model: nn.Module, graph: DependencyGraph, groups: Sequence[Group], seed: int = 0) -> nn.Module:
@@ -119,7 +119,7 @@ def permuted(model: nn.Module, graph: DependencyGraph, groups: Sequence[Group], 
     for (name, axis), index in order.items():
         source = tensors.get(name, named[name].detach())
         tensors[name] = source.index_select(axis, torch.from_numpy(index).to(source.device))
-    return clone_with(model, tensors)
+    return clone_with(model, tensors, caches=graph.trace.caches)
 
 
 def permutable(graph: DependencyGraph) -> list[Group]:
@@ -205,7 +205,7 @@ def verify(
 
 
 def _forward_check(want: Any, got: Any) -> Check:
-    expected, found = ([tuple(t.shape) for t in flatten_tensors(output)] for output in (want, got))
+    expected, found = ([tuple(t.shape) for t in result_tensors(output)] for output in (want, got))
     if found != expected:
         return Check("forward", False, math.nan, f"output shapes {found}, expected {expected}")
     return Check("forward", True, math.nan, f"{len(found)} outputs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     attention,
     blocks,
+    caches,
     convolutions,
     flattening,
     gating,
@@ -23,7 +24,7 @@ from .registry import NETWORKS, Network
 
 THEMES = (
     movement, flattening, slicing, joining, gating, convolutions, norms, parameters, sharing, inplace, attention,
-    modules, structure, blocks,
+    modules, structure, blocks, caches,
 )  # fmt: skip
 """The modules that fill the registry."""
 

