@@ -26,6 +26,8 @@ _BINARY = frozenset((aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.add
 def shape_only(target: Any, args: tuple[Any, ...]) -> Any:
     """The result of `target(*args)` for meta tensors, or None where torch has to be asked."""
     if target in _BATCH_NORMS:
+        if not args[0].is_contiguous():
+            return None
         return _like(args[0]), *(torch.empty_strided((0,), (1,), dtype=args[0].dtype, device="meta") for _ in range(2))
     if target is aten.convolution.default:
         return _convolution(*args)
@@ -75,7 +77,9 @@ def _covers(a: Any, b: Any) -> bool:
         and a.is_meta
         and b.is_meta
         and a.dtype == b.dtype
-        and (a.shape == b.shape or (a.is_contiguous() and b.is_contiguous() and _broadcasts(b.shape, a.shape)))
+        and a.is_contiguous()
+        and b.is_contiguous()
+        and (a.shape == b.shape or _broadcasts(b.shape, a.shape))
     )
 
 
@@ -88,4 +92,7 @@ def _broadcasts(small: torch.Size, large: torch.Size) -> bool:
 def _result(target: Any, first: Tensor) -> Tensor | None:
     if not first.is_meta or not first.is_floating_point():
         return None
-    return first if target._schema.is_mutable else _like(first)
+    if target._schema.is_mutable:
+        return first
+    dense = first.is_contiguous() or aten.is_non_overlapping_and_dense.default(first)
+    return _like(first) if dense else None

@@ -20,7 +20,12 @@ def assert_like_torch(target: Any, *args: Any) -> None:
     found = shape_only(target, args)
     if found is not None:
         expected = target(*args)
-        assert (found.shape, found.stride(), found.dtype) == (expected.shape, expected.stride(), expected.dtype)
+        assert (found.shape, _strides(found), found.dtype) == (expected.shape, _strides(expected), expected.dtype)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Of the axes longer than 1: the others' say nothing."""
+    return [s for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -76,4 +81,5 @@ def test_pointwise_operators_of_two(shapes: list[list[int]], half: bool) -> None
 
 @pytest.mark.parametrize("name", ["relu", "silu", "gelu", "hardtanh", "leaky_relu_", "sigmoid_"])
 def test_pointwise_operators_of_one(name: str) -> None:
-    assert_like_torch(getattr(aten, name).default, meta(2, 3, 4).transpose(0, 2))
+    for x in (meta(2, 3, 4), meta(2, 3, 4).transpose(0, 2), meta(2, 1, 4).expand(2, 3, 4), meta(2, 6, 4)[:, ::2]):
+        assert_like_torch(getattr(aten, name).default, x)
