@@ -14,7 +14,10 @@ from ..errors import GraphPruneError
 
 def set_attribute(model: nn.Module, module: str, name: str, key: tuple[int | str, ...], value: int) -> None:
     """`model.<module>.<name>[key...] = value`; tuples are rebuilt."""
-    owner = model.get_submodule(module)
+    try:
+        owner = model.get_submodule(module)
+    except AttributeError as error:
+        raise GraphPruneError(f"the plan sets {module}.{name}, but this model has no module {module}") from error
     if name not in owner.__dict__:
         raise GraphPruneError(f"the plan sets {module}.{name}, which this model does not have")
     owner.__dict__[name] = _with(owner.__dict__[name], key, value)

@@ -64,11 +64,16 @@ def operate(
             factor = factor.to(tensor.device).reshape(view)
             new[scale.parameter] = (tensor.detach().to(factor.dtype) * factor).to(tensor.dtype)
         for name, axes in cuts.items():
-            new[name] = cut_tensor(new[name] if name in new else named[name], axes)
+            try:
+                new[name] = cut_tensor(new[name] if name in new else named[name], axes)
+            except IndexError as error:
+                raise GraphPruneError(f"the plan removes from {name} what it does not have: {error}") from error
     out = clone_with(model, new, {fold.batch_norm: nn.Identity() for fold in folds}, caches)
     for module, attribute, key, value in attributes:
         set_attribute(out, module, attribute, key, value)
-    touched = {n.rpartition(".")[0] for n in new}
+    changed = {id(named[n]) for n in new if n in named}
+    tied = {n for n, t in named.items() if id(t) in changed}  # under all their names
+    touched = {n.rpartition(".")[0] for n in tied | new.keys()}
     touched |= {path.rpartition(".")[0] for path in touched}
     refresh([module for path, module in all_modules(out).items() if path in touched])
     return out
