@@ -46,19 +46,7 @@ REASONS: tuple[tuple[str, float, str], ...] = (
         "Each of its 78 layers adds 48 channels: 0.3 of 48 is 14 to the nearest here, 15 in Torch-Pruning, which "
         "rounds up.",
     ),
-    *(
-        ("googlenet", ratio, "Half of its parameters are in the auxiliary classifiers, which do not run in eval mode.")
-        for ratio in (0.3, 0.5)
-    ),
 )
-# Why a pruned network does not run in training mode.
-ONLY_EVAL = dict.fromkeys(
-    ("googlenet", "inception_v3"),
-    "Its auxiliary classifiers run in training mode only, so the recorded run does not see them and they stay as they "
-    "are, while what they read is cut. To train the pruned network set `aux_logits` to False and them (`aux1` and "
-    "`aux2`, `AuxLogits`) to None.",
-)
-
 Result = Mapping[str, Any]
 Results = Mapping[tuple[str, str, float], Result]
 
@@ -82,7 +70,7 @@ def fault(result: Result) -> str | None:
         return f"the cut changes the output by {result['effect']:.1e} only, so the proof says little"
     if result["backward"]:
         return f"backward: {result['backward']}"
-    if result["training"] and result["name"] not in ONLY_EVAL:
+    if result["training"]:
         return f"in training mode: {result['training']}"
     return None
 
@@ -273,10 +261,6 @@ def page(done: Results, names: Sequence[str], ratios: Sequence[float], options: 
                 less.append(f"- {name}, ratio {ratio:g}: {text}. {why}")
     if less:
         parts += ["## Where less is removed than by Torch-Pruning, or less than the ratio", "\n".join(less)]
-    only_eval = [n for n in names if any(done.get(("ours", n, ratio), {}).get("training") for ratio in ratios)]
-    if only_eval:
-        listed = [f"- {name}: {ONLY_EVAL.get(name, 'No reason is known.')}" for name in only_eval]
-        parts += ["## What runs in eval mode only", "\n".join(listed)]
     peers = []
     for name in names:
         found = [peer_fault(p) for r in ratios if (p := done.get(("peer", name, r))) is not None]

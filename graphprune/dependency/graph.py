@@ -309,4 +309,4 @@ def trace(model: nn.Module, example_input: Any) -> DependencyGraph:
     Raises GraphPruneError when the model fails on the example input.
     """
     with paused_collector():
-        return DependencyGraph(analyse(record_run(model, example_input)))
+        return DependencyGraph(analyse(record_run(model, example_input, training_paths=True)))

@@ -80,6 +80,16 @@ _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _SIZE_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
 
 
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """How far the recording had come."""
+
+    nodes: int
+    by_id: dict[int, fx.Node]
+    guards: int
+    constants: int
+
+
 class Recorder:
     """Builds the graph. `functions` and `dispatch` are the two modes that feed it."""
 
@@ -101,6 +111,7 @@ class Recorder:
         self._owners: dict[int, Tensor] = {}
         self._user_code: dict[Any, bool] = {}
         self._node_names: dict[Any, str] = {}
+        self._known: dict[str, list[fx.Node]] | None = None
         self._keep: list[Tensor] = []
         for name, tensor in named_tensors(model).items():
             if id(tensor) not in self._names:
@@ -114,6 +125,7 @@ class Recorder:
             self._by_id[id(tensor)] = node
             self._keep.append(tensor)
             self._owners[tensor.untyped_storage()._cdata] = tensor
+        self._inputs = dict(self._by_id)
 
     # -- tensors -> nodes
 
@@ -174,6 +186,8 @@ class Recorder:
         """Append one call and attach its result."""
         inputs = self._convert(tuple(args))
         named = {k: self._convert(v) for k, v in kwargs.items()}
+        if self._known is not None and self._seen_before(target, inputs, named, out):
+            return
         # arguments are set afterwards: create_node would walk through them first
         node = self.graph.create_node("call_function", target, (), {}, self._node_name(target))
         node.args = inputs
@@ -189,6 +203,36 @@ class Recorder:
         constant = all(a.meta.get("constant_value") for a in node.all_input_nodes) and not _is_random(target)
         meta["constant_value"] = constant
         self._attach(node, out, constant)
+
+    # -- a second run of the same model
+
+    def begin_second_run(self) -> Mark:
+        """From here on, calls that the first run made with the same operands are not recorded again."""
+        mark = Mark(len(self.graph.nodes), dict(self._by_id), len(self.guards), len(self.constants))
+        self._by_id = {key: node for key, node in self._by_id.items() if node.op == "get_attr"} | self._inputs
+        self._known = {}
+        for node in self.graph.nodes:
+            if node.op == "call_function" and not _is_random(node.target):
+                self._known.setdefault(_call_key(node.target, node.args, node.kwargs), []).append(node)
+        return mark
+
+    def forget_second_run(self, mark: Mark) -> None:
+        """Take everything out of the graph that was recorded since."""
+        for node in reversed(list(self.graph.nodes)[mark.nodes :]):
+            self.graph.erase_node(node)
+        self._by_id = mark.by_id
+        del self.guards[mark.guards :]
+        for name in list(self.constants)[mark.constants :]:
+            del self.constants[name]
+
+    def _seen_before(self, target: Any, inputs: Any, named: dict[str, Any], out: Any) -> bool:
+        """The first run made this call: its result is that of the node from then."""
+        assert self._known is not None
+        for node in self._known.get(_call_key(target, inputs, named), ()):
+            if node.meta.get("sizes") == self.sizes and (node.meta.get("scalars") or None) == (self.scalars or None):
+                self._attach(node, out, bool(node.meta["constant_value"]))
+                return True
+        return False
 
     def _node_name(self, target: Any) -> str:
         """The name that a node of this target would get, which fx works out anew for every node."""
@@ -215,6 +259,10 @@ class Recorder:
             node.meta["val"] = None
 
     def _item(self, tensor: Tensor, node: fx.Node, index: int) -> fx.Node:
+        if self._known is not None:
+            for known in self._known.get(_call_key(operator.getitem, (node, index), {}), ()):
+                self._attach(known, tensor, bool(known.meta["constant_value"]))
+                return known
         part = self.graph.call_function(operator.getitem, (node, index))
         part.meta.update({k: node.meta[k] for k in ("source", "module", "function", "constant_value")})
         self._attach(part, tensor, node.meta["constant_value"])
@@ -389,3 +437,8 @@ class DispatchMode(TorchDispatchMode):
 
 def _is_random(target: Any) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+
+
+def _call_key(target: Any, args: Any, kwargs: dict[str, Any]) -> str:
+    """Equal for calls of one operator with the same operands: nodes show as their unique names."""
+    return f"{target}{args!r}{kwargs!r}"

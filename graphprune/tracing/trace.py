@@ -14,6 +14,7 @@ from .example import ExampleInput, result_tensors
 from .names import named_tensors
 from .recorder import _WHOLE, DispatchMode, FunctionMode, Guard, Recorder, Source, is_users_file
 from .state import preserved, trace_attributes, unfused, without_data
+from .training import record_training_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Trace:
     "scalars", "value" (small integer constants).
 
     `caches`: (module path, attribute) of dicts in which the run kept tensors it had computed. What lies in them follows
-    from the parameters, so a copy with other parameters must not inherit it.
+    from the parameters, so a copy with other parameters must not inherit it. `outputs`: how many of the output node's
+    tensors, the first ones, the model returns in eval mode; the others come from paths that only training takes.
     """
 
     graph: fx.Graph
@@ -38,6 +40,7 @@ class Trace:
     modules: dict[str, str]
     written: frozenset[str]
     caches: tuple[tuple[str, str], ...] = ()
+    outputs: int = 0
 
     def canonical(self, name: str) -> str:
         """The first name of a shared parameter."""
@@ -66,8 +69,11 @@ def run_model(model: nn.Module, example: ExampleInput, what: str) -> Any:
         ) from error
 
 
-def record_run(model: nn.Module, example_input: Any) -> Trace:
+def record_run(model: nn.Module, example_input: Any, training_paths: bool = False) -> Trace:
     """Run `model` once in eval mode without gradients and record it. The model is left exactly as it was.
+
+    `training_paths`: where the run does not read all parameters, run once more with the training flags set and add what
+    only that run does (auxiliary heads).
 
     The run needs shapes only, so it is first tried on the meta device, without arithmetic. A model that looks at its
     values (`if x.mean() > 0`) cannot run there; it is then recorded on its own device.
@@ -81,12 +87,12 @@ def record_run(model: nn.Module, example_input: Any) -> Trace:
     tensors = [*named_tensors(model).values(), *example.tensors()]
     if all(type(t) in _PLAIN and t.layout is torch.strided and not t.is_meta for t in tensors):
         try:
-            recorded = _record(model, modules, example, data=False)
+            recorded = _record(model, modules, example, False, training_paths)
             if _self_contained(recorded):
                 return recorded
         except Exception:  # whatever went wrong without data, the run with data decides
             pass
-    return _record(model, modules, example, data=True)
+    return _record(model, modules, example, True, training_paths)
 
 
 def _self_contained(recorded: Trace) -> bool:
@@ -107,7 +113,9 @@ _WITH_STATE = tuple(_WHOLE[f] for f in (torch._VF.lstm, torch._VF.gru, torch._VF
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
-def _record(model: nn.Module, modules: dict[str, nn.Module], example: ExampleInput, data: bool) -> Trace:
+def _record(
+    model: nn.Module, modules: dict[str, nn.Module], example: ExampleInput, data: bool, training_paths: bool
+) -> Trace:
     with preserved(model, modules), unfused():
         if not data:
             example = example.map(without_data(modules))
@@ -119,13 +127,14 @@ def _record(model: nn.Module, modules: dict[str, nn.Module], example: ExampleInp
             trace_attributes(modules, recorder.attribute)
             with torch.no_grad(), recorder.module_paths(), DispatchMode(recorder), FunctionMode(recorder):
                 out = run_model(model, example, "tracing")
-            outputs = tuple(dict.fromkeys(recorder.node_of(t) for t in result_tensors(out)))
-            recorder.graph.output(outputs)
-            caches = _caches(recorder, modules)
+                outputs = tuple(dict.fromkeys(recorder.node_of(t) for t in result_tensors(out)))
+                caches = _caches(recorder, modules)
+                extra = record_training_paths(recorder, model, modules, example) if training_paths else ()
+            recorder.graph.output((*outputs, *(node for node in extra if node not in outputs)))
         finally:
             recorder.active = False
             recorder.undo_writes()
-        return _finish(model, recorder, modules, caches)
+        return _finish(model, recorder, modules, caches, len(outputs))
 
 
 def _caches(recorder: Recorder, modules: dict[str, nn.Module]) -> tuple[tuple[str, str], ...]:
@@ -139,7 +148,11 @@ def _caches(recorder: Recorder, modules: dict[str, nn.Module]) -> tuple[tuple[st
 
 
 def _finish(
-    model: nn.Module, recorder: Recorder, modules: dict[str, nn.Module], caches: tuple[tuple[str, str], ...]
+    model: nn.Module,
+    recorder: Recorder,
+    modules: dict[str, nn.Module],
+    caches: tuple[tuple[str, str], ...],
+    outputs: int,
 ) -> Trace:
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
@@ -155,6 +168,7 @@ def _finish(
         modules={path: type(m).__name__ for path, m in modules.items()},
         written=frozenset(n for n, _, _ in recorder.touched.values() if n is not None),
         caches=caches,
+        outputs=outputs,
     )
 
 

@@ -62,7 +62,7 @@ class RewrittenRun:
             elif node.op == "get_attr":
                 self.env[node] = self.tensors[node.target]
             elif node.op == "output":
-                return tuple(self.env[n] for n in node.args[0])
+                return tuple(self.env[n] for n in node.args[0][: self.graph.trace.outputs])
             elif node.target is operator.getitem:
                 self.env[node] = self.env[node.args[0]][node.args[1]]
             else:
