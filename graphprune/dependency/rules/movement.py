@@ -92,7 +92,10 @@ def expand(context: NodeContext) -> Result:
     state = context.state(context.arg(0))
     shape = context.shape
     added = len(shape) - len(state.shape)
-    axes = {a + added: m for a, m in state.axes.items()}
+    axes = {
+        a + added: {d: np.repeat(v, shape[a + added]) for d, v in m.items()} if state.shape[a] == 1 else m
+        for a, m in state.axes.items()
+    }
     sizes = context.sizes
     if sizes is not None and sizes.kind == "shape":
         for back, expr in enumerate(reversed(sizes.values)):
