@@ -5,6 +5,7 @@ graphprune.export_onnx(small, example_input, "small.onnx")
 graphprune.benchmark({"dense": model, "small": small}, example_input)
 """
 
+from . import sparsity
 from ._version import __version__
 from .counting import Count, LayerCount, count
 from .dependency import DependencyGraph, Frozen, Group, Member, trace
@@ -34,6 +35,7 @@ __all__ = [
     "fold_conv_bn",
     "plan",
     "prune",
+    "sparsity",
     "trace",
     "verify",
 ]

@@ -1,0 +1,131 @@
+"""Unstructured pruning by the gradient of a loss over data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GraphPruneError
+from ..surgery.copying import clone_with
+from ..tracing.example import ExampleInput
+from .masks import make_plain, put_in_force
+from .ranking import Scope, check_scope, check_sparsity, keep_highest
+from .weights import Weight, find_weights, select_weights
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def gradient(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss_fn: LossFunction,
+    sparsity: float,
+    scope: Scope = "global",
+    *,
+    times_weight: bool = False,
+    reduction: Literal["mean", "sum"] = "mean",
+    parameters: str | Iterable[str] = "weights",
+    ignore: Iterable[str] | str = (),
+) -> nn.Module:
+    """Mask the weights whose loss gradient is smallest, and return the model, which is changed in place.
+
+    The score is |dL/dw|, or with `times_weight` |w dL/dw|: to first order, the change of the loss when w is set to
+    zero (Molchanov et al., 2017; at initialisation, SNIP, Lee et al., 2019). L is the loss over *all* of `data`:
+    gradients are added up with their signs, so that the result does not depend on how the data are cut into batches.
+
+    - `data`: batches `(inputs, targets)`, or dicts of keyword arguments. Inputs are a tensor, a tuple of positional
+      arguments or a dict; tensors are moved to the model's device. Each batch is used once.
+    - `loss_fn(output, targets)`: one number; for dicts it gets the output and the dict.
+    - `reduction`: "mean" (default) if `loss_fn` averages over the batch: batches then count by their length (the first
+      axis of the first tensor of the inputs); "sum" if it adds up.
+    - the other arguments are those of `magnitude`.
+
+    The data go through a copy of the model in eval mode: gradients, running statistics and modes of yours stay.
+    Weights that the loss does not depend on score zero.
+
+    Raises GraphPruneError, with the model as it was, as `magnitude` does, and for data without batches or of another
+    form, a loss that is not one finite number, and a model that fails.
+    """
+    wanted = check_sparsity(sparsity)
+    check_scope(scope)
+    if reduction not in ("mean", "sum"):
+        raise GraphPruneError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    weights = select_weights(model, parameters, ignore)
+    gradients = loss_gradients(model, weights, data, loss_fn, mean=reduction == "mean")
+    scores = [(g * w.value if times_weight else g).abs() for g, w in zip(gradients, weights, strict=True)]
+    put_in_force(keep_highest(weights, scores, wanted, scope))
+    return model
+
+
+def loss_gradients(
+    model: nn.Module, weights: list[Weight], data: Iterable[Any], loss_fn: LossFunction, *, mean: bool
+) -> list[Tensor]:
+    """dL/dw of the values that the network computes with, in at least float32; up to a common positive factor."""
+    copied = clone_with(model, {}).eval()
+    for weight in find_weights(copied):
+        make_plain(weight)  # a gradient with respect to what masks and weight norm give, not to what they are made of
+    copied.requires_grad_(False)
+    by_name = {site.name: w for w in find_weights(copied) for site in w.sites}
+    leaves = [_parameter(by_name[weight.name]).requires_grad_() for weight in weights]
+    sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in leaves]
+    device = leaves[0].device
+    batches = 0
+    # cuDNN's recurrent layers have no backward pass in eval mode
+    recurrent = any(isinstance(module, nn.RNNBase) for module in copied.modules())
+    cudnn = torch.backends.cudnn.enabled and not recurrent
+    for batch in data:
+        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=cudnn):
+            loss, size = _loss(copied, batch, loss_fn, device)
+            found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for total, part in zip(sums, found, strict=True):
+            if part is not None:
+                total.add_(part, alpha=size if mean else 1)
+        batches += 1
+    if not batches:
+        raise GraphPruneError("data: there is no batch in it; a generator can be used only once, pass a list")
+    return sums
+
+
+def _parameter(weight: Weight) -> nn.Parameter:
+    site = weight.sites[0]
+    found = site.module._parameters[site.attribute]
+    assert found is not None
+    return found
+
+
+def _loss(model: nn.Module, batch: Any, loss_fn: LossFunction, device: torch.device) -> tuple[Tensor, int]:
+    """The loss of one batch and how many samples it has."""
+    if isinstance(batch, Mapping):
+        inputs = ExampleInput.of(batch)
+        targets: Any = None
+    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
+        inputs = ExampleInput.of(batch[0])
+        targets = batch[1]
+    else:
+        raise GraphPruneError(
+            f"data: expected batches (inputs, targets) or dicts of keyword arguments, got {type(batch).__name__}"
+        )
+    inputs = inputs.map(lambda tensor: tensor.to(device))
+    if targets is None:
+        targets = dict(inputs.kwargs)
+    elif isinstance(targets, Tensor):
+        targets = targets.to(device)
+    tensors = inputs.tensors()
+    size = int(tensors[0].shape[0]) if tensors and tensors[0].dim() else 1
+    try:
+        loss = loss_fn(inputs.call(model), targets)
+    except Exception as error:
+        raise GraphPruneError(
+            f"the model or loss_fn failed on a batch: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise GraphPruneError(f"loss_fn: expected one number as a tensor, got {found}")
+    if not bool(torch.isfinite(loss)):
+        raise GraphPruneError(f"loss_fn: the loss is {loss.item()}; check the data and the weights")
+    if not loss.requires_grad:
+        raise GraphPruneError("loss_fn: the loss does not depend on the weights (is it detached?)")
+    return loss.reshape(()), size
