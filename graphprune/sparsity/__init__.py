@@ -1,23 +1,30 @@
-"""Unstructured and patterned sparsity: masks that hold during training, schedules, small files, reports."""
+"""Unstructured and patterned sparsity: masks that hold during training, schedules, lottery tickets, small files."""
 
 from .encoding import DamagedError
 from .files import load, save
 from .gradients import gradient
+from .lottery import LotteryTicket, Round, lottery_ticket
 from .magnitudes import magnitude
 from .masks import make_permanent, masks, set_masks
 from .overview import LayerSparsity, SparsityReport, report
 from .patterns import blocks, n_m
+from .scheduler import Channels, Scheduler
 from .schedules import Schedule, schedule
 from .semi_structured import semi_structured, semi_structured_support
 
 __all__ = [
+    "Channels",
     "DamagedError",
     "LayerSparsity",
+    "LotteryTicket",
+    "Round",
     "Schedule",
+    "Scheduler",
     "SparsityReport",
     "blocks",
     "gradient",
     "load",
+    "lottery_ticket",
     "magnitude",
     "make_permanent",
     "masks",

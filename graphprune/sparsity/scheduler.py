@@ -1,0 +1,165 @@
+"""One scheduler for masks and for plans: it asks a schedule how much, and a method to do it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..allocation import Settings
+from ..allocation.allocate import nearest
+from ..allocation.selection import chosen_groups
+from ..dependency import Group
+from ..dependency.graph import trace
+from ..engine import Criterionlike, plan_from_graph
+from ..errors import GraphPruneError
+from ..importance import resolve_criterion
+from ..verification import verify as run_verification
+from .magnitudes import magnitude
+from .ranking import check_sparsity
+
+Method = Callable[[nn.Module, float], nn.Module]
+
+
+class Scheduler:
+    """Prunes a model gradually while it is trained.
+
+    - `schedule`: step -> sparsity, from `graphprune.sparsity.schedule` or any function that never falls.
+    - `method(model, sparsity)`: brings the model to a sparsity and returns it. The default is `magnitude`; use
+      `functools.partial(magnitude, scope="layer")` for options, a lambda for `gradient` or `blocks`, and `Channels` for
+      structured pruning.
+
+    Call `step()` after each optimiser step (or epoch) and go on with the model it returns: masks are set in place,
+    while structured pruning returns a smaller model, whose parameters need a new optimiser (`changed` says when).
+
+        scheduler = Scheduler(model, schedule("cubic", 0.0, 0.9, 1000))
+        for x, y in loader:
+            ...
+            model = scheduler.step()
+
+    Attributes: `model`; `steps`, how many have been taken; `sparsity`, what the model has been brought to; `changed`,
+    whether the last step changed the model. Raises GraphPruneError where the schedule leaves [0, 1) or falls.
+    """
+
+    def __init__(self, model: nn.Module, schedule: Callable[[int], float], method: Method = magnitude) -> None:
+        if not callable(schedule) or not callable(method):
+            raise GraphPruneError("Scheduler: expected a schedule (step -> sparsity) and a method (model, sparsity)")
+        self.model = model
+        self.schedule = schedule
+        self.method = method
+        self.steps = 0
+        self.sparsity = 0.0
+        self.changed = False
+        self._follow()
+
+    def step(self) -> nn.Module:
+        """Count a step, prune if the schedule asks for more, and return the model to go on with."""
+        self.steps += 1
+        self._follow()
+        return self.model
+
+    def _follow(self) -> None:
+        wanted = check_sparsity(self.schedule(self.steps), f"schedule({self.steps})")
+        if wanted < self.sparsity:
+            raise GraphPruneError(
+                f"schedule({self.steps}) is {wanted:g}, below the {self.sparsity:g} reached; what is pruned does not "
+                f"come back"
+            )
+        self.changed = wanted > self.sparsity
+        if self.changed:
+            result = self.method(self.model, wanted)
+            if not isinstance(result, nn.Module):
+                raise GraphPruneError(f"method: expected it to return the model, got {type(result).__name__}")
+            self.model, self.sparsity = result, wanted
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is needed to go on later, beside the model's own state dict (masks are part of that)."""
+        own = {"steps": self.steps, "sparsity": self.sparsity}
+        return {**own, "widths": dict(self.method.widths)} if isinstance(self.method, Channels) else own
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken. The model must have been brought to that state by itself.
+
+        Raises GraphPruneError for anything else than such a dict.
+        """
+        steps, sparsity = state.get("steps"), state.get("sparsity")
+        if type(steps) is not int or steps < 0:
+            raise GraphPruneError(f"Scheduler: the state has no number of steps, found {steps!r}")
+        widths = state.get("widths")
+        if isinstance(self.method, Channels) and not isinstance(widths, Mapping):
+            raise GraphPruneError("Scheduler: the state is of unstructured pruning; it has no widths")
+        self.sparsity = check_sparsity(sparsity, "Scheduler: sparsity in the state")
+        self.steps, self.changed = steps, False
+        if isinstance(self.method, Channels):
+            self.method.widths = {str(k): int(v) for k, v in widths.items()}  # type: ignore[union-attr]
+
+
+class Channels:
+    """A method for `Scheduler` that removes channels: a plan at every step, made from the weights as they are then.
+
+    `sparsity` is the fraction of every group's *original* channels that is gone (of all of them together where the
+    scope is not "local"), however many steps lead there. The arguments are those of `graphprune.plan`; batch norms are
+    not folded, as training goes on. With `verify` (default) every step is checked like `graphprune.prune` does it.
+    """
+
+    def __init__(
+        self,
+        example_input: Any,
+        *,
+        ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+        scope: str = "local",
+        criterion: Criterionlike = "l2",
+        round_to: int = 1,
+        min_channels: int = 1,
+        granularity: str | Sequence[str] = "auto",
+        seed: int = 0,
+        verify: bool = True,
+    ) -> None:
+        self.example_input = example_input
+        self.ignore = ignore if isinstance(ignore, (str, nn.Module)) else list(ignore)
+        self.settings = Settings(0.0, scope, round_to, min_channels, granularity)
+        self.settings.check()
+        self.criterion = resolve_criterion(criterion)
+        self.seed = seed
+        self.verify = verify
+        self.widths: dict[str, int] = {}
+
+    def __call__(self, model: nn.Module, sparsity: float) -> nn.Module:
+        """A smaller copy of the model."""
+        graph = trace(model, self.example_input)
+        groups = [g for g, c in zip(graph.groups, chosen_groups(graph, self.settings.granularity), strict=True) if c]
+        if not groups:
+            raise GraphPruneError("Channels: this model has no channels to remove; see graphprune.plan")
+        if not self.widths:
+            self.widths = {_key(g): g.size for g in groups}
+        ratio = self._relative(groups, check_sparsity(sparsity))
+        s = self.settings
+        settings = Settings(ratio, s.scope, s.round_to, s.min_channels, s.granularity)
+        decided = plan_from_graph(
+            model, graph, settings, self.criterion, ignore=self.ignore, fold_bn=False, seed=self.seed
+        )
+        small = decided.apply(model)
+        if self.verify:
+            run_verification(model, small, decided, self.example_input, graph=graph).raise_on_failure()
+        return small
+
+    def _relative(self, groups: Sequence[Group], sparsity: float) -> float | dict[str, float]:
+        """Fractions of what is left now that leave the wanted fraction of what there was."""
+        full = [self.widths.get(_key(g), g.size) for g in groups]
+        if self.settings.scope != "local":
+            left, all_of_them = sum(g.size for g in groups), sum(full)
+            return max(0.0, 1 - (all_of_them - nearest(sparsity * all_of_them)) / left)
+        out = {}
+        for group, size in zip(groups, full, strict=True):
+            keep = max(1, size - nearest(sparsity * size))
+            out[_producer(group)] = max(0.0, 1 - keep / group.size)
+        return out
+
+
+def _producer(group: Group) -> str:
+    return next((m.parameter for m in group.members if m.role == "out"), group.members[0].parameter)
+
+
+def _key(group: Group) -> str:
+    return f"{group.name} {group.kind}"
