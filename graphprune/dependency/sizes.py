@@ -254,11 +254,12 @@ class _Text(str):
 
 
 def _solve(expr: Expr, leaf: Attribute, wanted: int, lookup: object) -> int | None:
-    """The value of `leaf` that makes `expr` equal `wanted`: proportional first, then a few neighbours; checked."""
+    """The value of `leaf` that makes `expr` equal `wanted`: proportional, the same, or as much less; checked."""
     old = evaluate(expr, recorded_value)
     if not old or not leaf.value:
         return None
     guesses = {round(leaf.value * wanted / old), round(leaf.value * old / wanted) if wanted else 0, wanted}
+    guesses.add(leaf.value + wanted - int(old))
     for guess in sorted(guesses):
         if guess < 1:
             continue

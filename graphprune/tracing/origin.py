@@ -231,6 +231,14 @@ def _to_int(self: Any) -> int:
     return int(plain(self))
 
 
+def _truth(self: Any) -> bool:
+    """`if width % heads:` asks whether the number is zero."""
+    result = bool(plain(self))
+    if self.guard is not None:
+        self.guard("ne", self.origin, Literal(0), result)
+    return result
+
+
 def _array_ufunc(self: Any, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
     for value in inputs:
         if is_traced(value):
@@ -273,6 +281,7 @@ def _install(cls: type, base: type) -> None:
         "__neg__": lambda self: _wrap(-plain(self), Operation("neg", (self.origin,)), self.guard),
         "__pos__": lambda self: self,
         "__divmod__": lambda self, other: (self // other, self % other),
+        "__bool__": _truth,
         "__float__": _to_float,
         "__int__": _to_int,
         "__trunc__": _to_int,
