@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from .state import AxisMap, Refine, Vector
 
@@ -40,25 +41,21 @@ class DimTable:
         return self.offset[dim] + index[index >= 0]
 
     def refine(self, request: Refine) -> Root:
-        """Replace a Dim by its factors in its root axis; positions outside the columns become a Dim of their own.
+        """Replace a Dim by its factors in its root axis. Positions that lie in different columns get factors apart, and
+        those outside all columns become a Dim of their own.
 
         Returns the root whose map changed. States elsewhere are recomputed by the next pass.
         """
         dim = request.dim
         root = self.root_of[dim]
         size = self.size[dim]
-        inside = np.all([c >= 0 for c in request.columns], axis=0)
+        columns = np.stack(request.columns)
         tables: list[tuple[int, Vector]] = []
-        for column in request.columns:
-            count, place = _numbered(column[inside])
-            if count > 1 or len(request.columns) == 1:
+        for present, inside in _patterns(columns >= 0):
+            for count, place in _factors(columns[present][:, inside]):
                 table = np.full(size, -1, np.int64)
                 table[inside] = place
                 tables.append((self._new(root, count), table))
-        if not inside.all():
-            table = np.full(size, -1, np.int64)
-            table[~inside] = np.arange(int((~inside).sum()))
-            tables.append((self._new(root, int((~inside).sum())), table))
         axis_map = dict(self.roots[root])
         old = axis_map.pop(dim)
         held = old >= 0
@@ -69,6 +66,25 @@ class DimTable:
         self.roots[root] = axis_map
         self.size[dim] = 0
         return root
+
+
+def _patterns(present: npt.NDArray[np.bool_]) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
+    """The different columns of a mask, and where each is found."""
+    if present.all():  # the usual case
+        return [(present[:, 0], present[0])] if present.size else []
+    found, number = np.unique(present, axis=1, return_inverse=True)
+    return [(found[:, k], number.reshape(-1) == k) for k in range(found.shape[1])]
+
+
+def _factors(columns: Vector) -> list[tuple[int, Vector]]:
+    """For positions that lie in all of some columns: a number of values per column, and each entry's rank among them.
+
+    Without columns every position is one by itself. Of several columns, those that tell nothing apart are left out.
+    """
+    if not len(columns):
+        return [(columns.shape[1], np.arange(columns.shape[1]))]
+    found = [_numbered(column) for column in columns]
+    return found if len(found) == 1 else [(count, place) for count, place in found if count > 1]
 
 
 def _numbered(column: Vector) -> tuple[int, Vector]:

@@ -167,8 +167,10 @@ def separate(dim: int, size: int, array: npt.NDArray[np.int64]) -> tuple[int, Ve
             homes.append(axis)
     if not columns:
         return Mixed(dim)
-    if len(columns) == 1 and len(np.unique(columns[0][values])) == len(np.unique(values)):
-        return Partial(dim, homes[0], array)
+    count = len(np.unique(values))
+    for column, home in zip(columns, homes, strict=True):
+        if len(np.unique(column[values])) == count:  # no factor: every position has an index of its own here
+            return Partial(dim, home, array)
     return Refine(dim, tuple(columns))
 
 

@@ -86,6 +86,8 @@ def _output_cut(
     norm = f"{fold.batch_norm}.running_mean"
     if norm in removed:
         return removed[norm].get(0, ())
+    if not weight_cut:
+        return ()
     if fold.axis == 0:
         return weight_cut.get(0, ())
     raise GraphPruneError(f"the plan has no entry for {norm}, which is folded into {fold.layer}")

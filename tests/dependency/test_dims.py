@@ -30,24 +30,24 @@ def test_a_refined_axis_has_the_partitions_of_the_columns(data: st.DataObject, s
     assert table.refine(Refine(dim, tuple(columns))) == ("weight", 1)
     axis_map = table.roots[("weight", 1)]
     assert dim not in axis_map and table.size[dim] == 0
-    inside = [i for i in range(size) if all(c[i] >= 0 for c in columns)]
-    outside = [i for i in range(size) if i not in inside]
     vectors = dict(axis_map)
-    for c in columns:
-        values = [int(c[i]) for i in inside]
-        if len(set(values)) > 1 or (factors == 1 and values):
+    expected = 0
+    for present in {tuple(c[i] >= 0 for c in columns) for i in range(size)}:
+        inside = [i for i in range(size) if tuple(c[i] >= 0 for c in columns) == present]
+        mine = [v for v in vectors.values() if {i for i in range(size) if v[i] >= 0} == set(inside)]
+        chosen = [[int(c[i]) for i in inside] for c, here in zip(columns, present, strict=True) if here]
+        if not chosen:  # what no column speaks of can still go one by one
+            chosen = [list(range(len(inside)))]
+        elif len(chosen) > 1:
+            chosen = [values for values in chosen if len(set(values)) > 1]
+        expected += len(chosen)
+        for values in chosen:
             # one new Dim splits these indices as the column does, and numbers its positions without gaps
-            matching = [
-                d for d, v in vectors.items()
-                if all(v[i] < 0 for i in outside) and all(v[i] >= 0 for i in inside)
-                and same_partition([int(v[i]) for i in inside], values)
-            ]  # fmt: skip
+            matching = [v for v in mine if same_partition([int(v[i]) for i in inside], values)]
             assert matching
-            assert sorted(set(vectors[matching[0]][inside].tolist())) == list(range(table.size[matching[0]]))
-    rest = [d for d, v in vectors.items() if outside and all(v[i] >= 0 for i in outside)]
-    assert len(rest) == (1 if outside else 0)
-    for d in rest:  # what no column speaks of can still go one by one
-        assert sorted(vectors[d][outside].tolist()) == list(range(len(outside)))
+            assert sorted(set(matching[0][inside].tolist())) == list(range(len(set(values))))
+    assert len(vectors) == expected
+    assert all(table.size[d] == len(set(v[v >= 0].tolist())) for d, v in vectors.items())
     # global numbers are new ones, and of different Dims differ
     numbers = [set(table.positions(d).tolist()) for d in vectors]
     assert all(min(n) >= before for n in numbers if n)

@@ -260,3 +260,13 @@ def test_folded_and_cut_equals_folded_with_those_filters_zeroed(transposed: bool
     with torch.no_grad():
         reference[3].weight[:, gone] = 0  # what the removed channels carry reaches nothing
     assert oracles.relative_error(plan.apply(model)(x), reference(x)) < EXACT
+
+
+def test_a_folded_transposed_convolution_that_keeps_everything() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.ConvTranspose2d(4, 10, 2, groups=2, bias=False), nn.BatchNorm2d(10)
+    ).eval()
+    x = torch.randn(2, 3, 5, 5)
+    plan = graphprune.plan(model, x, {"0": 0.5})
+    assert [fold.batch_norm for fold in plan.folds] == ["3"] and "2.weight" not in plan.removed
+    assert graphprune.verify(model, plan.apply(model), plan, x).passed
