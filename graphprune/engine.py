@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from .dependency.temperature import Rescale, rescales
 from .errors import GraphPruneError
 from .importance import BatchNormLink, Criterion, ImportanceContext, normalise, resolve_criterion
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
+from .rewriting import Rewrite, Rewriter, check_output
 from .surgery import Fold, effective_folds, fold_names, folded_tensors
 from .tracing.names import all_modules, named_tensors
 from .tracing.pause import paused_collector
@@ -41,6 +43,7 @@ def plan(
     granularity: str | Sequence[str] = "auto",
     fold_bn: bool = True,
     seed: int = 0,
+    output: str = "module",
 ) -> Plan:
     """Decide what to remove from `model`, without changing it.
 
@@ -56,6 +59,11 @@ def plan(
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
       while importance still sees the folded, effective filters.
     - `seed`: for the criterion "random".
+    - `output`: what happens where a size written in the user's code blocks. "module" (default): those channels stay,
+      and the plan names the line. "hybrid": the smallest module whose own code blocks is replaced by a
+      `torch.fx.GraphModule` of its recorded calls, sizes rewritten; everything else keeps its class. "graph": the whole
+      network becomes one graph. Both keep parameter names, train, and take the batch sizes, resolutions and lengths
+      that the code took; where the code would have done something else than recorded, they raise GraphPruneError.
 
     Numbers are rounded to nearest (0.34 of 10 removes 3); ties between equal scores keep the lower index.
 
@@ -63,7 +71,7 @@ def plan(
     example input. A model with nothing to prune gives a plan that removes nothing and says why, axis by axis.
     """
     settings = Settings(ratio, scope, round_to, min_channels, granularity)
-    return _decide(model, example_input, settings, criterion, ignore, fold_bn, seed)[1]
+    return _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output)[1]
 
 
 def _decide(
@@ -74,13 +82,22 @@ def _decide(
     ignore: Iterable[nn.Module | str] | nn.Module | str,
     fold_bn: bool,
     seed: int,
+    output: str,
 ) -> tuple[DependencyGraph, Plan]:
     """The graph and the plan made from it. Arguments are checked before the model runs."""
     settings.check()
+    check_output(output)
     chosen = resolve_criterion(criterion)
     with paused_collector():
-        graph = trace(model, example_input)
-        return graph, plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
+        if output == "module":
+            graph = trace(model, example_input)
+            return graph, plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
+        rewriter = Rewriter(model, example_input, output)
+        while True:  # every round rewrites one module more, or gives one up
+            graph = rewriter.graph()
+            found = _plan_once(model, graph, settings, chosen, ignore, fold_bn, seed, rewriter)
+            if found is not None:
+                return graph, dataclasses.replace(found, output=output)
 
 
 def plan_from_graph(
@@ -94,6 +111,22 @@ def plan_from_graph(
     seed: int = 0,
 ) -> Plan:
     """`plan` for a model that is traced already. The graph is narrowed by what turns out to be blocked."""
+    found = _plan_once(model, graph, settings, criterion, ignore, fold_bn, seed, None)
+    assert found is not None
+    return found
+
+
+def _plan_once(
+    model: nn.Module,
+    graph: DependencyGraph,
+    settings: Settings,
+    criterion: Criterion,
+    ignore: Iterable[nn.Module | str] | nn.Module | str,
+    fold_bn: bool,
+    seed: int,
+    rewriter: Rewriter | None,
+) -> Plan | None:
+    """The plan on this graph; None where the rewriter has changed its choice of modules, and with it the graph."""
     held = ignored_positions(ignore, graph, model)
     if held:
         graph.freeze_many(held)
@@ -101,8 +134,17 @@ def plan_from_graph(
     folds = [fold for fold, replaceable in effective if replaceable]
     normalised = settings.scope != "local" and not criterion.comparable
     scorer = _Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised)
-    allocation, resolution, factors = _settle(graph, settings, scorer)
-    return _assemble(model, graph, allocation, resolution, factors, folds if fold_bn else [])
+    settled = _settle(graph, settings, scorer, rewriter)
+    if settled is None:
+        return None
+    allocation, resolution, factors = settled
+    rewrites: tuple[Rewrite, ...] | None = ()
+    if rewriter is not None:
+        rewrites = rewriter.rewrites(graph, allocation.gone, resolution.attributes)
+    if rewrites is None:
+        return None
+    found = _assemble(model, graph, allocation, resolution, factors, folds if fold_bn else [])
+    return dataclasses.replace(found, rewrites=rewrites)
 
 
 class _Scorer:
@@ -139,9 +181,11 @@ class _Scorer:
 
 
 def _settle(
-    graph: DependencyGraph, settings: Settings, scorer: _Scorer
-) -> tuple[Allocation, Resolution, list[Rescale]]:
-    """Allocate, check every size in the user's code, adjust or hold what does not come out right, and repeat."""
+    graph: DependencyGraph, settings: Settings, scorer: _Scorer, rewriter: Rewriter | None
+) -> tuple[Allocation, Resolution, list[Rescale]] | None:
+    """Allocate, check every size in the user's code, adjust or hold what does not come out right, and repeat.
+
+    None where what does not come out right is to be rewritten instead: another graph is needed."""
     forced: dict[int, int] = {}
     tried: set[tuple[int, int]] = set()
     for _ in range(_MAX_ROUNDS):
@@ -155,6 +199,8 @@ def _settle(
         adjusted = _adjustments(graph, conflicts, allocation, tried)
         if adjusted:
             forced.update(adjusted)
+        elif rewriter is not None and rewriter.extend(conflicts):
+            return None
         else:
             _hold(graph, conflicts)
     raise GraphPruneError("planning did not settle on this model; please report it")
@@ -282,6 +328,7 @@ def prune(
     granularity: str | Sequence[str] = "auto",
     fold_bn: bool = True,
     seed: int = 0,
+    output: str = "module",
 ) -> nn.Module:
     """A physically smaller copy of `model`; the model itself is not touched.
 
@@ -296,7 +343,7 @@ def prune(
     (torch.Size([4, 3, 3, 3]), torch.Size([4, 4, 3, 3]))
     """
     settings = Settings(ratio, scope, round_to, min_channels, granularity)
-    graph, decided = _decide(model, example_input, settings, criterion, ignore, fold_bn, seed)
+    graph, decided = _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output)
     with paused_collector():
         small = decided.apply(model)
     if verify:

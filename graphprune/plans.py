@@ -16,6 +16,7 @@ from torch import nn
 
 from .dependency.temperature import Rescale
 from .errors import GraphPruneError
+from .rewriting import OUTPUTS, Rewrite, replace
 from .surgery import Fold, operate
 from .tracing.names import named_tensors
 
@@ -55,7 +56,8 @@ class Plan:
     `attributes`: integer attributes of modules that must change. `folds`: Conv-BN pairs that are merged first.
     `rescales`: rows multiplied by a factor, so that attention keeps its temperature. `groups`: every group, with how
     much of it stays. `frozen`: what could not be removed, and why, one line each. `structure`: names and shapes of the
-    model the plan was made for. `statistics`: whether something is removed that a norm, softmax or mean runs over.
+    model the plan was made for. `output`: "module", "hybrid" or "graph". `rewrites`: modules that are replaced by
+    graphs of their recorded calls. `statistics`: whether something is removed that a norm, softmax or mean runs over.
     `caches`: (module, attribute) of dicts in which the model keeps tensors computed from its parameters; they are
     emptied.
     """
@@ -70,6 +72,8 @@ class Plan:
     statistics: bool = False
     caches: tuple[tuple[str, str], ...] = ()
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    output: str = "module"
+    rewrites: tuple[Rewrite, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -83,7 +87,8 @@ class Plan:
         """
         self.check(model)
         attributes = [(a.module, a.name, a.key, a.new) for a in self.attributes]
-        return operate(model, self.removed, attributes, self.folds, self.rescales, self.caches)
+        small = operate(model, self.removed, attributes, self.folds, self.rescales, self.caches)
+        return replace(small, self.rewrites)
 
     def check(self, model: nn.Module) -> None:
         """Raise GraphPruneError unless the plan fits `model`."""
@@ -113,6 +118,7 @@ class Plan:
         lines.append(f"{len(cut)} of {len(self.groups)} groups pruned, {len(self.folds)} batch norms folded")
         lines += [f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" for g in cut]
         lines += [f"  {change}" for change in self.attributes]
+        lines += [f"  {r.module or 'the model'} becomes a graph of its recorded calls" for r in self.rewrites]
         if self.frozen:
             lines.append("cannot be removed:")
             lines += [f"  {line}" for line in self.frozen]
@@ -137,6 +143,8 @@ class Plan:
             "groups": [dataclasses.asdict(g) for g in self.groups],
             "frozen": list(self.frozen),
             "statistics": self.statistics,
+            "output": self.output,
+            "rewrites": [r.to_dict() for r in self.rewrites],
             "caches": [list(c) for c in self.caches],
         }
 
@@ -166,10 +174,14 @@ class Plan:
                 structure={str(k): tuple(int(n) for n in v) for k, v in data["structure"].items()},
                 statistics=bool(data["statistics"]),
                 caches=tuple((str(path), str(name)) for path, name in data.get("caches", ())),
+                output=str(data.get("output", "module")),
+                rewrites=tuple(Rewrite.from_dict(r) for r in data.get("rewrites", ())),
                 versions={str(k): str(v) for k, v in data["versions"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"not a plan: {type(error).__name__}: {error}") from error
+        if plan.output not in OUTPUTS:
+            raise GraphPruneError(f"not a plan: output is {plan.output!r}, expected one of {', '.join(OUTPUTS)}")
         plan._check_indices()
         return plan
 

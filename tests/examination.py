@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import json
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -59,6 +60,7 @@ class Demands:
     permuted_groups: int = 6
     prove: bool = False
     seed: int = 0
+    output: str = "module"
 
 
 def examine(model: nn.Module, example: Any, demands: Demands) -> Outcome:
@@ -86,10 +88,18 @@ def examine(model: nn.Module, example: Any, demands: Demands) -> Outcome:
 
 
 def _examine(model: nn.Module, example: Any, demands: Demands, outcome: Outcome) -> None:
-    options: dict[str, Any] = {"fold_bn": demands.fold_bn, "seed": demands.seed, "ignore": demands.ignore}
-    plan = graphprune.plan(model, example, demands.ratio, **options)
+    options: dict[str, Any] = {
+        "fold_bn": demands.fold_bn, "seed": demands.seed, "ignore": demands.ignore, "output": demands.output
+    }  # fmt: skip
+    try:
+        plan = graphprune.plan(model, example, demands.ratio, **options)
+    except graphprune.GraphPruneError as error:
+        if not str(error).startswith("output='graph': the model cannot become one graph"):
+            raise
+        outcome.reason = str(error)
+        return
     removed = {name: axes for name, axes in plan.removed.items() if any(len(i) for i in axes.values())}
-    pruned = plan.apply(model)
+    pruned = graphprune.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))).apply(model)
     if pruned is model:
         outcome.problems.append("apply() returned the model itself")
     if not removed:

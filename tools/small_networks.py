@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.rewriting import OUTPUTS
 from tests.examination import Demands, Outcome, examine
 from tests.networks.registry import settle
 
@@ -38,7 +39,7 @@ def load_cases(path: Path) -> dict[str, Case]:
     return cases
 
 
-def examine_case(case: Case, ratio: float, fold_bn: bool, seed: int) -> Outcome:
+def examine_case(case: Case, ratio: float, fold_bn: bool, seed: int, output: str = "module") -> Outcome:
     """One case, with weights and running statistics in which a wrong index shows."""
     torch.manual_seed(seed)
     try:
@@ -49,7 +50,14 @@ def examine_case(case: Case, ratio: float, fold_bn: bool, seed: int) -> Outcome:
     model.eval()
     # Whether a statistic runs over channels is not known here: the reference with absent channels covers both.
     demands = Demands(
-        ratio=ratio, fold_bn=fold_bn, ignore=tuple(ignored), statistics=True, temperature=True, prove=True, seed=seed
+        ratio=ratio,
+        fold_bn=fold_bn,
+        ignore=tuple(ignored),
+        statistics=True,
+        temperature=True,
+        prove=True,
+        seed=seed,
+        output=output,
     )
     return examine(model, example, demands)
 
@@ -59,6 +67,7 @@ def main() -> int:
     parser.add_argument("cases", type=Path, help="a Python file that defines CASES")
     parser.add_argument("--ratio", type=float, default=0.5, help="share of channels to remove (default 0.5)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", choices=OUTPUTS, default="module", help="what becomes of code that blocks")
     parser.add_argument("--minimum", type=int, default=0, help="how many have to shrink (default 0)")
     parser.add_argument("--only", nargs="*", help="names of cases (default: all)")
     options = parser.parse_args()
@@ -69,9 +78,9 @@ def main() -> int:
     for name, case in cases.items():
         if options.only and name not in options.only:
             continue
-        outcome = examine_case(case, options.ratio, False, options.seed)
+        outcome = examine_case(case, options.ratio, False, options.seed, options.output)
         if not outcome.failed:
-            folded = examine_case(case, options.ratio, True, options.seed)
+            folded = examine_case(case, options.ratio, True, options.seed, options.output)
             outcome = folded if folded.failed else outcome
         counts["failed" if outcome.failed else "smaller" if outcome.share > 0 else "left alone"] += 1
         print(f"{name:32} {outcome}", flush=True)

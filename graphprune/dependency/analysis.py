@@ -61,7 +61,7 @@ class Analysis:
 
     @property
     def scalars(self) -> list[ScalarSite]:
-        return [s for e in self.effects.values() for s in e.scalars]
+        return [s for e in self.effects.values() for s in e.scalars if not s.node.meta.get("rewritten")]
 
     @property
     def equal(self) -> list[EqualCounts]:

@@ -344,10 +344,16 @@ class NodeContext:
         self, expr: Expr, axis_map: AxisMap, length: int, what: str, span: tuple[int, int] | None = None
     ) -> None:
         """A number in the user's code that must equal the surviving indices of `span`. Literals freeze at once."""
+        if self.node.meta.get("rewritten"):
+            self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span, rewritten=True))
+            return
         if not any(True for _ in leaves(expr)):
             if axis_map:
                 where = slice(*span) if span else None
-                self.freeze(axis_map, "literal", f"{what} is the literal {evaluate(expr, _no_leaf)}", where)
+                why = self.node.meta.get("not_rewritten")
+                text = f"{what} is the literal {evaluate(expr, _no_leaf)}"
+                text += f", and no graph can stand for its module, whose forward {why}" if why else ""
+                self.freeze(axis_map, "literal", text, where)
             return
         self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span))
 

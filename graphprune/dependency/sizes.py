@@ -22,7 +22,7 @@ from .state import AxisMap, Vector
 Mask = npt.NDArray[np.bool_]
 # How far a width may be moved to satisfy a comparison such as `width % heads == 0`
 _NEARBY = 65
-_COMPARE = {
+COMPARE = {
     "same": lambda a, b: a == b,
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: a != b,
@@ -99,8 +99,9 @@ class SizeSolver:
             return None
 
     def resolve(self) -> Resolution:
-        sites = [s for s in self.analysis.sites if s.length]
-        watched = [s for s in self.analysis.sites if not s.length]
+        free = [s for s in self.analysis.sites if not s.rewritten]
+        sites = [s for s in free if s.length]
+        watched = [s for s in free if not s.length]
         guards = self.analysis.trace.guards
         conflicts: list[Conflict] = []
         compound = []
@@ -190,7 +191,7 @@ class SizeSolver:
                     left, right = evaluate(guard.left, value), evaluate(guard.right, value)
                 except ArithmeticError:
                     continue
-                if _COMPARE[guard.comparison](left, right) == guard.outcome:
+                if COMPARE[guard.comparison](left, right) == guard.outcome:
                     return candidate
         return None
 
@@ -226,7 +227,7 @@ class SizeSolver:
             left, right = self.evaluate(guard.left), self.evaluate(guard.right)
             if left is None or right is None:
                 continue
-            if _COMPARE[guard.comparison](left, right) != guard.outcome:
+            if COMPARE[guard.comparison](left, right) != guard.outcome:
                 symbol = {"same": "==", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}[
                     guard.comparison
                 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from .names import named_tensors
 from .recorder import _WHOLE, DispatchMode, FunctionMode, Guard, Recorder, Source, is_users_file
 from .state import preserved, trace_attributes, unfused, without_data
 from .training import record_training_paths
+
+Observe = Callable[[Recorder], contextlib.AbstractContextManager[None]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +73,9 @@ def run_model(model: nn.Module, example: ExampleInput, what: str) -> Any:
         ) from error
 
 
-def record_run(model: nn.Module, example_input: Any, training_paths: bool = False) -> Trace:
+def record_run(
+    model: nn.Module, example_input: Any, training_paths: bool = False, observe: Observe | None = None
+) -> Trace:
     """Run `model` once in eval mode without gradients and record it. The model is left exactly as it was.
 
     `training_paths`: where the run does not read all parameters, run once more with the training flags set and add what
@@ -77,6 +83,8 @@ def record_run(model: nn.Module, example_input: Any, training_paths: bool = Fals
 
     The run needs shapes only, so it is first tried on the meta device, without arithmetic. A model that looks at its
     values (`if x.mean() > 0`) cannot run there; it is then recorded on its own device.
+
+    `observe`: a context around the run, made for each attempt from its recorder.
 
     Raises GraphPruneError when the model is no nn.Module or fails on the example input.
     """
@@ -87,12 +95,12 @@ def record_run(model: nn.Module, example_input: Any, training_paths: bool = Fals
     tensors = [*named_tensors(model).values(), *example.tensors()]
     if all(type(t) in _PLAIN and t.layout is torch.strided and not t.is_meta for t in tensors):
         try:
-            recorded = _record(model, modules, example, False, training_paths)
+            recorded = _record(model, modules, example, False, training_paths, observe)
             if _self_contained(recorded):
                 return recorded
         except Exception:  # whatever went wrong without data, the run with data decides
             pass
-    return _record(model, modules, example, True, training_paths)
+    return _record(model, modules, example, True, training_paths, observe)
 
 
 def _self_contained(recorded: Trace) -> bool:
@@ -114,7 +122,12 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _record(
-    model: nn.Module, modules: dict[str, nn.Module], example: ExampleInput, data: bool, training_paths: bool
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    example: ExampleInput,
+    data: bool,
+    training_paths: bool,
+    observe: Observe | None,
 ) -> Trace:
     with preserved(model, modules), unfused():
         if not data:
@@ -125,8 +138,10 @@ def _record(
             for module in modules.values():
                 module.training = False
             trace_attributes(modules, recorder.attribute)
+            watched = observe(recorder) if observe is not None else contextlib.nullcontext()
             with torch.no_grad(), recorder.module_paths(), DispatchMode(recorder), FunctionMode(recorder):
-                out = run_model(model, example, "tracing")
+                with watched:
+                    out = run_model(model, example, "tracing")
                 outputs = tuple(dict.fromkeys(recorder.node_of(t) for t in result_tensors(out)))
                 caches = _caches(recorder, modules)
                 extra = record_training_paths(recorder, model, modules, example) if training_paths else ()

@@ -15,6 +15,7 @@ from ..dependency import DependencyGraph, Group
 from ..dependency.graph import trace
 from ..errors import GraphPruneError
 from ..plans import Plan
+from ..rewriting import dependency_graph
 from ..surgery import clone_with
 from ..tracing.example import ExampleInput, result_tensors
 from ..tracing.names import named_tensors, operator_name
@@ -181,6 +182,8 @@ def verify(
     in float64. Costs four forward passes and two copies of the model. On the meta device only shapes are checked.
     """
     example = ExampleInput.of(example_input)
+    if graph is None and plan.rewrites:
+        graph = dependency_graph(original, example, plan.output, [r.module for r in plan.rewrites])
     graph = graph or trace(original, example)
     outputs = _run(original, example, "verify (original)"), _run(pruned, example, "verify (pruned)")
     checks = [_forward_check(*outputs)]

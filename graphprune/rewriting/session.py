@@ -1,0 +1,176 @@
+"""Which modules are rewritten: those whose code blocks something, where a graph can stand for them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from ..dependency import DependencyGraph
+from ..dependency.analysis import analyse
+from ..dependency.sizes import Conflict, Mask
+from ..errors import GraphPruneError
+from ..tracing.origin import Attribute
+from ..tracing.recorder import Guard
+from ..tracing.trace import record_run
+from .fitting import Survivors, Unfit, rewritable
+from .parts import Part
+from .recipes import Rewrite, merge, recipe
+from .recorder import PartRecorder, _is_container, is_own_code
+
+OUTPUTS = ("module", "hybrid", "graph")
+_TAKEN = frozenset(dir(fx.GraphModule)) - frozenset(dir(nn.Module))
+MARK, WHY = "rewritten", "not_rewritten"
+
+
+class Rewriter:
+    """Chooses, with each round of planning, which modules are rewritten, and writes their recipes.
+
+    `only`: exactly these modules, for the analysis of a plan that is made already.
+    """
+
+    def __init__(self, model: nn.Module, example: Any, output: str, only: Iterable[str] | None = None) -> None:
+        self.model, self.example = model, example
+        self.inline = output == "graph"
+        self.modules = dict(model.named_modules())
+        recorder = PartRecorder(self.modules, self.inline)
+        self.trace = record_run(model, example, observe=recorder.observing)
+        self.parts = recorder.parts
+        self.owners: dict[Guard, set[str]] = recorder.guard_owners
+        self.refused = {p: next((x.refusal for x in parts if x.refusal), "") for p, parts in self.parts.items()}
+        self.by_node = {n: p for p, parts in self.parts.items() for x in parts for c in x.calls for n in c.nodes}
+        self.chosen: set[str] = set(only or ())
+        if self.inline:
+            self._whole()
+        self.latest: DependencyGraph | None = None
+
+    def _whole(self) -> None:
+        self.chosen = {""}
+        why = self._cannot("") if "" in self.parts else "is not Python code of its own"
+        if why:
+            raise GraphPruneError(
+                f"output='graph': the model cannot become one graph: its forward {why}. Use output='hybrid', which "
+                f"replaces only the modules whose code blocks something, or output='module'"
+            )
+
+    # -- the dependency graph
+
+    def graph(self) -> DependencyGraph:
+        """The analysis with the sizes of the chosen modules free. Starts with the modules that literals block in."""
+        if self.latest is None and not self.chosen:
+            first = self._analysed()
+            if not self._choose(self._blocking(first)):
+                return first
+        return self._analysed()
+
+    def _analysed(self) -> DependencyGraph:
+        for node in self.trace.graph.nodes:
+            node.meta.pop(MARK, None)
+            node.meta.pop(WHY, None)
+        for path, parts in self.parts.items():
+            if path in self.chosen:
+                for node in (n for part in parts for c in part.calls if rewritable(c) for n in c.nodes):
+                    node.meta[MARK] = True
+            elif self.refused.get(path):
+                for node in (n for part in parts for c in part.calls for n in c.nodes):
+                    node.meta[WHY] = self.refused[path]
+        guards = tuple(g for g in self.trace.guards if not self.owners.get(g, {"<none>"}) <= self.chosen)
+        self.latest = DependencyGraph(analyse(dataclasses.replace(self.trace, guards=guards)))
+        return self.latest
+
+    def _blocking(self, graph: DependencyGraph) -> set[str]:
+        """Modules in whose own code a literal size blocks."""
+        nodes = [r.node for _, r in graph.analysis.freezes if r.kind == "literal" and r.node is not None]
+        return {self.by_node[n] for n in nodes if n in self.by_node}
+
+    # -- choosing
+
+    def _choose(self, paths: Iterable[str]) -> bool:
+        new = {p for p in paths if p not in self.chosen and not self._cannot(p)}
+        self.chosen |= new
+        return bool(new)
+
+    def extend(self, conflicts: Iterable[Conflict]) -> bool:
+        """Rewrite the modules that these conflicts arise in as well, where possible. True: analyse again."""
+        nodes: set[fx.Node] = {c.node for c in conflicts if c.node is not None}
+        paths = {self.by_node[n] for n in nodes if n in self.by_node}
+        sources = {c.source for c in conflicts if c.source}
+        for guard, owners in self.owners.items():
+            if guard.source and str(guard.source) in sources:
+                paths |= owners & self.parts.keys()
+        return self._choose(paths)
+
+    def _cannot(self, path: str) -> str:
+        """Why the module cannot be rewritten, or "". Its behaviour in training mode is recorded when first asked."""
+        module = self.modules[path]
+        taken = {*module._parameters, *module._buffers, *module._modules} & _TAKEN
+        if taken:
+            return f"uses self.{min(taken)}, a name that torch.fx.GraphModule has for itself"
+        if not self.refused.get(path, "") and path not in self._merged:
+            self._merged.add(path)
+            self.refused[path] = self._follow_training(path)
+        return self.refused[path]
+
+    @property
+    def _merged(self) -> set[str]:
+        found: set[str] = self.__dict__.setdefault("_merged_paths", set())
+        return found
+
+    def _follow_training(self, path: str) -> str:
+        switched = [path]
+        if self.inline:
+            switched = [p for p, m in self.modules.items() if is_own_code(m) or _is_container(m)]
+        recorder = PartRecorder(self.modules, self.inline, switched)
+        try:
+            record_run(self.model, self.example, observe=recorder.observing)
+        except GraphPruneError as error:
+            return f"fails in training mode on the example input ({str(error).splitlines()[0]})"
+        mine, theirs = self.parts[path], recorder.parts.get(path, [])
+        if len(mine) != len(theirs):
+            return "is called another number of times in training mode"
+        return next((why for a, b in zip(mine, theirs, strict=True) if (why := merge(a, b))), "")
+
+    # -- the result
+
+    def rewrites(
+        self, graph: DependencyGraph, gone: Mask, attributes: Mapping[Attribute, int]
+    ) -> tuple[Rewrite, ...] | None:
+        """The recipes of all chosen modules in which a size has changed; None: one of them cannot be written, it is
+        given up, and planning has to start again."""
+        survivors = Survivors(graph.analysis, gone, attributes)
+        touched = {a.module for a in attributes}
+        found = []
+        for path in sorted(self.chosen):
+            try:
+                steps, changed = self._recipe(self.parts[path], survivors)
+            except Unfit as error:
+                self.refused[path] = str(error)
+                if self.inline:
+                    self._whole()
+                self.chosen.discard(path)
+                return None
+            if changed or self.inline or path in touched:
+                found.append(Rewrite(path, self.parts[path][0].home, steps))
+        return tuple(found)
+
+    def _recipe(self, parts: list[Part], survivors: Survivors) -> tuple[tuple[Any, ...], bool]:
+        written = [recipe(part, survivors) for part in parts]
+        if any(steps != written[0][0] for steps, _ in written):
+            raise Unfit("does not do the same in each of its calls")
+        return written[0][0], any(changed for _, changed in written)
+
+
+def dependency_graph(model: nn.Module, example: Any, output: str, paths: Iterable[str]) -> DependencyGraph:
+    """The analysis behind a plan that rewrites the modules at `paths`."""
+    return Rewriter(model, example, output, paths).graph()
+
+
+def check_output(output: str) -> None:
+    """Raise GraphPruneError for an unknown output mode."""
+    if output not in OUTPUTS:
+        raise GraphPruneError(f"output: expected one of {', '.join(OUTPUTS)}, got {output!r}")
+
+
+__all__ = ["OUTPUTS", "Rewriter", "check_output", "dependency_graph"]
