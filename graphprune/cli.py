@@ -31,6 +31,7 @@ from .terminal import (
     JsonOption,
     LeastOption,
     ModelArgument,
+    ModeOption,
     PlanOption,
     PrunedWeightsOption,
     RatioOption,
@@ -166,6 +167,7 @@ def prune(
     min_channels: LeastOption = 1,
     granularity: GranularityOption = None,
     fold_bn: FoldOption = True,
+    output_mode: ModeOption = "module",
     verify_it: VerifyOption = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -189,6 +191,7 @@ def prune(
             granularity=kinds[0] if len(kinds) == 1 else kinds,
             fold_bn=fold_bn,
             seed=seed,
+            output=output_mode,
         )
         work.step("cutting")
         small = decided.apply(loaded.model)
@@ -210,6 +213,8 @@ def prune(
         "groups": [{"name": g.name, "kind": g.kind, "size": g.size, "kept": g.kept} for g in decided.groups],
         "frozen": list(decided.frozen),
         "folded": len(decided.folds),
+        "output": decided.output,
+        "rewritten": [rewrite.module for rewrite in decided.rewrites],
         "verification": checks_as_data(report),
         "files": files,
     }

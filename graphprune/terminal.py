@@ -66,6 +66,14 @@ IgnoreOption = Annotated[
     _option(_PRUNING, "Module, parameter or pattern whose outputs stay. Repeatable.", "--ignore", metavar="NAME"),
 ]
 ScopeOption = Annotated[str, _option(_PRUNING, "Rank channels local, global or isomorphic.", "--scope")]
+ModeOption = Annotated[
+    str,
+    _option(
+        _PRUNING,
+        "Where a size written in code blocks: module (keep it), hybrid (that module becomes a graph) or graph (all).",
+        "--output-mode",
+    ),
+]
 CriterionOption = Annotated[
     str, _option(_PRUNING, "l1, l2, bn_scale, fpgm, lamp, random, or one that the module registers.", "--criterion")
 ]

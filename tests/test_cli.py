@@ -95,6 +95,17 @@ def test_prune_writes_a_plan_and_weights_that_fit_it() -> None:
     assert written() == {"half.plan.json", "half.safetensors"}
 
 
+def test_prune_into_a_graph() -> None:
+    data = as_json("prune", "zoo:net", "--ratio", "0.5", "--output-mode", "graph", "-o", "graph")
+    assert data["output"] == "graph" and data["rewritten"] == [""]
+    assert data["verification"]["passed"]
+    loaded = load_factory("zoo:net")
+    small = graphprune.Plan.load("graph.plan.json").apply(loaded.model)
+    load_weights(small, "graph.safetensors")
+    assert isinstance(small, torch.fx.GraphModule)
+    assert small(torch.randn(3, 3, 9, 8)).shape == (3, 4)
+
+
 def test_prune_prints_a_comparison() -> None:
     text = ok("prune", "zoo:net", "--ratio", "0.5", "--no-verify")
     rows = [line.split() for line in text.splitlines()]

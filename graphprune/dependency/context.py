@@ -344,18 +344,13 @@ class NodeContext:
         self, expr: Expr, axis_map: AxisMap, length: int, what: str, span: tuple[int, int] | None = None
     ) -> None:
         """A number in the user's code that must equal the surviving indices of `span`. Literals freeze at once."""
-        if self.node.meta.get("rewritten"):
-            self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span, rewritten=True))
-            return
-        if not any(True for _ in leaves(expr)):
-            if axis_map:
-                where = slice(*span) if span else None
-                why = self.node.meta.get("not_rewritten")
-                text = f"{what} is the literal {evaluate(expr, _no_leaf)}"
-                text += f", and no graph can stand for its module, whose forward {why}" if why else ""
-                self.freeze(axis_map, "literal", text, where)
-            return
-        self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span))
+        anew, why = self.node.meta.get("rewritten", False), self.node.meta.get("not_rewritten")
+        if anew or any(True for _ in leaves(expr)):
+            self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span, anew))
+        elif axis_map:
+            text = f"{what} is the literal {evaluate(expr, _no_leaf)}"
+            text += f", and no graph can stand for its module, whose forward {why}" if why else ""
+            self.freeze(axis_map, "literal", text, slice(*span) if span else None)
 
     def require_equal(self, axis_map: AxisMap, length: int, blocks: int, what: str, apart: bool = True) -> None:
         """The axis is cut into `blocks` equal pieces that must stay equal; `apart`: they are treated differently."""

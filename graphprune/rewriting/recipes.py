@@ -13,7 +13,8 @@ from ..dependency.sizes import COMPARE, describe
 from ..errors import GraphPruneError
 from ..tracing.origin import Attribute, Expr, Literal, Operation, evaluate, recorded_value
 from ..tracing.recorder import Guard
-from .fitting import Survivors, Unfit, rewritten, takes_sizes
+from .arguments import rewritten, takes_sizes
+from .fitting import Survivors, Unfit
 from .parts import Call, Choice, Number, Part, Ref
 
 Step = list[Any]  # [op, target, args, kwargs], encoded

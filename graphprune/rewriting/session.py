@@ -15,7 +15,8 @@ from ..errors import GraphPruneError
 from ..tracing.origin import Attribute
 from ..tracing.recorder import Guard
 from ..tracing.trace import record_run
-from .fitting import Survivors, Unfit, rewritable
+from .arguments import rewritable
+from .fitting import Survivors, Unfit
 from .parts import Part
 from .recipes import Rewrite, merge, recipe
 from .recorder import PartRecorder, _is_container, is_own_code
@@ -60,22 +61,19 @@ class Rewriter:
     def graph(self) -> DependencyGraph:
         """The analysis with the sizes of the chosen modules free. Starts with the modules that literals block in."""
         if self.latest is None and not self.chosen:
-            first = self._analysed()
-            if not self._choose(self._blocking(first)):
+            first, known = self._analysed(), dict(self.refused)
+            if not self._choose(self._blocking(first)) and self.refused == known:
                 return first
         return self._analysed()
 
     def _analysed(self) -> DependencyGraph:
         for node in self.trace.graph.nodes:
             node.meta.pop(MARK, None)
-            node.meta.pop(WHY, None)
+            node.meta[WHY] = self.refused.get(node.meta.get("module", ""), "")
         for path, parts in self.parts.items():
             if path in self.chosen:
                 for node in (n for part in parts for c in part.calls if rewritable(c) for n in c.nodes):
                     node.meta[MARK] = True
-            elif self.refused.get(path):
-                for node in (n for part in parts for c in part.calls for n in c.nodes):
-                    node.meta[WHY] = self.refused[path]
         guards = tuple(g for g in self.trace.guards if not self.owners.get(g, {"<none>"}) <= self.chosen)
         self.latest = DependencyGraph(analyse(dataclasses.replace(self.trace, guards=guards)))
         return self.latest
