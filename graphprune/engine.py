@@ -195,6 +195,10 @@ def _settle(
         factors, blocked = rescales(graph.analysis, solver)
         conflicts = resolution.conflicts + blocked
         if not conflicts:
+            if rewriter is not None and rewriter.release(graph, allocation.gone):
+                solver = SizeSolver(graph.analysis, allocation.gone)
+                resolution = solver.resolve()
+                factors = rescales(graph.analysis, solver)[0]
             return allocation, resolution, factors
         adjusted = _adjustments(graph, conflicts, allocation, tried)
         if adjusted:

@@ -344,9 +344,9 @@ class NodeContext:
         self, expr: Expr, axis_map: AxisMap, length: int, what: str, span: tuple[int, int] | None = None
     ) -> None:
         """A number in the user's code that must equal the surviving indices of `span`. Literals freeze at once."""
-        anew, why = self.node.meta.get("rewritten", False), self.node.meta.get("not_rewritten")
-        if anew or any(True for _ in leaves(expr)):
-            self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span, anew))
+        why = self.node.meta.get("not_rewritten")
+        if self.node.meta.get("rewritten") or any(True for _ in leaves(expr)):
+            self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span))
         elif axis_map:
             text = f"{what} is the literal {evaluate(expr, _no_leaf)}"
             text += f", and no graph can stand for its module, whose forward {why}" if why else ""

@@ -28,7 +28,7 @@ class SizeSite:
     """A size in the user's code that must come out right after pruning.
 
     The indices in `span` (all of the axis where None) that survive on an axis with coordinates `axis_map` and length
-    `length` must number `evaluate(expr)`. `rewritten`: the number will be written anew, whatever it has to be.
+    `length` must number `evaluate(expr)`, unless `node` is marked "rewritten": then the number is written anew.
     """
 
     node: fx.Node
@@ -37,7 +37,6 @@ class SizeSite:
     axis_map: AxisMap
     length: int
     span: tuple[int, int] | None = None
-    rewritten: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -99,7 +99,7 @@ class SizeSolver:
             return None
 
     def resolve(self) -> Resolution:
-        free = [s for s in self.analysis.sites if not s.rewritten]
+        free = [s for s in self.analysis.sites if not s.node.meta.get("rewritten")]
         sites = [s for s in free if s.length]
         watched = [s for s in free if not s.length]
         guards = self.analysis.trace.guards

@@ -10,11 +10,12 @@ from torch import fx, nn
 
 from ..dependency import DependencyGraph
 from ..dependency.analysis import analyse
-from ..dependency.sizes import Conflict, Mask
+from ..dependency.sizes import Conflict, Mask, SizeSolver
+from ..dependency.temperature import rescales
 from ..errors import GraphPruneError
 from ..tracing.origin import Attribute
 from ..tracing.recorder import Guard
-from ..tracing.trace import record_run
+from ..tracing.trace import Trace, record_run
 from .arguments import rewritable
 from .fitting import Survivors, Unfit
 from .parts import Part
@@ -67,16 +68,20 @@ class Rewriter:
         return self._analysed()
 
     def _analysed(self) -> DependencyGraph:
+        self.latest = DependencyGraph(analyse(self._marked(self.chosen)))
+        return self.latest
+
+    def _marked(self, chosen: set[str]) -> Trace:
+        """The recorded run with the sizes of these modules free, and nothing that they ask about sizes to be obeyed."""
         for node in self.trace.graph.nodes:
             node.meta.pop(MARK, None)
             node.meta[WHY] = self.refused.get(node.meta.get("module", ""), "")
         for path, parts in self.parts.items():
-            if path in self.chosen:
+            if path in chosen:
                 for node in (n for part in parts for c in part.calls if rewritable(c) for n in c.nodes):
                     node.meta[MARK] = True
-        guards = tuple(g for g in self.trace.guards if not self.owners.get(g, {"<none>"}) <= self.chosen)
-        self.latest = DependencyGraph(analyse(dataclasses.replace(self.trace, guards=guards)))
-        return self.latest
+        guards = tuple(g for g in self.trace.guards if not self.owners.get(g, {"<none>"}) <= chosen)
+        return dataclasses.replace(self.trace, guards=guards)
 
     def _blocking(self, graph: DependencyGraph) -> set[str]:
         """Modules in whose own code a literal size blocks."""
@@ -92,13 +97,35 @@ class Rewriter:
 
     def extend(self, conflicts: Iterable[Conflict]) -> bool:
         """Rewrite the modules that these conflicts arise in as well, where possible. True: analyse again."""
+        return self._choose(self._origins(conflicts))
+
+    def _origins(self, conflicts: Iterable[Conflict]) -> set[str]:
+        """The modules whose own code conflicts arise in."""
+        conflicts = list(conflicts)
         nodes: set[fx.Node] = {c.node for c in conflicts if c.node is not None}
         paths = {self.by_node[n] for n in nodes if n in self.by_node}
         sources = {c.source for c in conflicts if c.source}
         for guard, owners in self.owners.items():
             if guard.source and str(guard.source) in sources:
                 paths |= owners & self.parts.keys()
-        return self._choose(paths)
+        return paths
+
+    def release(self, graph: DependencyGraph, gone: Mask) -> bool:
+        """Leave alone the modules whose own code gets every size right when `gone` goes. True if there are any."""
+        analysis = graph.analysis
+        needed: set[str] = self.chosen if self.inline else set()
+        while needed != self.chosen:
+            analysis.trace = self._marked(needed)
+            solver = SizeSolver(analysis, gone)
+            conflicts = solver.resolve().conflicts + rescales(analysis, solver)[1]
+            if not conflicts:
+                break
+            # where a conflict cannot be laid at the door of one module, all stay chosen
+            needed = needed | ((self._origins(conflicts) & self.chosen) - needed or self.chosen)
+        analysis.trace = self._marked(needed)
+        released = needed != self.chosen
+        self.chosen = needed
+        return released
 
     def _cannot(self, path: str) -> str:
         """Why the module cannot be rewritten, or "". Its behaviour in training mode is recorded when first asked."""
