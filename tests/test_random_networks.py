@@ -24,7 +24,7 @@ def test_random_networks_are_pruned_exactly(start: int) -> None:
     assert not failures, "\n".join(f"seed {seed}: {outcome}" for seed, outcome in failures.items())
 
 
-# Found by the long run: factors of a concatenation that never settled; a folded transposed convolution that stays whole.
+# Found by the long run: factors of a concatenation that never settled; a folded transposed convolution left whole.
 @pytest.mark.parametrize("seed", [10085, 10459])
 def test_networks_that_once_failed(seed: int) -> None:
     outcome = examine_random(seed)
