@@ -10,6 +10,7 @@ from ._version import __version__
 from .counting import Count, LayerCount, count
 from .dependency import DependencyGraph, Frozen, Group, Member, trace
 from .deploy import benchmark, export_onnx
+from .diagnosis import Blocker, Doctor, Prunable, doctor
 from .engine import plan, prune
 from .errors import GraphPruneError
 from .importance import criterion
@@ -18,19 +19,23 @@ from .surgery import fold_conv_bn
 from .verification import VerificationReport, verify
 
 __all__ = [
+    "Blocker",
     "Count",
     "DependencyGraph",
+    "Doctor",
     "Frozen",
     "GraphPruneError",
     "Group",
     "LayerCount",
     "Member",
     "Plan",
+    "Prunable",
     "VerificationReport",
     "__version__",
     "benchmark",
     "count",
     "criterion",
+    "doctor",
     "export_onnx",
     "fold_conv_bn",
     "plan",

@@ -1,4 +1,4 @@
-"""The command line: `graphprune inspect | prune | export | bench`.
+"""The command line: `graphprune inspect | doctor | prune | export | bench`.
 
 Models are named `module:function`; see `graphprune.factories.load_factory`. Results go to standard output, everything
 else (progress, warnings, errors, what a model prints) to standard error.
@@ -16,6 +16,7 @@ from ._version import __version__
 from .counting import count
 from .dependency import DependencyGraph, trace
 from .deploy import benchmark, export_onnx
+from .diagnosis.command import doctor_command
 from .engine import plan as make_plan
 from .factories import Loaded, common_input, load_factory, load_weights, save_weights
 from .plans import Plan
@@ -144,6 +145,9 @@ def _group(graph: DependencyGraph, index: int) -> dict[str, Any]:
         for m in group.members
     ]
     return {"index": index, "name": group.name, "kind": group.kind, "size": group.size, "members": members}
+
+
+app.command("doctor")(doctor_command)
 
 
 # -- prune

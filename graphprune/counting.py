@@ -128,11 +128,11 @@ def count(model: nn.Module, example_input: Any) -> Count:
     for node in trace.graph.nodes:
         if node.op != "call_function" or node.target is operator.getitem:
             continue
+        work = macs_of(node)
         namespace, _, name = _operator_name(node).partition("::")
-        rule = _RULES.get(name) if namespace in ("aten", "torchvision") else None
-        if rule is not None:
+        if work is not None:
             path = node.meta.get("module") or ""
-            macs[path] = macs.get(path, 0) + rule(_Call(node))
+            macs[path] = macs.get(path, 0) + work
         elif _unknown_work(namespace, name):
             uncounted[f"{namespace}::{name}"] = uncounted.get(f"{namespace}::{name}", 0) + 1
     layers: dict[str, LayerCount] = {}
@@ -153,6 +153,13 @@ def count(model: nn.Module, example_input: Any) -> Count:
         per_layer=layers,
         uncounted=uncounted,
     )
+
+
+def macs_of(node: fx.Node) -> int | None:
+    """Multiply-accumulates of one recorded call, None for calls of operators that are not counted."""
+    namespace, _, name = _operator_name(node).partition("::")
+    rule = _RULES.get(name) if namespace in ("aten", "torchvision") else None
+    return None if rule is None else rule(_Call(node))
 
 
 def _operator_name(node: fx.Node) -> str:

@@ -272,8 +272,8 @@ def _hold(graph: DependencyGraph, conflicts: list[Conflict]) -> None:
     freezes = []
     for conflict, cost in zip(conflicts, costs, strict=True):
         if cost <= limit:
-            text = conflict.text + (f" ({conflict.source})" if conflict.source else "")
-            freezes.append((positions_of(graph.analysis, conflict.axis_map), Reason("size", text, conflict.node)))
+            reason = Reason("size", conflict.text, conflict.node, conflict.source)
+            freezes.append((positions_of(graph.analysis, conflict.axis_map), reason))
     graph.freeze_many(freezes)
 
 

@@ -199,7 +199,9 @@ def _visit(node: fx.Node, analysis: Analysis, kernels: set[fx.Node]) -> None:
         env[node] = State(node.meta["val"].shape)
     elif node.op == "output":
         for value in node.all_input_nodes:
-            context.freeze_state(context.state(value), "output", "part of the model's output")
+            made = NodeContext(value, env, analysis.dims)  # the line that makes it is the one to name
+            made.effects = context.effects
+            made.freeze_state(context.state(value), "output", "part of the model's output")
     elif node.target is operator.getitem:
         source = env[node.args[0]]  # type: ignore[index]
         env[node] = source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]

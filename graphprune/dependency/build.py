@@ -58,7 +58,7 @@ def _contraction_roles(roles: dict[Root, Role], name: str, user: fx.Node, node: 
     elif operation in ("embedding", "_embedding_bag") and args[0] is node:
         roles[(name, 1)] = "out"
     elif operation in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-        roles[(name, 1)] = "in"
+        roles[(name, 0)], roles[(name, 1)] = "out", "in"
     elif operation in ("mm", "bmm", "matmul", "addmm", "baddbmm"):
         first = 1 if operation in ("addmm", "baddbmm") else 0
         if args[first] is node:

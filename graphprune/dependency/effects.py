@@ -7,20 +7,29 @@ import dataclasses
 from torch import fx
 
 from ..tracing.origin import Expr
+from ..tracing.recorder import Source
 from .state import AxisMap, Refine, Vector
 
 
 @dataclasses.dataclass(frozen=True)
 class Reason:
-    """Why positions cannot be removed. `kind` is one word for statistics, `text` a sentence for people."""
+    """Why positions cannot be removed. `kind` is one word for statistics, `text` a sentence for people.
+
+    `place` is the line of the user's code where it is not that of `node`.
+    """
 
     kind: str
     text: str
     node: fx.Node | None = dataclasses.field(default=None, compare=False)
+    place: Source | None = None
+
+    @property
+    def source(self) -> Source | None:
+        """The line of the user's code, if there is one."""
+        return self.place or (self.node.meta.get("source") if self.node is not None else None)
 
     def __str__(self) -> str:
-        source = self.node.meta.get("source") if self.node is not None else None
-        return f"{self.text} ({source})" if source else self.text
+        return f"{self.text} ({self.source})" if self.source else self.text
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

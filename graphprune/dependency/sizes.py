@@ -14,7 +14,7 @@ import numpy.typing as npt
 from torch import fx
 
 from ..tracing.origin import Attribute, Expr, Literal, Operation, TensorSize, evaluate, leaves, recorded_value
-from ..tracing.recorder import Guard
+from ..tracing.recorder import Guard, Source
 from .analysis import Analysis
 from .effects import SizeSite
 from .state import AxisMap, Vector
@@ -46,7 +46,7 @@ class Conflict:
     length: int
     survivors: int
     wanted: int | None
-    source: str = ""
+    source: Source | None = None
     instead: Conflict | None = None
 
 
@@ -195,7 +195,7 @@ class SizeSolver:
                     return candidate
         return None
 
-    def blame(self, expr: Expr, text: str, node: fx.Node | None, source: str = "") -> list[Conflict]:
+    def blame(self, expr: Expr, text: str, node: fx.Node | None, source: Source | None = None) -> list[Conflict]:
         """Everything that changes a number which must not change."""
         out = []
         for leaf in leaves(expr):
@@ -234,8 +234,8 @@ class SizeSolver:
                 text = f"the code asks whether {describe(guard.left)} {symbol} {describe(guard.right)}"
                 if guard.comparison == "same":
                     text = f"the code uses {describe(guard.left)} as a plain number"
-                source = str(guard.source) if guard.source else ""
-                found = self.blame(guard.left, text, None, source) + self.blame(guard.right, text, None, source)
+                found = self.blame(guard.left, text, None, guard.source)
+                found += self.blame(guard.right, text, None, guard.source)
                 found = [self._moved(guard, c) for c in found]
                 out += found
         return out

@@ -20,13 +20,15 @@ class Column:
     """One column of `table`.
 
     `key` is the key, the attribute or the position of the value in a row; or a function of the row. `format` is a
-    format specification such as ".2f" or a function from the value to text; None is always shown as "-".
+    format specification such as ".2f" or a function from the value to text; None is always shown as "-". With `wrap`
+    long text is broken into lines where the terminal ends, instead of being cut off.
     """
 
     header: str
     key: str | int | Callable[[Any], Any]
     format: str | Callable[[Any], str] = ""
     justify: Literal["left", "right", "center"] = "right"
+    wrap: bool = False
 
     def value(self, row: Any) -> Any:
         """What this column shows of `row`, before formatting."""
@@ -74,7 +76,7 @@ def table(
         pad_edge=False,
     )
     for column in chosen:
-        result.add_column(Text(column.header), justify=column.justify, no_wrap=True)
+        result.add_column(Text(column.header), justify=column.justify, no_wrap=not column.wrap)
     for number, row in enumerate(rows):
         cells = []
         for column in chosen:

@@ -28,6 +28,9 @@ def recurrent(context: NodeContext) -> Result:
         state = context.state(weight)
         first_layer = position < per_cell * directions and position % per_cell == 0
         context.freeze(state.axis(0), "recurrent", "hidden width of a recurrent layer")
+        cell = context.state(weights[position - position % per_cell])
+        if state.shape[0] == cell.shape[0]:  # the gates of one cell
+            context.tie(cell.axis(0), state.axis(0), state.shape[0], "a gate of a recurrent layer")
         if len(state.shape) > 1:
             if first_layer:
                 context.tie(x.axis(-1), state.axis(1), state.shape[1], "read by a recurrent layer")
