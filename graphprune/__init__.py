@@ -15,6 +15,7 @@ from .engine import plan, prune
 from .errors import GraphPruneError
 from .importance import criterion
 from .plans import Plan
+from .rules import rule
 from .surgery import fold_conv_bn
 from .verification import VerificationReport, verify
 
@@ -40,6 +41,7 @@ __all__ = [
     "fold_conv_bn",
     "plan",
     "prune",
+    "rule",
     "sparsity",
     "trace",
     "verify",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from torch import fx
 
@@ -41,21 +40,22 @@ def work_of(node: fx.Node, analysis: Analysis) -> Iterator[Work]:
         sites = x if node.args[6] else analysis.state(node)
         yield Work(macs, [*_axes(weight, 0, 1), *_axes(sites, *(a for a in range(len(sites.shape)) if a != 1))])
     elif name in _CONTRACTED:
-        out, left = analysis.state(node), analysis.state(_operand(node, _CONTRACTED[name]))
-        yield Work(macs, [*_axes(out, *range(len(out.shape))), *_axes(left, -1)])
+        out = analysis.state(node)
+        yield Work(macs, [*_axes(out, *range(len(out.shape))), *_summed(node, analysis, name)])
     else:  # at least what it produces is known
         out = analysis.state(node)
         yield Work(macs, _axes(out, *range(len(out.shape))))
 
 
-# The operand whose last axis is summed over.
-_CONTRACTED = dict.fromkeys(("mm", "bmm", "matmul", "linear", "mv", "dot"), 0) | dict.fromkeys(("addmm", "baddbmm"), 1)
+_CONTRACTED = frozenset(("mm", "bmm", "matmul", "linear", "mv", "dot", "addmm", "baddbmm"))
 
 
-def _operand(node: fx.Node, position: int) -> Any:
-    if position < len(node.args):
-        return node.args[position]
-    return node.all_input_nodes[position]
+def _summed(node: fx.Node, analysis: Analysis, name: str) -> Axes:
+    """The axis that is summed over, as that operand has it that has channels there."""
+    operands = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)]
+    first = 1 if name in ("addmm", "baddbmm") else 0
+    left, right = (analysis.state(a) for a in operands[first : first + 2])
+    return _axes(left, -1) or _axes(right, -1 if name == "linear" or len(right.shape) == 1 else -2)
 
 
 def _axes(state: State, *axes: int) -> Axes:

@@ -4,16 +4,27 @@ the operators in a recorded graph."""
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 from torch import Tensor, fx, nn
 
+# Namespaces whose operators are known by their bare names.
+BUILT_IN = frozenset(("aten", "prims", "torchvision"))
+
 
 def operator_name(node: fx.Node) -> str:
-    """The ATen operator a node calls, without its overload ("add" for `aten.add.Tensor`); "getitem" for an item of a
-    result; "" for nodes that call nothing."""
-    if node.target is operator.getitem:
+    """The operator a node calls, without its overload: "add" for `aten.add.Tensor`, "library::name" for operators of
+    other libraries; "getitem" for an item of a result; "" for nodes that call nothing."""
+    return target_name(node.target)
+
+
+def target_name(target: Any) -> str:
+    """`operator_name` of what a node calls."""
+    if target is operator.getitem:
         return "getitem"
-    return str(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
+    name = str(getattr(getattr(target, "overloadpacket", None), "__name__", ""))
+    namespace = getattr(target, "namespace", "aten")
+    return name if not name or namespace in BUILT_IN else f"{namespace}::{name}"
 
 
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:

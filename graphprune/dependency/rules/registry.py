@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ...tracing.names import target_name
 from ..context import NodeContext, Result
 from ..state import State
 
@@ -29,8 +30,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 def rule_for(target: Any) -> Rule:
     """The rule of an operator; untagged unknown operators freeze what flows through them."""
-    packet = getattr(target, "overloadpacket", target)
-    found = RULES.get(getattr(packet, "__name__", str(packet)))
+    found = RULES.get(target_name(target) or str(target))
     if found is not None:
         return found
     if torch.Tag.pointwise in getattr(target, "tags", ()):
