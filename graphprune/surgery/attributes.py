@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import GraphPruneError
+from ..modules.attention import MultiheadAttention, scale_of
 
 
 def set_attribute(model: nn.Module, module: str, name: str, key: tuple[int | str, ...], value: int) -> None:
@@ -70,7 +71,21 @@ def refresh(modules: Iterable[nn.Module]) -> None:
 
 
 def _refresh_attention(module: nn.MultiheadAttention) -> None:
-    # embed_dim is read by forward, so the plan has set it; the width of the output may differ from it
-    module.head_dim = module.embed_dim // module.num_heads
-    if module._qkv_same_embed_dim:
-        module.kdim = module.vdim = module.embed_dim
+    """Widths that torch's module cannot have, or another temperature: it becomes the one with free widths."""
+    if type(module) not in (nn.MultiheadAttention, MultiheadAttention):
+        # a class of the user's own, whose code has decided what embed_dim is
+        module.head_dim = module.embed_dim // module.num_heads
+        if module._qkv_same_embed_dim:
+            module.kdim = module.vdim = module.embed_dim
+        return
+    packed, values = module.in_proj_weight, module.out_proj.weight.shape[1]
+    q, k, v = (packed,) * 3 if packed is not None else (
+        module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+    )  # fmt: skip
+    queries = (packed.shape[0] - values) // 2 if packed is not None else q.shape[0]
+    scale = scale_of(module)
+    features = queries // module.num_heads
+    fits = queries == values == q.shape[1] and features == module.head_dim
+    module.embed_dim, module.kdim, module.vdim, module.head_dim = q.shape[1], k.shape[1], v.shape[1], features
+    if not fits and type(module) is nn.MultiheadAttention:
+        MultiheadAttention.of(module, scale)

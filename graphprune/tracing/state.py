@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..modules.attention import recorded_openly
 from .origin import traced_sqrt
 from .overrides import python_functions_stay_visible
 
@@ -170,7 +171,7 @@ def unfused() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     math.sqrt = traced_sqrt
     try:
-        with python_functions_stay_visible():
+        with python_functions_stay_visible(), recorded_openly():
             yield
     finally:
         math.sqrt = sqrt
