@@ -71,6 +71,8 @@ def _contraction_roles(roles: dict[Root, Role], name: str, user: fx.Node, node: 
         "permute",
         "view",
         "reshape",
+        "split",
+        "split_with_sizes",
         "_weight_norm_interface",
         "mul",
         "div",

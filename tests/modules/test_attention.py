@@ -159,10 +159,11 @@ def test_decoder() -> None:
     torch.manual_seed(3)
     model = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 4, 24, batch_first=True), 1).eval()
     example = (torch.randn(2, 4, 16), torch.randn(2, 5, 16))
-    small = graphprune.prune(model, example, 0.5, granularity=["heads", "channels"])
+    small = graphprune.prune(model, example, 0.5, granularity=["heads", "head features", "channels"])
     (layer,) = small.layers
     for attention in (layer.self_attn, layer.multihead_attn):
-        assert type(attention) is MultiheadAttention and attention.num_heads == 2 and attention.head_dim == 4
+        assert type(attention) is MultiheadAttention and attention.num_heads == 2 and attention.head_dim == 2
+        assert attention.scale == 4**-0.5  # the temperature stays
     assert layer.linear1.out_features == 12
 
 
