@@ -104,7 +104,7 @@ class Rewriter:
         conflicts = list(conflicts)
         nodes: set[fx.Node] = {c.node for c in conflicts if c.node is not None}
         paths = {self.by_node[n] for n in nodes if n in self.by_node}
-        sources = {c.source for c in conflicts if c.source}
+        sources = {str(c.source) for c in conflicts if c.source}
         for guard, owners in self.owners.items():
             if guard.source and str(guard.source) in sources:
                 paths |= owners & self.parts.keys()
