@@ -11,6 +11,7 @@ from .patterns import blocks, n_m
 from .scheduler import Channels, Scheduler
 from .schedules import Schedule, schedule
 from .semi_structured import semi_structured, semi_structured_support
+from .statistics import match_statistics
 
 __all__ = [
     "Channels",
@@ -28,6 +29,7 @@ __all__ = [
     "magnitude",
     "make_permanent",
     "masks",
+    "match_statistics",
     "n_m",
     "report",
     "save",

@@ -22,7 +22,9 @@ def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
     `masks`: name of a weight -> boolean tensor of its shape, true where a weight stays. From here on the network
     computes with zeros in the other places, in training too; parameters keep their identity, so an optimiser made
-    before goes on working. A weight that is registered in several places is masked in all of them.
+    before goes on working. A weight that is registered in several places is masked in all of them. `parameters()` lists
+    masked weights after the others of their module: an optimiser's state dict, which counts parameters in that order,
+    belongs to a model masked alike.
 
     Raises GraphPruneError for unknown names, wrong shapes and tensors that are not boolean; then nothing is changed.
     """

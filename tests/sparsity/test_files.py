@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from graphprune import GraphPruneError, sparsity
@@ -80,6 +81,19 @@ def test_ten_times_smaller_than_dense_at_95_percent(tmp_path: Path, values: str,
     dense = 4 * sum(p.numel() for p in model.parameters())
     path = sparsity.save(model, tmp_path / "m.gps", values=values)  # type: ignore[arg-type]
     assert dense / path.stat().st_size > least
+
+
+@pytest.mark.shared_data
+def test_a_trained_network_too(tmp_path: Path, shared_data: Path) -> None:
+    state = load_file(str(shared_data / "cifar10_resnet56.safetensors"))
+    dense = sum(t.numel() * t.element_size() for t in state.values())
+    for tensor in state.values():
+        if tensor.dim() > 1:
+            tensor[tensor.abs() < tensor.abs().flatten().sort().values[int(0.95 * tensor.numel())]] = 0
+    path = sparsity.save(state, tmp_path / "m.gps")
+    assert dense / path.stat().st_size > 10
+    found = sparsity.load(path)
+    assert set(found) == set(state) and all(torch.equal(found[k], v) for k, v in state.items())
 
 
 def test_float16_rounds_matrices_only(tmp_path: Path) -> None:

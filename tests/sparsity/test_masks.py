@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +142,12 @@ def test_structured_pruning_takes_what_was_made_permanent() -> None:
     assert graphprune.plan(model, x, 0.5).empty
     small = graphprune.prune(sparsity.make_permanent(model), x, 0.5)
     assert small[0].weight.shape == (10, 12) and 0 < (small[0].weight == 0).sum() < 120
+
+
+def test_masked_models_are_exported_and_counted(tmp_path: Path) -> None:
+    model, x = sparsity.magnitude(cnn(), 0.5).eval(), torch.randn(1, 3, 6, 6)
+    graphprune.export_onnx(model, x, tmp_path / "masked.onnx")  # with its parity check
+    assert graphprune.count(model, x).macs == graphprune.count(cnn().eval(), x).macs
 
 
 def test_set_masks_reads_names_and_refuses_others() -> None:
