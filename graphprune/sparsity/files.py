@@ -97,7 +97,6 @@ def load(
     state = PlainState.of(model)
     _check_fit(file, state)
     found = _decoded(file)
-    state.write({name: tensor for name, (tensor, _) in found.items()})
     wanted = {name: mask for name, (_, mask) in found.items() if mask is not None and masks}
     work = []
     for name, weight in state.weights.items():
@@ -105,7 +104,8 @@ def load(
             work.append((weight, wanted[name]))
         elif weight.mask is not None:
             work.append((weight, torch.ones_like(weight.mask)))
-    put_in_force(work)
+    put_in_force(work)  # what can fail comes first
+    state.write({name: tensor for name, (tensor, _) in found.items()})
     return model
 
 
