@@ -7,6 +7,7 @@ graphprune.benchmark({"dense": model, "small": small}, example_input)
 
 from . import sparsity
 from ._version import __version__
+from .allocation import Budget
 from .counting import Count, LayerCount, count
 from .dependency import DependencyGraph, Frozen, Group, Member, trace
 from .deploy import benchmark, export_onnx
@@ -15,12 +16,14 @@ from .engine import plan, prune
 from .errors import GraphPruneError
 from .importance import criterion
 from .plans import Plan
+from .recovery import Recovery, recover
 from .rules import rule
 from .surgery import fold_conv_bn
 from .verification import VerificationReport, verify
 
 __all__ = [
     "Blocker",
+    "Budget",
     "Count",
     "DependencyGraph",
     "Doctor",
@@ -31,6 +34,7 @@ __all__ = [
     "Member",
     "Plan",
     "Prunable",
+    "Recovery",
     "VerificationReport",
     "__version__",
     "benchmark",
@@ -41,6 +45,7 @@ __all__ = [
     "fold_conv_bn",
     "plan",
     "prune",
+    "recover",
     "rule",
     "sparsity",
     "trace",

@@ -156,7 +156,9 @@ def count(model: nn.Module, example_input: Any) -> Count:
 
 
 def macs_of(node: fx.Node) -> int | None:
-    """Multiply-accumulates of one recorded call, None for calls of operators that are not counted."""
+    """Multiply-accumulates of one recorded call; None for what does no such arithmetic, or in a way not counted."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return None
     namespace, _, name = _operator_name(node).partition("::")
     rule = _RULES.get(name) if namespace in ("aten", "torchvision") else None
     return None if rule is None else rule(_Call(node))
@@ -327,4 +329,4 @@ _RULES: dict[str, Callable[[_Call], int]] = {
     **dict.fromkeys(_ATTENTIONS, _attention),
 }
 
-__all__ = ["Count", "LayerCount", "count"]
+__all__ = ["Count", "LayerCount", "count", "macs_of"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ._version import __version__
-from .allocation import Allocation, Settings, allocate, ignored_positions
+from .allocation import Allocation, Budget, Limit, Settings, allocate, ignored_positions, make_limits
+from .calibration import Calibration
+from .calibration.source import CalibrationSource
 from .dependency import DependencyGraph, Frozen, Group, Reason
 from .dependency.graph import trace
 from .dependency.sizes import Conflict, Resolution, SizeSolver, gone_on_axis, positions_of
@@ -19,6 +22,8 @@ from .dependency.temperature import Rescale, rescales
 from .errors import GraphPruneError
 from .importance import BatchNormLink, Criterion, ImportanceContext, normalise, resolve_criterion
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
+from .recovery import check_method
+from .recovery import recover as recover_accuracy
 from .rewriting import Rewrite, Rewriter, check_output
 from .surgery import Fold, effective_folds, fold_names, folded_tensors
 from .tracing.names import all_modules, named_tensors
@@ -33,7 +38,7 @@ _MAX_ROUNDS = 400
 def plan(
     model: nn.Module,
     example_input: Any,
-    ratio: float | Mapping[str, float] = 0.5,
+    ratio: float | Mapping[str, float] | None = None,
     *,
     ignore: Iterable[nn.Module | str] | nn.Module | str = (),
     scope: str = "local",
@@ -44,11 +49,19 @@ def plan(
     fold_bn: bool = True,
     seed: int = 0,
     output: str = "module",
+    budget: Budget | None = None,
+    max_ratio: float = 1.0,
+    data: Any = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
 ) -> Plan:
     """Decide what to remove from `model`, without changing it.
 
     - `ratio`: fraction of each group's channels to remove, in [0, 1). A number, or a dict from module names,
       parameter names or patterns (`"layer3.*"`) to numbers; the longest match wins and what matches nothing stays.
+      Default 0.5, unless there is a budget.
+    - `budget`: instead of a ratio, a `graphprune.Budget` for the whole network, such as `Budget(macs=0.5)`; the widths
+      of the groups are chosen so that the least importance is lost for it.
+    - `max_ratio`: the largest fraction that any group may lose, in (0, 1]. Default 1: all units but one.
     - `ignore`: modules, names or patterns whose outputs stay. The network's inputs and outputs always stay.
     - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
       structure (Fang et al., ECCV 2024).
@@ -59,6 +72,8 @@ def plan(
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
       while importance still sees the folded, effective filters.
     - `seed`: for the criterion "random".
+    - `data`: calibration batches for criteria that need them: a DataLoader or a list that yields inputs, or (inputs,
+      targets) for those that need a loss. `loss_fn(output, targets)`: that loss, a scalar.
     - `output`: what happens where a size written in the user's code blocks. "module" (default): those channels stay,
       and the plan names the line. "hybrid": the smallest module whose own code blocks is replaced by a
       `torch.fx.GraphModule` of its recorded calls, sizes rewritten; everything else keeps its class. "graph": the whole
@@ -70,8 +85,16 @@ def plan(
     Raises GraphPruneError for arguments out of range, unknown names, weights that are NaN, and models that fail on the
     example input. A model with nothing to prune gives a plan that removes nothing and says why, axis by axis.
     """
-    settings = Settings(ratio, scope, round_to, min_channels, granularity)
-    return _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output)[1]
+    settings = Settings.of(
+        ratio,
+        budget,
+        scope=scope,
+        round_to=round_to,
+        min_channels=min_channels,
+        granularity=granularity,
+        max_ratio=max_ratio,
+    )
+    return _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn)[1]
 
 
 def _decide(
@@ -83,19 +106,25 @@ def _decide(
     fold_bn: bool,
     seed: int,
     output: str,
+    data: Any,
+    loss_fn: Callable[[Any, Any], Any] | None,
 ) -> tuple[DependencyGraph, Plan]:
     """The graph and the plan made from it. Arguments are checked before the model runs."""
     settings.check()
     check_output(output)
     chosen = resolve_criterion(criterion)
+    chosen.check_data(data, loss_fn)
     with paused_collector():
+        source = CalibrationSource.of(model, example_input, data, loss_fn)
         if output == "module":
             graph = trace(model, example_input)
-            return graph, plan_from_graph(model, graph, settings, chosen, ignore=ignore, fold_bn=fold_bn, seed=seed)
+            made = _plan_once(model, graph, settings, chosen, ignore, fold_bn, seed, source, None)
+            assert made is not None
+            return graph, made
         rewriter = Rewriter(model, example_input, output)
         while True:  # every round rewrites one module more, or gives one up
             graph = rewriter.graph()
-            found = _plan_once(model, graph, settings, chosen, ignore, fold_bn, seed, rewriter)
+            found = _plan_once(model, graph, settings, chosen, ignore, fold_bn, seed, source, rewriter)
             if found is not None:
                 return graph, dataclasses.replace(found, output=output)
 
@@ -109,9 +138,10 @@ def plan_from_graph(
     ignore: Iterable[nn.Module | str] | nn.Module | str = (),
     fold_bn: bool = True,
     seed: int = 0,
+    source: CalibrationSource | None = None,
 ) -> Plan:
     """`plan` for a model that is traced already. The graph is narrowed by what turns out to be blocked."""
-    found = _plan_once(model, graph, settings, criterion, ignore, fold_bn, seed, None)
+    found = _plan_once(model, graph, settings, criterion, ignore, fold_bn, seed, source, None)
     assert found is not None
     return found
 
@@ -124,6 +154,7 @@ def _plan_once(
     ignore: Iterable[nn.Module | str] | nn.Module | str,
     fold_bn: bool,
     seed: int,
+    source: CalibrationSource | None,
     rewriter: Rewriter | None,
 ) -> Plan | None:
     """The plan on this graph; None where the rewriter has changed its choice of modules, and with it the graph."""
@@ -132,9 +163,12 @@ def _plan_once(
         graph.freeze_many(held)
     effective = effective_folds(model, graph.trace)
     folds = [fold for fold, replaceable in effective if replaceable]
-    normalised = settings.scope != "local" and not criterion.comparable
-    scorer = _Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised)
-    settled = _settle(graph, settings, scorer, rewriter)
+    normalised = (settings.scope != "local" or settings.budget is not None) and not criterion.comparable
+    calibration = None if source is None else source.calibration(model, folds)
+    scorer = _Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised, calibration)
+    kept_folds = folds if fold_bn else []
+    limits = functools.partial(make_limits, settings.budget, graph, model, kept_folds)
+    settled = _settle(graph, settings, scorer, limits, rewriter)
     if settled is None:
         return None
     allocation, resolution, factors = settled
@@ -143,14 +177,22 @@ def _plan_once(
         rewrites = rewriter.rewrites(graph, allocation.gone, resolution.attributes)
     if rewrites is None:
         return None
-    found = _assemble(model, graph, allocation, resolution, factors, folds if fold_bn else [])
+    found = _assemble(model, graph, allocation, resolution, factors, kept_folds)
     return dataclasses.replace(found, rewrites=rewrites)
 
 
 class _Scorer:
     """Scores of groups, computed once per set of members even when groups are rebuilt."""
 
-    def __init__(self, model: nn.Module, folds: list[Fold], criterion: Criterion, seed: int, normalised: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        folds: list[Fold],
+        criterion: Criterion,
+        seed: int,
+        normalised: bool,
+        calibration: Calibration | None,
+    ) -> None:
         tensors = {n: t.detach() for n, t in named_tensors(model).items()}
         self.meta = any(t.is_meta for t in tensors.values())
         links = {}
@@ -161,7 +203,7 @@ class _Scorer:
                 norm = modules[fold.batch_norm]
                 if isinstance(norm.weight, Tensor):
                     links[fold_names(fold)[0]] = BatchNormLink(norm.weight.detach(), fold.axis, fold.batch_norm)
-        self.context = ImportanceContext(model, tensors, bn=links, seed=seed)
+        self.context = ImportanceContext(model, tensors, bn=links, seed=seed, calibration=calibration)
         self.criterion = criterion
         self.normalised = normalised
         self.cache: dict[tuple[Any, ...], np.ndarray] = {}
@@ -181,7 +223,11 @@ class _Scorer:
 
 
 def _settle(
-    graph: DependencyGraph, settings: Settings, scorer: _Scorer, rewriter: Rewriter | None
+    graph: DependencyGraph,
+    settings: Settings,
+    scorer: _Scorer,
+    limits: Callable[[], list[Limit]],
+    rewriter: Rewriter | None,
 ) -> tuple[Allocation, Resolution, list[Rescale]] | None:
     """Allocate, check every size in the user's code, adjust or hold what does not come out right, and repeat.
 
@@ -189,7 +235,7 @@ def _settle(
     forced: dict[int, int] = {}
     tried: set[tuple[int, int]] = set()
     for _ in range(_MAX_ROUNDS):
-        allocation = allocate(graph, scorer(graph), settings, _by_index(graph, forced))
+        allocation = allocate(graph, scorer(graph), settings, _by_index(graph, forced), limits())
         solver = SizeSolver(graph.analysis, allocation.gone)
         resolution = solver.resolve()
         factors, blocked = rescales(graph.analysis, solver)
@@ -321,7 +367,7 @@ def _expected(frozen: Frozen) -> bool:
 def prune(
     model: nn.Module,
     example_input: Any,
-    ratio: float | Mapping[str, float] = 0.5,
+    ratio: float | Mapping[str, float] | None = None,
     *,
     verify: bool = True,
     ignore: Iterable[nn.Module | str] | nn.Module | str = (),
@@ -333,6 +379,11 @@ def prune(
     fold_bn: bool = True,
     seed: int = 0,
     output: str = "module",
+    budget: Budget | None = None,
+    max_ratio: float = 1.0,
+    data: Any = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    recover: str | None = None,
 ) -> nn.Module:
     """A physically smaller copy of `model`; the model itself is not touched.
 
@@ -340,17 +391,31 @@ def prune(
     `plan`. Verification costs four forward passes and two copies of the model; it raises GraphPruneError if the pruned
     network is not what the plan says.
 
+    `recover`: None (default), "mean", "batchnorm" or "least_squares": repair what was lost from the inputs in `data`,
+    without labels or training, after verification; see `graphprune.recover`.
+
     >>> import torch, graphprune
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
     >>> small = graphprune.prune(net, torch.randn(1, 3, 8, 8), 0.5)
     >>> small[0].weight.shape, small[2].weight.shape
     (torch.Size([4, 3, 3, 3]), torch.Size([4, 4, 3, 3]))
     """
-    settings = Settings(ratio, scope, round_to, min_channels, granularity)
-    graph, decided = _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output)
+    settings = Settings.of(
+        ratio,
+        budget,
+        scope=scope,
+        round_to=round_to,
+        min_channels=min_channels,
+        granularity=granularity,
+        max_ratio=max_ratio,
+    )
+    check_method(recover, data)
+    graph, decided = _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn)
     with paused_collector():
         small = decided.apply(model)
     if verify:
         report = run_verification(model, small, decided, example_input, graph=graph)
         report.raise_on_failure()
+    if recover is not None:
+        small = recover_accuracy(model, decided, example_input, data, recover).model
     return small

@@ -1,6 +1,21 @@
 """How many units of each group stay, and which."""
 
 from .allocate import Allocation, Settings, allocate
+from .budget import Budget, Limit
+from .costs import CostModel, mac_costs, parameter_costs
+from .limits import make_limits
 from .selection import ignored_positions, matching_ratios
 
-__all__ = ["Allocation", "Settings", "allocate", "ignored_positions", "matching_ratios"]
+__all__ = [
+    "Allocation",
+    "Budget",
+    "CostModel",
+    "Limit",
+    "Settings",
+    "allocate",
+    "ignored_positions",
+    "mac_costs",
+    "make_limits",
+    "matching_ratios",
+    "parameter_costs",
+]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ..dependency import DependencyGraph
 from ..errors import GraphPruneError
+from .budget import Budget, Limit, Widths
 from .selection import chosen_groups, matching_ratios
 
 Floats = npt.NDArray[np.float64]
@@ -28,6 +30,17 @@ class Settings:
     round_to: int = 1
     min_channels: int = 1
     granularity: str | Sequence[str] = "auto"
+    budget: Budget | None = None
+    max_ratio: float = 1.0
+
+    @classmethod
+    def of(cls, ratio: float | Mapping[str, float] | None, budget: Budget | None, **others: Any) -> Settings:
+        """From the public arguments, of which `ratio` and `budget` exclude each other; without both, half goes."""
+        if budget is not None and not isinstance(budget, Budget):
+            raise GraphPruneError(f"budget: expected a graphprune.Budget, got {type(budget).__name__}")
+        if budget is not None and ratio is not None:
+            raise GraphPruneError("ratio and budget exclude each other: a budget decides how much of each group stays")
+        return cls(0.5 if ratio is None else ratio, budget=budget, **others)
 
     def check(self) -> None:
         if self.scope not in SCOPES:
@@ -35,6 +48,15 @@ class Settings:
         for name, value in (("round_to", self.round_to), ("min_channels", self.min_channels)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise GraphPruneError(f"{name}: expected an integer of at least 1, got {value!r}")
+        limit = self.max_ratio
+        if isinstance(limit, bool) or not isinstance(limit, (int, float, np.floating)) or not 0 < limit <= 1:
+            raise GraphPruneError(
+                f"max_ratio: expected the largest fraction that a group may lose, in (0, 1], got {limit!r}"
+            )
+
+    def floor(self, size: int) -> int:
+        """The least number of `size` units that must stay."""
+        return min(size, max(1, math.ceil(size * (1 - self.max_ratio) - 1e-9)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +74,102 @@ class _Cell:
     group: int
     units: npt.NDArray[np.int64]
     keep: int = 0
+    floor: int = 1
 
 
 def allocate(
-    graph: DependencyGraph, scores: Mapping[int, Floats], settings: Settings, forced: Mapping[int, int] | None = None
+    graph: DependencyGraph,
+    scores: Mapping[int, Floats],
+    settings: Settings,
+    forced: Mapping[int, int] | None = None,
+    limits: Sequence[Limit] = (),
 ) -> Allocation:
     """Decide what goes. `scores[g]` holds one score per unit of group g (higher stays; on one scale for
-    all groups unless the scope is local); `forced[g]` fixes how many units of a group stay."""
+    all groups unless the scope is local); `forced[g]` fixes how many units of a group stay. With `limits`, widths are
+    chosen so that these costs are kept, and ratios are not looked at.
+
+    Raises GraphPruneError for limits that cannot be met."""
     forced = forced or {}
     chosen = chosen_groups(graph, settings.granularity)
+    if limits:
+        return _within(graph, scores, settings, forced, limits, chosen)
     ratios = [r if c else 0.0 for r, c in zip(matching_ratios(settings.ratio, graph), chosen, strict=True)]
     wanted = _keep_per_group(graph, scores, ratios, settings)
+    return _allocation(graph, scores, settings, forced, wanted, ratios)
+
+
+def _allocation(
+    graph: DependencyGraph,
+    scores: Mapping[int, Floats],
+    settings: Settings,
+    forced: Mapping[int, int],
+    wanted: Sequence[int],
+    ratios: Sequence[float] | None,
+) -> Allocation:
+    """The allocation nearest to the wanted widths that obeys the equal-count constraints."""
     cells, constraints = _cells(graph)
     for cell in cells:
         size = graph.groups[cell.group].size
         keep = forced.get(cell.group, wanted[cell.group])
-        cell.keep = _share(cell, keep, size, settings, ratios[cell.group], cell.group in forced)
+        exact = ratios is None or cell.group in forced
+        cell.keep = _share(cell, keep, size, settings, 0.0 if ratios is None else ratios[cell.group], exact)
+        if cell.group not in forced:
+            cell.floor = settings.floor(len(cell.units))
+            cell.keep = max(cell.keep, cell.floor)
     _equalise(cells, constraints)
     return _select(graph, scores, cells)
+
+
+# The widths are chosen for a scaled limit and then changed by the constraints of the code. Rounds in which the scale is
+# searched, how much of the limit used is near enough, and the scale from which on raising it changes nothing.
+_ROUNDS, _NEAR, _FREE = 24, 0.995, 4.0
+
+
+def _within(
+    graph: DependencyGraph,
+    scores: Mapping[int, Floats],
+    settings: Settings,
+    forced: Mapping[int, int],
+    limits: Sequence[Limit],
+    chosen: Sequence[bool],
+) -> Allocation:
+    """Widths within the limits: what equal counts and shared indices add is found out exactly, and taken off."""
+    groups = graph.groups
+    floors, ceilings = [], []
+    for group in groups:
+        least = max(settings.floor(group.size), min(settings.min_channels, group.size))
+        least = min(group.size, -(-least // settings.round_to) * settings.round_to)
+        ceilings.append(forced.get(group.index, group.size))
+        floors.append(least if chosen[group.index] and group.index not in forced else ceilings[-1])
+    widths = Widths([scores[g.index] for g in groups], floors, ceilings, settings.round_to)
+    best: tuple[float, Allocation] | None = None
+    scale, fits, exceeds = 1.0, 0.0, math.inf
+    for _ in range(_ROUNDS):
+        try:
+            wanted = widths.choose(limits, scale)
+        except GraphPruneError:
+            if best is None and scale >= 1:
+                raise  # not even the floors fit
+            fits, scale = max(fits, scale), (scale + min(exceeds, _FREE)) / 2
+            continue
+        made = _allocation(graph, scores, settings, forced, wanted.tolist(), None)
+        used = max(limit.cost.exact(made.gone) / limit.most for limit in limits)
+        if used <= 1:
+            fits = scale
+            if best is None or used > best[0]:
+                best = (used, made)
+            if used >= _NEAR or scale >= _FREE:
+                break
+        else:
+            exceeds = scale
+        scale = min(scale / used, _FREE) if fits == 0 or math.isinf(exceeds) else (fits + exceeds) / 2
+    if best is None:
+        names = " and ".join(limit.name for limit in limits)
+        raise GraphPruneError(
+            f"budget: no widths were found that keep {names} within the budget and obey the equal-count constraints of "
+            f"this model; raise the budget or lower min_channels"
+        )
+    return best[1]
 
 
 def nearest(value: float) -> int:
@@ -81,7 +181,7 @@ def _round(keep: int, size: int, settings: Settings) -> int:
     step = settings.round_to
     if step > 1 and keep < size:
         keep = min(size, max(step, nearest(keep / step) * step))
-    return max(min(settings.min_channels, size), keep)
+    return max(min(settings.min_channels, size), settings.floor(size), keep)
 
 
 def _keep_per_group(
@@ -203,6 +303,7 @@ def _solve(cells: list[_Cell], system: list[list[_Block]]) -> None:
     n = len(members)
     target = np.array([cells[c].keep for c in members], float)
     size = np.array([len(cells[c].units) for c in members], float)
+    floor = np.array([cells[c].floor for c in members], float)
     if all(abs(np.dot(row[:n], target) - r) < 0.5 for row, r in zip(rows, right, strict=True)):
         return
     # minimise sum |keep - target| / size with keep integer: deviation variables bound the difference from both sides
@@ -216,7 +317,7 @@ def _solve(cells: list[_Cell], system: list[list[_Block]]) -> None:
             LinearConstraint(distance, -np.inf, np.concatenate([target, -target])),
         ],
         integrality=np.concatenate([np.ones(n), np.zeros(n)]),
-        bounds=Bounds(np.concatenate([np.ones(n), np.zeros(n)]), np.concatenate([size, np.full(n, np.inf)])),
+        bounds=Bounds(np.concatenate([floor, np.zeros(n)]), np.concatenate([size, np.full(n, np.inf)])),
     )
     keep = np.round(result.x[:n]) if result.x is not None else size
     for c, k in zip(members, keep, strict=True):

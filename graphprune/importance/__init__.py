@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import batchnorm, chance, geometric, magnitude  # noqa: F401  (importing them registers their criteria)
+from . import batchnorm, chance, geometric, magnitude, reconstruction  # noqa: F401  (importing them registers their criteria)
 from .context import BatchNormLink, ImportanceContext
 from .registry import Criterion, criterion, known_criteria, normalise, resolve_criterion
 

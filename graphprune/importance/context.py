@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..calibration import Calibration
 from ..dependency.groups import Group, Member, Role
 from ..errors import GraphPruneError
 
@@ -59,6 +60,7 @@ class ImportanceContext:
     example with Conv-BN folded in). A member whose name is missing here has no value and is skipped.
     `bn`: parameter name -> BatchNorm scale folded into that parameter. Default none.
     `seed`: non-negative; only `generator` uses it. Default 0.
+    `calibration`: what data say about the network with these tensors, for criteria that need it. Default none.
 
     Raises GraphPruneError for a seed that is not a non-negative integer, and from the reading methods for a tensor
     on the meta device, which has no values.
@@ -71,6 +73,7 @@ class ImportanceContext:
         *,
         bn: Mapping[str, BatchNormLink] | None = None,
         seed: int = 0,
+        calibration: Calibration | None = None,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
             raise GraphPruneError(f"seed: expected a non-negative integer, got {seed!r}")
@@ -78,6 +81,7 @@ class ImportanceContext:
         self.tensors = tensors
         self.bn: Mapping[str, BatchNormLink] = {} if bn is None else bn
         self.seed = int(seed)
+        self._calibration = calibration
         self._power_sums: dict[tuple[str, int, float], Floats] = {}
 
     # Members and their values
@@ -182,6 +186,13 @@ class ImportanceContext:
     def modules(self) -> Mapping[str, nn.Module]:
         """Every module of the model by name, also under the second name of a shared one."""
         return dict(self.model.named_modules(remove_duplicate=False))
+
+    @property
+    def calibration(self) -> Calibration:
+        """What data say. Raises GraphPruneError, naming `data`, where none were passed."""
+        if self._calibration is None:
+            raise GraphPruneError("this criterion needs data: pass data=, a loader or list of batches")
+        return self._calibration
 
     def generator(self, group: Group) -> np.random.Generator:
         """Random numbers that depend on the seed and the group's index alone, not on what was drawn before."""

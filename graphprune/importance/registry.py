@@ -20,6 +20,7 @@ from .context import Floats, ImportanceContext
 CriterionFunction = Callable[[ImportanceContext, Group], Any]
 _F = TypeVar("_F", bound=CriterionFunction)
 How = Literal["mean", "max", "sum"]
+Needs = Literal["inputs", "loss"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +28,27 @@ class Criterion:
     """A named function from a group to one score per unit; the higher, the rather the unit is kept.
 
     `comparable`: the scores of different groups are on one scale as they are, so that ranking across groups
-    should use them raw; otherwise `normalise` them first.
+    should use them raw; otherwise `normalise` them first. `needs`: "inputs" or "loss" where the function reads
+    `context.calibration`, which is there only if the caller passed data (and a loss function).
     """
 
     name: str
     function: CriterionFunction
     comparable: bool = False
+    needs: Needs = None
+
+    def check_data(self, data: Any, loss_fn: Any) -> None:
+        """Raise GraphPruneError, naming the missing argument, unless what the criterion needs was passed."""
+        if self.needs is not None and data is None:
+            pairs = "(inputs, targets)" if self.needs == "loss" else "inputs"
+            raise GraphPruneError(
+                f"criterion '{self.name}' needs data: pass data=, a loader or list of batches that yields {pairs}"
+            )
+        if self.needs == "loss" and not callable(loss_fn):
+            raise GraphPruneError(
+                f"criterion '{self.name}' needs a loss: pass loss_fn=, a function (output, targets) -> scalar, such as "
+                f"torch.nn.functional.cross_entropy"
+            )
 
     def __call__(self, context: ImportanceContext, group: Group) -> Floats:
         """Scores of the group's units: float64, shape (group.size,), finite. Runs without recording gradients.
@@ -79,12 +95,12 @@ class Criterion:
 _REGISTRY: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, comparable: bool = False) -> Callable[[_F], _F]:
+def criterion(name: str, *, comparable: bool = False, needs: Needs = None) -> Callable[[_F], _F]:
     """Register a function `(context, group) -> scores` under `name`, for `prune(..., criterion=name)`.
 
     The function returns anything array-like of shape (group.size,); the higher a score, the rather its unit is kept.
-    `comparable`: see `Criterion`. The function itself is returned unchanged. Defining the same function again (in
-    a notebook) replaces it; another function under a taken name raises GraphPruneError.
+    `comparable`, `needs`: see `Criterion`. The function itself is returned unchanged. Defining the same function
+    again (in a notebook) replaces it; another function under a taken name raises GraphPruneError.
     """
     if not isinstance(name, str) or not name.strip():
         raise GraphPruneError(f"criterion: expected a name, got {name!r}; write @criterion(\"name\")")
@@ -95,7 +111,7 @@ def criterion(name: str, *, comparable: bool = False) -> Callable[[_F], _F]:
             raise GraphPruneError(
                 f"criterion '{name}' is already registered by {'.'.join(_origin(taken.function))}: choose another name"
             )
-        _REGISTRY[name] = Criterion(name, function, comparable)
+        _REGISTRY[name] = Criterion(name, function, comparable, needs)
         return function
 
     return register

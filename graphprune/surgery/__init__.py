@@ -2,10 +2,11 @@
 
 from .copying import clone_with
 from .cutting import operate
-from .folding import Fold, effective_folds, find_folds, fold_conv_bn, fold_names, folded_tensors
+from .folding import Fold, apply_folds, effective_folds, find_folds, fold_conv_bn, fold_names, folded_tensors
 
 __all__ = [
     "Fold",
+    "apply_folds",
     "clone_with",
     "effective_folds",
     "find_folds",

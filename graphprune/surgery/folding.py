@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -186,5 +187,10 @@ def fold_conv_bn(model: nn.Module, example_input: Any) -> nn.Module:
 
     Raises GraphPruneError when the model fails on the example input.
     """
-    folds = find_folds(model, record_run(model, example_input))
-    return clone_with(model, folded_tensors(model, folds), {fold.batch_norm: nn.Identity() for fold in folds})
+    return apply_folds(model, find_folds(model, record_run(model, example_input)))
+
+
+def apply_folds(model: nn.Module, folds: Sequence[Fold]) -> nn.Module:
+    """A copy of `model` with these batch norms merged into their layers."""
+    folded = folded_tensors(model, list(folds))
+    return clone_with(model, folded, {fold.batch_norm: nn.Identity() for fold in folds})

@@ -1,0 +1,37 @@
+"""What a budget limits, for the groups of one network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from ..dependency import DependencyGraph
+from ..surgery import Fold
+from .budget import Budget, Limit
+from .costs import CostModel, mac_costs, parameter_costs
+
+
+def make_limits(
+    budget: Budget | None, graph: DependencyGraph, model: nn.Module, folds: Sequence[Fold]
+) -> list[Limit]:
+    """The limits of `budget` (none without one); a fraction is of what `model` has before anything is done to it.
+
+    `folds`: batch norms that the pruned network will not have. Groups are rebuilt when axes freeze, and limits with
+    them.
+    """
+    if budget is None:
+        return []
+    makers: dict[str, Callable[[], tuple[CostModel, float]]] = {
+        "macs": lambda: _with_full(mac_costs(graph)),
+        "params": lambda: (parameter_costs(graph, model, folds), float(sum(p.numel() for p in model.parameters()))),
+    }
+    out = []
+    for name, value in budget.limits().items():
+        cost, dense = makers[name]()
+        out.append(Limit(name, cost, value * dense if value <= 1 else float(value)))
+    return out
+
+
+def _with_full(cost: CostModel) -> tuple[CostModel, float]:
+    return cost, cost.full

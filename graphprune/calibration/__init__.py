@@ -1,0 +1,9 @@
+"""What real inputs say: calibration batches, the layers that read channels, and second moments of what they read."""
+
+from .data import CalibrationData
+from .layers import Reader, find_readers
+from .moments import Moments, rows_of
+from .observe import Call, observe
+from .statistics import Calibration
+
+__all__ = ["Calibration", "CalibrationData", "Call", "Moments", "Reader", "find_readers", "observe", "rows_of"]

@@ -1,0 +1,126 @@
+"""Second moments of what a layer reads, and of what it should make of it, gathered batch by batch."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .layers import Reader
+from .observe import Call
+
+# Positions (pixels, tokens) looked at per sample; neighbouring ones say nearly the same.
+POSITIONS = 256
+
+
+class Moments:
+    """Sums of z z^T and z y^T over rows, z = (x, 1): all that least squares needs, whatever the number of rows.
+
+    One problem per group of the layer: `gram` (groups, features + 1, features + 1), `cross` (groups, features + 1,
+    outputs), `energy` (groups, outputs) the sums of y^2, in float64. `rows` counts rows, `samples` samples.
+    """
+
+    def __init__(self, groups: int, features: int, outputs: int, device: torch.device | None = None) -> None:
+        self.gram = torch.zeros(groups, features + 1, features + 1, dtype=torch.float64, device=device)
+        self.cross = torch.zeros(groups, features + 1, outputs, dtype=torch.float64, device=device)
+        self.energy = torch.zeros(groups, outputs, dtype=torch.float64, device=device)
+        self.rows = 0
+        self.samples = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Rows x (groups, n, features) and targets y (groups, n, outputs). Products of one batch are taken in its own
+        precision (float32 at least), sums over batches in float64."""
+        kind = torch.promote_types(x.dtype, torch.float32)
+        x, y = x.to(kind), y.to(kind)
+        z = torch.cat([x, x.new_ones(x.shape[0], x.shape[1], 1)], 2)
+        self.gram += z.mT @ z
+        self.cross += z.mT @ y
+        self.energy += y.double().square().sum(1)
+        self.rows += x.shape[1]
+
+    @staticmethod
+    def bytes_needed(groups: int, features: int, outputs: int) -> int:
+        """Memory of one object."""
+        return 8 * groups * (features + 1) * (features + 1 + outputs)
+
+    @property
+    def variance(self) -> Tensor:
+        """Mean of y^2 minus its squared mean, (groups, outputs)."""
+        mean = self.cross[:, -1] / max(self.rows, 1)
+        return (self.energy / max(self.rows, 1) - mean.square()).clamp_min(0)
+
+
+def rows_of(
+    reader: Reader, call: Call, y: Tensor | None, weight: Tensor, first_sample: int
+) -> tuple[Tensor, Tensor]:
+    """What a call read and the wanted results, row by row: x (groups, n, features), y (groups, n, outputs); without
+    `y`, outputs is 0.
+
+    Features are in the order of the flattened weight of one output: channels, then kernel positions. At most
+    `POSITIONS` positions of a sample are taken, spread evenly and differently for every sample (`first_sample` is the
+    number of the batch's first one), so that cutting the data into other batches gives the same rows.
+    """
+    assert call.x is not None
+    if reader.convolution:
+        return _patches(reader, call, y, weight, first_sample)
+    x = call.x
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    y = x.new_empty(*x.shape[:2], 0) if y is None else y.reshape(x.shape[0], -1, y.shape[-1])
+    if x.shape[1] > POSITIONS:
+        picked = _positions(x.shape[0], x.shape[1], first_sample, x.device)
+        sample = torch.arange(x.shape[0], device=x.device)[:, None]
+        x, y = x[sample, picked], y[sample, picked]
+    return x.flatten(0, 1)[None], y.flatten(0, 1)[None]
+
+
+def _positions(samples: int, count: int, first: int, device: torch.device) -> Tensor:
+    """`POSITIONS` different positions below `count` for each sample: steps of the golden section, shifted."""
+    step = max(1, round(count * 0.6180339887498949))
+    while math.gcd(step, count) != 1:
+        step += 1
+    start = torch.arange(first, first + samples, device=device) * 7919
+    return (start[:, None] + torch.arange(min(POSITIONS, count), device=device) * step) % count
+
+
+def _patches(
+    reader: Reader, call: Call, y: Tensor | None, weight: Tensor, first_sample: int
+) -> tuple[Tensor, Tensor]:
+    x = call.x
+    assert x is not None and call.geometry is not None
+    stride, padding, dilation = call.geometry
+    kernel = weight.shape[2:]
+    dims = len(kernel)
+    if x.dim() == dims + 1:  # a single sample without batch axis
+        x, y = x[None], None if y is None else y[None]
+    x = F.pad(x, _padding(padding, kernel, dilation))
+    for axis in range(dims):
+        x = x.unfold(2 + axis, (kernel[axis] - 1) * dilation[axis] + 1, stride[axis])
+    for axis in range(dims):  # now (N, C, out..., kernel...)
+        x = x[(slice(None),) * (2 + dims + axis) + (slice(None, None, dilation[axis]),)]
+    sites = x.shape[2 : 2 + dims]
+    picked = _positions(x.shape[0], math.prod(sites), first_sample, x.device)
+    where = torch.unravel_index(picked, sites)
+    sample = torch.arange(x.shape[0], device=x.device)[:, None]
+    index: tuple[Any, ...] = (sample, slice(None), *where)
+    x = x[index]  # (N, n, C, kernel...)
+    rows = x.shape[0] * x.shape[1]
+    x = x.reshape(rows, reader.groups, -1).transpose(0, 1)
+    if y is None:
+        return x, x.new_empty(*x.shape[:2], 0)
+    return x, y[index].reshape(rows, reader.groups, -1).transpose(0, 1)
+
+
+def _padding(padding: tuple[int, ...] | str, kernel: torch.Size, dilation: tuple[int, ...]) -> list[int]:
+    """What F.pad wants: last axis first, both sides."""
+    if padding == "valid":
+        return [0] * (2 * len(kernel))
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        sides = [(t // 2, t - t // 2) for t in totals]
+    else:
+        sides = [(int(p), int(p)) for p in padding]
+    return list(itertools.chain.from_iterable(reversed(sides)))

@@ -1,0 +1,139 @@
+"""Worth by what the layers that read a channel would lose: "reconstruction"."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..calibration import Moments
+from ..dependency.groups import Group, Member
+from .context import Floats, ImportanceContext
+from .magnitude import mean_norm
+from .registry import criterion
+
+# Ridge on the inputs' covariance, times its mean diagonal.
+RIDGE = 1e-3
+# Of the units left, one in so many goes per step: one at a time in groups up to this size, several in larger ones.
+_SHARE = 128
+
+
+@dataclasses.dataclass
+class Problem:
+    """One reader of a group: covariance of its inputs, its weights, and which inputs each unit stands for.
+
+    `covariance`: (problems, features, features), centred, per row, ridge included; `weights` (problems, features,
+    outputs); `features` (units, k); `energy`: variance of the results, summed over problems and outputs.
+    """
+
+    covariance: Tensor
+    weights: Tensor
+    features: Tensor
+    energy: float
+
+
+@criterion("reconstruction", comparable=True, needs="inputs")
+def reconstruction(context: ImportanceContext, group: Group) -> Floats:
+    """Squared error that the layers which read the channels cannot make up for, as they lose one unit after the other.
+
+    Optimal brain surgeon (Hassibi & Stork, NIPS 1992) with whole units: with H the covariance of a layer's inputs and W
+    its weights, removing unit u and refitting the rest costs tr(W_u' (H^-1)_uu^-1 W_u); the cheapest unit goes, W and
+    H^-1 are updated, and so on until one is left (greedy; in groups of more than 128 units the cheapest 1/128 go
+    together). A unit's score is what its removal added, divided by the variance of the layer's results, summed over the
+    layers, and never less than that of the units before it. Comparable across groups as it is.
+
+    A group that no linear layer or convolution reads (queries and keys) is scored by its share of squared weights.
+    """
+    problems = [p for member in context.members(group, ("in",)) if (p := _problem(context, member)) is not None]
+    if not problems:
+        squares = np.square(mean_norm(context, group, 2))
+        total = float(squares.sum())
+        return squares / total if total > 0 else squares
+    order, costs = eliminate(problems, group.size)
+    return scores_in_order(order, costs)
+
+
+def scores_in_order(order: list[int], costs: list[float]) -> Floats:
+    """One score per unit: its cost, raised so that units which go later never score less, ties included."""
+    rising = np.maximum.accumulate(np.maximum(np.asarray(costs), 0.0))
+    # a tie would be resolved by index, so the order is written into the last digits
+    rising = rising * (1 + 1e-9 * np.arange(len(rising))) + 1e-30 * np.arange(len(rising))
+    scores = np.empty(len(order))
+    scores[order] = rising
+    return scores
+
+
+def _problem(context: ImportanceContext, member: Member) -> Problem | None:
+    calibration = context.calibration
+    reader = calibration.readers.get(member.parameter)
+    if reader is None or not calibration.measurable(member.parameter) or member.axis != reader.in_axis:
+        return None
+    moments = calibration.moments([member.parameter])[0]
+    weight = context.tensors[member.parameter].detach().double()
+    if reader.in_axis == 0:
+        matrix = weight[None]
+    else:
+        matrix = weight.reshape(reader.groups, weight.shape[0] // reader.groups, -1).mT
+    taps = matrix.shape[1] // weight.shape[reader.in_axis]
+    positions = torch.from_numpy(np.ascontiguousarray(member.positions)).to(weight.device)
+    features = (positions[:, :, None] * taps + torch.arange(taps, device=weight.device)).flatten(1)
+    covariance = covariance_of(moments)
+    energy = float((matrix * (covariance @ matrix)).sum())
+    diagonal = covariance.diagonal(dim1=1, dim2=2)
+    ridge = (RIDGE * diagonal.mean(1, keepdim=True)).clamp_min(1e-30).expand_as(diagonal)
+    return Problem(covariance + torch.diag_embed(ridge), matrix, features, max(energy, 1e-30))
+
+
+def covariance_of(moments: Moments) -> Tensor:
+    """Centred second moments of the inputs, (problems, features, features)."""
+    gram = moments.gram / max(moments.rows, 1)
+    mean = gram[:, -1, :-1]
+    return gram[:, :-1, :-1] - mean[:, :, None] * mean[:, None, :]
+
+
+def eliminate(problems: list[Problem], units: int) -> tuple[list[int], list[float]]:
+    """Backward elimination: the units in the order in which they go, and what each removal costs."""
+    states = [(torch.linalg.inv(p.covariance), p.weights.clone(), p) for p in problems]
+    alive = torch.arange(units, device=problems[0].covariance.device)
+    order: list[int] = []
+    costs: list[float] = []
+    while len(alive) > 1:
+        price = torch.zeros(len(alive), dtype=torch.float64, device=alive.device)
+        for inverse, weights, problem in states:
+            price += _prices(inverse, weights, problem.features[alive]) / problem.energy
+        count = max(1, len(alive) // _SHARE)
+        cheapest = price.argsort(stable=True)[:count]
+        going = alive[cheapest]
+        order += going.tolist()
+        costs += price[cheapest].tolist()
+        for i, (inverse, weights, problem) in enumerate(states):
+            states[i] = (*_removed(inverse, weights, problem.features[going].flatten()), problem)
+        left = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
+        left[cheapest] = False
+        alive = alive[left]
+    # what the last unit is worth: everything that is still explained
+    price = sum((_prices(i, w, p.features[alive]) / p.energy for i, w, p in states), torch.zeros(1))
+    return [*order, *alive.tolist()], [*costs, *price.tolist()]
+
+
+def _prices(inverse: Tensor, weights: Tensor, features: Tensor) -> Tensor:
+    """tr(W_u' (H^-1)_uu^-1 W_u) for each row u of `features`, summed over problems."""
+    blocks = inverse[:, features[:, :, None], features[:, None, :]]  # (problems, units, k, k)
+    rows = weights[:, features]  # (problems, units, k, outputs)
+    price: Tensor = (rows * torch.linalg.solve(blocks, rows)).sum((0, 2, 3))
+    return price
+
+
+def _removed(inverse: Tensor, weights: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+    """H^-1 and W after these features went and the others took over. What went is left zero, with a unit diagonal."""
+    columns = inverse[:, :, features]
+    solved = torch.linalg.solve(columns[:, features], columns.mT)  # (problems, k, features)
+    weights = weights - columns @ torch.linalg.solve(columns[:, features], weights[:, features])
+    inverse = inverse - columns @ solved
+    inverse[:, features] = 0
+    inverse[:, :, features] = 0
+    inverse[:, features, features] = 1
+    weights[:, features] = 0
+    return inverse, weights

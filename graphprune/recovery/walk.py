@@ -1,0 +1,169 @@
+"""Walk the layers of a pruned network in order and refit each to what the dense network makes at that place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..calibration import CalibrationData, Call, Moments, Reader, observe, rows_of
+from ..calibration.statistics import MAX_FEATURES, MEMORY
+from ..plans import Plan
+from ..surgery.cutting import keep_indices
+from ..tracing.names import named_tensors
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What becomes of one layer of the dense network: which of its outputs stay, and factors they are multiplied by."""
+
+    kept: Tensor
+    factors: Tensor | None
+
+    def of(self, y: Tensor, axis: int) -> Tensor:
+        """The wanted results, from those of the dense layer."""
+        if len(self.kept) != y.shape[axis]:
+            y = y.index_select(axis, self.kept)
+        if self.factors is None:
+            return y
+        view = [1] * y.dim()
+        view[axis] = -1
+        return y * self.factors.to(y.dtype).reshape(view)
+
+
+def target_of(plan: Plan, reader: Reader, device: torch.device) -> Target:
+    """See `Target`; outputs are those of the whole weight."""
+    length = plan.structure[reader.weight][reader.out_axis]
+    removed = plan.removed.get(reader.weight, {}).get(reader.out_axis, ())
+    kept = torch.from_numpy(keep_indices(length, removed)).to(device)
+    factors = np.ones(length)
+    for scale in plan.rescales:
+        if scale.parameter == reader.weight and scale.axis == reader.out_axis:
+            factors[list(scale.indices)] *= scale.factor
+    return Target(kept, torch.from_numpy(factors).to(device)[kept] if (factors != 1).any() else None)
+
+
+def waves(readers: Sequence[Reader], needed: Callable[[Reader], int]) -> list[list[Reader]]:
+    """Readers that can be fitted at the same time: none depends on another of its wave. In order.
+
+    `needed`: bytes of one reader's moments; a wave that needs more than `MEMORY` is cut.
+    """
+    level: dict[str, int] = {}
+    for reader in readers:
+        level[reader.weight] = 1 + max((level[w] for w in reader.after if w in level), default=-1)
+    out: list[list[Reader]] = []
+    for number in range(1 + max(level.values(), default=-1)):
+        used = 0
+        out.append([])
+        for reader in (r for r in readers if level[r.weight] == number):
+            if out[-1] and used + needed(reader) > MEMORY:
+                out.append([])
+                used = 0
+            out[-1].append(reader)
+            used += needed(reader)
+    return out
+
+
+def gather(
+    dense: nn.Module,
+    small: nn.Module,
+    wave: Sequence[Reader],
+    targets: dict[str, Target],
+    data: CalibrationData,
+    take: Callable[[Reader, Call, Tensor, int], None],
+) -> None:
+    """One pass over the data: `take(reader, call of the pruned network, wanted results, samples seen before)`.
+
+    Wanted is what the dense layer makes. Where its result is added to another tensor (a residual stream), wanted is
+    what makes the sum right: the error that this tensor has collected so far is part of the target.
+    """
+    seen = 0
+    for example in data.inputs():
+        wanted = observe(dense, wave, example, outputs=True, additions=True)
+        found = observe(small, wave, example, inputs=True, outputs=True, additions=True)
+        samples = next((t.shape[0] for t in example.tensors() if t.dim()), 1)
+        for reader in wave:
+            for theirs, mine in zip(wanted[reader.weight], found[reader.weight], strict=True):
+                assert theirs.y is not None and mine.y is not None
+                axis = channel_axis(reader, mine.y, small)
+                y = targets[reader.weight].of(theirs.y, axis)
+                if theirs.other is not None and mine.other is not None and mine.other.shape == y.shape:
+                    y = y + targets[reader.weight].of(theirs.other, axis) - mine.other
+                take(reader, mine, y, seen)
+        seen += samples
+
+
+def channel_axis(reader: Reader, y: Tensor, model: nn.Module) -> int:
+    """The axis of a layer's result that counts its outputs."""
+    if not reader.convolution:
+        return y.dim() - 1
+    kernel = named_tensors(model)[reader.weight].dim() - 2
+    return y.dim() - kernel - 1
+
+
+def matrix(reader: Reader, weight: Tensor) -> Tensor:
+    """A weight as (groups, features, outputs per group), float64."""
+    weight = weight.detach().double()
+    if reader.in_axis == 0:
+        return weight[None]
+    return weight.reshape(reader.groups, weight.shape[0] // reader.groups, -1).mT
+
+
+def as_weight(reader: Reader, solution: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `matrix`."""
+    new = solution[0] if reader.in_axis == 0 else solution.mT
+    return new.reshape(like.shape).to(like.dtype)
+
+
+class Constant:
+    """Where a change of a layer's constant term goes: its bias, a new bias, or the mean of the batch norm behind it."""
+
+    def __init__(self, small: nn.Module, reader: Reader, batch_norm: nn.Module | None) -> None:
+        named = named_tensors(small)
+        path, _, last = reader.weight.rpartition(".")
+        owner = small.get_submodule(path)
+        self.bias = named[reader.bias] if reader.bias else None
+        self.mean = getattr(batch_norm, "running_mean", None) if self.bias is None else None
+        plain = isinstance(owner, (nn.Linear, _ConvNd)) and last == "weight" and owner.bias is None
+        usual = type(owner).forward.__module__.startswith("torch.nn")
+        self.owner = owner if self.bias is None and self.mean is None and plain and usual else None
+
+    @property
+    def possible(self) -> bool:
+        return self.bias is not None or self.mean is not None or self.owner is not None
+
+    def add(self, change: Tensor) -> None:
+        """Add `change`, one number per output."""
+        if self.bias is not None:
+            self.bias.data.copy_((self.bias.detach().double() + change).to(self.bias.dtype))
+        elif self.mean is not None:  # y = (z - mean) * scale + shift
+            self.mean.data.copy_((self.mean.detach().double() - change).to(self.mean.dtype))
+        elif self.owner is not None:
+            weight: Tensor = self.owner.weight  # type: ignore[assignment]
+            bias = nn.Parameter(change.to(weight.dtype), requires_grad=weight.requires_grad)
+            self.owner.register_parameter("bias", bias)
+
+
+def bytes_needed(reader: Reader, weight: Tensor) -> int:
+    """Memory of a reader's moments."""
+    outputs = weight.shape[reader.out_axis] // reader.groups
+    return Moments.bytes_needed(reader.groups, weight.numel() // (outputs * reader.groups), outputs)
+
+
+__all__ = [
+    "MAX_FEATURES",
+    "Constant",
+    "Target",
+    "as_weight",
+    "bytes_needed",
+    "channel_axis",
+    "gather",
+    "matrix",
+    "rows_of",
+    "target_of",
+    "waves",
+]

@@ -1,0 +1,53 @@
+"""Ridge regression from moments against least squares on the rows themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphprune.calibration import Moments
+from graphprune.recovery.solve import ridge_solution, squared_error
+
+
+def problem(rows: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Moments]:
+    x, y = torch.randn(2, rows, 5).double(), torch.randn(2, rows, 3).double()
+    start = torch.randn(2, 6, 3).double()
+    moments = Moments(2, 5, 3)
+    moments.add(x, y)
+    return x, y, start, moments
+
+
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("ridge", [0.0, 1e-3, 0.5])
+def test_against_stacked_least_squares(ridge: float, constant: bool) -> None:
+    x, y, start, moments = problem()
+    got = ridge_solution(moments, start, ridge, constant)
+    for g in range(2):
+        weight = (ridge * x[g].square().sum(0).mean()).sqrt()
+        ones = torch.ones(len(x[g]), 1).double()
+        design, wanted = torch.cat([x[g], ones], 1), y[g]
+        if not constant:
+            design, wanted = x[g], y[g] - start[g, -1]
+        extra = torch.cat([torch.eye(5).double(), torch.zeros(5, 1).double()], 1)[:, : design.shape[1]] * weight
+        stacked = torch.linalg.lstsq(torch.cat([design, extra]), torch.cat([wanted, start[g, :5] * weight])).solution
+        torch.testing.assert_close(got[g, : len(stacked)], stacked)
+        if not constant:
+            assert torch.equal(got[g, -1], start[g, -1])
+    direct = sum(float((torch.cat([x[g], torch.ones(60, 1)], 1) @ got[g] - y[g]).square().sum()) for g in range(2))
+    assert squared_error(moments, got) == pytest.approx(direct, rel=1e-6)
+
+
+def test_without_data_the_weights_stay() -> None:
+    start = torch.randn(1, 4, 2).double()
+    torch.testing.assert_close(ridge_solution(Moments(1, 3, 2), start, 1e-3, True), start)
+
+
+def test_fewer_rows_than_features_stay_near_the_start() -> None:
+    x, y, start, moments = problem(rows=2)
+    got = ridge_solution(moments, start, 1e-6, True)
+    z = torch.cat([x, torch.ones(2, 2, 1)], 2)
+    torch.testing.assert_close(z @ got, y, rtol=1e-2, atol=1e-2)
+    # what no row points at keeps its weights: the change lies in the span of the rows
+    change = got - start
+    features = x.mT @ torch.linalg.pinv(x.mT)
+    torch.testing.assert_close(features @ change[:, :5], change[:, :5], rtol=1e-4, atol=1e-4)
