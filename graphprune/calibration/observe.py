@@ -16,6 +16,7 @@ from ..tracing.names import named_tensors
 from ..tracing.state import evaluating, unfused
 from ..tracing.trace import run_model
 from .layers import Reader
+from .replay import Replay
 
 _LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
 _CONVOLUTIONS: dict[Any, int] = {
@@ -48,8 +49,11 @@ class _Enough(BaseException):
 
 
 class _Watch(TorchFunctionMode):
-    def __init__(self, weights: Mapping[int, Reader], inputs: bool, outputs: bool, additions: bool) -> None:
+    def __init__(
+        self, weights: Mapping[int, Reader], inputs: bool, outputs: bool, additions: bool, replay: Replay | None
+    ) -> None:
         super().__init__()
+        self.replay = replay
         self.weights, self.inputs, self.outputs, self.additions = weights, inputs, outputs, additions
         self.calls: dict[str, list[Call]] = {r.weight: [] for r in weights.values()}
         self.missing = sum(r.calls for r in weights.values())
@@ -58,13 +62,22 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
+        number = 0
+        if self.replay is not None:
+            number, known, out = self.replay.enter(args, kwargs)
+            if known:
+                self._check()
+                return out
         if self.waiting and name in _ADDITIONS and len(args) == 2:
             self._addition(args)
         found = self._call_of(func, name, args, kwargs)
-        if found is None:
-            return func(*args, **kwargs)
-        reader, call = found
         out = func(*args, **kwargs)
+        if self.replay is not None:
+            self.replay.leave(number, name, args, kwargs, out, self._name(args))
+        if found is None:
+            self._check()
+            return out
+        reader, call = found
         # copies, because what follows may write in place
         call.y = out.clone() if self.outputs else None
         self.calls[reader.weight].append(call)
@@ -85,8 +98,14 @@ class _Watch(TorchFunctionMode):
                 return
 
     def _check(self) -> None:
-        if not self.missing and not self.waiting:
+        if not self.missing and not self.waiting and (self.replay is None or self.replay.done):
             raise _Enough
+
+    def _name(self, args: Any) -> str | None:
+        """The reader that a call belongs to, whether or not it is watched now."""
+        assert self.replay is not None
+        found = (self.replay.names.get(id(a)) for a in args if isinstance(a, nn.Parameter))
+        return next((n for n in found if n is not None), None)
 
     def _call_of(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Reader, Call] | None:
         if func in _LINEAR:
@@ -130,22 +149,26 @@ def observe(
     inputs: bool = False,
     outputs: bool = False,
     additions: bool = False,
+    replay: Replay | None = None,
 ) -> dict[str, list[Call]]:
     """The calls of `readers` in one run of `model` (eval mode, no gradients), by weight name.
 
     `inputs`, `outputs`: what to keep of each call; `additions`: also what the result was added to, for readers with
     `adds`. The run ends early when every call has been seen. A layer that this input does not reach has no calls.
+    `replay`, begun for these readers, remembers what need not be computed again.
 
     Raises GraphPruneError when the model fails on the batch.
     """
     named = named_tensors(model)
-    watch = _Watch({id(named[r.weight]): r for r in readers}, inputs, outputs, additions)
+    watch = _Watch({id(named[r.weight]): r for r in readers}, inputs, outputs, additions, replay)
 
     def run() -> None:
         with watch:
             run_model(model, example.clone(), "data")
 
     _quietly(model, run)
+    if replay is not None:
+        replay.finish()
     return watch.calls
 
 

@@ -66,12 +66,14 @@ class Refit:
         chosen = self._chosen(solve)
         named = named_tensors(self.small)
         targets = {r.weight: walk.target_of(self.plan, r, self.device) for r in chosen}
-        for wave in walk.waves(chosen, lambda r: walk.bytes_needed(r, named[r.weight])):
+        order = walk.waves(chosen, lambda r: walk.bytes_needed(r, named[r.weight]))
+        pair = walk.Pair(self.dense, self.small, self.data, order)
+        for wave in order:
             if self.progress is not None:
                 self.progress(", ".join(r.weight for r in wave))
             solved = [r for r in wave if solve and not self._refusal(r)]
             shifted = [r for r in wave if r not in solved]
-            self._pass(wave, solved, shifted, targets)
+            self._pass(pair, wave, solved, shifted, targets)
         return self.report
 
     def _chosen(self, solve: bool) -> list[Reader]:
@@ -95,7 +97,12 @@ class Refit:
         return ""
 
     def _pass(
-        self, wave: Sequence[Reader], solved: list[Reader], shifted: list[Reader], targets: dict[str, walk.Target]
+        self,
+        pair: walk.Pair,
+        wave: Sequence[Reader],
+        solved: list[Reader],
+        shifted: list[Reader],
+        targets: dict[str, walk.Target],
     ) -> None:
         named = named_tensors(self.small)
         moments: dict[str, Moments] = {}
@@ -113,7 +120,7 @@ class Refit:
                 moments[reader.weight] = Moments(x.shape[0], x.shape[2], y.shape[2], x.device)
             moments[reader.weight].add(x, y)
 
-        walk.gather(self.dense, self.small, wave, targets, self.data, take)
+        pair.gather(wave, targets, take)
         with torch.no_grad():
             for reader in solved:
                 if reader.weight in moments:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,10 +12,15 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..calibration import CalibrationData, Call, Moments, Reader, observe, rows_of
+from ..calibration.replay import Replay
 from ..calibration.statistics import MAX_FEATURES, MEMORY
 from ..plans import Plan
 from ..surgery.cutting import keep_indices
+from ..tracing.example import ExampleInput
 from ..tracing.names import named_tensors
+
+# Intermediate results held between passes, so that nothing is computed twice; beyond this, everything is.
+CACHE = 2 << 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,33 +74,74 @@ def waves(readers: Sequence[Reader], needed: Callable[[Reader], int]) -> list[li
     return out
 
 
-def gather(
-    dense: nn.Module,
-    small: nn.Module,
-    wave: Sequence[Reader],
-    targets: dict[str, Target],
-    data: CalibrationData,
-    take: Callable[[Reader, Call, Tensor, int], None],
-) -> None:
-    """One pass over the data: `take(reader, call of the pruned network, wanted results, samples seen before)`.
+class Pair:
+    """The dense and the pruned network, run side by side on every batch, wave after wave of readers."""
 
-    Wanted is what the dense layer makes. Where its result is added to another tensor (a residual stream), wanted is
-    what makes the sum right: the error that this tensor has collected so far is part of the target.
-    """
-    seen = 0
-    for example in data.inputs():
-        wanted = observe(dense, wave, example, outputs=True, additions=True)
-        found = observe(small, wave, example, inputs=True, outputs=True, additions=True)
-        samples = next((t.shape[0] for t in example.tensors() if t.dim()), 1)
-        for reader in wave:
-            for theirs, mine in zip(wanted[reader.weight], found[reader.weight], strict=True):
-                assert theirs.y is not None and mine.y is not None
-                axis = channel_axis(reader, mine.y, small)
-                y = targets[reader.weight].of(theirs.y, axis)
-                if theirs.other is not None and mine.other is not None and mine.other.shape == y.shape:
-                    y = y + targets[reader.weight].of(theirs.other, axis) - mine.other
-                take(reader, mine, y, seen)
-        seen += samples
+    def __init__(
+        self, dense: nn.Module, small: nn.Module, data: CalibrationData, order: Sequence[Sequence[Reader]]
+    ) -> None:
+        self.dense, self.small, self.data = dense, small, data
+        self.levels = {r.weight: i for i, wave in enumerate(order) for r in wave}
+        self.names = [
+            {id(t): n for n, t in named_tensors(net).items() if n in self.levels} for net in (dense, small)
+        ]
+        self.memories: list[tuple[Replay, Replay]] = []
+        self.prints: list[tuple[Any, ...]] = []
+        self.remember = True
+
+    def gather(
+        self,
+        wave: Sequence[Reader],
+        targets: dict[str, Target],
+        take: Callable[[Reader, Call, Tensor, int], None],
+    ) -> None:
+        """One pass over the data: `take(reader, call of the pruned network, wanted results, samples seen before)`.
+
+        Wanted is what the dense layer makes. Where its result is added to another tensor (a residual stream), wanted
+        is what makes the sum right: the error that this tensor has collected so far is part of the target.
+        """
+        seen = 0
+        for index, example in enumerate(self.data.inputs()):
+            memory = self._memory(index, example, wave)
+            options: dict[str, Any] = {"outputs": True, "additions": True}
+            wanted = observe(self.dense, wave, example, **options, replay=memory[0])
+            found = observe(self.small, wave, example, **options, inputs=True, replay=memory[1])
+            for reader in wave:
+                for theirs, mine in zip(wanted[reader.weight], found[reader.weight], strict=True):
+                    take(reader, mine, self._target(reader, targets[reader.weight], theirs, mine), seen)
+            seen += next((t.shape[0] for t in example.tensors() if t.dim()), 1)
+
+    def _target(self, reader: Reader, target: Target, theirs: Call, mine: Call) -> Tensor:
+        assert theirs.y is not None and mine.y is not None
+        axis = channel_axis(reader, mine.y, self.small)
+        y = target.of(theirs.y, axis)
+        if theirs.other is not None and mine.other is not None and mine.other.shape == y.shape:
+            y = y + target.of(theirs.other, axis) - mine.other
+        return y
+
+    def _memory(self, index: int, example: ExampleInput, wave: Sequence[Reader]) -> tuple[Replay | None, Replay | None]:
+        """The batch's memories, begun for this wave; none where the data are not the same again, or take too much."""
+        if not self.remember:
+            return None, None
+        if index == len(self.memories):
+            made = Replay(self.levels, self.names[0]), Replay(self.levels, self.names[1])
+            self.memories.append(made)
+            self.prints.append(_print(example))
+        elif self.prints[index] != _print(example) or self._held() > CACHE:
+            self.remember, self.memories = False, []
+            return None, None
+        pair = self.memories[index]
+        for memory in pair:
+            memory.start(self.levels[wave[0].weight], frozenset(r.weight for r in wave))
+        return pair
+
+    def _held(self) -> int:
+        return sum(m.bytes_held for pair in self.memories for m in pair)
+
+
+def _print(example: ExampleInput) -> tuple[Any, ...]:
+    """Tells whether a loader yields the same batch again (it may shuffle or augment)."""
+    return tuple((tuple(t.shape), float(t.double().sum()), float(t.double().abs().max())) for t in example.tensors())
 
 
 def channel_axis(reader: Reader, y: Tensor, model: nn.Module) -> int:
@@ -157,11 +204,11 @@ def bytes_needed(reader: Reader, weight: Tensor) -> int:
 __all__ = [
     "MAX_FEATURES",
     "Constant",
+    "Pair",
     "Target",
     "as_weight",
     "bytes_needed",
     "channel_axis",
-    "gather",
     "matrix",
     "rows_of",
     "target_of",
