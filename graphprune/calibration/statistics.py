@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from .layers import Reader, find_readers
 from .moments import Moments, rows_of
 from .observe import observe
 
+_T = TypeVar("_T")
 # Moments held at a time.
 MEMORY = 1 << 30
 # Layers with more inputs than this (a flattened image) would need gigabytes for their moments.
@@ -32,6 +33,13 @@ class Calibration:
         self.readers: dict[str, Reader] = {r.weight: r for r in find_readers(trace)}
         self.weights = named_tensors(model)
         self._held: dict[str, Moments] = {}
+        self._made: dict[Callable[..., Any], Any] = {}
+
+    def cached(self, make: Callable[[Calibration], _T]) -> _T:
+        """`make(self)`, computed once."""
+        if make not in self._made:
+            self._made[make] = make(self)
+        return self._made[make]  # type: ignore[no-any-return]
 
     def measurable(self, weight: str) -> bool:
         """Second moments of what this layer reads can be had."""

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from . import batchnorm, chance, geometric, magnitude, reconstruction  # noqa: F401  (importing them registers their criteria)
+from . import (  # noqa: F401  (importing them registers their criteria)
+    activation,
+    batchnorm,
+    chance,
+    geometric,
+    gradient,
+    magnitude,
+    reconstruction,
+)
 from .context import BatchNormLink, ImportanceContext
 from .registry import Criterion, criterion, known_criteria, normalise, resolve_criterion
 

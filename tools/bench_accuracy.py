@@ -1,0 +1,276 @@
+"""Accuracy after pruning without training and without labels, next to Torch-Pruning.
+
+    python -m tools.bench_accuracy --models resnet56 --speedups 2 3 --images 2000
+    python -m tools.bench_accuracy --models resnet20 resnet8 dscnn dncnn --speedups 1.3 1.5 2
+
+Reads the trained networks and data of GRAPHPRUNE_SHARED_DATA (else ../shared/data beside the checkout) and writes
+docs/accuracy.md and docs/accuracy.json. Calibration inputs are training images (ResNets), or what is there otherwise:
+the first half of the keywords, whose second half is then the test set; noise patterns and crops other than the tested
+ones for DnCNN; sentences of the training split for MiniLM. Rows measured before are kept and replaced one by one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import platform
+import time
+import types
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch_pruning
+from torch import nn
+
+import graphprune
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def loaders() -> types.ModuleType:
+    """The module that loads the shared networks and data."""
+    folder = Path(os.environ.get("GRAPHPRUNE_SHARED_DATA") or ROOT.parent / "shared" / "data")
+    spec = importlib.util.spec_from_file_location("shared_loaders", folder / "loaders.py")
+    if spec is None or spec.loader is None or not (folder / "loaders.py").is_file():
+        raise SystemExit(f"no loaders.py in {folder}; set GRAPHPRUNE_SHARED_DATA")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclasses.dataclass
+class Task:
+    """A trained network, calibration batches, and its figure of merit (higher is better)."""
+
+    model: nn.Module
+    example: Any
+    data: list[Any]
+    measure: Callable[[nn.Module], float]
+    unit: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    peers: bool = True
+    held: Callable[[str], bool] = lambda name: False
+    """Layers whose outputs Torch-Pruning must leave alone: it fails on shortcuts that pad channels with zeros."""
+
+
+def cifar(name: str, images: int, held_out: bool) -> Task:
+    shared = loaders()
+    raw = name == "resnet8"
+    x, y = shared.cifar10("train", limit=max(images, 20000 if held_out else images), raw=raw)
+    tx, ty = (x[-2000:], y[-2000:]) if held_out else shared.cifar10("test", raw=raw)
+    data = list(x[:images].split(125))
+    measure = functools.partial(shared.top1, x=tx, y=ty)
+    # only the inner channels of a block are open to Torch-Pruning where shortcuts pad with zeros
+    return Task(getattr(shared, name)(), x[:2], data, measure, "top-1 %", held=lambda n: not raw and _outer(n))
+
+
+def _outer(name: str) -> bool:
+    return not name.startswith("layer") or name.endswith("conv2")
+
+
+def keywords(images: int) -> Task:
+    shared = loaders()
+    x, y = shared.keywords()
+    half = len(x) // 2
+    data = list(x[:half].split(125))
+    return Task(shared.dscnn(), x[:2], data, lambda net: float(shared.top1(net, x[half:], y[half:])), "top-1 %")
+
+
+def denoising(images: int) -> Task:
+    """Calibration: crops of the CIFAR training images as grey patches with fresh noise, none of the tested images."""
+    shared = loaders()
+    x, _ = shared.cifar10("train", limit=max(images // 4, 64), raw=True)
+    grey = (x.mean(1, keepdim=True) / 255).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    noise = torch.randn(grey.shape, generator=torch.Generator().manual_seed(1))
+    data = list((grey + noise * 25 / 255).split(16))
+    tested = [i[..., :256, :256] for i in shared.set12()]
+    return Task(shared.dncnn(), data[0][:1], data, lambda net: float(shared.psnr(net, tested)), "dB")
+
+
+def sentences(images: int) -> Task:
+    shared = loaders()
+    net, tokenizer = shared.minilm()
+    texts = [t for pair in shared.stsb("dev") for t in pair[:2]][:images]
+    texts.sort(key=len)
+    data = [
+        dict(tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt"))
+        for i in range(0, len(texts), 16)
+    ]
+    example = dict(tokenizer([" ".join(texts[-1:] * 2)], truncation=True, max_length=32, return_tensors="pt"))
+    options = {"granularity": ["channels", "heads"], "ignore": ["embeddings", "*.output.dense", "pooler"]}
+
+    def measure(model: nn.Module) -> float:
+        return float(shared.similarity(model, tokenizer, shared.stsb("test")))
+
+    return Task(net, example, data, measure, "Spearman x 100", options, peers=False)
+
+
+def task(name: str, images: int, held_out: bool) -> Task:
+    if name == "dscnn":
+        return keywords(images)
+    if name == "dncnn":
+        return denoising(images)
+    if name == "minilm":
+        return sentences(images)
+    return cifar(name, images, held_out)
+
+
+def torch_pruning_result(made: Task, speedup: float, importance: Any) -> tuple[nn.Module, float]:
+    """Torch-Pruning at the ratio that just reaches the speed-up, found by bisection."""
+    dense = graphprune.count(made.model, made.example).macs
+    low, high, best = 0.0, 0.95, None
+    for _ in range(12):
+        ratio = (low + high) / 2
+        model = copy.deepcopy(made.model)
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+        held = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and made.held(n)]
+        kept = [*linear[-1:], *held]
+        pruner = torch_pruning.pruner.BasePruner(
+            model, made.example, importance=importance, pruning_ratio=ratio, ignored_layers=kept, global_pruning=False
+        )
+        pruner.step()
+        macs = graphprune.count(model, made.example).macs
+        if macs <= dense / speedup:
+            best, high = (model, dense / macs), ratio
+        else:
+            low = ratio
+    if best is None:
+        raise RuntimeError("the speed-up was not reached")
+    return best
+
+
+def _importances() -> dict[str, Any]:
+    library = torch_pruning.importance
+    return {
+        "L2": library.GroupMagnitudeImportance(p=2),
+        "L1": library.GroupMagnitudeImportance(p=1),
+        "BN scale": library.BNScaleImportance(),
+        "LAMP": library.LAMPImportance(),
+    }
+
+
+def measure_model(name: str, made: Task, speedup: float, only: str | None) -> list[dict[str, Any]]:
+    """All rows of one model and speed-up."""
+    rows = []
+    budget = graphprune.Budget(macs=1 / speedup)
+    dense = graphprune.count(made.model, made.example).macs
+
+    def row(method: str, model: nn.Module, seconds: float) -> None:
+        reached = dense / graphprune.count(model, made.example).macs
+        rows.append(
+            {
+                "model": name, "unit": made.unit, "speedup": speedup, "method": method, "reached": round(reached, 3),
+                "value": round(made.measure(model), 2), "seconds": round(seconds),
+            }
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+
+    if only != "ours" and made.peers:
+        for label, importance in _importances().items():
+            try:
+                model, _ = torch_pruning_result(made, speedup, importance)
+                row(f"Torch-Pruning, {label}", model, 0)
+            except Exception as error:
+                print(f"Torch-Pruning {label} on {name}: {type(error).__name__}: {error}", flush=True)
+    if only == "peers":
+        return rows
+    start = time.perf_counter()
+    plan = graphprune.plan(made.model, made.example, budget=budget, criterion="l2", **made.options)
+    row("L2", plan.apply(made.model), time.perf_counter() - start)
+    start = time.perf_counter()
+    plan = graphprune.plan(
+        made.model, made.example, budget=budget, criterion="reconstruction", data=made.data, **made.options
+    )
+    planned = time.perf_counter() - start
+    row("reconstruction", plan.apply(made.model), planned)
+    for method in graphprune.recovery.METHODS:
+        start = time.perf_counter()
+        try:
+            model = graphprune.recover(made.model, plan, made.example, made.data, method).model
+        except graphprune.GraphPruneError as error:
+            print(f"{name}: {error}")
+            continue
+        row(f"reconstruction + {method}", model, planned + time.perf_counter() - start)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One table per model: methods down, speed-ups across."""
+    parts = []
+    for name in dict.fromkeys(r["model"] for r in rows):
+        mine = [r for r in rows if r["model"] == name]
+        speeds = sorted({r["speedup"] for r in mine})
+        unit, dense, images = (mine[0][k] for k in ("unit", "dense", "images"))
+        parts.append(f"\n## {name} ({unit}, dense {dense:.2f}, {images} calibration inputs)\n")
+        parts.append("| method | " + " | ".join(f"{s:g}x" for s in speeds) + " | seconds |")
+        parts.append("| --- |" + " ---: |" * (len(speeds) + 1))
+        for method in dict.fromkeys(r["method"] for r in mine):
+            cells = {r["speedup"]: r for r in mine if r["method"] == method}
+            values = [f"{cells[s]['value']:.2f}" if s in cells else "" for s in speeds]
+            seconds = max(r["seconds"] for r in cells.values())
+            parts.append(f"| {method} | " + " | ".join(values) + f" | {seconds or ''} |")
+    return "\n".join(parts)
+
+
+HEADER = """# Accuracy without training
+
+Pruned to a budget of multiply-accumulates, no labels, no training; whole test sets. "reconstruction" is the selection
+alone, "+ mean", "+ batchnorm" and "+ least_squares" what recovery makes of the same plan. Torch-Pruning at the uniform
+ratio that reaches the same budget, each of its criteria that needs no data. Seconds: planning and recovery together,
+the longest of the row, on a machine shared with other work.
+
+Written by `python -m tools.bench_accuracy` ({machine}; {versions}). Calibration inputs: see the tool.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet56"])
+    parser.add_argument("--speedups", nargs="+", type=float, default=[2.0, 3.0])
+    parser.add_argument("--images", type=int, default=2000, help="calibration inputs")
+    parser.add_argument("--held-out", action="store_true", help="measure on held-out training images, write nothing")
+    parser.add_argument("--only", choices=["ours", "peers"], help="measure one side alone")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    target = DOCS / "accuracy.json"
+    rows: list[dict[str, Any]] = json.loads(target.read_text()) if target.is_file() else []
+    for name in options.models:
+        made = task(name, options.images, options.held_out)
+        dense = made.measure(made.model)
+        images = sum(len(next(iter(d.values()))) if isinstance(d, dict) else len(d) for d in made.data)
+        for speedup in options.speedups:
+            new = measure_model(name, made, speedup, options.only)
+            for r in new:
+                r.update(dense=round(dense, 2), images=images)
+            if options.held_out:
+                continue
+            keys = {(r["model"], r["speedup"], r["method"]) for r in new}
+            rows = [r for r in rows if (r["model"], r["speedup"], r["method"]) not in keys] + new
+            _write(target, json.dumps(rows, indent=1))
+            machine = f"{os.cpu_count()} cores, CPU, {torch.get_num_threads()} thread"
+            versions = f"Python {platform.python_version()}, torch {torch.__version__}, Torch-Pruning {_peer_version()}"
+            _write(DOCS / "accuracy.md", HEADER.format(machine=machine, versions=versions) + table(rows) + "\n")
+
+
+def _peer_version() -> str:
+    return version("torch-pruning")
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()
