@@ -217,7 +217,7 @@ class _Scorer:
                     scores = np.arange(group.size, 0, -1, dtype=np.float64)
                 else:
                     scores = self.criterion(self.context, group)
-                self.cache[key] = normalise(scores) if self.normalised else scores
+                self.cache[key] = normalise(scores, self.criterion.normaliser) if self.normalised else scores
             out[group.index] = self.cache[key]
         return out
 

@@ -32,8 +32,8 @@ class ChannelStatistics:
 
     @classmethod
     def zeros(cls, channels: int, device: torch.device) -> ChannelStatistics:
-        names = ("total", "absolute", "squares", "nonzero", "rank", "independence")
-        return cls(**{n: torch.zeros(channels, dtype=torch.float64, device=device) for n in names})
+        total, absolute, squares, nonzero, rank, independence = torch.zeros(6, channels, dtype=torch.float64).to(device)
+        return cls(total, absolute, squares, nonzero, rank, independence)
 
     @property
     def mean(self) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import GraphPruneError
-from ..tracing.example import ExampleInput
+from ..tracing.example import ExampleInput, flatten_tensors
 from ..tracing.state import evaluating, unfused
 from ..tracing.trace import run_model
 from .layers import Reader
@@ -154,3 +154,56 @@ def channels_first(reader: Reader, x: Tensor, weight: Tensor) -> Tensor:
         x = x if x.dim() == weight.dim() else x[None]
         return x.flatten(2) if x.dim() > 2 else x[:, :, None]
     return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)
+
+
+# Samples over which sensitivities are averaged; more change them little.
+_SENSITIVITY_SAMPLES = 512
+
+
+class _Results(TorchFunctionMode):
+    """Keeps the gradient of every watched layer's result."""
+
+    def __init__(self, weights: Mapping[int, Reader]) -> None:
+        super().__init__()
+        self.weights = weights
+        self.found: dict[str, list[Tensor]] = {r.weight: [] for r in weights.values()}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        reader = next((self.weights[id(a)] for a in (*args, *kwargs.values()) if id(a) in self.weights), None)
+        if reader is None or not isinstance(out, Tensor):
+            return out
+        out = out if out.requires_grad else out.detach().requires_grad_()
+        out.retain_grad()
+        self.found[reader.weight].append(out)
+        return out.clone()  # what follows may write in place
+
+
+def sensitivities(calibration: Calibration) -> dict[str, Tensor]:
+    """How much the network's outputs move, squared and to first order, per mean squared change of each result of each
+    reader: for output channel o, the mean over samples of sum over positions of (d v'f / d y_o)^2, with f all outputs
+    and v random signs (Hutchinson's estimate of the squared Jacobian). Needs no labels. Shape (outputs,), float64.
+    """
+    readers = {id(calibration.weights[r.weight]): r for r in calibration.readers.values()}
+    total: dict[str, Tensor] = {}
+    count = 0
+    generator = torch.Generator().manual_seed(0)
+    with _differentiable(calibration.model, False), unfused():
+        for example in calibration.data.inputs():
+            with _Results(readers) as results:
+                outputs = flatten_tensors(run_model(calibration.model, example.clone(), "data"))
+            outputs = [o for o in outputs if o.is_floating_point() and o.requires_grad]
+            signs = [(torch.randint(0, 2, o.shape, generator=generator) * 2 - 1).to(o) for o in outputs]
+            if outputs:
+                torch.autograd.backward(outputs, signs)
+            for reader in readers.values():
+                for y in results.found[reader.weight]:
+                    if y.grad is not None:
+                        weight = calibration.weights[reader.weight]
+                        squares = channels_first(reader, y.grad.double().square(), weight).sum((0, 2))
+                        total[reader.weight] = total.get(reader.weight, 0) + squares
+            count += _samples(example)
+            if count >= _SENSITIVITY_SAMPLES:
+                break
+    return {name: value / count for name, value in total.items()}

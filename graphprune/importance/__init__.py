@@ -12,7 +12,7 @@ from . import (  # noqa: F401  (importing them registers their criteria)
     reconstruction,
 )
 from .context import BatchNormLink, ImportanceContext
-from .registry import Criterion, criterion, known_criteria, normalise, resolve_criterion
+from .registry import Criterion, criterion, known_criteria, normalise, resolve_criterion, with_options
 
 __all__ = [
     "BatchNormLink",
@@ -22,4 +22,5 @@ __all__ = [
     "known_criteria",
     "normalise",
     "resolve_criterion",
+    "with_options",
 ]

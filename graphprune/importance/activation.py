@@ -12,7 +12,7 @@ from ..calibration.statistics import Calibration
 from ..dependency.groups import Group
 from .context import Floats, ImportanceContext
 from .gradient import by_units
-from .magnitude import mean_norm, mean_over_members
+from .magnitude import mean_norm, over_members
 from .registry import criterion, normalise
 
 _Score = Callable[[ChannelStatistics, Reader], Tensor]
@@ -30,7 +30,7 @@ def _over_readers(context: ImportanceContext, group: Group, score: _Score, maps:
             continue
         values = score(found[member.parameter], reader)
         vectors.append(by_units(values, reader.groups, reader.transposed, member).cpu().numpy())
-    return mean_over_members(group, vectors) if vectors else normalise(mean_norm(context, group, 2))
+    return over_members(group, vectors) if vectors else normalise(mean_norm(context, group, 2))
 
 
 def _with_maps(calibration: Calibration) -> dict[str, ChannelStatistics]:

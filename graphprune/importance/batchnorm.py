@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..dependency.groups import Group
 from ..errors import GraphPruneError
 from .context import Floats, ImportanceContext
-from .magnitude import mean_norm, mean_over_members
+from .magnitude import mean_norm, over_members
 from .registry import criterion, normalise
 
 
@@ -25,5 +25,5 @@ def bn_scale(context: ImportanceContext, group: Group) -> Floats:
         )
     scales = context.bn_scales(group)
     if scales:
-        return mean_over_members(group, scales)
+        return over_members(group, scales)
     return normalise(mean_norm(context, group, 2)) * context.mean_bn_scale

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..dependency.groups import Group
 from .context import Floats, ImportanceContext
-from .magnitude import judged_members, mean_over_members
+from .magnitude import judged_members, over_members
 from .registry import criterion
 
 # Entries of the largest temporary (32 MiB of float64). What is held at a time is bounded in both directions: rows of
@@ -24,7 +24,7 @@ def fpgm(context: ImportanceContext, group: Group) -> Floats:
     Grows with the filter and with the group: `normalise` before ranking across groups. Time is quadratic in the
     group's size, memory is bounded.
     """
-    return mean_over_members(group, [distance_sums(context.matrix(m)) for m in judged_members(context, group)])
+    return over_members(group, [distance_sums(context.matrix(m)) for m in judged_members(context, group)])
 
 
 def distance_sums(matrix: Tensor) -> Floats:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..calibration.gradients import gate_products, squared_gradients, weight_gradients
 from ..dependency.groups import Group, Member
 from .context import Floats, ImportanceContext
-from .magnitude import judged_members, mean_norm, mean_over_members
+from .magnitude import judged_members, mean_norm, over_members
 from .registry import criterion
 
 
@@ -69,7 +69,7 @@ def _over_weights(
         values = product(member.parameter)
         if values is not None:
             vectors.append(final(_per_unit(values, member)))
-    return mean_over_members(group, vectors) if vectors else mean_norm(context, group, 2) * 0
+    return over_members(group, vectors) if vectors else mean_norm(context, group, 2) * 0
 
 
 def _per_unit(values: Tensor, member: Member) -> Floats:

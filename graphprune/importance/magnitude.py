@@ -6,7 +6,7 @@ import numpy as np
 
 from ..dependency.groups import Group, Member
 from .context import Floats, ImportanceContext
-from .registry import criterion
+from .registry import criterion, reduced
 
 _RUNNING_STATISTICS = ("running_mean", "running_var")
 
@@ -28,12 +28,12 @@ def judged_members(context: ImportanceContext, group: Group) -> list[Member]:
     return [m for m in rest if m.parameter.rpartition(".")[2] not in _RUNNING_STATISTICS]
 
 
-def mean_over_members(group: Group, vectors: list[Floats]) -> Floats:
-    """The plain mean of one vector (group.size,) per member; all ones where there is no member to judge by."""
+def over_members(group: Group, vectors: list[Floats]) -> Floats:
+    """One score per unit from one vector (group.size,) per member: their mean, or what `with_options` asked for; all
+    ones where there is no member to judge by."""
     if not vectors:
         return np.ones(group.size)
-    mean: Floats = np.mean(np.stack(vectors), axis=0)
-    return mean
+    return reduced(np.stack(vectors))
 
 
 def mean_norm(context: ImportanceContext, group: Group, p: float) -> Floats:
@@ -42,7 +42,7 @@ def mean_norm(context: ImportanceContext, group: Group, p: float) -> Floats:
     A plain mean: where several layers feed one residual stream, a layer with large filters speaks louder, as its
     output does in the sum. A unit of k channels (a head) is judged by the norm of all its weights together.
     """
-    return mean_over_members(group, [context.norm(member, p) for member in judged_members(context, group)])
+    return over_members(group, [context.norm(member, p) for member in judged_members(context, group)])
 
 
 @criterion("l1")

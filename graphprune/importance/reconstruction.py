@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration import Moments
+from ..calibration import Moments, Reader
+from ..calibration.gradients import sensitivities
 from ..dependency.groups import Group, Member
 from .context import Floats, ImportanceContext
 from .magnitude import mean_norm
@@ -25,7 +26,7 @@ class Problem:
     """One reader of a group: covariance of its inputs, its weights, and which inputs each unit stands for.
 
     `covariance`: (problems, features, features), centred, per row, ridge included; `weights` (problems, features,
-    outputs); `features` (units, k); `energy`: variance of the results, summed over problems and outputs.
+    outputs), in the unit in which errors count; `features` (units, k); `energy`: what errors are divided by.
     """
 
     covariance: Tensor
@@ -41,8 +42,9 @@ def reconstruction(context: ImportanceContext, group: Group) -> Floats:
     Optimal brain surgeon (Hassibi & Stork, NIPS 1992) with whole units: with H the covariance of a layer's inputs and W
     its weights, removing unit u and refitting the rest costs tr(W_u' (H^-1)_uu^-1 W_u); the cheapest unit goes, W and
     H^-1 are updated, and so on until one is left (greedy; in groups of more than 128 units the cheapest 1/128 go
-    together). A unit's score is what its removal added, divided by the variance of the layer's results, summed over the
-    layers, and never less than that of the units before it. Comparable across groups as it is.
+    together). Errors of the layers' results are weighed by what they do to the network's outputs (`sensitivities`). A
+    unit's score is what its removal added, summed over the layers, and never less than that of the units before it.
+    Comparable across groups as it is.
 
     A group that no linear layer or convolution reads (queries and keys) is scored by its share of squared weights.
     """
@@ -80,10 +82,20 @@ def _problem(context: ImportanceContext, member: Member) -> Problem | None:
     positions = torch.from_numpy(np.ascontiguousarray(member.positions)).to(weight.device)
     features = (positions[:, :, None] * taps + torch.arange(taps, device=weight.device)).flatten(1)
     covariance = covariance_of(moments)
-    energy = float((matrix * (covariance @ matrix)).sum())
+    matrix, energy = _weighed(context, reader, matrix, covariance)
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     ridge = (RIDGE * diagonal.mean(1, keepdim=True)).clamp_min(1e-30).expand_as(diagonal)
     return Problem(covariance + torch.diag_embed(ridge), matrix, features, max(energy, 1e-30))
+
+
+def _weighed(context: ImportanceContext, reader: Reader, matrix: Tensor, covariance: Tensor) -> tuple[Tensor, float]:
+    """The weights, their outputs scaled so that squared errors count by what they do to the network's outputs, and the
+    number errors are divided by. Where the outputs do not depend on the layer through gradients, errors are relative
+    to the variance of its results."""
+    found = context.calibration.cached(sensitivities).get(reader.weight)
+    if found is None or not bool(torch.isfinite(found).all()) or not float(found.sum()) > 0:
+        return matrix, float((matrix * (covariance @ matrix)).sum())
+    return matrix * found.sqrt().reshape(matrix.shape[0], 1, -1), 1.0
 
 
 def covariance_of(moments: Moments) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import difflib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -21,6 +23,30 @@ CriterionFunction = Callable[[ImportanceContext, Group], Any]
 _F = TypeVar("_F", bound=CriterionFunction)
 How = Literal["mean", "max", "sum"]
 Needs = Literal["inputs", "loss"] | None
+Reduction = Literal["mean", "sum", "max", "min", "prod", "first"]
+_REDUCTIONS: dict[str, Callable[[Floats], Floats]] = {
+    "mean": lambda v: v.mean(0),
+    "sum": lambda v: v.sum(0),
+    "max": lambda v: v.max(0),
+    "min": lambda v: v.min(0),
+    "prod": lambda v: v.prod(0),
+    "first": lambda v: v[0],
+}
+_reduction: contextvars.ContextVar[str] = contextvars.ContextVar("reduction", default="mean")
+
+
+@contextlib.contextmanager
+def _reducing(reduction: str) -> Iterator[None]:
+    token = _reduction.set(reduction)
+    try:
+        yield
+    finally:
+        _reduction.reset(token)
+
+
+def reduced(vectors: Floats) -> Floats:
+    """One row of scores from one per member, (members, units) -> (units,), by the running criterion's reduction."""
+    return _REDUCTIONS[_reduction.get()](vectors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +55,16 @@ class Criterion:
 
     `comparable`: the scores of different groups are on one scale as they are, so that ranking across groups
     should use them raw; otherwise `normalise` them first. `needs`: "inputs" or "loss" where the function reads
-    `context.calibration`, which is there only if the caller passed data (and a loss function).
+    `context.calibration`, which is there only if the caller passed data (and a loss function). `reduction`,
+    `normaliser`: see `with_options`.
     """
 
     name: str
     function: CriterionFunction
     comparable: bool = False
     needs: Needs = None
+    reduction: Reduction = "mean"
+    normaliser: How | None = "mean"
 
     def check_data(self, data: Any, loss_fn: Any) -> None:
         """Raise GraphPruneError, naming the missing argument, unless what the criterion needs was passed."""
@@ -58,7 +87,7 @@ class Criterion:
         """
         try:
             # what overflows or divides by zero is found in the result, with a better message than NumPy's warning
-            with torch.no_grad(), np.errstate(all="ignore"):
+            with torch.no_grad(), np.errstate(all="ignore"), _reducing(self.reduction):
                 result = self.function(context, group)
             scores = _as_vector(result)
         except GraphPruneError:
@@ -115,6 +144,35 @@ def criterion(name: str, *, comparable: bool = False, needs: Needs = None) -> Ca
         return function
 
     return register
+
+
+def with_options(
+    criterion: Any, *, reduction: Reduction | None = None, normaliser: How | Literal["none"] | None = None
+) -> Criterion:
+    """The same criterion with another way to join the members of a group, or to compare groups.
+
+    `reduction`: how the scores of several layers that make (or read) the same channels become one: "mean" (of most
+    criteria the default), "sum", "max", "min", "prod" or "first" (the first layer alone). Criteria that sum by their
+    definition ("taylor_gate", "fisher", "reconstruction") are not affected. `normaliser`: how groups are brought to one
+    scale before they are ranked together: "mean", "max" or "sum" (see `normalise`), or "none". Default of both: as is.
+
+    >>> from graphprune.importance import with_options
+    >>> with_options("l2", reduction="max", normaliser="sum").reduction
+    'max'
+
+    Raises GraphPruneError for unknown criteria and options.
+    """
+    found = resolve_criterion(criterion)
+    if reduction is not None:
+        if reduction not in _REDUCTIONS:
+            raise GraphPruneError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
+        found = dataclasses.replace(found, reduction=reduction)
+    if normaliser is not None:
+        if normaliser not in ("mean", "max", "sum", "none"):
+            raise GraphPruneError(f"normaliser: expected 'mean', 'max', 'sum' or 'none', got {normaliser!r}")
+        how: How | None = None if normaliser == "none" else normaliser
+        found = dataclasses.replace(found, comparable=how is None, normaliser=how)
+    return found
 
 
 def known_criteria() -> tuple[str, ...]:

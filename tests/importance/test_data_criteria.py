@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import GraphPruneError
+from graphprune.calibration.gradients import sensitivities
 from graphprune.calibration.source import CalibrationSource
 from graphprune.importance import ImportanceContext, resolve_criterion
 from graphprune.surgery import find_folds, folded_tensors
@@ -216,3 +217,22 @@ def test_errors_name_the_argument(options: dict[str, Any], message: str) -> None
     options = options | ({"data": forms[options["data"]]} if "data" in options else {})
     with pytest.raises(GraphPruneError, match=message):
         graphprune.plan(net, x[:2], criterion="taylor", **options)
+
+
+def test_sensitivities_are_squared_jacobians_for_the_drawn_signs() -> None:
+    net, (_, x, _) = Folded(), made()
+    plain = made()[0]
+    source = CalibrationSource.of(plain, x[:2], [x[:8], x[8:]], None)
+    assert source is not None
+    got = sensitivities(source.calibration(plain, find_folds(plain, graphprune.trace(plain, x[:2]).trace)))
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.cat([torch.randint(0, 2, (n, 3), generator=generator) * 2 - 1 for n in (8, 12)]).double()
+    want = torch.zeros(6).double()
+    for i in range(20):
+        first = net.a(x[i : i + 1].double()).relu()
+        made_by_b = net.b(first).detach().requires_grad_()
+        out = net.d((made_by_b + net.c(first[:, :, 1:-1, 1:-1])).relu().flatten(1))
+        (gradient,) = torch.autograd.grad((out * signs[i]).sum(), made_by_b)
+        want += gradient.square().sum((0, 2, 3)) / 20
+    torch.testing.assert_close(got["b.weight"], want, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(got["d.weight"], torch.ones(3).double())
