@@ -65,8 +65,10 @@ def plan(
     - `ignore`: modules, names or patterns whose outputs stay. The network's inputs and outputs always stay.
     - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
       structure (Fang et al., ECCV 2024).
-    - `criterion`: "l1", "l2" (default), "bn_scale", "fpgm", "lamp", "random", any function registered with
-      `graphprune.criterion`, a callable, or an importance object of the torch_pruning library.
+    - `criterion`: "l1", "l2" (default), "bn_scale", "fpgm", "lamp", "random"; with `data` "reconstruction",
+      "activation_mean", "activation_variance", "apoz", "wanda", "hrank", "chip"; with `data` and `loss_fn` "taylor",
+      "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or an
+      importance object of the torch_pruning library.
     - `round_to`: keep multiples of this many channels. `min_channels`: keep at least this many.
     - `granularity`: "auto" (default), or any of "channels", "heads", "head features".
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,

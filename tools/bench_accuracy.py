@@ -59,6 +59,7 @@ class Task:
     unit: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     peers: bool = True
+    selection: int | None = None  # batches that channels are chosen with; all where None
     held: Callable[[str], bool] = lambda name: False
     """Layers whose outputs Torch-Pruning must leave alone: it fails on shortcuts that pad channels with zeros."""
 
@@ -189,9 +190,8 @@ def measure_model(name: str, made: Task, speedup: float, only: str | None, metho
     if "nothing" in methods:
         row("L2", plan.apply(made.model), time.perf_counter() - start)
     start = time.perf_counter()
-    plan = graphprune.plan(
-        made.model, made.example, budget=budget, criterion="reconstruction", data=made.data, **made.options
-    )
+    chosen = {"criterion": "reconstruction", "data": made.data[: made.selection], **made.options}
+    plan = graphprune.plan(made.model, made.example, budget=budget, **chosen)
     planned = time.perf_counter() - start
     if "nothing" in methods:
         row("reconstruction", plan.apply(made.model), planned)
@@ -212,8 +212,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name in dict.fromkeys(r["model"] for r in rows):
         mine = [r for r in rows if r["model"] == name]
         speeds = sorted({r["speedup"] for r in mine})
-        unit, dense, images = (mine[0][k] for k in ("unit", "dense", "images"))
-        parts.append(f"\n## {name} ({unit}, dense {dense:.2f}, {images} calibration inputs)\n")
+        unit, dense, images, selection = (mine[0][k] for k in ("unit", "dense", "images", "selection"))
+        inputs = f"{images} calibration inputs, {selection} for the choice"
+        parts.append(f"\n## {name} ({unit}, dense {dense:.2f}; {inputs})\n")
         parts.append("| method | " + " | ".join(f"{s:g}x" for s in speeds) + " | seconds |")
         parts.append("| --- |" + " ---: |" * (len(speeds) + 1))
         for method in dict.fromkeys(r["method"] for r in mine):
@@ -240,6 +241,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["resnet56"])
     parser.add_argument("--speedups", nargs="+", type=float, default=[2.0, 3.0])
     parser.add_argument("--images", type=int, default=2000, help="calibration inputs")
+    parser.add_argument("--select-images", type=int, help="how many of them choose the channels; default all")
     parser.add_argument("--held-out", action="store_true", help="measure on held-out training images, write nothing")
     parser.add_argument("--only", choices=["ours", "peers"], help="measure one side alone")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
@@ -249,14 +251,17 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(target.read_text()) if target.is_file() else []
     for name in options.models:
         made = task(name, options.images, options.held_out)
-        dense = made.measure(made.model)
         images = sum(len(next(iter(d.values()))) if isinstance(d, dict) else len(d) for d in made.data)
+        if options.select_images:
+            made.selection = max(1, round(len(made.data) * options.select_images / images))
+        dense: float | None = None
         for speedup in options.speedups:
             new = measure_model(name, made, speedup, options.only, options.methods)
-            for r in new:
-                r.update(dense=round(dense, 2), images=images)
             if options.held_out:
                 continue
+            dense = dense or round(made.measure(made.model), 2)
+            for r in new:
+                r.update(dense=dense, images=images, selection=min(options.select_images or images, images))
             keys = {(r["model"], r["speedup"], r["method"]) for r in new}
             rows = [r for r in rows if (r["model"], r["speedup"], r["method"]) not in keys] + new
             _write(target, json.dumps(rows, indent=1))

@@ -18,7 +18,7 @@ from .registry import criterion
 # Ridge on the inputs' covariance, times its mean diagonal.
 RIDGE = 1e-3
 # Of the units left, one in so many goes per step: one at a time in groups up to this size, several in larger ones.
-_SHARE = 128
+_SHARE = 64
 
 
 @dataclasses.dataclass
@@ -41,7 +41,7 @@ def reconstruction(context: ImportanceContext, group: Group) -> Floats:
 
     Optimal brain surgeon (Hassibi & Stork, NIPS 1992) with whole units: with H the covariance of a layer's inputs and W
     its weights, removing unit u and refitting the rest costs tr(W_u' (H^-1)_uu^-1 W_u); the cheapest unit goes, W and
-    H^-1 are updated, and so on until one is left (greedy; in groups of more than 128 units the cheapest 1/128 go
+    H^-1 are updated, and so on until one is left (greedy; in groups of 128 units and more the cheapest 1/64 go
     together). Errors of the layers' results are weighed by what they do to the network's outputs (`sensitivities`). A
     unit's score is what its removal added, summed over the layers, and never less than that of the units before it.
     Comparable across groups as it is.
@@ -107,27 +107,61 @@ def covariance_of(moments: Moments) -> Tensor:
 
 def eliminate(problems: list[Problem], units: int) -> tuple[list[int], list[float]]:
     """Backward elimination: the units in the order in which they go, and what each removal costs."""
-    states = [(torch.linalg.inv(p.covariance), p.weights.clone(), p) for p in problems]
+    states = [_State.of(p) for p in problems]
     alive = torch.arange(units, device=problems[0].covariance.device)
     order: list[int] = []
     costs: list[float] = []
     while len(alive) > 1:
-        price = torch.zeros(len(alive), dtype=torch.float64, device=alive.device)
-        for inverse, weights, problem in states:
-            price += _prices(inverse, weights, problem.features[alive]) / problem.energy
+        price = sum(s.prices(alive) for s in states)
+        assert isinstance(price, Tensor)
         count = max(1, len(alive) // _SHARE)
         cheapest = price.argsort(stable=True)[:count]
         going = alive[cheapest]
         order += going.tolist()
         costs += price[cheapest].tolist()
-        for i, (inverse, weights, problem) in enumerate(states):
-            states[i] = (*_removed(inverse, weights, problem.features[going].flatten()), problem)
+        for state in states:
+            state.remove(going)
         left = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
         left[cheapest] = False
         alive = alive[left]
     # what the last unit is worth: everything that is still explained
-    price = sum((_prices(i, w, p.features[alive]) / p.energy for i, w, p in states), torch.zeros(1))
-    return [*order, *alive.tolist()], [*costs, *price.tolist()]
+    last = sum(float(s.prices(alive).sum()) for s in states)
+    return [*order, *alive.tolist()], [*costs, last]
+
+
+@dataclasses.dataclass
+class _State:
+    """What is left of a problem: H^-1, W, where the features of each unit are now, and which have gone."""
+
+    inverse: Tensor
+    weights: Tensor
+    features: Tensor
+    energy: float
+    gone: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem) -> _State:
+        inverse = torch.linalg.inv(problem.covariance)
+        gone = torch.zeros(inverse.shape[1], dtype=torch.bool, device=inverse.device)
+        return cls(inverse, problem.weights.clone(), problem.features.clone(), problem.energy, gone)
+
+    def prices(self, units: Tensor) -> Tensor:
+        return _prices(self.inverse, self.weights, self.features[units]) / self.energy
+
+    def remove(self, units: Tensor) -> None:
+        features = self.features[units].flatten()
+        self.inverse, self.weights = _removed(self.inverse, self.weights, features)
+        self.gone[features] = True
+        self.features[units] = 0
+        if int(self.gone.sum()) * 8 > len(self.gone):
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """Leave out the rows and columns of what went."""
+        kept = ~self.gone
+        self.features = (kept.cumsum(0) - 1)[self.features].clamp_min(0)  # of units that went, never used
+        self.inverse, self.weights = self.inverse[:, kept][:, :, kept], self.weights[:, kept]
+        self.gone = self.gone[kept]
 
 
 def _prices(inverse: Tensor, weights: Tensor, features: Tensor) -> Tensor:
