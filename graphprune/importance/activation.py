@@ -62,7 +62,7 @@ def wanda(context: ImportanceContext, group: Group) -> Floats:
     columns): how much of the layers' results comes through the unit."""
 
     def score(statistics: ChannelStatistics, reader: Reader) -> Tensor:
-        weight = context.tensors[reader.weight].detach().double().abs()
+        weight = context.calibration.weights[reader.weight].detach().double().abs()
         columns = weight.movedim(reader.in_axis, 0).flatten(1)
         if reader.groups > 1 and not reader.transposed:
             rows = weight.reshape(reader.groups, -1, *weight.shape[1:])

@@ -58,7 +58,7 @@ def fisher(context: ImportanceContext, group: Group) -> Floats:
 
 
 def _value(context: ImportanceContext, name: str) -> Tensor:
-    return context.tensors[name].detach().double()
+    return context.calibration.weights[name].detach().double()
 
 
 def _over_weights(

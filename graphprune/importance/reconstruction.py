@@ -73,7 +73,7 @@ def _problem(context: ImportanceContext, member: Member) -> Problem | None:
     if reader is None or not calibration.measurable(member.parameter) or member.axis != reader.in_axis:
         return None
     moments = calibration.moments([member.parameter])[0]
-    weight = context.tensors[member.parameter].detach().double()
+    weight = calibration.weights[member.parameter].detach().double()
     if reader.in_axis == 0:
         matrix = weight[None]
     else:
