@@ -9,24 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._version import __version__
 from .allocation import Allocation, Budget, Limit, Settings, allocate, ignored_positions, make_limits
-from .calibration import Calibration
 from .calibration.source import CalibrationSource
 from .dependency import DependencyGraph, Frozen, Group, Reason
 from .dependency.graph import trace
 from .dependency.sizes import Conflict, Resolution, SizeSolver, gone_on_axis, positions_of
 from .dependency.temperature import Rescale, rescales
 from .errors import GraphPruneError
-from .importance import BatchNormLink, Criterion, ImportanceContext, normalise, resolve_criterion
+from .importance import Criterion, resolve_criterion
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
 from .recovery import check_method
 from .recovery import recover as recover_accuracy
 from .rewriting import Rewrite, Rewriter, check_output
-from .surgery import Fold, effective_folds, fold_names, folded_tensors
-from .tracing.names import all_modules, named_tensors
+from .scoring import Scorer
+from .surgery import Fold, effective_folds
 from .tracing.pause import paused_collector
 from .verification import verify as run_verification
 
@@ -167,7 +166,7 @@ def _plan_once(
     folds = [fold for fold, replaceable in effective if replaceable]
     normalised = (settings.scope != "local" or settings.budget is not None) and not criterion.comparable
     calibration = None if source is None else source.calibration(model, folds)
-    scorer = _Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised, calibration)
+    scorer = Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised, calibration)
     kept_folds = folds if fold_bn else []
     limits = functools.partial(make_limits, settings.budget, graph, model, kept_folds)
     settled = _settle(graph, settings, scorer, limits, rewriter)
@@ -183,51 +182,10 @@ def _plan_once(
     return dataclasses.replace(found, rewrites=rewrites)
 
 
-class _Scorer:
-    """Scores of groups, computed once per set of members even when groups are rebuilt."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        folds: list[Fold],
-        criterion: Criterion,
-        seed: int,
-        normalised: bool,
-        calibration: Calibration | None,
-    ) -> None:
-        tensors = {n: t.detach() for n, t in named_tensors(model).items()}
-        self.meta = any(t.is_meta for t in tensors.values())
-        links = {}
-        if folds and not self.meta:
-            tensors.update(folded_tensors(model, folds))
-            modules = all_modules(model)
-            for fold in folds:
-                norm = modules[fold.batch_norm]
-                if isinstance(norm.weight, Tensor):
-                    links[fold_names(fold)[0]] = BatchNormLink(norm.weight.detach(), fold.axis, fold.batch_norm)
-        self.context = ImportanceContext(model, tensors, bn=links, seed=seed, calibration=calibration)
-        self.criterion = criterion
-        self.normalised = normalised
-        self.cache: dict[tuple[Any, ...], np.ndarray] = {}
-
-    def __call__(self, graph: DependencyGraph) -> dict[int, np.ndarray]:
-        out = {}
-        for group in graph.groups:
-            key = tuple((m.parameter, m.axis, m.positions.tobytes()) for m in group.members)
-            if key not in self.cache:
-                if self.meta:  # no weights to look at: keep the first ones
-                    scores = np.arange(group.size, 0, -1, dtype=np.float64)
-                else:
-                    scores = self.criterion(self.context, group)
-                self.cache[key] = normalise(scores, self.criterion.normaliser) if self.normalised else scores
-            out[group.index] = self.cache[key]
-        return out
-
-
 def _settle(
     graph: DependencyGraph,
     settings: Settings,
-    scorer: _Scorer,
+    scorer: Scorer,
     limits: Callable[[], list[Limit]],
     rewriter: Rewriter | None,
 ) -> tuple[Allocation, Resolution, list[Rescale]] | None:

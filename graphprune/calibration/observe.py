@@ -18,7 +18,7 @@ from ..tracing.trace import run_model
 from .layers import Reader
 from .replay import Replay
 
-_LINEAR = (torch.nn.functional.linear, torch._C._nn.linear)
+_LINEAR = (torch.nn.functional.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
 _CONVOLUTIONS: dict[Any, int] = {
     torch.conv1d: 1,
     torch.conv2d: 2,
@@ -61,7 +61,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]  # without the overload of an ATen call
         number = 0
         if self.replay is not None:
             number, known, out = self.replay.enter(args, kwargs)
@@ -120,6 +120,10 @@ class _Watch(TorchFunctionMode):
             n = _CONVOLUTIONS[func]
             padding = padding if isinstance(padding, str) else _many(padding, n)
             geometry = (_many(stride, n), padding, _many(dilation, n))
+        elif func is torch.ops.aten.convolution.default:  # in modules that are graphs of recorded calls
+            x, weight = args[:2]
+            stride, padding, dilation = (_many(a, weight.dim() - 2) for a in args[3:6])
+            geometry = stride, padding, dilation
         elif name in _PRODUCTS and len(args) == 2:
             (x, weight), geometry = args, None
         elif name == "addmm" and len(args) == 3:

@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..calibration import CalibrationData, Call, Moments, Reader, observe, rows_of
 from ..calibration.replay import Replay
 from ..calibration.statistics import MAX_FEATURES, MEMORY
+from ..errors import GraphPruneError
 from ..plans import Plan
 from ..surgery.cutting import keep_indices
 from ..tracing.example import ExampleInput
@@ -107,6 +108,12 @@ class Pair:
             wanted = observe(self.dense, wave, example, **options, replay=memory[0])
             found = observe(self.small, wave, example, **options, inputs=True, replay=memory[1])
             for reader in wave:
+                if len(wanted[reader.weight]) != len(found[reader.weight]):
+                    raise GraphPruneError(
+                        f"recover: {reader.weight} is called {len(wanted[reader.weight])} times in the model and "
+                        f"{len(found[reader.weight])} times in the pruned one on batch {index} of data; use another "
+                        f"recover method, or data that take the same way through both"
+                    )
                 for theirs, mine in zip(wanted[reader.weight], found[reader.weight], strict=True):
                     take(reader, mine, self._target(reader, targets[reader.weight], theirs, mine), seen)
             seen += next((t.shape[0] for t in example.tensors() if t.dim()), 1)

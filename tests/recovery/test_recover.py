@@ -282,3 +282,22 @@ NO_NORM = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 def test_errors(call: Callable[[nn.Module, Tensor], Any], message: str) -> None:
     with pytest.raises(GraphPruneError, match=message):
         call(copy.deepcopy(NO_NORM), torch.randn(3, 4))
+
+
+class Literal(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu().view(-1, 8))
+
+
+def test_modules_that_became_graphs_are_refitted_too() -> None:
+    net, x = Literal().eval(), torch.randn(200, 6)
+    plan = graphprune.plan(net, x[:2], 0.5, output="graph", criterion="reconstruction", data=[x])
+    assert len(plan.removed["b.weight"][1]) == 4
+    found = graphprune.recover(net, plan, x[:2], [x])
+    assert [layer.weight for layer in found.layers] == ["b.weight"]
+    cut = float((plan.apply(net)(x) - net(x)).square().mean().detach())
+    assert float((found.model(x) - net(x)).square().mean().detach()) < 0.8 * cut
