@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx
 
 from ..tracing.names import operator_name
-from ..tracing.recorder import TensorMeta
+from ..tracing.recorder import Guard, TensorMeta
 from ..tracing.trace import Trace
 from .context import NodeContext, Result
 from .dims import DimTable, Root
@@ -62,6 +62,11 @@ class Analysis:
     @property
     def scalars(self) -> list[ScalarSite]:
         return [s for e in self.effects.values() for s in e.scalars if not s.node.meta.get("rewritten")]
+
+    @property
+    def guards(self) -> list[Guard]:
+        """What the code asked of its sizes, and what the kernels that it calls ask."""
+        return [*self.trace.guards, *(g for e in self.effects.values() for g in e.guards)]
 
     @property
     def equal(self) -> list[EqualCounts]:

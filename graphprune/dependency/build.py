@@ -41,7 +41,34 @@ def axis_roles(analysis: Analysis) -> dict[Root, Role]:
             roles[(name, a)] = "vector" if len(long) == 1 else "other"
         for user in node.users:
             _contraction_roles(roles, name, user, node)
+    for node in analysis.trace.graph.nodes:
+        _moved_roles(roles, analysis, node)
     return roles
+
+
+# Position of the weight among the arguments, and its (in, out) axes.
+_WEIGHTS = {"linear": (1, 1, 0), "mm": (1, -2, -1), "bmm": (1, -2, -1), "matmul": (1, -2, -1), "addmm": (2, -2, -1),
+            "baddbmm": (2, -2, -1), "_grouped_mm": (1, -2, -1)}  # fmt: skip
+
+
+def _moved_roles(roles: dict[Root, Role], analysis: Analysis, node: fx.Node) -> None:
+    """Weights that were sliced, picked, transposed or scaled before a contraction reads them."""
+    found = _WEIGHTS.get(operator_name(node))
+    if found is None:
+        return
+    position, reads, makes = found
+    weight = node.args[position]
+    if not isinstance(weight, fx.Node) or weight.op == "get_attr" or not weight.meta.get("constant_value"):
+        return
+    state = analysis.state(weight)
+    if len(state.shape) < 2:
+        return
+    sides: tuple[tuple[int, Role], ...] = ((reads, "in"), (makes, "out"))
+    for axis, role in sides:
+        for dim in state.axis(axis):
+            root = analysis.dims.root_of[dim]
+            if roles.get(root) == "other":
+                roles[root] = role
 
 
 def _contraction_roles(roles: dict[Root, Role], name: str, user: fx.Node, node: fx.Node) -> None:

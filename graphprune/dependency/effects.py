@@ -7,7 +7,7 @@ import dataclasses
 from torch import fx
 
 from ..tracing.origin import Expr
-from ..tracing.recorder import Source
+from ..tracing.recorder import Guard, Source
 from .state import AxisMap, Refine, Vector
 
 
@@ -81,6 +81,7 @@ class Effects:
     refines: list[Refine] = dataclasses.field(default_factory=list)
     sites: list[SizeSite] = dataclasses.field(default_factory=list)
     scalars: list[ScalarSite] = dataclasses.field(default_factory=list)
+    guards: list[Guard] = dataclasses.field(default_factory=list)
     equal: list[EqualCounts] = dataclasses.field(default_factory=list)
     kinds: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     statistics: list[Vector] = dataclasses.field(default_factory=list)

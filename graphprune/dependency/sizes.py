@@ -102,7 +102,7 @@ class SizeSolver:
         free = [s for s in self.analysis.sites if not s.node.meta.get("rewritten")]
         sites = [s for s in free if s.length]
         watched = [s for s in free if not s.length]
-        guards = self.analysis.trace.guards
+        guards = self.analysis.guards
         conflicts: list[Conflict] = []
         compound = []
         for site in sites:

@@ -15,6 +15,7 @@ from . import (
     movement,
     norms,
     parameters,
+    routing,
     sharing,
     slicing,
     structure,
@@ -24,7 +25,7 @@ from .registry import NETWORKS, Network
 
 THEMES = (
     movement, flattening, slicing, joining, gating, convolutions, norms, parameters, sharing, inplace, attention,
-    modules, structure, blocks, caches,
+    modules, structure, blocks, caches, routing,
 )  # fmt: skip
 """The modules that fill the registry."""
 

@@ -1,6 +1,17 @@
 """The rules, by kind. Importing this package registers all of them."""
 
-from . import contraction, elementwise, indexing, movement, recurrent, statistics
+from . import contraction, elementwise, indexing, movement, recurrent, statistics, vision
 from .registry import RULES, rule, rule_for
 
-__all__ = ["RULES", "contraction", "elementwise", "indexing", "movement", "recurrent", "rule", "rule_for", "statistics"]
+__all__ = [
+    "RULES",
+    "contraction",
+    "elementwise",
+    "indexing",
+    "movement",
+    "recurrent",
+    "rule",
+    "rule_for",
+    "statistics",
+    "vision",
+]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import fx
 
 from ...tracing.origin import Literal, Operation, TensorSize
+from ...tracing.recorder import Guard, TensorMeta
 from ..context import NodeContext, Result
 from ..effects import EqualCounts, ScalarSite
 from ..state import AxisMap, State
@@ -117,6 +119,35 @@ def trilinear(context: NodeContext) -> Result:
     joint = tie_all(context, full, joint_shape)
     kept = [a for a in range(n) if a not in summed]
     return joint.moved(context.shape, {a: i for i, a in enumerate(kept)})
+
+
+@rule("_grouped_mm")
+def grouped_mm(context: NodeContext) -> Result:
+    """Rows (S, K), sorted by expert, times the matrices of the experts (E, K, N); or plain batches of both."""
+    rows, experts = context.state(context.arg(0)), context.state(context.arg(1))
+    if len(experts.shape) != 3:  # gradients of the above
+        for s in context.states():
+            context.freeze_state(s, "operator", "no rule for _grouped_mm with groups along the contracted axis")
+        return empty(context)
+    if len(rows.shape) == 3:
+        out = contract(context, rows, experts, context.shape)
+    else:
+        context.freeze(experts.axis(0), "index", "experts are picked by the router")
+        context.tie(rows.axis(1), experts.axis(1), rows.shape[1], "contracted with features that cannot be removed")
+        out = State(context.shape, {0: rows.axis(0), 1: experts.axis(2)})
+    for operand, axis in ((0, len(rows.shape) - 1), (1, 2)):
+        _aligned(context, context.arg(operand), axis)
+    bias = context.arg(3, "bias")
+    return out if bias is None else tie_all(context, [out, context.state(bias)], context.shape)
+
+
+def _aligned(context: NodeContext, node: fx.Node, axis: int) -> None:
+    """The kernel of _grouped_mm refuses rows whose bytes are no multiple of 16."""
+    meta: TensorMeta = node.meta["val"]
+    multiple = 16 // meta.dtype.itemsize
+    if multiple > 1 and meta.shape[axis] % multiple == 0:
+        rest = Operation("mod", (TensorSize(node, axis), Literal(multiple)))
+        context.effects.guards.append(Guard("eq", rest, Literal(0), True, context.node.meta["source"]))
 
 
 def _reads(context: NodeContext) -> str:

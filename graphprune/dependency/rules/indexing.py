@@ -5,6 +5,7 @@ Here the user's code says where one part ends and the next begins, and those bou
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -217,10 +218,66 @@ def index_select(context: NodeContext) -> Result:
     return State(context.shape, axes)
 
 
+@rule("index_add", "index_add_", "index_copy", "index_copy_")
+def index_write(context: NodeContext) -> Result:
+    """Slices of a source are written to chosen indices of one axis; all other axes lose the same indices."""
+    state, source = context.state(context.arg(0)), context.state(context.arg(3, "source"))
+    dim = axis_of(context.arg(1, "dim"), len(state.shape))
+    for axis_map in (state.axis(dim), source.axis(dim), *context.state(context.arg(2, "index")).axes.values()):
+        context.freeze(axis_map, "index", "written to by an index tensor")
+    axes = {}
+    for axis in range(len(state.shape)):
+        if axis != dim:
+            best = max((state.axis(axis), source.axis(axis)), key=len)
+            context.tie(state.axis(axis), source.axis(axis), state.shape[axis], _WRITTEN)
+            axes[axis] = best
+    return State(context.shape, axes)
+
+
+_WRITTEN = "written into a tensor whose channels cannot be removed"
+
+
+@rule("index_put", "index_put_")
+def index_put(context: NodeContext) -> Result:
+    """x[i, :, j] = values: indexed axes freeze, along the others the values lose the same indices as x."""
+    state, values = context.state(context.arg(0)), context.state(context.arg(2, "values"))
+    place = _picked(context, state)
+    if place is None:
+        context.freeze_state(values, "index", "picked by a mask")
+        return empty(context)
+    axes = {a: m for a, m in state.axes.items() if a in place.kept}
+    for axis, position in place.kept.items():
+        back = place.ndim - position
+        mine, length = state.axis(axis), state.shape[axis]
+        if back <= len(values.shape) and values.shape[-back] == length:
+            theirs = values.axis(-back)
+            context.tie(mine, theirs, length, _WRITTEN)
+            axes[axis] = max((mine, theirs), key=len)
+    spread = {place.ndim - position for position in place.kept.values()}
+    for axis in range(len(values.shape)):
+        if len(values.shape) - axis not in spread:
+            context.freeze(values.axis(axis), "index", "written to by an index tensor")
+    return State(context.shape, axes)
+
+
 @rule("index", "_unsafe_index")
 def index(context: NodeContext) -> Result:
     """x[i, :, j] with index tensors: indexed axes freeze, the others keep their coordinates."""
     state = context.state(context.arg(0))
+    place = _picked(context, state)
+    return empty(context) if place is None else state.moved(context.shape, place.kept)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """x[indices] has `ndim` axes; the axes of x that no tensor indexes lie there at `kept[axis]`."""
+
+    ndim: int
+    kept: dict[int, int]
+
+
+def _picked(context: NodeContext, state: State) -> _Place | None:
+    """Where the axes go that no index tensor takes; the others freeze. None for a mask over several axes."""
     indices = context.arg(1, "indices")
     for i in indices:
         if i is not None:
@@ -231,12 +288,12 @@ def index(context: NodeContext) -> Result:
     masks = [i for i in indices if i is not None and i.meta["val"].dtype.is_floating_point is False]
     if any(str(i.meta["val"].dtype) in ("torch.bool", "torch.uint8") and len(i.meta["val"].shape) > 1 for i in masks):
         context.freeze_state(state, "index", "picked by a mask")
-        return empty(context)
-    width = len(context.shape) - (len(state.shape) - len(indexed))
+        return None
+    width = max(len(i.meta["val"].shape) for i in indices if i is not None)
     adjacent = indexed == list(range(indexed[0], indexed[0] + len(indexed)))
     place = indexed[0] if adjacent else 0
     kept = [a for a in range(len(state.shape)) if a not in indexed]
     mapping = {}
     for k, a in enumerate(kept):
         mapping[a] = k if k < place else k + width
-    return state.moved(context.shape, mapping)
+    return _Place(len(kept) + width, mapping)
