@@ -36,6 +36,7 @@ TOOLS = ("ours", "peer")
 CACHE = Path("build/coverage/results.jsonl")
 OUTPUT = Path("docs/coverage.md")
 _PACKAGES = "torch torchvision transformers timm diffusers segmentation-models-pytorch ultralytics torch-pruning"
+_BUILDERS = tuple(f"_coverage_{name}.py" for name in ("case", "images", "language", "models", "networks"))
 
 Result = dict[str, Any]
 Results = dict[tuple[str, str], Result]
@@ -44,7 +45,7 @@ Results = dict[tuple[str, str], Result]
 def fingerprint(tool: str) -> str:
     """Which code a result depends on."""
     here = Path(__file__).parent
-    files = [here / name for name in ("_common.py", "_coverage_case.py", "_peer.py", "_sweep_case.py")]
+    files = [here / name for name in ("_common.py", "_peer.py", "_sweep_case.py", *_BUILDERS)]
     digest = hashlib.sha256("".join(importlib.metadata.version(p) for p in _PACKAGES.split()).encode())
     if tool == "ours":
         package = Path(graphprune.__file__).parent
