@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,8 @@ def is_own_code(module: nn.Module) -> bool:
     return not type(module).__module__.startswith(("torch.nn.", "torch.ao.", "torch.jit"))
 
 
-def _is_container(module: nn.Module) -> bool:
+def is_container(module: nn.Module) -> bool:
+    """A module that only calls others, or whose forward is the user's."""
     return isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) or is_own_code(module)
 
 
@@ -50,14 +51,18 @@ class PartRecorder(TorchFunctionMode):
     """Collects `parts`: for each module of the user's own, the calls of every run of its forward.
 
     With `inline`, only the model itself is recorded, and the user's modules inside it are recorded as if their code
-    stood in the model's forward. `training` names modules whose training flag is on in this run.
+    stood in the model's forward - but for those in `whole`, which stay calls of modules. `training` names modules whose
+    training flag is on in this run.
     """
 
-    def __init__(self, modules: dict[str, nn.Module], inline: bool, training: Sequence[str] = ()) -> None:
+    def __init__(
+        self, modules: dict[str, nn.Module], inline: bool, training: Sequence[str] = (), whole: Collection[str] = ()
+    ) -> None:
         super().__init__()
         self.modules = modules
         self.inline = inline
         self.training = training
+        self._whole = {id(modules[path]) for path in whole}
         self.parts: dict[str, list[Part]] = {}
         self.guard_owners: dict[Guard, set[str]] = {}
         self._stack: list[tuple[Part | None, nn.Module]] = []
@@ -75,7 +80,7 @@ class PartRecorder(TorchFunctionMode):
         self._watch_guards()
         targets = [("", self.modules[""])] if self.inline else list(self.modules.items())
         for path, module in targets:
-            if is_own_code(module) or (self.inline and _is_container(module)):
+            if is_own_code(module) or (self.inline and is_container(module)):
                 module.__dict__["forward"] = self._forward(path, module, module.forward)
         for path in self.training:
             self.modules[path].training = True
@@ -132,7 +137,7 @@ class PartRecorder(TorchFunctionMode):
     def _call(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             part = self._part
-            if part is not None and self.inline and _is_container(module) and not _has_hooks(module):
+            if part is not None and self._is_inlined(module):
                 if part.relative(module) is None:
                     part.refuse("calls a module that is not one of its own")
                 return self._within(part, module, functools.partial(original, module, *args, **kwargs))
@@ -149,6 +154,9 @@ class PartRecorder(TorchFunctionMode):
             return out
 
         return call
+
+    def _is_inlined(self, module: nn.Module) -> bool:
+        return self.inline and is_container(module) and id(module) not in self._whole and not _has_hooks(module)
 
     def _within(self, part: Part, module: nn.Module, run: Callable[[], Any]) -> Any:
         """Run a module's own code as a piece of `part`; refuse where it changes the module's attributes."""

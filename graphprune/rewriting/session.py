@@ -20,7 +20,7 @@ from .arguments import rewritable
 from .fitting import Survivors, Unfit
 from .parts import Part
 from .recipes import Rewrite, merge, recipe
-from .recorder import PartRecorder, _is_container, is_own_code
+from .recorder import PartRecorder, is_container
 
 OUTPUTS = ("module", "hybrid", "graph")
 _TAKEN = frozenset(dir(fx.GraphModule)) - frozenset(dir(nn.Module))
@@ -37,18 +37,36 @@ class Rewriter:
         self.model, self.example = model, example
         self.inline = output == "graph"
         self.modules = dict(model.named_modules())
-        recorder = PartRecorder(self.modules, self.inline)
+        self.asked: set[str] = set()
+        self.whole: dict[str, str] = {}
+        if self.inline:
+            self.whole = self._kept_whole()
+        recorder = PartRecorder(self.modules, self.inline, whole=self.whole)
         self.trace = record_run(model, example, observe=recorder.observing)
-        self.parts = recorder.parts
+        self._take(recorder)
+        self.refused.update(self.whole)
         self.owners: dict[Guard, set[str]] = recorder.guard_owners
-        self.refused = {p: next((x.refusal for x in parts if x.refusal), "") for p, parts in self.parts.items()}
         self.by_node = {n: p for p, parts in self.parts.items() for x in parts for c in x.calls for n in c.nodes}
         self.chosen: set[str] = set(only or ())
         if self.inline:
-            self._whole()
+            self._choose_all()
         self.latest: DependencyGraph | None = None
 
-    def _whole(self) -> None:
+    def _take(self, recorder: PartRecorder) -> None:
+        self.parts = recorder.parts
+        self.refused = {p: next((x.refusal for x in parts if x.refusal), "") for p, parts in self.parts.items()}
+
+    def _kept_whole(self) -> dict[str, str]:
+        """Modules inside the model whose own code no graph can stand for, with the reason: they stay modules."""
+        recorder = PartRecorder(self.modules, inline=False)
+        record_run(self.model, self.example, observe=recorder.observing)
+        self._take(recorder)
+        inner = [path for path in self.parts if path]
+        self._ask(inner)
+        self.asked.clear()
+        return {path: self.refused[path] for path in inner if self.refused[path]}
+
+    def _choose_all(self) -> None:
         self.chosen = {""}
         why = self._cannot("") if "" in self.parts else "is not Python code of its own"
         if why:
@@ -91,7 +109,9 @@ class Rewriter:
     # -- choosing
 
     def _choose(self, paths: Iterable[str]) -> bool:
-        new = {p for p in paths if p not in self.chosen and not self._cannot(p)}
+        wanted = sorted(p for p in paths if p not in self.chosen)
+        self._ask(wanted)
+        new = {p for p in wanted if not self._cannot(p)}
         self.chosen |= new
         return bool(new)
 
@@ -133,29 +153,34 @@ class Rewriter:
         taken = {*module._parameters, *module._buffers, *module._modules} & _TAKEN
         if taken:
             return f"uses self.{min(taken)}, a name that torch.fx.GraphModule has for itself"
-        if not self.refused.get(path, "") and path not in self._merged:
-            self._merged.add(path)
-            self.refused[path] = self._follow_training(path)
+        self._ask([path])
         return self.refused[path]
 
-    @property
-    def _merged(self) -> set[str]:
-        found: set[str] = self.__dict__.setdefault("_merged_paths", set())
-        return found
-
-    def _follow_training(self, path: str) -> str:
-        switched = [path]
-        if self.inline:
-            switched = [p for p, m in self.modules.items() if is_own_code(m) or _is_container(m)]
-        recorder = PartRecorder(self.modules, self.inline, switched)
+    def _ask(self, paths: list[str]) -> None:
+        """Record these modules in training mode, all in one run where the model allows; refuse those that no graph can
+        follow."""
+        open_ = [p for p in paths if not self.refused[p] and p not in self.asked]
+        if not open_:
+            return
+        switched = open_
+        if self.inline and open_ == [""]:
+            below = tuple(f"{p}." for p in self.whole)
+            switched = [p for p, m in self.modules.items() if is_container(m) and not f"{p}.".startswith(below)]
+        recorder = PartRecorder(self.modules, self.inline and open_ == [""], switched, self.whole)
         try:
             record_run(self.model, self.example, observe=recorder.observing)
         except GraphPruneError as error:
-            return f"fails in training mode on the example input ({str(error).splitlines()[0]})"
-        mine, theirs = self.parts[path], recorder.parts.get(path, [])
-        if len(mine) != len(theirs):
-            return "is called another number of times in training mode"
-        return next((why for a, b in zip(mine, theirs, strict=True) if (why := merge(a, b))), "")
+            if len(open_) > 1:
+                for path in open_:
+                    self._ask([path])
+                return
+            why = f"fails in training mode on the example input ({str(error).splitlines()[0]})"
+            self.asked.update(open_)
+            self.refused[open_[0]] = why
+            return
+        self.asked.update(open_)
+        for path in open_:
+            self.refused[path] = _follow(self.parts[path], recorder.parts.get(path, []))
 
     # -- the result
 
@@ -173,7 +198,7 @@ class Rewriter:
             except Unfit as error:
                 self.refused[path] = str(error)
                 if self.inline:
-                    self._whole()
+                    self._choose_all()
                 self.chosen.discard(path)
                 return None
             if changed or self.inline or path in touched:
@@ -185,6 +210,13 @@ class Rewriter:
         if any(steps != written[0][0] for steps, _ in written):
             raise Unfit("does not do the same in each of its calls")
         return written[0][0], any(changed for _, changed in written)
+
+
+def _follow(evaluation: list[Part], training: list[Part]) -> str:
+    """Make the parts follow the training flag; "" or why they cannot."""
+    if len(evaluation) != len(training):
+        return "is called another number of times in training mode"
+    return next((why for a, b in zip(evaluation, training, strict=True) if (why := merge(a, b))), "")
 
 
 def dependency_graph(model: nn.Module, example: Any, output: str, paths: Iterable[str]) -> DependencyGraph:

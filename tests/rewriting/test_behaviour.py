@@ -309,3 +309,22 @@ def test_unknown_output() -> None:
     model, example, _ = NETS["slices"]()
     with pytest.raises(graphprune.GraphPruneError, match="output: expected one of module, hybrid, graph, got 'fx'"):
         graphprune.plan(model, example, output="fx")
+
+
+def test_a_module_that_no_graph_can_follow_stays_one_in_graph_mode() -> None:
+    class Deep(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.tanh().sin() if self.training else x
+
+    def middle(m: Any, y: Tensor) -> Tensor:
+        y = m.deep(y)
+        return y[:, :8] + y[:, 8:]
+
+    model, example = Images(middle, 8, deep=Deep()), torch.randn(2, 3, 8, 8)
+    small = graphprune.prune(model, example, 0.5, output="graph")
+    assert isinstance(small, torch.fx.GraphModule)
+    assert type(small.deep) is Deep
+    small.head.weight.data.fill_(1)
+    small.eval()
+    quiet = small(example)
+    assert not torch.equal(small.train()(example), quiet)
