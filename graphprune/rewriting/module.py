@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import sys
+import types
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,24 +27,27 @@ class RewrittenModule(fx.GraphModule):
     The graph calls what the module's code called, in the same order, with literal sizes rewritten. Arguments that are
     no tensors, and comparisons of sizes, are checked: a call that the module's own code would have treated differently
     raises GraphPruneError.
+
+    It is an instance of the replaced module's class too, so that other code finds its methods and passes `isinstance`.
     """
 
-    def __init__(self, old: nn.Module, recipe: Rewrite, name: str = "RewrittenModule") -> None:
-        super().__init__(old, build_graph(recipe), class_name=name)
+    _replaced: type[nn.Module] = nn.Module
+
+    def __init__(self, old: nn.Module, recipe: Rewrite) -> None:
+        super().__init__(old, build_graph(recipe), class_name=self._replaced.__name__)
         self.__dict__.update({k: v for k, v in old.__dict__.items() if k not in _NOT_KEPT})
         self.__dict__["_recipe"] = recipe
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewrittenModule:
-        new = RewrittenModule.__new__(RewrittenModule)
+        new = _bare(self._replaced)
         memo[id(self)] = new
-        return _restored(new, copy.deepcopy(self._contents(), memo), self._recipe, self.__class__.__name__)
+        return _restored(new, copy.deepcopy(self._contents(), memo), self._recipe)
 
     def __copy__(self) -> RewrittenModule:
-        new = RewrittenModule.__new__(RewrittenModule)
-        return _restored(new, self._contents(), self._recipe, self.__class__.__name__)
+        return _restored(_bare(self._replaced), self._contents(), self._recipe)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self._contents(), self._recipe.to_dict(), self.__class__.__name__)
+        return _unpickled, (self._replaced, self._contents(), self._recipe.to_dict())
 
     def _contents(self) -> dict[str, Any]:
         return {k: v for k, v in self.__dict__.items() if k not in _NOT_KEPT}
@@ -54,16 +58,40 @@ class RewrittenModule(fx.GraphModule):
         return found
 
 
-def _restored(new: RewrittenModule, contents: dict[str, Any], recipe: Rewrite, name: str) -> RewrittenModule:
+class _Start(nn.Module):
+    """Ends the chain of constructors: the replaced class must not set up its layers anew."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+
+
+def _class_for(replaced: type[nn.Module]) -> type[RewrittenModule]:
+    bases = (RewrittenModule, _Start, replaced)
+    return types.new_class(replaced.__name__, bases, exec_body=lambda names: names.update(_replaced=replaced))
+
+
+def _bare(replaced: type[nn.Module]) -> RewrittenModule:
+    kind = _class_for(replaced)
+    return kind.__new__(kind)
+
+
+def _restored(new: RewrittenModule, contents: dict[str, Any], recipe: Rewrite) -> RewrittenModule:
     holder = nn.Module()
     holder.__dict__.update(contents)
-    new.__init__(holder, recipe, name)  # type: ignore[misc]
+    RewrittenModule.__init__(new, holder, recipe)
     return new
 
 
-def _unpickled(contents: dict[str, Any], recipe: dict[str, Any], name: str) -> RewrittenModule:
-    new = RewrittenModule.__new__(RewrittenModule)
-    return _restored(new, contents, Rewrite.from_dict(recipe), name)
+def _unpickled(replaced: type[nn.Module], contents: dict[str, Any], recipe: dict[str, Any]) -> RewrittenModule:
+    return _restored(_bare(replaced), contents, Rewrite.from_dict(recipe))
+
+
+def rewritten(old: nn.Module, recipe: Rewrite) -> RewrittenModule:
+    """The module that takes the place of `old`, with its contents."""
+    replaced = old._replaced if isinstance(old, RewrittenModule) else type(old)
+    new = _bare(replaced)
+    RewrittenModule.__init__(new, old, recipe)
+    return new
 
 
 def build_graph(recipe: Rewrite) -> fx.Graph:
@@ -117,7 +145,7 @@ def replace(model: nn.Module, rewrites: Iterable[Rewrite]) -> nn.Module:
         old = modules.get(rewrite.module)
         if old is None:
             raise GraphPruneError(f"the plan replaces the module {rewrite.module}, which this model does not have")
-        new = RewrittenModule(old, rewrite, type(old).__name__)
+        new = rewritten(old, rewrite)
         if not rewrite.module:
             return new
         for parent in modules.values():

@@ -23,7 +23,7 @@ from .recipes import Rewrite, merge, recipe
 from .recorder import PartRecorder, is_container
 
 OUTPUTS = ("module", "hybrid", "graph")
-_TAKEN = frozenset(dir(fx.GraphModule)) - frozenset(dir(nn.Module))
+_TAKEN = frozenset(n for n in dir(fx.GraphModule) if not n.startswith("__")) - frozenset(dir(nn.Module))
 MARK, WHY = "rewritten", "not_rewritten"
 
 
@@ -150,9 +150,12 @@ class Rewriter:
     def _cannot(self, path: str) -> str:
         """Why the module cannot be rewritten, or "". Its behaviour in training mode is recorded when first asked."""
         module = self.modules[path]
-        taken = {*module._parameters, *module._buffers, *module._modules} & _TAKEN
+        used = {*module._parameters, *module._buffers, *module._modules}
+        if not isinstance(module, fx.GraphModule):
+            used |= set(vars(module)) | set(dir(type(module)))
+        taken = used & _TAKEN
         if taken:
-            return f"uses self.{min(taken)}, a name that torch.fx.GraphModule has for itself"
+            self.refused[path] = f"uses self.{min(taken)}, a name that torch.fx.GraphModule has for itself"
         self._ask([path])
         return self.refused[path]
 

@@ -87,3 +87,26 @@ def test_other_granularities(granularity: str) -> None:
     small = plan.apply(model)
     assert graphprune.verify(model, small, plan, example).passed
     assert small(torch.randn(3, 7, 4)).shape == (3, 7, 3)
+
+
+def test_a_name_that_graph_modules_need_is_refused() -> None:
+    class Named(Block):
+        def graph(self) -> str:
+            return "the block's own"
+
+    model, example = Tokens(1), torch.randn(2, 5, 4)
+    model.blocks[0] = Named()
+    plan = graphprune.plan(model, example, 0.5, output="hybrid")
+    assert not plan.rewrites
+    assert any("uses self.graph, a name that torch.fx.GraphModule has for itself" in line for line in plan.frozen)
+
+
+def test_runs_do_not_grow_with_the_number_of_blocks() -> None:
+    def runs(blocks: int) -> int:
+        seen: list[int] = []
+        model = Tokens(blocks)
+        model.register_forward_pre_hook(lambda *_: seen.append(1))
+        assert len(graphprune.plan(model, torch.randn(2, 5, 4), 0.5, output="hybrid").rewrites) == blocks
+        return len(seen)
+
+    assert runs(1) == runs(6)
