@@ -66,7 +66,7 @@ class Part:
         self.path = path
         self.home = type(module).__module__
         self.calls: list[Call] = []
-        self.guards: list[Guard] = []
+        self.guards: dict[Guard, int] = {}  # and before which call it was asked
         self.output: Any = None
         self.refusal = ""
         self.autocast: Any = None

@@ -163,6 +163,7 @@ class _Writer:
     def write(self) -> tuple[Step, ...]:
         part = self.part
         for index, call in enumerate(part.calls):
+            self._checks(index)
             new = rewritten(call, self.survivors)
             sizes = takes_sizes(call) or call.op in ("call_module", "build")
             if (new.target, new.args, new.kwargs) != (call.target, call.args, call.kwargs):
@@ -170,7 +171,7 @@ class _Writer:
             args = tuple(self._value(a, sizes, call.module) for a in new.args)
             kwargs = {k: self._value(v, sizes, call.module) for k, v in new.kwargs.items()}
             self.place[index] = self._step(new.op, new.target, args, kwargs).index
-        self._checks()
+        self._checks(len(part.calls))
         self._step("output", "output", (self._value(part.output, True, ""),), {})
         return tuple(self.steps)
 
@@ -230,9 +231,9 @@ class _Writer:
         """The module's own code would compute the recorded number in the pruned network, too."""
         return self.survivors.now(expr) == evaluate(expr, recorded_value)
 
-    def _checks(self) -> None:
-        """What the code asked about sizes that depend on the input must turn out as recorded."""
-        for guard in dict.fromkeys(self.part.guards):
+    def _checks(self, place: int) -> None:
+        """What the code asked, before this call, about sizes that depend on the input must turn out as recorded."""
+        for guard in (g for g, asked in self.part.guards.items() if asked == place):
             left, right = self.survivors, guard.right
             self.changed |= not self._holds(guard)
             if not (left.free(guard.left) or left.free(right)):

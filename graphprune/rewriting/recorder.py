@@ -17,6 +17,7 @@ from ..tracing.example import flatten_tensors
 from ..tracing.origin import Expr, Literal, is_traced, plain
 from ..tracing.recorder import Guard, Recorder
 from .functions import name_of
+from .loops import watched_ranges
 from .parts import Call, Number, Part, Path, Ref
 
 # Methods that ask about a tensor's form, not about its values or sizes
@@ -96,7 +97,7 @@ class PartRecorder(TorchFunctionMode):
             self._refusing("calls a custom autograd function, whose backward a recording cannot see", run)
         )
         try:
-            with self:
+            with self, watched_ranges(self._unrolled):
                 yield
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
@@ -122,9 +123,15 @@ class PartRecorder(TorchFunctionMode):
                 made, part = recorder.guards[-1], self._part
                 self.guard_owners.setdefault(made, set()).add(part.path if part is not None else "<none>")
                 if part is not None and not self._calling:
-                    part.guards.append(made)
+                    part.guards.setdefault(made, len(part.calls))
 
         recorder.guard = guard  # type: ignore[method-assign]
+
+    def _unrolled(self, bound: Any) -> None:
+        """The body of a loop is recorded once for each turn: the number of turns must stay."""
+        if self._part is not None and not self._calling:
+            turns = Guard("eq", bound.origin, Literal(plain(bound)), True, self.recorder.source())
+            self._part.guards.setdefault(turns, len(self._part.calls))
 
     @property
     def _part(self) -> Part | None:
