@@ -112,6 +112,7 @@ def analyse(trace: Trace) -> Analysis:
     analysis = Analysis(trace, dims, env, effects, 0)
     nodes = list(trace.graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
+    homes = {f"<{node.name}>": node for node in nodes} | trace.parameters  # where a root's coordinates come from
     dirty: set[fx.Node] = set(nodes)
     for passes in range(1, _MAX_PASSES + 1):
         analysis.passes = passes
@@ -125,7 +126,7 @@ def analyse(trace: Trace) -> Analysis:
             if dims.size[request.dim]:
                 changed.add(dims.refine(request))
         # whatever else mentions a factored Dim reads it from these parameters, and is reached through their users
-        dirty = {n for n, e in effects.items() if e.refines} | {trace.parameters[name] for name, _ in changed}
+        dirty = {n for n, e in effects.items() if e.refines} | {homes[name] for name, _ in changed}
     else:
         # ties of these calls are missing: everything they touch stays
         for node, effect in effects.items():
@@ -186,7 +187,10 @@ def _factor_own(node: fx.Node, analysis: Analysis, kernels: set[fx.Node]) -> boo
     env, effects, dims = analysis.states, analysis.effects, analysis.dims
     again = False
     for request in effects[node].refines:
-        parameter = analysis.trace.parameters[dims.root_of[request.dim][0]]
+        root = dims.root_of[request.dim]
+        if root not in dims.roots:
+            continue
+        parameter = analysis.trace.parameters[root[0]]
         if parameter in node.all_input_nodes and all(u is node or u not in effects for u in parameter.users):
             dims.refine(request)
             env[parameter] = _parameter(parameter, dims, parameter in kernels)

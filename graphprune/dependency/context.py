@@ -64,13 +64,16 @@ class NodeContext:
     @property
     def shapes(self) -> list[tuple[int, ...] | None]:
         """The shapes of all results."""
-        meta = self.node.meta["val"]
-        metas = meta if isinstance(meta, tuple) else (meta,)
+        metas = self.node.meta["val"] if isinstance(self.node.meta["val"], tuple) else (self.node.meta["val"],)
         return [m.shape if isinstance(m, TensorMeta) else None for m in metas]
 
     @property
     def sizes(self) -> CallSizes | None:
         return self.node.meta.get("sizes")
+
+    def fresh(self, axis: int) -> AxisMap:
+        """New coordinates for an axis of the result, a tensor made by the call, whose indices are all alike."""
+        return self.dims.add_fresh(f"<{self.node.name}>", axis, self.shape[axis]) if self.shape[axis] > 1 else {}
 
     # -- statements
 
@@ -109,12 +112,8 @@ class NodeContext:
             self.effects.unions.append((self.dims.offset[a] + va, self.dims.offset[b] + vb))
 
     def union(self, a: int, va: Vector, b: int, vb: Vector) -> None:
-        if a == b and (va is vb or np.array_equal(va, vb)):
-            return
         both = (va >= 0) & (vb >= 0)
-        if not both.all():
-            va, vb = va[both], vb[both]
-        self.effects.unions.append((self.dims.offset[a] + va, self.dims.offset[b] + vb))
+        self._union_whole(a, va[both], b, vb[both])
 
     def blocked_by(self, value: Any, otherwise: str) -> str:
         """Why an operand has no coordinates, as the text of a tie."""
@@ -395,4 +394,3 @@ def _same_partition(a: Vector, b: Vector) -> bool:
 
 def _no_leaf(leaf: Any) -> int:
     raise AssertionError(leaf)
-

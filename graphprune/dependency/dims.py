@@ -18,6 +18,7 @@ class DimTable:
         self.offset: list[int] = []
         self.root_of: list[Root] = []
         self.roots: dict[Root, AxisMap] = {}
+        self.fresh: dict[Root, AxisMap] = {}  # axes of tensors that the model's code makes, (name of the node, axis)
         self.total = 1  # position 0 stands for "immovable"
 
     def add_root(self, parameter: str, axis: int, length: int) -> AxisMap:
@@ -26,6 +27,13 @@ class DimTable:
         if root not in self.roots:
             self.roots[root] = {self._new(root, length): np.arange(length, dtype=np.int64)}
         return self.roots[root]
+
+    def add_fresh(self, node: str, axis: int, length: int) -> AxisMap:
+        """An axis that no parameter has: all its indices are alike, and it follows what it is tied to."""
+        root = (node, axis)
+        if root not in self.fresh:
+            self.fresh[root] = {self._new(root, length): np.arange(length, dtype=np.int64)}
+        return self.fresh[root]
 
     def _new(self, root: Root, size: int) -> int:
         self.size.append(size)
@@ -56,14 +64,15 @@ class DimTable:
                 table = np.full(size, -1, np.int64)
                 table[inside] = place
                 tables.append((self._new(root, count), table))
-        axis_map = dict(self.roots[root])
+        table_of = self.roots if dim in self.roots.get(root, ()) else self.fresh
+        axis_map = dict(table_of[root])
         old = axis_map.pop(dim)
         held = old >= 0
         for new, table in tables:
             vector = np.full(len(old), -1, np.int64)
             vector[held] = table[old[held]]
             axis_map[new] = vector
-        self.roots[root] = axis_map
+        table_of[root] = axis_map
         self.size[dim] = 0
         return root
 

@@ -260,7 +260,11 @@ class DependencyGraph:
                 for positions in (a, b):
                     dim = int(np.searchsorted(starts, positions[0], side="right")) - 1
                     name, axis = dims.root_of[dim]
+                    if (name, axis) not in dims.roots:
+                        break  # a tensor that the model's code makes
                     ends.append(f"{name}[{axis}]")
+                if len(ends) < 2:
+                    continue
                 pair = (min(ends), max(ends))
                 if pair[0] != pair[1] and pair not in seen:
                     seen.add(pair)

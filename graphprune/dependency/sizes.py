@@ -162,9 +162,7 @@ class SizeSolver:
         if site.axis_map and not self.analysis.frozen(positions_of(self.analysis, site.axis_map)).all():
             count = int(value) if value is not None and value == int(value) else None
             instead = self._other_side(site, text, wanted)
-            conflicts.append(
-                Conflict(text, site.node, site.axis_map, site.length, wanted, count, instead=instead)
-            )
+            conflicts.append(Conflict(text, site.node, site.axis_map, site.length, wanted, count, instead=instead))
         else:
             conflicts.extend(self.blame(site.expr, text, site.node))
 

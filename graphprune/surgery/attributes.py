@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..errors import GraphPruneError
 from ..modules.attention import MultiheadAttention, scale_of
+from ..modules.recurrent import Recurrent
 
 
 def set_attribute(model: nn.Module, module: str, name: str, key: tuple[int | str, ...], value: int) -> None:
@@ -43,8 +44,8 @@ def refresh(modules: Iterable[nn.Module]) -> None:
         weight = getattr(module, "weight", None) if not isinstance(module, nn.MultiheadAttention) else None
         if isinstance(module, nn.MultiheadAttention):
             _refresh_attention(module)
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-            continue
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Recurrent)):
+            _refresh_recurrent(module)
         if weight is None and isinstance(module, _NormBase):
             weight = module.running_mean  # affine=False
         if not isinstance(weight, Tensor):
@@ -68,6 +69,15 @@ def refresh(modules: Iterable[nn.Module]) -> None:
             module.num_embeddings, module.embedding_dim = shape
         elif isinstance(module, nn.PReLU):
             module.num_parameters = shape[0]
+
+
+def _refresh_recurrent(module: nn.RNNBase | nn.RNNCellBase | Recurrent) -> None:
+    # hidden_size is read by forward, so the plan has set it where it matters; cells read only their weights
+    weight = getattr(module, "weight_ih" if isinstance(module, nn.RNNCellBase) else "weight_ih_l0", None)
+    if isinstance(weight, Tensor):
+        module.input_size = weight.shape[1]
+    if isinstance(module, nn.RNNCellBase):
+        module.hidden_size = module.weight_hh.shape[1]
 
 
 def _refresh_attention(module: nn.MultiheadAttention) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..dependency.temperature import Rescale
 from ..errors import GraphPruneError
+from ..modules import replacement_of
 from ..tracing.names import all_modules, named_tensors
 from .attributes import refresh, set_attribute
 from .copying import clone_with
@@ -69,6 +70,7 @@ def operate(
             except IndexError as error:
                 raise GraphPruneError(f"the plan removes from {name} what it does not have: {error}") from error
     out = clone_with(model, new, {fold.batch_norm: nn.Identity() for fold in folds}, caches)
+    out = with_free_widths(out, new)
     for module, attribute, key, value in attributes:
         set_attribute(out, module, attribute, key, value)
     changed = {id(named[n]) for n in new if n in named}
@@ -77,6 +79,21 @@ def operate(
     touched |= {path.rpartition(".")[0] for path in touched}
     refresh([module for path, module in all_modules(out).items() if path in touched])
     return out
+
+
+def with_free_widths(model: nn.Module, touched: Iterable[str]) -> nn.Module:
+    """`model` with modules of ours where torch's cannot express the widths that its tensors `touched` have now."""
+    modules = all_modules(model)
+    made = {}
+    for path in {name.rpartition(".")[0] for name in touched}:
+        new = replacement_of(modules[path]) if path in modules else None
+        if new is not None:
+            made[id(modules[path])] = new
+    for parent in modules.values() if made else ():
+        for name, child in parent._modules.items():
+            if id(child) in made:
+                parent._modules[name] = made[id(child)]
+    return made.get(id(model), model)
 
 
 def _output_cut(

@@ -75,6 +75,7 @@ _WHOLE: dict[Any, Any] = {
     torch._VF.gru: aten.gru.input,
     torch._VF.rnn_tanh: aten.rnn_tanh.input,
     torch._VF.rnn_relu: aten.rnn_relu.input,
+    torch._VF._pad_packed_sequence: aten._pad_packed_sequence.default,
 }
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _SIZE_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))

@@ -25,7 +25,7 @@ class CallSizes:
     `kind` says what they mean: "shape" (target sizes, aligned with the last axes of the result), "split" (one size per
     piece, or a single one for all), "boundaries" (tensor_split), "index" (what stood between the brackets, see
     `index_entries`), "chunks" (a number of equal pieces), "groups", "normalized_shape", "shift" (roll), "creation"
-    (sizes of a new tensor).
+    (sizes of a new tensor, None for those that are read from a tensor).
     """
 
     kind: str
@@ -62,9 +62,11 @@ def _creation(function: str, skip: int) -> Callable[..., CallSizes | None]:
             values = (kwargs["size"],)
         if values and isinstance(values[0], (tuple, list, torch.Size)):
             values = tuple(values[0])
-        if not values or not all(isinstance(v, int) for v in values):
+        if not values or not all(isinstance(v, (int, torch.Tensor)) for v in values):
             return None
-        return CallSizes("creation", tuple(map(origin_of, values)), function)
+        return CallSizes(
+            "creation", tuple(None if isinstance(v, torch.Tensor) else origin_of(v) for v in values), function
+        )
 
     return read
 

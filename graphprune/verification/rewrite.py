@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ..dependency import DependencyGraph
 from ..dependency.sizes import Mask, gone_on_axis
 from ..errors import GraphPruneError
+from ..modules import run_layers
 from ..plans import Plan
 from ..surgery.cutting import cut_tensor
 from ..tracing.example import ExampleInput
@@ -186,6 +187,32 @@ class RewrittenRun:
         return node.target(args[0], int(parts.any(1).sum()))  # type: ignore[operator]
 
     _channel_shuffle = _native_channel_shuffle
+
+    def _recurrent(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """Layer by layer, as widths may differ where the initial states are zeros."""
+        name = operator_name(node)
+        packed = int("data" in node.target._overloadname)  # type: ignore[union-attr]
+        data, states, weights, biases, layers = args[0], *args[1 + packed : 5 + packed]
+        step = len(weights) // layers
+        made = node.args[1 + packed] if name == "lstm" else [node.args[1 + packed]]
+        starts: list[Any] = [None] * layers
+        if not all(operator_name(n) == "zeros" for n in made):  # type: ignore[union-attr, arg-type]
+            kinds = [s.to(data.dtype).chunk(layers) for s in (states if name == "lstm" else [states])]
+            starts = list(zip(*kinds, strict=True))
+        out, ends = run_layers(
+            name.upper(),
+            data,
+            args[1] if packed else None,
+            starts,
+            [weights[i : i + step] for i in range(0, len(weights), step)],
+            biases=biases,
+            directions=2 if args[7 + packed] else 1,
+            batch_first=not packed and bool(args[8]),
+        )
+        used = [torch.cat(e) if len({t.shape for t in e}) == 1 else None for e in zip(*ends, strict=True)]
+        return (out, *used)
+
+    _lstm = _gru = _rnn_tanh = _rnn_relu = _recurrent
 
     def _as_strided(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
         return args[0]  # as_strided_ after a pool: only the memory layout changes; other uses freeze what they touch

@@ -34,15 +34,18 @@ def shaped_like(context: NodeContext) -> Result:
 
 @rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
 def created(context: NodeContext) -> Result:
-    """A fresh tensor whose every element is alike follows the tensor its sizes were taken from."""
+    """A fresh tensor whose every element is alike follows the tensor its sizes were taken from; where they are computed
+    from attributes it follows what it meets."""
+    alike = context.operation not in ("rand", "randn")
     axes: dict[int, AxisMap] = {}
     sizes = context.sizes
     if sizes is not None and sizes.kind == "creation" and len(sizes.values) == len(context.shape):
         for axis, expr in enumerate(sizes.values):
             if isinstance(expr, TensorSize):
                 axes[axis] = context.state(expr.node).axis(expr.axis)
-            elif not isinstance(expr, Literal):
-                context.require(expr, {}, context.shape[axis], "the size of a new tensor")
+            elif expr is not None and not isinstance(expr, Literal):
+                axes[axis] = context.fresh(axis) if alike else {}
+                context.require(expr, axes[axis], context.shape[axis], "the size of a new tensor")
     return State(context.shape, axes)
 
 
