@@ -9,6 +9,8 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1
 TORCHVISION ?= torchvision==0.29.1
 DEMO_ARGS ?=
+# Test processes side by side; each needs up to 3 GiB.
+JOBS ?= 2
 PYTEST_ARGS ?=
 
 # Two libraries with a thread each per core slow small networks down many times on a busy machine.
@@ -35,7 +37,7 @@ demo: $(STAMP) ## train, prune, fine-tune, export and benchmark a small network 
 	$(BIN)/python -m tools.demo $(DEMO_ARGS)
 
 test: lint types ## ruff, mypy and all tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 check: lint types
 

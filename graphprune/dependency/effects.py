@@ -85,4 +85,3 @@ class Effects:
     equal: list[EqualCounts] = dataclasses.field(default_factory=list)
     kinds: list[tuple[int, str]] = dataclasses.field(default_factory=list)
     statistics: list[Vector] = dataclasses.field(default_factory=list)
-    guards: list[Guard] = dataclasses.field(default_factory=list)
