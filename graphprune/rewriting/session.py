@@ -42,7 +42,7 @@ class Rewriter:
         if self.inline:
             self.whole = self._kept_whole()
         recorder = PartRecorder(self.modules, self.inline, whole=self.whole)
-        self.trace = record_run(model, example, observe=recorder.observing)
+        self.trace = record_run(model, example, training_paths=True, observe=recorder.observing)
         self._take(recorder)
         self.refused.update(self.whole)
         self.owners: dict[Guard, set[str]] = recorder.guard_owners

@@ -110,3 +110,18 @@ def test_runs_do_not_grow_with_the_number_of_blocks() -> None:
         return len(seen)
 
     assert runs(1) == runs(6)
+
+
+def test_layers_that_only_training_runs_are_cut_too() -> None:
+    class Auxiliary(Tokens):
+        def __init__(self) -> None:
+            super().__init__(0)
+            self.extra = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x)
+            return self.head(y) + self.extra(y) if self.training else self.head(y)
+
+    small = graphprune.prune(Auxiliary(), torch.randn(2, 5, 4), 0.5, output="hybrid")
+    assert small.extra.in_features == small.head.in_features == 4
+    assert small.train()(torch.randn(2, 5, 4)).shape == (2, 5, 3)
