@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torchvision
 from torch import nn
+
+from tools._common import write
 
 Built = tuple[nn.Module, Any]
 
@@ -67,21 +71,30 @@ def torchvision_network(name: str) -> Built:
     return models.get_model(name, weights=None, num_classes=5), torch.randn(1, 3, frames, size, size)
 
 
-def timm_names() -> list[str]:
-    """The smallest model of each model module of timm, by parameters on the meta device."""
+def timm_names(cache: Path = Path("build/coverage/timm.json")) -> list[str]:
+    """The smallest model of each model module of timm, by parameters on the meta device.
+
+    Building all of timm takes minutes, so the names are kept in `cache` with timm's version.
+    """
     import timm
 
-    names = []
-    for module in timm.list_modules():
-        smallest: tuple[int, str] | None = None
-        for name in timm.list_models(module=module):
-            with torch.device("meta"), contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
-                count = sum(p.numel() for p in timm.create_model(name).parameters())
-                if count and (smallest is None or count < smallest[0]):
-                    smallest = (count, name)
-        if smallest:
-            names.append(smallest[1])
+    if cache.exists():
+        known = json.loads(cache.read_text(encoding="utf-8"))
+        if known["timm"] == timm.__version__:
+            return list(known["names"])
+    names = [name for module in timm.list_modules() if (name := _smallest(timm.list_models(module=module)))]
+    write(cache, json.dumps({"timm": timm.__version__, "names": names}))
     return names
+
+
+def _smallest(names: Sequence[str]) -> str | None:
+    import timm
+
+    counts: dict[str, int] = {}
+    for name in names:
+        with torch.device("meta"), contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
+            counts[name] = sum(p.numel() for p in timm.create_model(name).parameters())
+    return min(counts, key=counts.__getitem__, default=None)
 
 
 def timm_network(name: str) -> Built:

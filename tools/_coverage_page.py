@@ -120,10 +120,10 @@ def page(done: Results, names: Sequence[str], ratio: float, versions: str, machi
         "",
         f"`python -m tools.coverage`, ratio {ratio:g}, one process per model. Weights, scales and statistics are "
         "random, so that a wrong cut shows. *Proof*: the permutation and the zero-equivalence check of "
-        "`graphprune.verify`; after it one backward pass in eval and one in training mode. *Frozen*: the share of "
-        "the indices of parameter axes, kernel positions aside, that cannot be removed, and the reason that holds most of "
-        "them (inputs, outputs and vocabularies aside). Torch-Pruning gets the plain one-line use, and is told which modules make "
-        "the output.",
+        "`graphprune.verify`; after it one backward pass in eval and one in training mode. *Frozen*: the share of the "
+        "indices of parameter axes, kernel positions aside, that cannot be removed, and the reason that holds most of "
+        "them (inputs, outputs and vocabularies aside). Torch-Pruning gets the plain one-line use, and is told which "
+        "modules make the output.",
         "",
         f"{versions}. {machine}.",
         "",
