@@ -1,7 +1,7 @@
 """Accuracy against sparsity, lottery tickets against their controls, and the sizes of sparse files.
 
     python -m tools.bench_sparsity              # everything, writes docs/sparsity.md and its plots
-    python -m tools.bench_sparsity --seeds 2 --images 500 --output /tmp/x.md
+    python -m tools.bench_sparsity --seeds 2 --images 500 --output sparsity.md
 
 The digits are those of scikit-learn: 1,000 for training, 400 on which the settings were chosen, 397 for the figures
 here. The network is 64-100-50-10 with ReLU, trained for 300 steps of 60 images with Adam (0.0012). ResNet-20 and

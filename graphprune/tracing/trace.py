@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 
 from ..errors import GraphPruneError
 from .example import ExampleInput, result_tensors
+from .modes import WHOLE, DispatchMode, FunctionMode
 from .names import named_tensors
-from .recorder import _WHOLE, DispatchMode, FunctionMode, Guard, Recorder, Source, is_users_file
+from .recorder import Guard, Recorder, Source, is_users_file
 from .state import preserved, trace_attributes, unfused, without_data
 from .training import record_training_paths
 
@@ -117,7 +118,7 @@ def _self_contained(recorded: Trace) -> bool:
     return True
 
 
-_WITH_STATE = tuple(_WHOLE[f] for f in (torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu))
+_WITH_STATE = tuple(WHOLE[f] for f in (torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu))
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
