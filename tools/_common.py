@@ -35,9 +35,13 @@ def parameter_count(name: str) -> int:
 def build(name: str, device: str = "cpu", seed: int = 0) -> nn.Module:
     """The network in eval mode, with torchvision's own initial values."""
     torch.manual_seed(seed)
-    with warnings.catch_warnings(), torch.device(device):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # GoogLeNet and Inception announce that their initialisation will change
-        model: nn.Module = torchvision.models.get_model(name, weights=None)
+        try:
+            with torch.device(device):
+                model: nn.Module = torchvision.models.get_model(name, weights=None)
+        except NotImplementedError:  # RegNet's constructor reads the values of tensors, which the meta device has not
+            model = torchvision.models.get_model(name, weights=None).to(device)
     return model.eval()
 
 
