@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -57,21 +59,22 @@ class DimTable:
         dim = request.dim
         root = self.root_of[dim]
         size = self.size[dim]
-        columns = np.stack(request.columns)
         tables: list[tuple[int, Vector]] = []
-        for present, inside in _patterns(columns >= 0):
-            for count, place in _factors(columns[present][:, inside]):
-                table = np.full(size, -1, np.int64)
-                table[inside] = place
-                tables.append((self._new(root, count), table))
+        if all(column.min() >= 0 for column in request.columns):  # the usual case
+            tables = [(self._new(root, count), place) for count, place in _factors(request.columns, size)]
+        else:
+            for present, inside in _patterns(np.stack(request.columns) >= 0):
+                here = [column[inside] for column, found in zip(request.columns, present, strict=True) if found]
+                for count, place in _factors(here, int(inside.sum())):
+                    table = np.full(size, -1, np.int64)
+                    table[inside] = place
+                    tables.append((self._new(root, count), table))
         table_of = self.roots if dim in self.roots.get(root, ()) else self.fresh
         axis_map = dict(table_of[root])
         old = axis_map.pop(dim)
-        held = old >= 0
+        whole = bool(old.min() >= 0)
         for new, table in tables:
-            vector = np.full(len(old), -1, np.int64)
-            vector[held] = table[old[held]]
-            axis_map[new] = vector
+            axis_map[new] = table[old] if whole else np.where(old >= 0, table[old], -1)
         table_of[root] = axis_map
         self.size[dim] = 0
         return root
@@ -79,19 +82,17 @@ class DimTable:
 
 def _patterns(present: npt.NDArray[np.bool_]) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
     """The different columns of a mask, and where each is found."""
-    if present.all():  # the usual case
-        return [(present[:, 0], present[0])] if present.size else []
     found, number = np.unique(present, axis=1, return_inverse=True)
     return [(found[:, k], number.reshape(-1) == k) for k in range(found.shape[1])]
 
 
-def _factors(columns: Vector) -> list[tuple[int, Vector]]:
+def _factors(columns: Sequence[Vector], positions: int) -> list[tuple[int, Vector]]:
     """For positions that lie in all of some columns: a number of values per column, and each entry's rank among them.
 
     Without columns every position is one by itself. Of several columns, those that tell nothing apart are left out.
     """
-    if not len(columns):
-        return [(columns.shape[1], np.arange(columns.shape[1]))]
+    if not columns:
+        return [(positions, np.arange(positions))]
     found = [_numbered(column) for column in columns]
     return found if len(found) == 1 else [(count, place) for count, place in found if count > 1]
 

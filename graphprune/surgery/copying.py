@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -124,10 +125,17 @@ _COPY_PROTOCOL = ("__deepcopy__", "__copy__", "__reduce__", "__reduce_ex__", "__
 _HARMLESS = frozenset((nn.Module.__setstate__, _ConvNd.__setstate__))
 
 
+_known_kinds: weakref.WeakKeyDictionary[type[nn.Module], bool] = weakref.WeakKeyDictionary()
+
+
 def _ordinary(kind: type[nn.Module]) -> bool:
     """The class copies as nn.Module does."""
-    same = all(getattr(kind, m, None) is getattr(nn.Module, m, None) for m in _COPY_PROTOCOL if m != "__setstate__")
-    return same and kind.__setstate__ in _HARMLESS
+    known = _known_kinds.get(kind)
+    if known is None:
+        others = (m for m in _COPY_PROTOCOL if m != "__setstate__")
+        known = all(getattr(kind, m, None) is getattr(nn.Module, m, None) for m in others)
+        known = _known_kinds[kind] = known and kind.__setstate__ in _HARMLESS
+    return known
 
 
 def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:

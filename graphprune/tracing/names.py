@@ -30,12 +30,15 @@ def target_name(target: Any) -> str:
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by path, also under the second path of a shared one, in the order of `named_modules`."""
     out: dict[str, nn.Module] = {}
-    stack: list[tuple[str, nn.Module]] = [("", model)]
-    while stack:  # children are pushed in reverse, so that they come out in order
-        path, module = stack.pop()
+
+    def walk(path: str, module: nn.Module) -> None:
         out[path] = module
         prefix = path + "." if path else ""
-        stack.extend((prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None)
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(prefix + name, child)
+
+    walk("", model)
     return out
 
 
@@ -45,8 +48,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for table in ("_parameters", "_buffers"):
         for path, module in modules.items():
-            prefix = path + "." if path else ""
-            for name, tensor in getattr(module, table).items():
-                if tensor is not None:
-                    out[prefix + name] = tensor
+            held = getattr(module, table)
+            if held:
+                prefix = path + "." if path else ""
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        out[prefix + name] = tensor
     return out
