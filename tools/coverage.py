@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
-import json
 import multiprocessing
 import os
 import resource
@@ -31,9 +30,10 @@ import torch
 import graphprune
 from tools import _coverage_case, _coverage_models, _coverage_page
 from tools._common import machine_line, versions_line, write
+from tools._results import ResultFile
 
 TOOLS = ("ours", "peer")
-CACHE = Path("build/coverage/results.jsonl")
+RESULTS = ResultFile(Path("build/coverage/results.jsonl"), ("tool", "name"))
 OUTPUT = Path("docs/coverage.md")
 _PACKAGES = "torch torchvision transformers timm diffusers segmentation-models-pytorch ultralytics torch-pruning"
 _BUILDERS = tuple(f"_coverage_{name}.py" for name in ("case", "images", "language", "models", "networks"))
@@ -54,24 +54,6 @@ def fingerprint(tool: str) -> str:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def load(current: dict[str, str] | None) -> Results:
-    """The latest result of each tool and model; only those of the `current` source code unless None."""
-    found: Results = {}
-    if CACHE.exists():
-        for line in CACHE.read_text(encoding="utf-8").splitlines():
-            result = json.loads(line)
-            if current is None or result["fingerprint"] == current[result["tool"]]:
-                found[(result["tool"], result["name"])] = result
-    return found
-
-
-def store(result: Result) -> None:
-    """Append one result."""
-    CACHE.parent.mkdir(parents=True, exist_ok=True)
-    with CACHE.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
 
 
 def _child(pipe: Connection, tool: str, case: _coverage_models.Case, options: argparse.Namespace) -> None:
@@ -117,7 +99,7 @@ def run_case(tool: str, case: _coverage_models.Case, options: argparse.Namespace
 def work(cases: Sequence[_coverage_models.Case], options: argparse.Namespace) -> Results:
     """Run everything that is missing and return what was asked for."""
     prints = {tool: fingerprint(tool) for tool in TOOLS}
-    done = {} if options.fresh else load(None if options.any_version else prints)
+    done = {} if options.fresh else RESULTS.load(None if options.any_version else prints)
     for number, case in enumerate(cases, 1):
         for tool in options.tools:
             earlier = done.get((tool, case.name))
@@ -125,7 +107,7 @@ def work(cases: Sequence[_coverage_models.Case], options: argparse.Namespace) ->
             if earlier and not again:
                 continue
             result = run_case(tool, case, options)
-            store(result)
+            RESULTS.store(result)
             done[(tool, case.name)] = result
             text = _coverage_page.one_line(result)
             print(f"[{number}/{len(cases)}] {case.name} {tool}: {text}", flush=True)
@@ -154,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0
-    done = load(None) if options.report else work(cases, options)
+    done = RESULTS.load(None) if options.report else work(cases, options)
     names = [case.name for case in cases]
     print(_coverage_page.summary(done, names))
     output = options.output or (None if options.only else OUTPUT)

@@ -27,12 +27,13 @@ from typing import Any
 import graphprune
 from tools import _sweep_page
 from tools._common import all_networks, parameter_count, write
+from tools._results import ResultFile
 
 RATIOS = (0.3, 0.5)
 TOOLS = ("ours", "peer")
 # Larger networks are planned, cut and run on the meta device: there are shapes, but no numbers to compare.
 META_ABOVE = 200_000_000
-CACHE = Path("build/sweep/results.jsonl")
+RESULTS = ResultFile(Path("build/sweep/results.jsonl"), ("tool", "name", "ratio"))
 OUTPUT = Path("docs/sweep.md")
 
 Result = dict[str, Any]
@@ -53,24 +54,6 @@ def fingerprint(tool: str) -> str:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def load(current: dict[str, str] | None) -> Results:
-    """The latest result of each tool, network and ratio; only those of the `current` source code unless None."""
-    found: Results = {}
-    if CACHE.exists():
-        for line in CACHE.read_text(encoding="utf-8").splitlines():
-            result = json.loads(line)
-            if current is None or result["fingerprint"] == current[result["tool"]]:
-                found[(result["tool"], result["name"], result["ratio"])] = result
-    return found
-
-
-def store(result: Result) -> None:
-    """Append one result."""
-    CACHE.parent.mkdir(parents=True, exist_ok=True)
-    with CACHE.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result) + "\n")
 
 
 def limits(memory: float) -> Callable[[], None]:
@@ -114,7 +97,7 @@ def run_case(tool: str, name: str, ratios: Sequence[float], meta: bool, options:
 def work(names: Sequence[str], ratios: Sequence[float], options: argparse.Namespace) -> Results:
     """Run everything that is missing, small networks first, and return what was asked for."""
     prints = {tool: fingerprint(tool) for tool in TOOLS}
-    done = load(None if options.any_version else prints)
+    done = RESULTS.load(None if options.any_version else prints)
     if options.fresh:
         done = {}
     if options.failed:
@@ -127,7 +110,7 @@ def work(names: Sequence[str], ratios: Sequence[float], options: argparse.Namesp
             if not missing or (tool == "peer" and meta):
                 continue
             for result in run_case(tool, name, missing, meta, options):
-                store(result)
+                RESULTS.store(result)
                 done[(tool, name, result["ratio"])] = result
                 text = _sweep_page.one_line(result)
                 print(f"[{number}/{len(names)}] {name} {result['ratio']:g} {tool}: {text}", flush=True)
@@ -159,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not names:
             parser.error(f"no network is called {' or '.join(options.only)}")
     ratios = sorted(set(options.ratio))
-    done = load(None) if options.report else work(names, ratios, options)
+    done = RESULTS.load(None) if options.report else work(names, ratios, options)
     print(_sweep_page.summary(done, names, ratios))
     found = _sweep_page.problems(done, names, ratios)
     for name, ratio, what in found:
