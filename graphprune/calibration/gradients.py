@@ -102,18 +102,25 @@ def _singles(example: ExampleInput, targets: Any, n: int) -> list[tuple[ExampleI
     return [(cut(example, i), cut(whole, i).args[0]) for i in range(n)]
 
 
-class _Gates(TorchFunctionMode):
-    """Gives every watched layer an input of its own whose gradient is kept."""
+class _Watching(TorchFunctionMode):
+    """Sees the calls that read the weights of watched layers; `weights` by identity."""
 
     def __init__(self, weights: Mapping[int, Reader]) -> None:
         super().__init__()
         self.weights = weights
         self.found: dict[str, list[Tensor]] = {r.weight: [] for r in weights.values()}
 
+    def reader(self, args: Any, kwargs: Any) -> Reader | None:
+        """The watched layer whose weight a call reads."""
+        return next((self.weights[id(a)] for a in (*args, *kwargs.values()) if id(a) in self.weights), None)
+
+
+class _Gates(_Watching):
+    """Gives every watched layer an input of its own whose gradient is kept."""
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        values = [*args, *kwargs.values()]
-        reader = next((self.weights[id(a)] for a in values if id(a) in self.weights), None)
+        reader = self.reader(args, kwargs)
         if reader is not None and args and isinstance(args[0], Tensor):
             place = 1 if getattr(func, "__name__", "") == "addmm" else 0
             x = args[place]
@@ -160,18 +167,13 @@ def channels_first(reader: Reader, x: Tensor, weight: Tensor) -> Tensor:
 _SENSITIVITY_SAMPLES = 512
 
 
-class _Results(TorchFunctionMode):
+class _Results(_Watching):
     """Keeps the gradient of every watched layer's result."""
-
-    def __init__(self, weights: Mapping[int, Reader]) -> None:
-        super().__init__()
-        self.weights = weights
-        self.found: dict[str, list[Tensor]] = {r.weight: [] for r in weights.values()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        reader = next((self.weights[id(a)] for a in (*args, *kwargs.values()) if id(a) in self.weights), None)
+        reader = self.reader(args, kwargs)
         if reader is None or not isinstance(out, Tensor):
             return out
         out = out if out.requires_grad else out.detach().requires_grad_()

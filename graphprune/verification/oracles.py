@@ -99,19 +99,12 @@ def zeroed(model: nn.Module, plan: Plan, nearly: bool = False) -> nn.Module:
     tensors = {}
     for name, axes in plan.removed.items():
         tensor = named[name].detach().clone()
-        if not name.endswith("running_var") and not _is_direction(name, plan):
+        if not name.endswith("running_var"):
             for axis, indices in axes.items():
                 tiny = torch.finfo(tensor.dtype).tiny ** 0.45 if nearly and tensor.is_floating_point() else 0
                 tensor.index_fill_(axis, torch.tensor(indices, device=tensor.device), tiny)
         tensors[name] = tensor
     return clone_with(model, tensors, caches=plan.caches)
-
-
-def _is_direction(name: str, plan: Plan) -> bool:
-    """The direction of a weight norm, whose magnitude goes with it: a zero magnitude makes a zero weight, and a zero
-    direction would be divided by its norm."""
-    pairs = (("original1", "original0"), ("weight_v", "weight_g"))
-    return any(name.endswith(v) and name.removesuffix(v) + g in plan.removed for v, g in pairs)
 
 
 def permuted(model: nn.Module, graph: DependencyGraph, groups: Sequence[Group], seed: int = 0) -> nn.Module:
