@@ -85,7 +85,14 @@ def one_shot_methods(data: list[tuple[Tensor, Tensor]]) -> dict[str, Pruner]:
         "magnitude, per layer": functools.partial(sparsity.magnitude, scope="layer"),
         "gradient": lambda m, s: sparsity.gradient(m, data, F.cross_entropy, s),
         "weight x gradient": lambda m, s: sparsity.gradient(m, data, F.cross_entropy, s, times_weight=True),
+        "magnitude, global, reconstructed": lambda m, s: reconstructed(sparsity.magnitude, m, s, data),
     }
+
+
+def reconstructed(method: Pruner, model: nn.Module, fraction: float, data: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    """Masked, and the weights that are left fitted to the dense network's layers: no labels, no training."""
+    dense = copy.deepcopy(model)
+    return sparsity.reconstruct(method(model, fraction), dense, data[0][0][:2], data)
 
 
 def n_of_m(model: nn.Module, fraction: float) -> nn.Module:
@@ -103,6 +110,7 @@ def digits_one_shot(seeds: int) -> tuple[dict[str, Curve], dict[str, Curve], lis
     dense = []
     cases = [(name, method, s) for name, method in one_shot_methods(data).items() for s in DIGITS]
     cases += [("N:M", n_of_m, s) for s in PATTERNS]
+    cases += [("N:M, reconstructed", lambda m, s: reconstructed(n_of_m, m, s, data), s) for s in PATTERNS]
     for seed in range(seeds):
         torch.manual_seed(seed)
         trained = digits_network()
@@ -172,6 +180,7 @@ def cifar_curves(loaders: Any, images: int) -> tuple[dict[str, Curve], float, li
     methods["magnitude, global, statistics matched"] = matched
     cases = [(name, method, s) for name, method in methods.items() for s in CIFAR]
     cases += [("N:M", n_of_m, s) for s in PATTERNS]
+    cases += [("N:M, reconstructed", lambda m, s: reconstructed(n_of_m, m, s, data), s) for s in PATTERNS]
     curves: dict[str, Curve] = {}
     for name, method, fraction in cases:
         accuracy = loaders.top1(method(loaders.resnet20(), fraction), x[:images], y[:images])
@@ -181,6 +190,7 @@ def cifar_curves(loaders: Any, images: int) -> tuple[dict[str, Curve], float, li
         ("dense", loaders.resnet20()),
         ("magnitude, 50 %", sparsity.magnitude(loaders.resnet20(), 0.5)),
         ("magnitude, 50 %, statistics matched", matched(loaders.resnet20(), 0.5)),
+        ("magnitude, 50 %, reconstructed", reconstructed(sparsity.magnitude, loaders.resnet20(), 0.5, data)),
     ]
     accuracies = [(name, loaders.top1(model, x, y)) for name, model in whole]
     return curves, loaders.top1(loaders.resnet20(), x[:images], y[:images]), accuracies
@@ -294,8 +304,9 @@ def cifar_section(loaders: Any, images: int, folder: Path) -> list[str]:
     return [
         "## CIFAR-10, ResNet-20: masked, no training",
         "",
-        f"Accuracy in % on the first {images:,} test images (dense {reference:.2f}). Gradients and matched statistics",
-        "(`match_statistics`: no labels, no training) come from 1,000 training images.",
+        f"Accuracy in % on the first {images:,} test images (dense {reference:.2f}). Gradients, matched statistics",
+        "(`match_statistics`) and reconstructed weights (`reconstruct`) come from 1,000 training images; the last two",
+        "need no labels and no training.",
         "",
         curve_table(curves, spread=False),
         "",

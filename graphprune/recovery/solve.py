@@ -7,6 +7,9 @@ from torch import Tensor
 
 from ..calibration import Moments
 
+# Memory for the systems that are solved at a time, where each output has its own.
+_BATCH_BYTES = 128 << 20
+
 
 def ridge_solution(moments: Moments, start: Tensor, ridge: float, constant: bool) -> Tensor:
     """argmin_W sum |z W - y|^2 + lambda |W - start|^2, one problem per group, in float64.
@@ -15,10 +18,7 @@ def ridge_solution(moments: Moments, start: Tensor, ridge: float, constant: bool
     the constant term, which is free of the penalty (`constant`) or held at zero correction. lambda is `ridge` times
     the mean second moment of a feature. Hoerl & Kennard, Technometrics 1970, centred on `start`.
     """
-    gram = moments.gram
-    power = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1) if gram.shape[1] > 1 else gram[:, 0, 0]
-    penalty = (ridge * power).clamp_min(torch.finfo(torch.float64).tiny)[:, None].expand(-1, gram.shape[1]).clone()
-    penalty[:, -1] = 0
+    gram, penalty = moments.gram, _penalty(moments.gram, ridge)
     # solved for the change W - start: the right side is the gradient, small where `start` is good already
     right = moments.cross - gram @ start
     if not constant:
@@ -27,6 +27,35 @@ def ridge_solution(moments: Moments, start: Tensor, ridge: float, constant: bool
     if not constant:
         change = torch.cat([change, change.new_zeros(change.shape[0], 1, change.shape[2])], 1)
     return start + change
+
+
+def masked_ridge_solution(moments: Moments, start: Tensor, ridge: float, free: Tensor) -> Tensor:
+    """As `ridge_solution`, over the entries where `free` (boolean, like `start`) is true; the others stay.
+
+    Every output is a system of its own, since each has another set of free weights; they are solved a batch at a time.
+    """
+    gram = moments.gram + torch.diag_embed(_penalty(moments.gram, ridge))
+    right = moments.cross - moments.gram @ start
+    out = start.clone()
+    size = gram.shape[1]
+    batch = max(1, _BATCH_BYTES // (8 * size * size * gram.shape[0]))
+    for first in range(0, start.shape[2], batch):
+        part = slice(first, first + batch)
+        chosen = free[:, :, part].mT.flatten(0, 1)  # (groups x outputs, features + 1)
+        groups, outputs = gram.shape[0], chosen.shape[0] // gram.shape[0]
+        system = gram[:, None].expand(-1, outputs, -1, -1).flatten(0, 1) * (chosen[:, :, None] & chosen[:, None, :])
+        system = system + torch.diag_embed((~chosen).to(system.dtype))  # what stays: change = 0
+        change = _solve(system, (right[:, :, part].mT.flatten(0, 1) * chosen)[:, :, None])[:, :, 0]
+        out[:, :, part] += change.reshape(groups, outputs, size).mT
+    return out
+
+
+def _penalty(gram: Tensor, ridge: float) -> Tensor:
+    """What is added to the diagonal, (groups, features + 1): nothing for the constant term."""
+    power = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1) if gram.shape[1] > 1 else gram[:, 0, 0]
+    penalty = (ridge * power).clamp_min(torch.finfo(torch.float64).tiny)[:, None].expand(-1, gram.shape[1]).clone()
+    penalty[:, -1] = 0
+    return penalty
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:

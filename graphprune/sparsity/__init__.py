@@ -8,6 +8,7 @@ from .magnitudes import magnitude
 from .masks import make_permanent, masks, set_masks
 from .overview import LayerSparsity, SparsityReport, report
 from .patterns import blocks, n_m
+from .reconstruction import reconstruct
 from .scheduler import Channels, Scheduler
 from .schedules import Schedule, schedule
 from .semi_structured import semi_structured, semi_structured_support
@@ -31,6 +32,7 @@ __all__ = [
     "masks",
     "match_statistics",
     "n_m",
+    "reconstruct",
     "report",
     "save",
     "schedule",

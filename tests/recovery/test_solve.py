@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphprune.calibration import Moments
-from graphprune.recovery.solve import ridge_solution, squared_error
+from graphprune.recovery.solve import masked_ridge_solution, ridge_solution, squared_error
 
 
 def problem(rows: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Moments]:
@@ -51,3 +51,33 @@ def test_fewer_rows_than_features_stay_near_the_start() -> None:
     change = got - start
     features = x.mT @ torch.linalg.pinv(x.mT)
     torch.testing.assert_close(features @ change[:, :5], change[:, :5], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("outputs_at_a_time", [1, 2, 100])
+def test_masked_outputs_are_fits_over_their_free_entries(
+    outputs_at_a_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graphprune.recovery.solve._BATCH_BYTES", outputs_at_a_time * 2 * 8 * 36)
+    x, y, start, moments = problem()
+    free = torch.rand(2, 6, 3) < 0.6
+    got = masked_ridge_solution(moments, start, 0.1, free)
+    for g in range(2):
+        pull = (0.1 * x[g].square().sum(0).mean()).sqrt()
+        design = torch.cat([x[g], torch.ones(60, 1).double()], 1)
+        for out in range(3):
+            kept = free[g, :, out].nonzero()[:, 0]
+            left = y[g, :, out] - design @ (start[g, :, out] * ~free[g, :, out])
+            extra = torch.eye(6).double()[kept[kept < 5]][:, kept] * pull
+            rows = torch.cat([design[:, kept], extra])
+            right = torch.cat([left, start[g, kept[kept < 5], out] * pull])
+            wanted = start[g, :, out].clone()
+            wanted[kept] = torch.linalg.lstsq(rows, right[:, None]).solution[:, 0]
+            torch.testing.assert_close(got[g, :, out], wanted)
+
+
+def test_all_entries_free_is_the_plain_fit() -> None:
+    _, _, start, moments = problem()
+    free = torch.ones(2, 6, 3, dtype=torch.bool)
+    torch.testing.assert_close(
+        masked_ridge_solution(moments, start, 1e-3, free), ridge_solution(moments, start, 1e-3, True)
+    )

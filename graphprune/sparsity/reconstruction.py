@@ -1,0 +1,145 @@
+"""Repair of masked layers: the weights that are left are fitted again, without training and without labels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import CalibrationData, Call, Moments, Reader, find_readers, rows_of
+from ..errors import GraphPruneError
+from ..recovery import walk
+from ..recovery.solve import masked_ridge_solution
+from ..surgery import find_folds
+from ..tracing.example import ExampleInput
+from ..tracing.names import named_tensors
+from ..tracing.trace import record_run
+from .masks import make_permanent
+from .weights import Mask, Weight, find_weights, steps_of
+
+
+def reconstruct(model: nn.Module, dense: nn.Module, example_input: Any, data: Any, *, ridge: float = 1e-3) -> nn.Module:
+    """Fit the unmasked weights of `model` again so that its layers make what those of `dense` do; masks stay in force.
+
+    Layer after layer: inputs from the already repaired network, targets from the dense one, and for every output a
+    ridge regression over the weights that its mask leaves (the layer-wise problem of Hubara et al., Accelerated Sparse
+    Neural Training, 2021, solved in closed form). Constant terms go into biases or the batch norms behind. `ridge`,
+    times the mean second moment of the inputs, holds the weights to those they had.
+
+    `model` is `dense` after masking; it is changed in place and returned. `example_input` as in `graphprune.prune`;
+    `data` yields inputs, or (inputs, targets) whose targets are not used, and is read several times. Transposed
+    convolutions, weights under further parametrisations (weight norm) and layers with more than 12,000 inputs per
+    output stay as they are.
+
+    Raises GraphPruneError where the two do not fit together, without masks, and for unusable data; then nothing is
+    changed.
+    """
+    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
+        raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
+    masked = {site.name: w for w in find_weights(model) if _alone(w) for site in w.sites}
+    example = ExampleInput.of(example_input)
+    with torch.no_grad():
+        small = make_permanent(copy.deepcopy(model))
+        _check_alike(model, dense)
+        fit = _Fit(dense, small, {name: w.mask for name, w in masked.items()}, example, data, float(ridge))
+        fit.run()
+        _copy_back(small, model, masked)
+    return model
+
+
+def _alone(weight: Weight) -> bool:
+    """Masked, and nothing but masked."""
+    steps = [step for site in weight.sites for step in steps_of(site.module).get(site.attribute, ())]
+    return weight.mask is not None and all(isinstance(step, Mask) for step in steps)
+
+
+def _check_alike(model: nn.Module, dense: nn.Module) -> None:
+    mine, theirs = (
+        {site.name: tuple(w.value.shape) for w in find_weights(net) for site in w.sites} for net in (model, dense)
+    )
+    for name, shape in mine.items():
+        if theirs.get(name) != shape:
+            raise GraphPruneError(
+                f"reconstruct: {name} of the masked model is not in the dense one with the same shape; pass the model "
+                f"as it was before masking"
+            )
+
+
+def _copy_back(small: nn.Module, model: nn.Module, masked: dict[str, Weight]) -> None:
+    """Move repaired values into the masked model, whose masked tensors have other names."""
+    there = named_tensors(model)
+    for name, value in named_tensors(small).items():
+        if name in masked:
+            for site in masked[name].sites:
+                setattr(site.module, site.attribute, value.detach().clone())
+        elif name in there:
+            there[name].data.copy_(value)
+
+
+class _Fit:
+    """Visits the masked layers of `small`, whose masks are plain zeros, in order."""
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        small: nn.Module,
+        masks: dict[str, Tensor | None],
+        example: ExampleInput,
+        data: Any,
+        ridge: float,
+    ) -> None:
+        self.dense, self.small, self.masks, self.ridge = dense, small, masks, ridge
+        self.data = CalibrationData(data, example, small)
+        trace = record_run(small, example)
+        modules = dict(small.named_modules())
+        self.norms = {f.layer: modules[f.batch_norm] for f in find_folds(small, trace)}
+        self.readers = [r for r in find_readers(trace) if r.weight in masks and self._possible(r)]
+
+    def _possible(self, reader: Reader) -> bool:
+        weight = named_tensors(self.small)[reader.weight]
+        return not reader.transposed and weight.numel() // weight.shape[reader.out_axis] <= walk.MAX_FEATURES
+
+    def run(self) -> None:
+        named = named_tensors(self.small)
+        device = next((t.device for t in named.values()), torch.device("cpu"))
+        targets = {
+            r.weight: walk.Target(torch.arange(named[r.weight].shape[r.out_axis], device=device), None)
+            for r in self.readers
+        }
+        order = walk.waves(self.readers, lambda r: walk.bytes_needed(r, named[r.weight]))
+        pair = walk.Pair(self.dense, self.small, self.data, order)
+        for wave in order:
+            for weight, moments in self._moments(pair, wave, targets).items():
+                self._solve(next(r for r in wave if r.weight == weight), moments)
+
+    def _moments(
+        self, pair: walk.Pair, wave: Sequence[Reader], targets: dict[str, walk.Target]
+    ) -> dict[str, Moments]:
+        named = named_tensors(self.small)
+        found: dict[str, Moments] = {}
+
+        def take(reader: Reader, call: Call, wanted: Tensor, seen: int) -> None:
+            x, y = rows_of(reader, call, wanted, named[reader.weight], seen)
+            if reader.weight not in found:
+                found[reader.weight] = Moments(x.shape[0], x.shape[2], y.shape[2], x.device)
+            found[reader.weight].add(x, y)
+
+        pair.gather(wave, targets, take)
+        return found
+
+    def _solve(self, reader: Reader, moments: Moments) -> None:
+        weight, mask = named_tensors(self.small)[reader.weight], self.masks[reader.weight]
+        assert mask is not None
+        constant = walk.Constant(self.small, reader, self.norms.get(reader.weight.rpartition(".")[0]))
+        free = constant.bias is not None or constant.mean is not None  # a new bias would change the state dict
+        start = walk.matrix(reader, weight)
+        bias = start.new_zeros(weight.shape[reader.out_axis]) if constant.bias is None else constant.bias.double()
+        start = torch.cat([start, bias.reshape(start.shape[0], 1, -1)], 1)
+        open_ = torch.cat([walk.matrix(reader, mask) != 0, torch.full_like(start[:, -1:], free, dtype=torch.bool)], 1)
+        solution = masked_ridge_solution(moments, start, self.ridge, open_)
+        weight.data.copy_(walk.as_weight(reader, solution[:, :-1], weight) * mask)
+        if free:
+            constant.add((solution[:, -1] - start[:, -1]).reshape(-1))
