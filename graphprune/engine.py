@@ -18,6 +18,7 @@ from .dependency import DependencyGraph, Frozen, Group, Reason
 from .dependency.graph import trace
 from .dependency.sizes import Conflict, Resolution, SizeSolver, gone_on_axis, positions_of
 from .dependency.temperature import Rescale, rescales
+from .depth import plan_layers, wants_layers
 from .errors import GraphPruneError
 from .importance import Criterion, resolve_criterion
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
@@ -41,7 +42,7 @@ def plan(
     *,
     ignore: Iterable[nn.Module | str] | nn.Module | str = (),
     scope: str = "local",
-    criterion: Criterionlike = "l2",
+    criterion: Criterionlike | None = None,
     round_to: int = 1,
     min_channels: int = 1,
     granularity: str | Sequence[str] = "auto",
@@ -69,7 +70,10 @@ def plan(
       "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or an
       importance object of the torch_pruning library.
     - `round_to`: keep multiples of this many channels. `min_channels`: keep at least this many.
-    - `granularity`: "auto" (default), or any of "channels", "heads", "head features".
+    - `granularity`: "auto" (default), or any of "channels", "heads", "head features"; or "layer": `ratio` of the layers
+      that can be left out as a whole go (residual blocks, transformer layers, convolutions that keep their shape),
+      ranked by `criterion` "block_influence" (default), "taylor" or "loss"; of the other options `ignore`, `budget`,
+      `max_ratio`, `data` and `loss_fn` apply.
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
       while importance still sees the folded, effective filters.
     - `seed`: for the criterion "random".
@@ -92,17 +96,44 @@ def plan(
         scope=scope,
         round_to=round_to,
         min_channels=min_channels,
-        granularity=granularity,
+        granularity="auto" if (layers := wants_layers(granularity)) else granularity,
         max_ratio=max_ratio,
     )
+    if layers:
+        return _layers(model, example_input, ratio, settings, criterion, ignore, data, loss_fn)
     return _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn)[1]
+
+
+def _layers(
+    model: nn.Module,
+    example_input: Any,
+    ratio: float | Mapping[str, float] | None,
+    settings: Settings,
+    criterion: Criterionlike | None,
+    ignore: Iterable[nn.Module | str] | nn.Module | str,
+    data: Any,
+    loss_fn: Callable[[Any, Any], Any] | None,
+) -> Plan:
+    settings.check()
+    with paused_collector():
+        return plan_layers(
+            model,
+            example_input,
+            ratio,
+            ignore=ignore,
+            criterion=criterion,
+            budget=settings.budget,
+            max_ratio=settings.max_ratio,
+            data=data,
+            loss_fn=loss_fn,
+        )
 
 
 def _decide(
     model: nn.Module,
     example_input: Any,
     settings: Settings,
-    criterion: Criterionlike,
+    criterion: Criterionlike | None,
     ignore: Iterable[nn.Module | str] | nn.Module | str,
     fold_bn: bool,
     seed: int,
@@ -113,7 +144,7 @@ def _decide(
     """The graph and the plan made from it. Arguments are checked before the model runs."""
     settings.check()
     check_output(output)
-    chosen = resolve_criterion(criterion)
+    chosen = resolve_criterion("l2" if criterion is None else criterion)
     chosen.check_data(data, loss_fn)
     with paused_collector():
         source = CalibrationSource.of(model, example_input, data, loss_fn)
@@ -332,7 +363,7 @@ def prune(
     verify: bool = True,
     ignore: Iterable[nn.Module | str] | nn.Module | str = (),
     scope: str = "local",
-    criterion: Criterionlike = "l2",
+    criterion: Criterionlike | None = None,
     round_to: int = 1,
     min_channels: int = 1,
     granularity: str | Sequence[str] = "auto",
@@ -366,10 +397,18 @@ def prune(
         scope=scope,
         round_to=round_to,
         min_channels=min_channels,
-        granularity=granularity,
+        granularity="auto" if (layers := wants_layers(granularity)) else granularity,
         max_ratio=max_ratio,
     )
     check_method(recover, data)
+    if layers:
+        if recover not in (None, "batchnorm"):
+            raise GraphPruneError(f"recover={recover!r} repairs layers that lost inputs; here none has")
+        decided = _layers(model, example_input, ratio, settings, criterion, ignore, data, loss_fn)
+        small = decided.apply(model)
+        if verify:
+            run_verification(model, small, decided, example_input).raise_on_failure()
+        return small if recover is None else recover_accuracy(model, decided, example_input, data, recover).model
     graph, decided = _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn)
     with paused_collector():
         small = decided.apply(model)

@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
+from .dependency.blocks import Block
 from .dependency.temperature import Rescale
 from .errors import GraphPruneError
 from .rewriting import OUTPUTS, Rewrite, replace
-from .surgery import Fold, operate
+from .surgery import Fold, operate, remove_layers
 from .tracing.names import named_tensors
 
 FORMAT = "graphprune.plan/1"
@@ -59,7 +60,7 @@ class Plan:
     model the plan was made for. `output`: "module", "hybrid" or "graph". `rewrites`: modules that are replaced by
     graphs of their recorded calls. `statistics`: whether something is removed that a norm, softmax or mean runs over.
     `caches`: (module, attribute) of dicts in which the model keeps tensors computed from its parameters; they are
-    emptied.
+    emptied. `layers`: layers that are left out; such a plan removes nothing else.
     """
 
     removed: Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -74,11 +75,12 @@ class Plan:
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
     output: str = "module"
     rewrites: tuple[Rewrite, ...] = ()
+    layers: tuple[Block, ...] = ()
 
     @property
     def empty(self) -> bool:
         """Nothing is removed (batch norms may still be folded)."""
-        return not self.removed
+        return not self.removed and not self.layers
 
     def apply(self, model: nn.Module) -> nn.Module:
         """A pruned copy of `model`, which must have the names and shapes the plan was made for.
@@ -86,6 +88,8 @@ class Plan:
         Raises GraphPruneError, naming the first parameter that differs, when it has not. `model` is never touched.
         """
         self.check(model)
+        if self.layers:
+            return remove_layers(model, self.layers)
         attributes = [(a.module, a.name, a.key, a.new) for a in self.attributes]
         small = operate(model, self.removed, attributes, self.folds, self.rescales, self.caches)
         return replace(small, self.rewrites)
@@ -113,7 +117,9 @@ class Plan:
 
     def summary(self) -> str:
         """What is removed and what is not, for people."""
-        lines = []
+        lines = [f"  {block.module}: left out" for block in self.layers]
+        if self.layers:
+            return "\n".join([f"{len(self.layers)} layers left out", *lines, *(f"  {line}" for line in self.frozen)])
         cut = [g for g in self.groups if g.kept < g.size]
         lines.append(f"{len(cut)} of {len(self.groups)} groups pruned, {len(self.folds)} batch norms folded")
         lines += [f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" for g in cut]
@@ -146,6 +152,7 @@ class Plan:
             "output": self.output,
             "rewrites": [r.to_dict() for r in self.rewrites],
             "caches": [list(c) for c in self.caches],
+            "layers": [dataclasses.asdict(block) for block in self.layers],
         }
 
     @classmethod
@@ -176,6 +183,7 @@ class Plan:
                 caches=tuple((str(path), str(name)) for path, name in data.get("caches", ())),
                 output=str(data.get("output", "module")),
                 rewrites=tuple(Rewrite.from_dict(r) for r in data.get("rewrites", ())),
+                layers=tuple(Block.from_dict(b) for b in data.get("layers", ())),
                 versions={str(k): str(v) for k, v in data["versions"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -183,7 +191,15 @@ class Plan:
         if plan.output not in OUTPUTS:
             raise GraphPruneError(f"not a plan: output is {plan.output!r}, expected one of {', '.join(OUTPUTS)}")
         plan._check_indices()
+        plan._check_layers()
         return plan
+
+    def _check_layers(self) -> None:
+        if self.layers and (self.removed or self.folds or self.rescales or self.attributes or self.rewrites):
+            raise GraphPruneError("a plan that leaves layers out removes nothing else; make a second plan for that")
+        for block in self.layers:
+            if not any(name.startswith(f"{block.module}.") for name in self.structure):
+                raise GraphPruneError(f"the plan leaves out {block.module!r}, which it does not describe")
 
     def _check_indices(self) -> None:
         for name, axes in self.removed.items():

@@ -3,6 +3,7 @@
 from .copying import clone_with
 from .cutting import operate
 from .folding import Fold, apply_folds, effective_folds, find_folds, fold_conv_bn, fold_names, folded_tensors
+from .layers import remove_layers
 
 __all__ = [
     "Fold",
@@ -14,4 +15,5 @@ __all__ = [
     "fold_names",
     "folded_tensors",
     "operate",
+    "remove_layers",
 ]

@@ -1,0 +1,249 @@
+"""Find the layers that can be left out as a whole: modules with one input and one output of the same shape."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..errors import GraphPruneError
+from ..tracing.example import ExampleInput
+from ..tracing.names import operator_name
+from ..tracing.recorder import Recorder
+from ..tracing.trace import record_run
+
+# What makes a module a layer and not a norm or an activation.
+_CONTRACTIONS = frozenset(
+    ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "_grouped_mm", "_trilinear", "mv", "addmv")
+)
+_MERGES = frozenset(("add", "add_", "sub", "sub_", "mul", "mul_"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A layer that can be left out.
+
+    `module`: its path. `stream`: the argument that becomes its result, a position or the name of a keyword. `form`: 0
+    where it returns a tensor, else the length of the tuple it returns, whose first item is the stream. `listed`: an
+    element of a Sequential or a ModuleList, which gets shorter; other modules become a `graphprune.modules.Bypass`.
+    """
+
+    module: str
+    stream: int | str
+    form: int
+    listed: bool
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Block:
+        """From `dataclasses.asdict`. Raises KeyError, TypeError or ValueError for anything else."""
+        stream, form = data["stream"], data["form"]
+        place = isinstance(stream, str) or (type(stream) is int and stream >= 0)
+        if not isinstance(data["module"], str) or not place or type(form) is not int or not 0 <= form < 1000:
+            raise ValueError(f"no layer: {data!r}")
+        return cls(data["module"], stream, form, bool(data["listed"]))
+
+
+@dataclasses.dataclass
+class _Call:
+    """One call of a module in the recorded run; nodes lie after `before`, up to `last`."""
+
+    path: str
+    parent: _Call | None
+    before: fx.Node | None
+    inputs: list[tuple[int | str, fx.Node]]  # floating point tensors among the arguments
+    first: fx.Node | None  # the first tensor among the arguments, of whatever type
+    last: fx.Node | None = None
+    out: fx.Node | None = None
+    form: int = 0
+    extra: bool = False  # other results than the stream
+    repeated: bool = False
+
+
+class _Watch:
+    """Notes every module's call while the recorder runs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.calls: dict[str, _Call] = {}
+        self.stack: list[_Call] = []
+
+    @contextlib.contextmanager
+    def observing(self, recorder: Recorder) -> Iterator[None]:
+        self.calls, self.stack = {}, []
+        handles = []
+        for path, module in self.modules.items():
+            handles.append(module.register_forward_pre_hook(self._entering(path, recorder), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leaving(recorder)))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _entering(self, path: str, recorder: Recorder) -> Any:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            named = [(key, v) for key, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)]
+            inputs = [(key, recorder.node_of(value)) for key, value in named if value.is_floating_point()]
+            first = recorder.node_of(named[0][1]) if named else None
+            before = next(iter(reversed(recorder.graph.nodes)), None)
+            call = _Call(path, self.stack[-1] if self.stack else None, before, inputs, first)
+            if path in self.calls:
+                call.repeated = self.calls[path].repeated = True
+            else:
+                self.calls[path] = call
+            self.stack.append(call)
+
+        return enter
+
+    def _leaving(self, recorder: Recorder) -> Any:
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            call = self.stack.pop()
+            call.last = next(iter(reversed(recorder.graph.nodes)), None)
+            first = out
+            if type(out) in (tuple, list) and out:
+                first, call.form, call.extra = out[0], len(out), any(item is not None for item in out[1:])
+            if isinstance(first, Tensor) and first.is_floating_point():
+                call.out = recorder.node_of(first)
+
+        return leave
+
+
+class _Search:
+    """Which of the recorded calls are blocks."""
+
+    def __init__(self, graph: fx.Graph, calls: dict[str, _Call], modules: dict[str, nn.Module]) -> None:
+        self.nodes = list(graph.nodes)
+        self.at = {node: i for i, node in enumerate(self.nodes)}
+        self.calls, self.modules = calls, modules
+
+    def blocks(self) -> list[Block]:
+        eligible = {path: call for path, call in self.calls.items() if path and self._eligible(call)}
+        chosen: list[str] = []
+        for wanted in (self._composite, self._element, self._attribute):
+            found = [path for path in eligible if wanted(path, eligible)]
+            for path in sorted(found, key=lambda p: p.count(".")):  # the outermost ones
+                if not any(_overlap(path, other) for other in chosen):
+                    chosen.append(path)
+        order = list(self.calls)
+        return [self._block(eligible[path]) for path in sorted(chosen, key=order.index)]
+
+    def _block(self, call: _Call) -> Block:
+        stream = call.inputs[0][0]
+        return Block(call.path, stream, call.form, self._listed(call.path))
+
+    # -- choosing among nested ones
+
+    def _listed(self, path: str) -> bool:
+        owner = self.modules.get(path.rpartition(".")[0])
+        plain = isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward
+        return plain or isinstance(owner, nn.ModuleList)
+
+    def _composite(self, path: str, eligible: dict[str, _Call]) -> bool:
+        """An element, itself made of modules, of a list in which others can go too (or with no such elements in it)."""
+        if not self._listed(path) or not any(True for _ in self.modules[path].children()):
+            return False
+        owner = path.rpartition(".")[0]
+        siblings = [p for p in eligible if p.rpartition(".")[0] == owner]
+        inside = [p for p in eligible if p.startswith(path + ".") and self._listed(p) and self._large(p)]
+        chain = type(self.modules[path]).forward is nn.Sequential.forward  # a stage: its blocks are the layers
+        return not inside or (len(siblings) > 1 and not chain)
+
+    def _element(self, path: str, eligible: dict[str, _Call]) -> bool:
+        return self._listed(path)
+
+    def _attribute(self, path: str, eligible: dict[str, _Call]) -> bool:
+        return self._contractions(eligible[path]) > 1
+
+    def _large(self, path: str) -> bool:
+        return any(True for _ in self.modules[path].children())
+
+    # -- one call
+
+    def _eligible(self, call: _Call) -> bool:
+        if call.repeated or call.out is None or call.last is None or not call.inputs or call.before is None:
+            return False
+        x = call.inputs[0][1]
+        if x is call.out or _shape(x) is None or _shape(x) != _shape(call.out) or not self._contractions(call):
+            return False
+        return self._closed(call, x) and not self._residual(call, x) and not self._second_stream(call, x)
+
+    def _span(self, call: _Call) -> tuple[int, int]:
+        """First and last index of a call's nodes."""
+        assert call.last is not None
+        start = 0 if call.before is None else self.at[call.before] + 1
+        return start, self.at[call.last]
+
+    def _contractions(self, call: _Call) -> int:
+        start, end = self._span(call)
+        return sum(operator_name(node) in _CONTRACTIONS for node in self.nodes[start : end + 1])
+
+    def _closed(self, call: _Call, x: fx.Node) -> bool:
+        """One way in: nobody else nearby reads the stream. One way out: nothing made inside is read outside."""
+        start, end = self._span(call)
+        for node in self.nodes[start : end + 1]:
+            if node.op == "call_function" and node is not call.out:
+                if any(self.at[user] > end for user in node.users):
+                    return False
+        low, high = self._span(call.parent) if call.parent is not None else (0, len(self.nodes))
+        return not any(low <= self.at[u] <= high and not start <= self.at[u] <= end for u in x.users)
+
+    def _residual(self, call: _Call, x: fx.Node) -> bool:
+        """The result is merged with the stream itself, which went around: a branch, whose neutral element is zero."""
+        if call.parent is None or call.out is None or call.parent.last is None:
+            return False
+        end = self._span(call)[1]
+        high = self._span(call.parent)[1]
+        before = self._before(x)
+        reached = {call.out}
+        for node in self.nodes[end + 1 : high + 1]:
+            read = [a for a in node.all_input_nodes if a in reached]
+            if not read:
+                continue
+            reached.add(node)
+            if operator_name(node) in _MERGES:
+                others = (a for a in node.all_input_nodes if a not in reached)
+                if any(a in before and _shape(a) == _shape(x) for a in others):
+                    return True
+        return False
+
+    def _before(self, x: fx.Node) -> set[fx.Node]:
+        """`x` and all it was computed from."""
+        found, stack = {x}, [x]
+        while stack:
+            for node in stack.pop().all_input_nodes:
+                if node not in found and node.op != "get_attr":
+                    found.add(node)
+                    stack.append(node)
+        return found
+
+    def _second_stream(self, call: _Call, x: fx.Node) -> bool:
+        """Another argument is what the parent was called with: the block adds it itself."""
+        stream = None if call.parent is None else call.parent.first
+        return stream is not x and any(node is stream for _, node in call.inputs[1:])
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    shape = getattr(node.meta.get("val"), "shape", None)
+    return None if shape is None else tuple(shape)
+
+
+def _overlap(a: str, b: str) -> bool:
+    return a == b or a.startswith(b + ".") or b.startswith(a + ".")
+
+
+def find_blocks(model: nn.Module, example_input: Any) -> tuple[Block, ...]:
+    """The layers of `model` that can be left out, in the order in which they run.
+
+    From one recorded run: modules that are called once, compute something with weights, read one stream and return a
+    tensor of its shape (or a tuple that begins with one), where nobody else nearby reads that stream and nothing else
+    that they compute is read outside. Branches of a residual connection are none - the block around them is - and of
+    nested ones the repeated elements of a Sequential or a ModuleList are taken.
+    """
+    if not isinstance(model, nn.Module):
+        raise GraphPruneError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    watch = _Watch(model)
+    trace = record_run(model, ExampleInput.of(example_input), observe=watch.observing)
+    return tuple(_Search(trace.graph, watch.calls, watch.modules).blocks())

@@ -1,0 +1,202 @@
+"""Plans that leave whole layers out: find them, rank them, choose, and try before promising."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._version import __version__
+from .allocation import Budget
+from .calibration import CalibrationData
+from .counting import Count, count
+from .dependency.blocks import Block, find_blocks
+from .errors import GraphPruneError
+from .importance.layers import check_layer_criterion, layer_scores
+from .plans import Plan, structure_of
+from .surgery import remove_layers
+from .tracing.example import ExampleInput
+from .verification import verify_layers
+
+NAME = "layer"
+
+
+def wants_layers(granularity: str | Sequence[str]) -> bool:
+    """Whether whole layers are asked for. Raises GraphPruneError where they are asked for with something else."""
+    names = [granularity] if isinstance(granularity, str) else list(granularity)
+    if NAME in names and len(names) > 1:
+        raise GraphPruneError(
+            f"granularity: {NAME!r} stands alone; prune layers first, then the channels of the result: "
+            f"prune(prune(model, x, 0.3, granularity={NAME!r}), x, 0.3)"
+        )
+    return names == [NAME]
+
+
+def plan_layers(
+    model: nn.Module,
+    example_input: Any,
+    ratio: float | Mapping[str, float] | None,
+    *,
+    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    criterion: Any = None,
+    budget: Budget | None = None,
+    max_ratio: float = 1.0,
+    data: Any = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+) -> Plan:
+    """The plan that leaves out `ratio` of the layers that can go, rounded to nearest, or as many as `budget` demands.
+
+    `criterion`: see `graphprune.importance.layers.layer_scores`; without `data` layers are ranked on the example input.
+    What is chosen is tried: a layer whose list cannot be shortened (the code counts on its length) becomes a bypass,
+    and one that cannot be bypassed either stays, with the reason in `frozen`.
+    """
+    name = check_layer_criterion(criterion, data, loss_fn)
+    if isinstance(ratio, Mapping):
+        raise GraphPruneError("ratio: layers take one number; use ignore= for those that must stay")
+    example = ExampleInput.of(example_input)
+    blocks = _without_ignored(find_blocks(model, example), ignore, model)
+    batches = [(example, None)] if data is None else CalibrationData(data, example, model)
+    scores = layer_scores(model, blocks, name, batches, loss_fn) if blocks else []
+    for block, score in zip(blocks, scores, strict=True):
+        if math.isnan(score):
+            raise GraphPruneError(f"{name}: the score of {block.module} is NaN; check its weights and the data")
+    refused: dict[str, str] = {}
+    while True:
+        left = [(b, s) for b, s in zip(blocks, scores, strict=True) if b.module not in refused]
+        chosen = _chosen(model, example, left, ratio, budget, max_ratio)
+        tried, culprit = _tried(model, example, chosen)
+        if culprit is None:
+            return _plan(model, tried, blocks, refused)
+        refused[culprit[0]] = culprit[1]
+
+
+def _plan(model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block], refused: Mapping[str, str]) -> Plan:
+    reasons = [f"{module} cannot be left out: {reason}" for module, reason in refused.items()]
+    if not blocks:
+        reasons.append(
+            "no layer can be left out: none is called once, reads one stream, returns a tensor of its shape, and is "
+            "no branch of a residual connection"
+        )
+    return Plan(
+        removed={},
+        layers=tuple(chosen),
+        frozen=tuple(reasons),
+        structure=structure_of(model),
+        versions={"graphprune": __version__, "torch": str(torch.__version__)},
+    )
+
+
+def _without_ignored(
+    blocks: Sequence[Block], ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module
+) -> tuple[Block, ...]:
+    items = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
+    paths = {id(m): n for n, m in model.named_modules()}
+    held: set[str] = set()
+    for item in items:
+        if isinstance(item, nn.Module) and id(item) not in paths:
+            raise GraphPruneError(f"ignore: {type(item).__name__} is no module of this model")
+        pattern = paths[id(item)] or "*" if isinstance(item, nn.Module) else item
+        found = [n for n in paths.values() if isinstance(pattern, str) and fnmatch.fnmatchcase(n, pattern)]
+        if not found:
+            raise GraphPruneError(f"ignore: no module matches {pattern!r}; see model.named_modules()")
+        held.update(found)
+    return tuple(b for b in blocks if not any(_related(b.module, name) for name in held))
+
+
+def _related(a: str, b: str) -> bool:
+    """One is the other or lies in it; "" is the model."""
+    return a == b or not b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
+
+
+def _chosen(
+    model: nn.Module,
+    example: ExampleInput,
+    scored: Sequence[tuple[Block, float]],
+    ratio: float | None,
+    budget: Budget | None,
+    max_ratio: float,
+) -> list[Block]:
+    """The least important layers, in the order in which they run."""
+    most = math.floor(max_ratio * len(scored) + 1e-9)
+    if budget is not None:
+        gone = _within(model, example, scored, budget, most)
+    else:
+        share = 0.5 if ratio is None else float(ratio)
+        number = min(math.floor(share * len(scored) + 0.5), most)
+        order = sorted(range(len(scored)), key=lambda i: scored[i][1])
+        gone = set(order[:number])
+    return [block for i, (block, _) in enumerate(scored) if i in gone]
+
+
+def _within(
+    model: nn.Module, example: ExampleInput, scored: Sequence[tuple[Block, float]], budget: Budget, most: int
+) -> set[int]:
+    """Which layers go to meet the budget: least importance per cost saved first; then what still fits returns."""
+    whole = count(model, example)
+    totals = {"macs": whole.macs, "params": whole.parameters}
+    limits = budget.limits()
+    for name in limits:
+        if name not in totals:
+            raise GraphPruneError(f"budget: {name} is not known for layers; use Budget(macs=...) or Budget(params=...)")
+    most_cost = {n: float(v) * totals[n] if v <= 1 else float(v) for n, v in limits.items()}
+    saved = [_saved(whole, block) for block, _ in scored]
+    share = [sum(s[n] / max(totals[n], 1) for n in limits) for s in saved]
+    cost = {n: float(totals[n]) for n in limits}
+    order = sorted(range(len(scored)), key=lambda i: scored[i][1] / max(share[i], 1e-12))
+    gone: list[int] = []
+    for i in order:
+        if all(cost[n] <= most_cost[n] for n in limits) or len(gone) == most:
+            break
+        gone.append(i)
+        cost = {n: cost[n] - saved[i][n] for n in limits}
+    for n in limits:
+        if cost[n] > most_cost[n]:
+            raise GraphPruneError(
+                f"budget: {n} cannot be brought to {most_cost[n]:,.0f} by leaving out layers: {cost[n]:,.0f} remain "
+                f"without the {len(gone)} that can go; raise the budget, or prune channels too"
+            )
+    for i in sorted(gone, key=lambda i: scored[i][1], reverse=True):
+        if all(cost[n] + saved[i][n] <= most_cost[n] for n in limits):
+            gone.remove(i)
+            cost = {n: cost[n] + saved[i][n] for n in limits}
+    return set(gone)
+
+
+def _saved(whole: Count, block: Block) -> dict[str, int]:
+    inside = [c for p, c in whole.per_layer.items() if p == block.module or p.startswith(f"{block.module}.")]
+    return {"macs": sum(c.macs for c in inside), "params": sum(c.parameters for c in inside)}
+
+
+def _tried(
+    model: nn.Module, example: ExampleInput, chosen: Sequence[Block]
+) -> tuple[list[Block], tuple[str, str] | None]:
+    """The layers in a form that works: deleted, else bypassed. Or the first that works in neither, and why."""
+    if not chosen or not _failure(model, example, chosen):
+        return list(chosen), None
+    out: list[Block] = []
+    for block in chosen:
+        reason = _failure(model, example, [*out, block])
+        if reason and block.listed:
+            block = dataclasses.replace(block, listed=False)
+            reason = _failure(model, example, [*out, block])
+        if reason:
+            return [], (block.module, reason)
+        out.append(block)
+    return out, None
+
+
+def _failure(model: nn.Module, example: ExampleInput, blocks: Sequence[Block]) -> str:
+    """Why the model without these layers is not what it should be; empty when it is."""
+    try:
+        report = verify_layers(model, remove_layers(model, blocks), blocks, example)
+    except GraphPruneError as error:
+        return str(error).splitlines()[0]
+    return "; ".join(str(c) for c in report.checks if not c.passed)
+
+
+__all__ = ["plan_layers", "wants_layers"]

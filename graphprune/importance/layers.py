@@ -1,0 +1,165 @@
+"""What a layer is worth: how much changes when it is left out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..calibration import CalibrationData
+from ..dependency.blocks import Block
+from ..errors import GraphPruneError
+from ..tracing.example import ExampleInput
+from ..tracing.state import evaluating
+from ..tracing.trace import run_model
+
+LAYER_CRITERIA = ("block_influence", "taylor", "loss")
+_Loss = Callable[[Any, Any], Any]
+# How a hook changes a layer's result: (the stream it was given, the stream it made) -> another stream.
+_Change = Callable[[Tensor, Tensor], Tensor]
+
+
+def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any) -> str:
+    """The criterion's name; None is "block_influence". Raises GraphPruneError for unknown ones and missing data."""
+    name = "block_influence" if criterion is None else criterion
+    if name not in LAYER_CRITERIA:
+        known = ", ".join(map(repr, LAYER_CRITERIA))
+        raise GraphPruneError(f"criterion: layers are ranked by one of {known}, got {criterion!r}")
+    if name != "block_influence" and (data is None or loss_fn is None):
+        raise GraphPruneError(f"criterion={name!r} needs data= with pairs (inputs, targets) and loss_fn=")
+    return str(name)
+
+
+def layer_scores(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    name: str,
+    batches: CalibrationData | Sequence[Any],
+    loss_fn: _Loss | None,
+) -> list[float]:
+    """One score per block, the least important lowest. `batches` yields pairs (inputs, targets).
+
+    - "block_influence": 1 - cos(input, result), the mean over tokens for results of shape (batch, tokens, channels) as
+      in Men et al., ShortGPT, 2024, else the mean over samples. Needs no loss.
+    - "taylor": first order change of the loss when the layer's contribution is scaled to nothing: with the result
+      x + g (f(x) - x), the mean over samples of |dL/dg| at g = 1.
+    - "loss": the loss with the layer bypassed minus the loss of the network, both averaged over samples.
+    """
+    if name == "block_influence":
+        return _influence(model, blocks, batches)
+    assert loss_fn is not None
+    if name == "taylor":
+        return _taylor(model, blocks, batches, loss_fn)
+    whole = _mean_loss(model, batches, loss_fn)
+    out = []
+    for block in blocks:
+        with changed(model, [(block, lambda x, y: x)]):
+            out.append(_mean_loss(model, batches, loss_fn) - whole)
+    return out
+
+
+@contextlib.contextmanager
+def changed(model: nn.Module, changes: Sequence[tuple[Block, _Change]]) -> Iterator[None]:
+    """Hooks that replace the results of layers while the context lasts."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+
+    def hook(block: Block, change: _Change) -> Any:
+        def apply(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+            x = args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream]
+            new = change(x, out[0] if block.form else out)
+            return type(out)((new, *out[1:])) if block.form else new
+
+        return apply
+
+    handles = []
+    try:
+        for block, change in changes:
+            handles.append(modules[block.module].register_forward_hook(hook(block, change), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _influence(model: nn.Module, blocks: Sequence[Block], batches: Any) -> list[float]:
+    sums = [0.0] * len(blocks)
+    counts = [0] * len(blocks)
+
+    def look(index: int) -> _Change:
+        def change(x: Tensor, y: Tensor) -> Tensor:
+            a, b = ((t if t.dim() == 3 else t.flatten(1)).double() for t in (x, y))
+            away = 1 - F.cosine_similarity(a, b, dim=-1)
+            sums[index] += float(away.sum())
+            counts[index] += away.numel()
+            return y
+
+        return change
+
+    with torch.no_grad(), changed(model, [(b, look(i)) for i, b in enumerate(blocks)]), evaluating(model):
+        for example, _ in batches:
+            run_model(model, example.clone(), "data")
+    return [s / max(n, 1) for s, n in zip(sums, counts, strict=True)]
+
+
+def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: _Loss) -> list[float]:
+    sums = [0.0] * len(blocks)
+    samples = 0
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    try:
+        for p, _ in flags:
+            p.requires_grad_(False)
+        for index, (example, targets) in enumerate(batches):
+            gates: list[Tensor | None] = [None] * len(blocks)
+
+            def gate(i: int, gates: list[Tensor | None] = gates) -> _Change:
+                def change(x: Tensor, y: Tensor) -> Tensor:
+                    made = torch.ones(y.shape[0], *(1,) * (y.dim() - 1), dtype=y.dtype, device=y.device)
+                    gates[i] = made.requires_grad_()
+                    return x + made * (y - x)
+
+                return change
+
+            with changed(model, [(b, gate(i)) for i, b in enumerate(blocks)]), evaluating(model), torch.enable_grad():
+                loss, count = _loss(model, example, targets, loss_fn, index)
+                made = [g for g in gates if g is not None]
+                if not loss.requires_grad:
+                    raise GraphPruneError("loss_fn: its result does not depend on the model's output through gradients")
+                found = iter(torch.autograd.grad(loss * count, made, allow_unused=True))
+            for i, g in enumerate(gates):
+                gradient = next(found) if g is not None else None
+                sums[i] += 0.0 if gradient is None else float(gradient.double().abs().sum())
+            samples += count
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+    return [s / max(samples, 1) for s in sums]
+
+
+def _mean_loss(model: nn.Module, batches: Any, loss_fn: _Loss) -> float:
+    total, samples = 0.0, 0
+    for index, (example, targets) in enumerate(batches):
+        with evaluating(model):
+            loss, count = _loss(model, example, targets, loss_fn, index)
+        total += float(loss) * count
+        samples += count
+    return total / max(samples, 1)
+
+
+def _loss(model: nn.Module, example: ExampleInput, targets: Any, loss_fn: _Loss, index: int) -> tuple[Tensor, int]:
+    """The mean loss of a batch, and how many samples it has."""
+    if targets is None:
+        raise GraphPruneError(
+            f"data: batch {index} has no targets, and the criterion needs a loss; yield pairs (inputs, targets)"
+        )
+    output = run_model(model, example.clone(), "data")
+    try:
+        loss = loss_fn(output, targets)
+    except Exception as error:
+        raise GraphPruneError(f"loss_fn failed on batch {index}: {type(error).__name__}: {error}") from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise GraphPruneError("loss_fn: expected the mean loss of the batch, a scalar tensor")
+    return loss.reshape(()), next((t.shape[0] for t in example.tensors() if t.dim()), 1)

@@ -1,0 +1,149 @@
+"""Take whole layers out of a copy of a model; indices and depths that the code keeps follow."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..dependency.blocks import Block
+from ..errors import GraphPruneError
+from ..modules import Bypass
+from ..tracing.names import all_modules
+
+# How attributes are called that count layers: num_hidden_layers, n_layer, encoder_layers, depth, depths.
+_COUNTS = re.compile(r"(^|_)(n_?)?(layers?|blocks?|depths?)($|_)|^n_(layer|block)s?$", re.IGNORECASE)
+_SIDES = ("encoder", "decoder")
+
+
+def remove_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
+    """A copy of `model` without the given layers; `model` is not touched.
+
+    Elements of a Sequential or ModuleList are deleted from it. In the layers that move up, integers that said their
+    place (`layer_idx`) are renumbered; attributes of the list's owner and of configuration objects that say how many
+    layers there are (`num_hidden_layers`), or hold one item for each, are brought in line. Other layers are replaced
+    by a `graphprune.modules.Bypass`.
+
+    Raises GraphPruneError where the model has no such layers or cannot be copied.
+    """
+    try:
+        small = copy.deepcopy(model)
+    except Exception as error:
+        raise GraphPruneError(
+            f"the model cannot be copied with copy.deepcopy ({type(error).__name__}: {error}); make its attributes "
+            f"copyable (no open files, locks, or tensors that are results of a computation)"
+        ) from error
+    modules = all_modules(small)
+    lists: dict[str, set[int]] = {}
+    for block in blocks:
+        owner, _, name = block.module.rpartition(".")
+        if block.module not in modules or not block.module:
+            raise GraphPruneError(f"the plan leaves out {block.module or 'the model itself'}, which this model lacks")
+        if not block.listed:
+            modules[owner]._modules[name] = _bypass(modules[block.module], block)
+        elif isinstance(modules[owner], (nn.Sequential, nn.ModuleList)):
+            lists.setdefault(owner, set()).add(list(modules[owner]._modules).index(name))
+        else:
+            raise GraphPruneError(f"the plan shortens {owner}, which is a {type(modules[owner]).__name__}, no list")
+    for path in sorted(lists, key=lambda p: p.count("."), reverse=True):  # inner ones first: outer ones are renumbered
+        _shorten(small, path, modules[path], sorted(lists[path]))
+    return small
+
+
+def _bypass(module: nn.Module, block: Block) -> Bypass:
+    new = Bypass(block.stream, block.form).train(module.training)
+    for name, value in module.__dict__.items():  # what the code around it may look at (`layer.attention_type`)
+        if not name.startswith("_") and isinstance(value, (bool, int, float, str)) and not hasattr(new, name):
+            setattr(new, name, value)
+    return new
+
+
+def _shorten(model: nn.Module, path: str, owner: nn.Module, gone: list[int]) -> None:
+    items = list(owner._modules.items())
+    count = len(items)
+    places = _places(items)
+    stay = [item for i, item in enumerate(items) if i not in gone]
+    numbered = all(name == str(i) for i, (name, _) in enumerate(items))
+    owner._modules.clear()
+    for i, (name, module) in enumerate(stay):
+        owner._modules[str(i) if numbered else name] = module
+        for inner, attribute in places:
+            found = module.get_submodule(inner) if module is not None else None
+            if found is not None and isinstance(found.__dict__.get(attribute), int):
+                found.__dict__[attribute] = i
+    _recount(model, path, count, gone)
+
+
+def _places(items: Sequence[tuple[str, nn.Module | None]]) -> list[tuple[str, str]]:
+    """(path inside, attribute) of integers that say the number of the element they are in, in every element."""
+    if len(items) < 2:
+        return []
+    common: set[tuple[str, str]] | None = None
+    for i, (_, module) in enumerate(items):
+        here = {
+            (inner, name)
+            for inner, m in (module.named_modules() if module is not None else ())
+            for name, value in m.__dict__.items()
+            if type(value) is int and value == i and name != "training"
+        }
+        common = here if common is None else common & here
+    return sorted(common or ())
+
+
+def _recount(model: nn.Module, path: str, count: int, gone: list[int]) -> None:
+    """Depths in the owner of the list, and in configuration objects of it, of the model and of what is between."""
+    owners = [path.rpartition(".")[0]]
+    while owners[-1]:
+        owners.append(owners[-1].rpartition(".")[0])
+    seen: set[int] = set()
+    for place in owners:
+        module = model.get_submodule(place)
+        holders = [module.__dict__] if place == owners[0] else []
+        holders += [value.__dict__ for value in module.__dict__.values() if _is_configuration(value)]
+        for holder in holders:
+            if id(holder) not in seen:
+                seen.add(id(holder))
+                _recount_in(holder, path, count, gone)
+
+
+def _is_configuration(value: Any) -> bool:
+    """An object of the user's that holds settings; no module, no function, no class."""
+    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value)
+
+
+def _recount_in(holder: dict[str, Any], path: str, count: int, gone: list[int]) -> None:
+    names = [name for name in holder if isinstance(name, str) and _COUNTS.search(name)]
+    for name in _on_side(names, path):
+        value = holder[name]
+        if type(value) is int and value == count:
+            holder[name] = count - len(gone)
+        elif type(value) in (list, tuple) and len(value) == count and not _is_stages(value, path, count):
+            holder[name] = type(value)(v for i, v in enumerate(value) if i not in gone)
+        elif type(value) in (list, tuple) and _is_stages(value, path, count):
+            stage = _stage(path)
+            holder[name] = type(value)(v - len(gone) if i == stage else v for i, v in enumerate(value))
+
+
+def _on_side(names: Iterable[str], path: str) -> list[str]:
+    """Where encoder and decoder are counted apart: those of the side on which the list lies."""
+    names = list(names)
+    for side, other in (_SIDES, _SIDES[::-1]):
+        if side in path.lower():
+            own = [n for n in names if side in n.lower()]
+            return own or [n for n in names if other not in n.lower()]
+    return names
+
+
+def _stage(path: str) -> int:
+    """The last number in a path: `layers.2.blocks` is in stage 2."""
+    numbers = [part for part in path.split(".") if part.isdigit()]
+    return int(numbers[-1]) if numbers else -1
+
+
+def _is_stages(value: Sequence[Any], path: str, count: int) -> bool:
+    """`depths = [2, 2, 6, 2]`, and this is the list of one stage."""
+    stage = _stage(path)
+    return 0 <= stage < len(value) and all(type(v) is int for v in value) and value[stage] == count

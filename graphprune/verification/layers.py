@@ -1,0 +1,94 @@
+"""The oracle of layer pruning: the original with the same layers bypassed, by hooks and without surgery."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dependency.blocks import Block
+from ..tracing.example import ExampleInput, result_tensors
+from ..tracing.names import all_modules, named_tensors
+from ..tracing.state import evaluating
+from ..tracing.trace import run_model
+from .oracles import TOLERANCE, Check, VerificationReport, relative_error
+
+
+@contextlib.contextmanager
+def bypassed(model: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:
+    """`model` with hooks that make each of these layers return what it was given."""
+    modules = all_modules(model)
+
+    def hook(block: Block) -> Any:  # one closure per layer: a name bound in the loop would be the last one's
+        def replace(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+            x = args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream]
+            return x if not block.form else type(out)((x, *out[1:]))
+
+        return replace
+
+    handles = []
+    try:
+        for block in blocks:
+            handles.append(modules[block.module].register_forward_hook(hook(block), with_kwargs=True))
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def verify_layers(
+    original: nn.Module, pruned: nn.Module, blocks: Sequence[Block], example_input: Any, tolerance: float = TOLERANCE
+) -> VerificationReport:
+    """Check that `pruned` is `original` without these layers.
+
+    - *forward*: it runs and its outputs have the original's shapes.
+    - *bypass*: on the example input, and on noise of the same shapes where all inputs are floating point, it computes
+      what the original does with a hook on each layer that returns the layer's input.
+    - *weights*: what the original has outside these layers is all there, with the same values, and nothing else.
+    """
+    example = ExampleInput.of(example_input)
+    examples = [example]
+    if all(t.is_floating_point() for t in example.tensors()):
+        generator = torch.Generator().manual_seed(0)
+        examples.append(example.map(lambda t: _noise(t, generator)))
+    checks = []
+    for number, one in enumerate(examples):
+        got = _run(pruned, one, "verify (pruned)")
+        if not number:
+            want = _run(original, one, "verify (original)")
+            found, expected = ([tuple(t.shape) for t in result_tensors(out)] for out in (got, want))
+            detail = f"{len(found)} outputs" if found == expected else f"output shapes {found}, expected {expected}"
+            checks.append(Check("forward", found == expected, math.nan, detail))
+        with bypassed(original, blocks) as reference:
+            wanted = _run(reference, one, "verify (bypassed)")
+        if any(p.is_meta for p in original.parameters()):
+            continue
+        error = relative_error(got, wanted)
+        checks.append(Check("bypass" if not number else "bypass, noise", error <= tolerance, error))
+    checks.append(_weights(original, pruned, blocks))
+    return VerificationReport(tuple(checks))
+
+
+def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+    return tensor.detach().clone() if tensor.is_meta else tensor.detach() + noise
+
+
+def _run(model: nn.Module, example: ExampleInput, what: str) -> Any:
+    with evaluating(model):
+        torch.manual_seed(0)
+        return run_model(model, example.clone(), what)
+
+
+def _weights(original: nn.Module, pruned: nn.Module, blocks: Sequence[Block]) -> Check:
+    gone = tuple(f"{b.module}." for b in blocks)
+    stays = [t for n, t in named_tensors(original).items() if not n.startswith(gone)]
+    found = list(named_tensors(pruned).values())
+    same = len(stays) == len(found) and all(
+        a.shape == b.shape and (a.is_meta or bool(torch.equal(a, b))) for a, b in zip(stays, found, strict=True)
+    )
+    return Check("weights", same, math.nan, f"{len(found)} tensors" if same else "what stays is not what was there")
