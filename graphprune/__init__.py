@@ -16,7 +16,7 @@ from .engine import plan, prune
 from .errors import GraphPruneError
 from .importance import criterion
 from .plans import Plan
-from .recovery import Recovery, recover
+from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
 from .rules import rule
 from .surgery import fold_conv_bn
 from .verification import VerificationReport, verify
@@ -26,7 +26,10 @@ __all__ = [
     "Budget",
     "Count",
     "DependencyGraph",
+    "Distillation",
     "Doctor",
+    "Evaluation",
+    "Finetuning",
     "Frozen",
     "GraphPruneError",
     "Group",
@@ -38,10 +41,12 @@ __all__ = [
     "VerificationReport",
     "__version__",
     "benchmark",
+    "carry_optimizer",
     "count",
     "criterion",
     "doctor",
     "export_onnx",
+    "finetune",
     "fold_conv_bn",
     "plan",
     "prune",
