@@ -48,9 +48,10 @@ class Distillation:
                 raise GraphPruneError(f"Distillation: {name} must be a number {limit}, got {value!r}")
         if self.temperature == 0:
             raise GraphPruneError("Distillation: temperature must be above 0")
-        if isinstance(self.features, str) or not isinstance(self.features, Iterable):
-            raise GraphPruneError(f"Distillation: features must be a list of module paths, got {self.features!r}")
-        object.__setattr__(self, "features", tuple(self.features))
+        features: Any = self.features
+        if isinstance(features, str) or not isinstance(features, Iterable):
+            raise GraphPruneError(f"Distillation: features must be a list of module paths, got {features!r}")
+        object.__setattr__(self, "features", tuple(features))
         if self.feature_loss not in FEATURE_LOSSES:
             known = ", ".join(map(repr, FEATURE_LOSSES))
             raise GraphPruneError(f"Distillation: feature_loss must be one of {known}, got {self.feature_loss!r}")

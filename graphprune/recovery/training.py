@@ -172,7 +172,7 @@ class Trainer:
             loss = self._objective(self.model, inputs, targets)
         if not loss.requires_grad:
             raise GraphPruneError("training: the loss does not depend on any parameter that wants gradients")
-        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self._scaler.scale(loss).backward()
         if self.options.clip is not None:
             self._scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..allocation import Settings
 from ..allocation.allocate import nearest
 from ..allocation.selection import chosen_groups
+from ..calibration.source import CalibrationSource
 from ..dependency import Group
 from ..dependency.graph import trace
 from ..engine import Criterionlike, plan_from_graph
 from ..errors import GraphPruneError
 from ..importance import resolve_criterion
+from ..plans import Plan
+from ..recovery import carry_optimizer
 from ..verification import verify as run_verification
 from .magnitudes import magnitude
 from .ranking import check_sparsity
@@ -30,10 +34,13 @@ class Scheduler:
       `functools.partial(magnitude, scope="layer")` for options, a lambda for `gradient` or `blocks`, and `Channels` for
       structured pruning.
 
-    Call `step()` after each optimiser step (or epoch) and go on with the model it returns: masks are set in place,
-    while structured pruning returns a smaller model, whose parameters need a new optimiser (`changed` says when).
+    - `optimizer`: the one that trains the model. With `Channels` it is made to train the smaller model at every step,
+      its state cut as the parameters are (`graphprune.carry_optimizer`).
 
-        scheduler = Scheduler(model, schedule("cubic", 0.0, 0.9, 1000))
+    Call `step()` after each optimiser step (or epoch) and go on with the model it returns: masks are set in place,
+    while structured pruning returns a smaller model (`changed` says when). The optimizer stays the same object.
+
+        scheduler = Scheduler(model, schedule("cubic", 0.0, 0.9, 1000), optimizer=optimizer)
         for x, y in loader:
             ...
             model = scheduler.step()
@@ -42,12 +49,19 @@ class Scheduler:
     whether the last step changed the model. Raises GraphPruneError where the schedule leaves [0, 1) or falls.
     """
 
-    def __init__(self, model: nn.Module, schedule: Callable[[int], float], method: Method = magnitude) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: Callable[[int], float],
+        method: Method = magnitude,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         if not callable(schedule) or not callable(method):
             raise GraphPruneError("Scheduler: expected a schedule (step -> sparsity) and a method (model, sparsity)")
         self.model = model
         self.schedule = schedule
         self.method = method
+        self.optimizer = optimizer
         self.steps = 0
         self.sparsity = 0.0
         self.changed = False
@@ -71,7 +85,18 @@ class Scheduler:
             result = self.method(self.model, wanted)
             if not isinstance(result, nn.Module):
                 raise GraphPruneError(f"method: expected it to return the model, got {type(result).__name__}")
+            if self.optimizer is not None and result is not self.model:
+                self._carry(self.optimizer, result)
             self.model, self.sparsity = result, wanted
+
+    def _carry(self, optimizer: torch.optim.Optimizer, small: nn.Module) -> None:
+        plan = getattr(self.method, "plan", None)
+        if not isinstance(plan, Plan):
+            raise GraphPruneError(
+                "Scheduler: the method returned another model, and without a plan (an attribute `plan` of the method) "
+                "the optimizer cannot follow; leave optimizer out and make a new one where `changed` says so"
+            )
+        carry_optimizer(optimizer, self.model, small, plan)
 
     def state_dict(self) -> dict[str, Any]:
         """What is needed to go on later, beside the model's own state dict (masks are part of that)."""
@@ -101,6 +126,7 @@ class Channels:
     `sparsity` is the fraction of every group's *original* channels that is gone (of all of them together where the
     scope is not "local"), however many steps lead there. The arguments are those of `graphprune.plan`; batch norms are
     not folded, as training goes on. With `verify` (default) every step is checked like `graphprune.prune` does it.
+    `plan` is the plan of the latest step.
     """
 
     def __init__(
@@ -115,15 +141,20 @@ class Channels:
         granularity: str | Sequence[str] = "auto",
         seed: int = 0,
         verify: bool = True,
+        data: Any = None,
+        loss_fn: Callable[[Any, Any], Any] | None = None,
     ) -> None:
         self.example_input = example_input
         self.ignore = ignore if isinstance(ignore, (str, nn.Module)) else list(ignore)
         self.settings = Settings(0.0, scope, round_to, min_channels, granularity)
         self.settings.check()
         self.criterion = resolve_criterion(criterion)
+        self.criterion.check_data(data, loss_fn)
+        self.data, self.loss_fn = data, loss_fn
         self.seed = seed
         self.verify = verify
         self.widths: dict[str, int] = {}
+        self.plan: Plan | None = None
 
     def __call__(self, model: nn.Module, sparsity: float) -> nn.Module:
         """A smaller copy of the model."""
@@ -136,12 +167,14 @@ class Channels:
         ratio = self._relative(groups, check_sparsity(sparsity))
         s = self.settings
         settings = Settings(ratio, s.scope, s.round_to, s.min_channels, s.granularity)
+        source = CalibrationSource.of(model, self.example_input, self.data, self.loss_fn)
         decided = plan_from_graph(
-            model, graph, settings, self.criterion, ignore=self.ignore, fold_bn=False, seed=self.seed
+            model, graph, settings, self.criterion, ignore=self.ignore, fold_bn=False, seed=self.seed, source=source
         )
         small = decided.apply(model)
         if self.verify:
             run_verification(model, small, decided, self.example_input, graph=graph).raise_on_failure()
+        self.plan = decided
         return small
 
     def _relative(self, groups: Sequence[Group], sparsity: float) -> float | dict[str, float]:

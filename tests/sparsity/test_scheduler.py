@@ -132,3 +132,41 @@ def test_errors() -> None:
         Scheduler(mlp(), lambda step: 0.0, Channels(torch.randn(1, 12))).load_state_dict({"steps": 1, "sparsity": 0.5})
     with pytest.raises(GraphPruneError, match="no channels to remove"):
         Channels(torch.randn(1, 4))(nn.Linear(4, 4), 0.5)
+
+
+def test_the_optimizer_follows_the_channels() -> None:
+    model = mlp()
+    x = torch.randn(8, 12)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    method = Channels(x)
+    scheduler = Scheduler(model, schedule("linear", 0.0, 0.6, 3), method, optimizer)
+    for _ in range(3):
+        train(scheduler.model, x, optimizer)
+        before = {n: optimizer.state[p]["exp_avg"].clone() for n, p in scheduler.model.named_parameters()}
+        old = scheduler.model
+        small = scheduler.step()
+        assert scheduler.changed and small is not old and method.plan is not None and method.plan.removed
+        assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, small.parameters()))
+        for name, parameter in small.named_parameters():
+            wanted = before[name]
+            for axis, gone in method.plan.removed.get(name, {}).items():
+                wanted = wanted[(slice(None),) * axis + ([i for i in range(wanted.shape[axis]) if i not in gone],)]
+            assert torch.equal(optimizer.state[parameter]["exp_avg"], wanted)
+    masked = mlp()
+    optimizer = torch.optim.Adam(masked.parameters())
+    assert Scheduler(masked, lambda step: 0.5, magnitude, optimizer).model is masked
+    with pytest.raises(GraphPruneError, match="plan"):
+        Scheduler(masked, lambda step: 0.5, lambda m, s: copy.deepcopy(m), optimizer)
+
+
+def test_channels_are_chosen_by_criteria_that_need_data() -> None:
+    model, x = mlp(), torch.randn(8, 12)
+    data = [(torch.randn(16, 12), torch.randint(0, 3, (16,))) for _ in range(2)]
+    method = Channels(x, criterion="taylor", data=data, loss_fn=nn.functional.cross_entropy)
+    method(model, 0.5)
+    wanted = graphprune.plan(
+        model, x, 0.5, criterion="taylor", data=data, loss_fn=nn.functional.cross_entropy, fold_bn=False
+    )
+    assert method.plan is not None and method.plan.removed == wanted.removed
+    with pytest.raises(GraphPruneError, match="data"):
+        Channels(x, criterion="taylor")
