@@ -118,7 +118,7 @@ def test_a_plan_of_another_model_is_refused() -> None:
 
 def test_what_fails_verification_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
     wrong_check = graphprune.verification.Check("zero equivalence", False, 0.5)
-    monkeypatch.setattr("graphprune.cli.verify", lambda *_: graphprune.VerificationReport((wrong_check,)))
+    monkeypatch.setattr("graphprune.cli.proof.verify", lambda *_: graphprune.VerificationReport((wrong_check,)))
     assert "verification failed" in failed("prune", "zoo:net")
     assert "verification failed" in failed("export", "zoo:net", "a.onnx", "--ratio", "0.5")
     assert not written()

@@ -1,0 +1,182 @@
+"""The commands export and bench."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..deploy import benchmark, export_onnx
+from ..engine import plan as make_plan
+from ..factories import Loaded, common_input, load_factory, load_weights
+from ..plans import Plan
+from ..report.files import check_target
+from ..terminal import (
+    JsonOption,
+    ModelArgument,
+    PlanOption,
+    PrunedWeightsOption,
+    RatioOption,
+    SeedOption,
+    ShapeOption,
+    VerifyOption,
+    WeightsOption,
+    checks_as_data,
+    named_models,
+    parse_integers,
+    parse_ratio,
+    show,
+    working,
+)
+from .proof import proof_of
+
+
+def export(
+    model: ModelArgument,
+    path: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The file to write.", show_default=False)],
+    input_shape: ShapeOption = None,
+    weights: WeightsOption = None,
+    seed: SeedOption = 0,
+    plan: PlanOption = None,
+    ratio: RatioOption = None,
+    pruned_weights: PrunedWeightsOption = None,
+    verify_it: VerifyOption = True,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set; the exporter's choice if not given.")] = None,
+    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only the example's batch size.")] = False,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with PyTorch in ONNX Runtime.")] = True,
+    tolerance: Annotated[float | None, typer.Option(help="Largest relative error; by data type if not given.")] = None,
+    provider: Annotated[str, typer.Option(help="Where to compare: cpu, cuda or auto.")] = "cpu",
+    external_data: Annotated[
+        bool | None, typer.Option("--external-data/--one-file", help="Weights in a second file.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model as ONNX, pruned first where a plan or a ratio is given, and compare the file with PyTorch."""
+    if plan is not None and ratio is not None:
+        raise typer.BadParameter("give --plan or --ratio, not both", param_hint="--ratio")
+    pruning = plan is not None or ratio is not None
+    if pruned_weights is not None and not pruning:
+        raise typer.BadParameter(
+            "needs --plan or --ratio; use --weights for the whole model", param_hint="--pruned-weights"
+        )
+    wanted = parse_ratio(ratio) if ratio is not None else None
+    with working(3 if pruning else 2) as work:
+        work.step("building the model")
+        check_target(path)
+        loaded = load_factory(model, weights=weights, seed=seed)
+        example = loaded.input(input_shape or (), seed)
+        exported, decided, proof = loaded.model, None, None
+        if pruning:
+            work.step("pruning")
+            decided = (
+                Plan.load(plan) if plan is not None else make_plan(loaded.model, example, wanted or 0.0, seed=seed)
+            )
+            exported = decided.apply(loaded.model)
+            proof = proof_of(loaded, exported, decided, example) if verify_it else None
+            if pruned_weights is not None:
+                load_weights(exported, pruned_weights)
+        work.step("exporting and comparing" if check else "exporting")
+        report = export_onnx(
+            exported,
+            example,
+            path,
+            opset=opset,
+            dynamic_batch=not fixed_batch,
+            plan=decided,
+            check=check,
+            tolerance=tolerance,
+            provider=provider,
+            external_data=external_data,
+        )
+    data = {
+        "model": model,
+        "path": str(report.path),
+        "external_data": None if report.external_data is None else str(report.external_data),
+        **{
+            name: getattr(report, name)
+            for name in ("opset", "dynamic_batch", "batch_size", "nodes", "size", "tolerance")
+        },
+        "inputs": list(report.inputs),
+        "outputs": list(report.outputs),
+        "max_relative_error": report.max_relative_error,
+        "checked_batch_sizes": list(report.checked_batch_sizes),
+        "notes": list(report.notes),
+        "parameters": sum(parameter.numel() for parameter in exported.parameters()),
+        "verification": checks_as_data(proof),
+    }
+    show(as_json, data, *([str(proof)] if proof is not None else []), str(report))
+
+
+def bench(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="MODULE:FUNCTION or the path of an ONNX file, each optionally as name=... Others are compared with "
+            "the first.",
+            show_default=False,
+        ),
+    ],
+    input_shape: ShapeOption = None,
+    seed: SeedOption = 0,
+    provider: Annotated[str, typer.Option(help="auto (CUDA if it loads, else the CPU), cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads inside an operator.")] = 1,
+    batch: Annotated[
+        list[str] | None, typer.Option(metavar="SIZES", help="Batch sizes, such as 1,8. Default: the example's.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Samples per model and batch size.")] = 30,
+    warmup: Annotated[int, typer.Option(help="Calls before anything is measured.")] = 5,
+    min_time: Annotated[float, typer.Option(help="Seconds that one sample lasts at least.")] = 0.01,
+    baseline: Annotated[str | None, typer.Option(help="Name of the model to compare with.")] = None,
+    provider_option: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="Option of the provider. Repeatable.")
+    ] = None,
+    cuda_graph: Annotated[bool, typer.Option("--cuda-graph", help="Capture and replay CUDA graphs.")] = False,
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set of exports.")] = None,
+    check: Annotated[bool, typer.Option("--check/--no-check", help="Compare exports with PyTorch.")] = True,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the latencies, as .png or .svg.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure models side by side in ONNX Runtime: latency, speed-up with its interval, size."""
+    specs = named_models(models)
+    sizes = parse_integers(batch)
+    options = dict(item.partition("=")[::2] for item in provider_option or ())
+    if not all(options) or any("=" not in item for item in provider_option or ()):
+        raise typer.BadParameter("expected KEY=VALUE", param_hint="--provider-option")
+    with working(2) as work:
+        work.step("building the models")
+        if plot is not None:
+            check_target(plot)
+        candidates: dict[str, Any] = {}
+        made: list[Loaded] = []
+        for name, spec in specs.items():
+            if spec.endswith(".onnx"):
+                candidates[name] = spec
+            else:
+                made.append(load_factory(spec, seed=seed))
+                candidates[name] = made[-1].model
+        files = [spec for spec in specs.values() if spec.endswith(".onnx")]
+        example = common_input(made, files, input_shape or (), seed)
+        work.stop()  # the benchmark has a bar of its own
+        report = benchmark(
+            candidates,
+            example,
+            provider=provider,
+            threads=threads,
+            batch_sizes=sizes,
+            warmup=warmup,
+            rounds=rounds,
+            min_time=min_time,
+            baseline=baseline,
+            provider_options=options or None,
+            cuda_graph=cuda_graph,
+            opset=opset,
+            check=check,
+            seed=seed,
+            progress=sys.stderr.isatty(),
+        )
+        if plot is not None:
+            report.plot(plot)
+    show(as_json, report.to_dict(), str(report), *([f"drawn: {plot}"] if plot is not None else []))

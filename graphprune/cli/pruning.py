@@ -1,0 +1,110 @@
+"""The command prune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..counting import count
+from ..engine import plan as make_plan
+from ..factories import load_factory, save_weights
+from ..terminal import (
+    CriterionOption,
+    FoldOption,
+    GranularityOption,
+    IgnoreOption,
+    JsonOption,
+    LeastOption,
+    ModelArgument,
+    ModeOption,
+    RatioOption,
+    RoundOption,
+    ScopeOption,
+    SeedOption,
+    ShapeOption,
+    VerifyOption,
+    WeightsOption,
+    checks_as_data,
+    comparison,
+    parse_ratio,
+    show,
+    working,
+)
+from .proof import proof_of
+
+
+def prune(
+    model: ModelArgument,
+    output: Annotated[
+        Path,
+        typer.Option("--output", "-o", metavar="NAME", help="Writes NAME.plan.json and NAME.safetensors."),
+    ] = Path("pruned"),
+    input_shape: ShapeOption = None,
+    weights: WeightsOption = None,
+    seed: SeedOption = 0,
+    ratio: RatioOption = None,
+    ignore: IgnoreOption = None,
+    scope: ScopeOption = "local",
+    criterion: CriterionOption = "l2",
+    round_to: RoundOption = 1,
+    min_channels: LeastOption = 1,
+    granularity: GranularityOption = None,
+    fold_bn: FoldOption = True,
+    output_mode: ModeOption = "module",
+    verify_it: VerifyOption = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Prune a model, prove it, and write the plan (JSON) and the pruned weights (safetensors)."""
+    wanted = parse_ratio(ratio)
+    kinds = granularity or ["auto"]
+    with working(6) as work:
+        work.step("building the model")
+        loaded = load_factory(model, weights=weights, seed=seed)
+        example = loaded.input(input_shape or (), seed)
+        work.step("planning")
+        decided = make_plan(
+            loaded.model,
+            example,
+            wanted,
+            ignore=ignore or (),
+            scope=scope,
+            criterion=criterion,
+            round_to=round_to,
+            min_channels=min_channels,
+            granularity=kinds[0] if len(kinds) == 1 else kinds,
+            fold_bn=fold_bn,
+            seed=seed,
+            output=output_mode,
+        )
+        work.step("cutting")
+        small = decided.apply(loaded.model)
+        work.step("verifying" if verify_it else "not verifying")
+        report = proof_of(loaded, small, decided, example) if verify_it else None
+        work.step("counting")
+        before, after = count(loaded.model, example), count(small, example)
+        work.step("writing")
+        files: dict[str, str | None] = {"plan": f"{output}.plan.json", "weights": f"{output}.safetensors"}
+        if any(tensor.is_meta for tensor in small.state_dict().values()):
+            files["weights"] = None
+        else:
+            save_weights(small, f"{output}.safetensors")
+        decided.save(f"{output}.plan.json")
+    data = {
+        "model": model,
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "groups": [{"name": g.name, "kind": g.kind, "size": g.size, "kept": g.kept} for g in decided.groups],
+        "frozen": list(decided.frozen),
+        "folded": len(decided.folds),
+        "output": decided.output,
+        "rewritten": [rewrite.module for rewrite in decided.rewrites],
+        "verification": checks_as_data(report),
+        "files": files,
+    }
+    written = ", ".join(name for name in files.values() if name)
+    if not files["weights"]:
+        written += " (a model on the meta device has no weights to write)"
+    proof = str(report) if report is not None else "not verified"
+    show(as_json, data, decided.summary(), comparison(before, after), proof, f"written: {written}")
