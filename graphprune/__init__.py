@@ -17,6 +17,7 @@ from .errors import GraphPruneError
 from .importance import criterion
 from .plans import Plan
 from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
+from .report.summary import Point, Report, report
 from .rules import rule
 from .surgery import fold_conv_bn
 from .verification import VerificationReport, verify
@@ -36,8 +37,10 @@ __all__ = [
     "LayerCount",
     "Member",
     "Plan",
+    "Point",
     "Prunable",
     "Recovery",
+    "Report",
     "VerificationReport",
     "__version__",
     "benchmark",
@@ -51,6 +54,7 @@ __all__ = [
     "plan",
     "prune",
     "recover",
+    "report",
     "rule",
     "sparsity",
     "trace",

@@ -44,6 +44,18 @@ def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int = 150) ->
     return target
 
 
+def figure_as_svg(figure: Any) -> bytes:
+    """A matplotlib figure as an SVG image; the same figure gives the same bytes."""
+    import io
+
+    import matplotlib
+
+    buffer = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "graphprune"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def grouped_bars(
     path: str | os.PathLike[str],
     groups: Sequence[str],
