@@ -15,6 +15,7 @@ from .diagnosis import Blocker, Doctor, Prunable, doctor
 from .engine import plan, prune
 from .errors import GraphPruneError
 from .importance import criterion
+from .pipelines import PipelineResult, pipeline
 from .plans import Plan
 from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
 from .report.summary import Point, Report, report
@@ -36,6 +37,7 @@ __all__ = [
     "Group",
     "LayerCount",
     "Member",
+    "PipelineResult",
     "Plan",
     "Point",
     "Prunable",
@@ -51,6 +53,7 @@ __all__ = [
     "export_onnx",
     "finetune",
     "fold_conv_bn",
+    "pipeline",
     "plan",
     "prune",
     "recover",

@@ -8,7 +8,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,22 @@ class InputShape:
         return torch.randn(self.shape, generator=generator, dtype=wide).to(device=device, dtype=dtype)
 
 
+def load_data(spec: str, *, seed: int = 0) -> tuple[Any, Any]:
+    """Training batches and held-out batches (None without) that a function makes; see `load_factory` for `spec`.
+
+    The function returns an iterable of batches (inputs, targets), or a tuple of two of them.
+
+    Raises:
+        GraphPruneError: there is no such function, or it fails or returns something else.
+    """
+    made = _made(spec, "data", "my_data:loaders", seed)
+    pair = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    for part in pair:
+        if part is not None and (isinstance(part, (str, Mapping)) or not isinstance(part, Iterable)):
+            raise GraphPruneError(f"{spec} returned {type(part).__name__}; expected batches, or (training, held-out)")
+    return pair
+
+
 def load_factory(spec: str, *, weights: str | os.PathLike[str] | None = None, seed: int = 0) -> Loaded:
     """Import `module`, call `function` without arguments, and load `weights` into the model that it returns.
 
@@ -96,9 +112,22 @@ def load_factory(spec: str, *, weights: str | os.PathLike[str] | None = None, se
         GraphPruneError: the module cannot be imported, has no such function, the function fails or returns something
             else, or the weights do not fit.
     """
+    made = _made(spec, "model", "torchvision.models:resnet18", seed)
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise GraphPruneError(
+            f"{spec} returned {type(made).__name__}; expected a torch.nn.Module or a pair (module, example input)"
+        )
+    if weights is not None:
+        load_weights(model, weights)
+    return Loaded(spec, model, example)
+
+
+def _made(spec: str, what: str, example: str, seed: int) -> Any:
+    """What the function of that name returns; a module of that name as it is."""
     module_name, _, path = spec.partition(":")
     if not module_name or not path:
-        raise GraphPruneError(f"{spec!r} names no model; write module:function, such as torchvision.models:resnet18")
+        raise GraphPruneError(f"{spec!r} names no {what}; write module:function, such as {example}")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     torch.manual_seed(seed)
@@ -115,14 +144,7 @@ def load_factory(spec: str, *, weights: str | os.PathLike[str] | None = None, se
             made = made()
         except Exception as error:
             raise GraphPruneError(f"{spec}: calling it without arguments failed: {_told(error)}") from error
-    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
-        raise GraphPruneError(
-            f"{spec} returned {type(made).__name__}; expected a torch.nn.Module or a pair (module, example input)"
-        )
-    if weights is not None:
-        load_weights(model, weights)
-    return Loaded(spec, model, example)
+    return made
 
 
 def _import(name: str) -> Any:

@@ -171,6 +171,20 @@ def parse_ratio(texts: list[str] | None) -> float | dict[str, float]:
     return named
 
 
+def parse_options(texts: list[str] | None) -> dict[str, Any]:
+    """["scope=global", "round_to=8"] as a dict; values are read as JSON where they are JSON, else as text."""
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, sign, value = text.partition("=")
+        if not sign or not name or name in found:
+            raise typer.BadParameter(f"{text!r} is not NAME=VALUE with each name once", param_hint="--option")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def named_models(specs: list[str]) -> dict[str, str]:
     """A name for each: the one given, the function or the file without its ending; the whole where that is taken."""
     named: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""The command line: `graphprune inspect | doctor | prune | export | bench`.
+"""The command line: `graphprune inspect | doctor | prune | pipeline | export | bench`.
 
 Models are named `module:function`; see `graphprune.factories.load_factory`. Results go to standard output, everything
 else (progress, warnings, errors, what a model prints) to standard error.
@@ -14,6 +14,7 @@ from .._version import __version__
 from .deploying import bench, export
 from .looking import doctor, inspect
 from .pruning import prune
+from .training import run_pipeline
 
 app = typer.Typer(
     name="graphprune",
@@ -41,6 +42,7 @@ def _main(
 
 for _command in (inspect, doctor, prune, export, bench):
     app.command()(_command)
+app.command("pipeline")(run_pipeline)
 
 
 def main() -> None:

@@ -4,9 +4,10 @@ with it (fine-tuning, distillation)."""
 from .carrying import carry_optimizer
 from .distillation import Distillation
 from .evaluation import Evaluation
-from .finetune import Epoch, Finetuning, finetune
+from .finetune import finetune
 from .layers import LayerRecovery
 from .recover import METHODS, Recovery, check_method, recover
+from .runs import Epoch, Finetuning
 
 __all__ = [
     "METHODS",

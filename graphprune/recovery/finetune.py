@@ -2,73 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import GraphPruneError
-from ..report.files import check_target
-from ..report.tables import Column, render, table
-from ..surgery.copying import clone_with
-from .checkpoints import load_model, model_state, own_tensors, read_checkpoint, write_checkpoint
 from .distillation import Distillation
 from .evaluation import evaluator
 from .objective import LossFunction, Objective
 from .randomness import random_state_kept
-from .training import MakeOptimizer, Trainer, Training, progress_bar
-
-
-@dataclasses.dataclass(frozen=True)
-class Epoch:
-    """One epoch: `number` from 1, mean training `loss`, `score` of `evaluate` after it, last learning rate `lr`."""
-
-    number: int
-    loss: float
-    score: float | None
-    lr: float
-    seconds: float = dataclasses.field(compare=False, default=0.0)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Finetuning:
-    """What `finetune` did.
-
-    `model`: the trained copy. `history`: one entry per epoch. `before`: the score of the model given. `best_epoch`: the
-    epoch whose weights `model` has where `patience` was given (0: none was better than before), else None.
-    `stopped_early`: whether `patience` ran out.
-    """
-
-    model: nn.Module
-    history: tuple[Epoch, ...]
-    before: float | None
-    best_epoch: int | None
-    stopped_early: bool
-
-    @property
-    def score(self) -> float | None:
-        """The score of `model`."""
-        last = len(self.history) if self.best_epoch is None else self.best_epoch
-        return self.history[last - 1].score if last else self.before
-
-    def table(self) -> Table:
-        """The epochs as a `rich` table."""
-        columns = [
-            Column("epoch", "number"),
-            Column("loss", "loss", ".4f"),
-            Column("score", "score", ".4f"),
-            Column("learning rate", "lr", ".2e"),
-            Column("seconds", "seconds", ".1f"),
-        ]
-        return table(self.history, columns)
-
-    def __str__(self) -> str:
-        before = "" if self.before is None else f"score before: {self.before:.4f}, now: {self.score:.4f}"
-        return render(self.table(), *([before] if before else []))
+from .runs import Epoch, Finetuning, Run
+from .training import MakeOptimizer, Training
 
 
 def finetune(
@@ -131,116 +76,6 @@ def finetune(
     """
     options = Training(epochs, optimizer, lr, momentum, weight_decay, warmup, clip, amp, seed)
     objective = Objective(loss_fn, teacher, distillation)
-    run = _Run(model, data, options, objective, evaluator(evaluate), patience, checkpoint, on_epoch)
+    run = Run(model, data, options, objective, evaluator(evaluate), patience, checkpoint, on_epoch)
     with random_state_kept(data):
-        return run.finish(progress)
-
-
-class _Run:
-    def __init__(
-        self,
-        model: nn.Module,
-        data: Any,
-        options: Training,
-        objective: Objective,
-        evaluate: Callable[[nn.Module], float] | None,
-        patience: int | None,
-        checkpoint: str | os.PathLike[str] | None,
-        on_epoch: Callable[[Epoch, nn.Module], None] | None,
-    ) -> None:
-        check_patience(patience, evaluate)
-        self.checkpoint = None if checkpoint is None else check_target(checkpoint)
-        copied = clone_with(model, {})
-        self.trainer = Trainer(copied, data, objective, options)
-        self.flags = [module.training for module in model.modules()]
-        self.evaluate, self.patience, self.on_epoch = evaluate, patience, on_epoch
-        self.settings = {
-            **options.to_dict(),
-            "patience": patience,
-            "batches": self.trainer.steps,
-            "shapes": {name: list(t.shape) for name, t in own_tensors(model).items()},
-        }
-        self.before: float | None = None
-        self.history: list[Epoch] = []
-        self.best: dict[str, Tensor] = {}
-        self.best_epoch = 0
-
-    def finish(self, progress: bool) -> Finetuning:
-        if not self._resume():
-            self.before = None if self.evaluate is None else self.evaluate(self.trainer.model)
-            self._remember()
-        epochs, steps = self.trainer.options.epochs, self.trainer.steps
-        with progress_bar(progress, "fine-tuning", epochs * steps, len(self.history) * steps) as tick:
-            while len(self.history) < epochs and not self._exhausted():
-                self._epoch(tick)
-        if self.patience is not None:
-            load_model(self.trainer.model, self.best, "the best epoch", "best")
-        for module, training in zip(self.trainer.model.modules(), self.flags, strict=True):
-            module.training = training
-        best = None if self.patience is None else self.best_epoch
-        stopped = len(self.history) < epochs
-        return Finetuning(self.trainer.model, tuple(self.history), self.before, best, stopped)
-
-    def _epoch(self, tick: Callable[..., None]) -> None:
-        start = time.perf_counter()
-        loss, rate = self.trainer.epoch(len(self.history), tick)
-        score = None if self.evaluate is None else self.evaluate(self.trainer.model)
-        self.history.append(Epoch(len(self.history) + 1, loss, score, rate, time.perf_counter() - start))
-        scored = "" if score is None else f", score {score:.4f}"
-        tick(text=f"fine-tuning: epoch {len(self.history)}, loss {loss:.4f}{scored}")
-        self._remember()
-        if self.checkpoint is not None:
-            self._write()
-        if self.on_epoch is not None:
-            self.on_epoch(self.history[-1], self.trainer.model)
-
-    def _score_of(self, epoch: int) -> float:
-        score = self.history[epoch - 1].score if epoch else self.before
-        assert score is not None
-        return score
-
-    def _remember(self) -> None:
-        """Keep the weights of the best epoch so far, the first of equals."""
-        if self.patience is None:
-            return
-        if not self.history or self._score_of(len(self.history)) > self._score_of(self.best_epoch):
-            self.best_epoch = len(self.history)
-            self.best = {n: t.detach().clone() for n, t in model_state(self.trainer.model, "best").items()}
-
-    def _exhausted(self) -> bool:
-        return self.patience is not None and len(self.history) - self.best_epoch >= self.patience
-
-    def _write(self) -> None:
-        assert self.checkpoint is not None
-        about, tensors = self.trainer.state()
-        history = [dataclasses.asdict(epoch) for epoch in self.history]
-        about |= {"settings": self.settings, "history": history, "before": self.before, "best_epoch": self.best_epoch}
-        write_checkpoint(self.checkpoint, about, {**tensors, **self.best})
-
-    def _resume(self) -> bool:
-        found = None if self.checkpoint is None else read_checkpoint(self.checkpoint, self.settings)
-        if found is None:
-            return False
-        about, tensors = found
-        what = f"the checkpoint {self.checkpoint}"
-        self._read_history(about, what)
-        self.trainer.load(about, tensors, what)
-        self.best = {name: tensor for name, tensor in tensors.items() if name.startswith("best/")}
-        return True
-
-    def _read_history(self, about: Mapping[str, Any], what: str) -> None:
-        try:
-            self.history = [Epoch(**entry) for entry in about["history"]]
-            self.before, self.best_epoch = about["before"], int(about["best_epoch"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise GraphPruneError(f"{what} is damaged: {type(error).__name__}: {error}") from error
-
-
-def check_patience(patience: int | None, evaluate: Any) -> None:
-    """Raise GraphPruneError unless there is something to be patient about."""
-    if patience is None:
-        return
-    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-        raise GraphPruneError(f"patience: expected an integer of at least 1 or None, got {patience!r}")
-    if evaluate is None:
-        raise GraphPruneError("patience: needs a score to wait for; pass evaluate=")
+        return run.finish("fine-tuning" if progress else None)

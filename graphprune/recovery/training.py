@@ -182,10 +182,11 @@ class Trainer:
         return float(loss.detach())
 
     def prune(self, small: nn.Module, plan: Plan | None) -> tuple[str, ...]:
-        """Go on with `small`, made from the model by `plan`; see `carry_optimizer`. None: masks, nothing moves."""
-        if small is self.model or plan is None:
-            self.model = small
+        """Go on with `small`, made from the model by `plan`; see `carry_optimizer`. The model itself, masked: as is."""
+        if small is self.model:
             return ()
+        if plan is None:
+            raise GraphPruneError("the method returned another model and no plan; the optimizer cannot follow it")
         restarted = carry_optimizer(self.optimizer, self.model, small, plan)
         self.model = small
         return restarted
@@ -208,14 +209,15 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def progress_bar(shown: bool, text: str, steps: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar on standard error where that is a terminal; yields a function that advances it, or renames it (`text=`)."""
+def progress_bar(text: str | None, steps: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar on standard error where that is a terminal and `text` not None; yields a function that advances it, or
+    with `note` adds that to the text."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not (shown and console.is_terminal)) as bar:
-        task = bar.add_task(text, total=steps, completed=done)
+    with Progress(*columns, console=console, transient=True, disable=text is None or not console.is_terminal) as bar:
+        task = bar.add_task(text or "", total=steps, completed=done)
 
-        def advance(text: str | None = None) -> None:
-            bar.update(task, advance=0 if text else 1, description=text)
+        def advance(note: str | None = None) -> None:
+            bar.update(task, advance=1 if note is None else 0, description=None if note is None else f"{text}{note}")
 
         yield advance

@@ -51,7 +51,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
 
 
-class Killed(Exception):
+class Killed(BaseException):
     pass
 
 
@@ -300,7 +300,7 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) 
     length = int.from_bytes(good[:8], "little")
     header = json.loads(good[8 : 8 + length])
     about = json.loads(header["__metadata__"]["graphprune.training/1"])
-    for damage in ("history", "optimizer", "before"):
+    for damage in ("history", "optimizer", "before", "best", "scaler"):
         broken = {k: v for k, v in about.items() if k != damage}
         text = json.dumps({**header, "__metadata__": {"graphprune.training/1": json.dumps(broken)}}).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + good[8 + length :])
