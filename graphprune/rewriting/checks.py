@@ -9,6 +9,8 @@ from ..errors import GraphPruneError
 
 __all__ = ["choose", "expect_comparison", "expect_length", "expect_value"]
 
+_COMPARISONS = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+
 
 def choose(training: bool, in_training: Any, in_evaluation: Any) -> Any:
     """One of two values, by the training flag."""
@@ -32,6 +34,8 @@ def expect_length(value: Any, recorded: int, name: str) -> None:
 
 def expect_comparison(comparison: str, left: Any, right: Any, recorded: bool, text: str) -> None:
     """A comparison of sizes must turn out as recorded: otherwise the code would have taken another branch."""
+    if comparison not in _COMPARISONS:
+        raise GraphPruneError(f"not a plan: {comparison!r} is no comparison")
     if bool(getattr(operator, comparison)(left, right)) != recorded:
         raise GraphPruneError(
             f"this module was recorded where {text} was {recorded}, and is called where it is {not recorded}: its code "

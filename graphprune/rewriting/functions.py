@@ -16,12 +16,13 @@ import torch
 
 from ..errors import GraphPruneError
 from . import checks
+from .safety import check_method
 
 _SPACES: dict[str, Any] = {
     "torch": torch._C._VariableFunctions,
     **{f"torch._C.{n}": getattr(torch._C, n) for n in ("_nn", "_fft", "_linalg", "_special")},
 }
-_NO_OPERATORS = frozenset(("from_file", "frombuffer"))  # they read files and foreign memory
+_NO_OPERATORS = frozenset(("from_file", "frombuffer", "save"))  # they touch files and foreign memory
 _ARITHMETIC = "add sub mul floordiv truediv mod pow neg getitem setitem".split()
 _PLAIN: dict[str, Callable[..., Any]] = {
     **{f"operator.{n}": getattr(operator, n) for n in _ARITHMETIC},
@@ -59,7 +60,7 @@ def resolve(target: str) -> Callable[..., Any]:
     elif target.startswith("torch.ops."):
         found = torch.ops
         for step in target.split(".")[2:]:
-            found = getattr(found, step, None)
+            found = getattr(found, step, None) if step not in _NO_OPERATORS else None
         if not isinstance(found, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
             found = None
     if found is None or not callable(found):
@@ -86,4 +87,5 @@ def method(name: str) -> str:
     """A tensor method by name, checked."""
     if not name.isidentifier() or not callable(getattr(torch.Tensor, name, None)):
         raise GraphPruneError(f"the plan calls the tensor method {name!r}, which torch {torch.__version__} has not")
+    check_method(name)
     return name

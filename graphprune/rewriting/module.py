@@ -15,6 +15,7 @@ from ..errors import GraphPruneError
 from ..tracing.names import all_modules
 from .functions import method, resolve
 from .recipes import Rewrite, decode
+from .safety import check_argument, check_keywords, check_path, check_read
 
 _OF_A_GRAPH = frozenset(fx.GraphModule(nn.Module(), fx.Graph()).__dict__) - frozenset(nn.Module().__dict__)
 _NOT_KEPT = _OF_A_GRAPH | {"forward", "_recipe"}
@@ -34,7 +35,11 @@ class RewrittenModule(fx.GraphModule):
     _replaced: type[nn.Module] = nn.Module
 
     def __init__(self, old: nn.Module, recipe: Rewrite) -> None:
-        super().__init__(old, build_graph(recipe), class_name=self._replaced.__name__)
+        graph = build_graph(recipe)
+        for op, target, *_ in recipe.steps:
+            if op in ("get_attr", "call_module"):
+                check_path(old, op, target)
+        super().__init__(old, graph, class_name=self._replaced.__name__)
         self.__dict__.update({k: v for k, v in old.__dict__.items() if k not in _NOT_KEPT})
         self.__dict__["_recipe"] = recipe
 
@@ -102,13 +107,17 @@ def build_graph(recipe: Rewrite) -> fx.Graph:
         for op, target, data, named in recipe.steps:
             args = tuple(decode(data, nodes))
             kwargs = {k: decode(v, nodes) for k, v in named.items()}
+            check_keywords(kwargs)
             if op == "output":
                 nodes.append(graph.output(args[0]))
             elif op == "placeholder":
+                check_argument(target)
                 nodes.append(graph.placeholder(target, default_value=args[0]) if args else graph.placeholder(target))
             elif op == "build":
                 nodes.append(graph.call_function(_class(target, recipe.home), args, kwargs))
             elif op == "call_function":
+                if target == "builtins.getattr":
+                    check_read(args)
                 nodes.append(graph.call_function(resolve(target), args, kwargs))
             elif op == "call_method":
                 nodes.append(graph.call_method(method(target), args, kwargs))
@@ -116,7 +125,7 @@ def build_graph(recipe: Rewrite) -> fx.Graph:
                 nodes.append(graph.create_node(op, target, args, kwargs))
             else:
                 raise GraphPruneError(f"not a plan: a step of {recipe.module or 'the model'} is {op!r}")
-    except (IndexError, TypeError, ValueError, AttributeError) as error:
+    except (IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         where = recipe.module or "the model"
         raise GraphPruneError(f"not a plan: the steps of {where} are damaged: {error}") from error
     return graph
