@@ -43,12 +43,21 @@ def main_reason(graph: DependencyGraph) -> str:
     return held.most_common(1)[0][0][:160] if held else ""
 
 
-def outputs_of(graph: DependencyGraph) -> list[str]:
-    """Modules that make the model's output: what everyone has to tell Torch-Pruning to leave alone."""
+def outputs_of(model: nn.Module, graph: DependencyGraph) -> list[str]:
+    """Modules that make the model's output: what everyone has to tell Torch-Pruning to leave alone.
+
+    Of a head that shares its weight with an embedding, the head.
+    """
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            if not isinstance(module, nn.Embedding):
+                owners.setdefault(id(parameter), []).append(path)
+    parameters = dict(model.named_parameters())
     found = []
     for frozen in graph.frozen:
         if frozen.axis == 0 and any(r.kind == "output" for r in frozen.reasons):
-            found.append(frozen.parameter.rpartition(".")[0])
+            found += owners.get(id(parameters.get(frozen.parameter)), [])
     return list(dict.fromkeys(found))
 
 
@@ -70,6 +79,13 @@ def ours(build: Callable[[], tuple[nn.Module, Any]], onnx: bool, only_eval: bool
         found["where"] = _where(error)
         found["traceback"] = traceback.format_exc()[-6000:]
     return found
+
+
+def without_cache(model: nn.Module) -> None:
+    """Tell a Hugging Face model to return no keys and values for the next step."""
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "use_cache", False):
+        config.use_cache = False
 
 
 def _living(build: Callable[[], tuple[nn.Module, Any]]) -> tuple[nn.Module, Any]:
@@ -114,6 +130,7 @@ def _prune_and_prove(model: nn.Module, example: Any, onnx: bool, only_eval: bool
         found["training"] = attempt(small.train(), example)
     if onnx:
         found["stage"] = "export"
+        without_cache(small)
         with tempfile.TemporaryDirectory() as folder:
             written = graphprune.export_onnx(small.eval(), example, Path(folder) / "small.onnx")
             found["onnx"] = written.max_relative_error
@@ -124,8 +141,8 @@ def peer(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:
     """The same model through Torch-Pruning, told which modules make the output."""
     try:
         model, example = _living(build)
-        ignored = outputs_of(graphprune.trace(copy.deepcopy(model), example))
+        without_cache(model)  # the library follows tensors, and knows no caches
+        ignored = outputs_of(model, graphprune.trace(copy.deepcopy(model), example))
     except Exception as error:
         return {"failure": _peer.first_line(error), "stage": "build"}
-    modules = dict(model.named_modules())
-    return _peer.examine(model, example, RATIO, [name for name in ignored if name in modules])
+    return _peer.examine(model, example, RATIO, ignored)

@@ -89,7 +89,18 @@ def _whole_call(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
     ):
         if not isinstance(args[2], (bool, list)) or target is aten.lstm.input:
             target = target.overloadpacket.data
-    return target, args, kwargs
+    return target, *_in_order(target, args, kwargs)
+
+
+def _in_order(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments that the user named move to their positions, where ATen's own calls have them and rules look."""
+    placed, named = list(args), dict(kwargs)
+    for argument in target._schema.arguments[len(args) :]:
+        name = "input" if argument.name == "self" else argument.name
+        if argument.kwarg_only or name not in named:
+            break
+        placed.append(named.pop(name))
+    return tuple(placed), named
 
 
 def _size(recorder: Recorder, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
