@@ -24,6 +24,8 @@ WHOLE: dict[Any, Any] = {
     torch.Tensor.matmul: aten.matmul.default,
     torch.Tensor.__matmul__: aten.matmul.default,
     torch.nn.functional.scaled_dot_product_attention: aten.scaled_dot_product_attention.default,
+    torch.nn.functional.rms_norm: aten.rms_norm.default,
+    torch.rms_norm: aten.rms_norm.default,
     torch._VF.lstm: aten.lstm.input,
     torch._VF.gru: aten.gru.input,
     torch._VF.rnn_tanh: aten.rnn_tanh.input,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +37,19 @@ class Calls(nn.Module):
         return self._linear(y, self.head)
 
 
+class RootMeanSquare(nn.Module):
+    """A norm of the user's own over the last axes, whose code says how wide it is."""
+
+    def __init__(self, width: int, literal: bool, scaled: bool = True) -> None:
+        super().__init__()
+        self.shape, self.literal = (width,), literal
+        self.weight = nn.Parameter(torch.rand(width) + 0.5) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.float() if self.weight is not None else None
+        return F.rms_norm(x, (12,) if self.literal else self.shape, scale, eps=1e-6)
+
+
 def example() -> Tensor:
     return torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -53,3 +67,23 @@ def test_named_arguments_are_pruned_as_others_are() -> None:
     outcomes = [examine(Calls(named).eval(), example(), Demands()) for named in (True, False)]
     assert not outcomes[0].failed, str(outcomes[0])
     assert outcomes[0].share == outcomes[1].share > 0.4
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_the_width_that_a_norm_reads_follows(scaled: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), RootMeanSquare(12, False, scaled), nn.Linear(12, 4)).eval()
+    outcome = examine(model, example(), Demands(statistics=True, prove=True))
+    assert not outcome.failed, str(outcome)
+    assert outcome.share > 0.4
+
+
+def test_a_width_that_is_a_literal_stays() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), RootMeanSquare(12, True), nn.Linear(12, 4)).eval()
+    outcome = examine(model, example(), Demands(statistics=True, prove=True))
+    assert not outcome.failed, str(outcome)
+    assert outcome.share == 0
+    rewritten = examine(model, example(), Demands(statistics=True, prove=True, output="hybrid"))
+    assert not rewritten.failed, str(rewritten)
+    assert rewritten.share > 0.4
