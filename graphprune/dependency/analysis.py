@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import fx
 
 from ..tracing.names import operator_name
+from ..tracing.origin import TensorSize
 from ..tracing.recorder import Guard, TensorMeta
 from ..tracing.trace import Trace
 from .context import NodeContext, Result
@@ -112,11 +113,12 @@ def analyse(trace: Trace) -> Analysis:
     analysis = Analysis(trace, dims, env, effects, 0)
     nodes = list(trace.graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
+    followers = _followers(nodes)
     homes = {f"<{node.name}>": node for node in nodes} | trace.parameters  # where a root's coordinates come from
     dirty: set[fx.Node] = set(nodes)
     for passes in range(1, _MAX_PASSES + 1):
         analysis.passes = passes
-        refines = _propagate(analysis, nodes, order, dirty, kernels)
+        refines = _propagate(analysis, nodes, order, dirty, kernels, followers)
         if not refines:
             break
         if passes == _MAX_PASSES:
@@ -142,8 +144,24 @@ def _states(value: Result) -> list[State]:
     return [s for s in (value if isinstance(value, list) else [value]) if isinstance(s, State)]
 
 
+def _followers(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each tensor the calls that take a size from it: they follow it without reading it."""
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for node in nodes:
+        sizes = node.meta.get("sizes")
+        if sizes is not None:
+            for source in {e.node for e in sizes.values if isinstance(e, TensorSize)}.difference(node.all_input_nodes):
+                found.setdefault(source, []).append(node)
+    return found
+
+
 def _propagate(
-    analysis: Analysis, nodes: list[fx.Node], order: dict[fx.Node, int], dirty: set[fx.Node], kernels: set[fx.Node]
+    analysis: Analysis,
+    nodes: list[fx.Node],
+    order: dict[fx.Node, int],
+    dirty: set[fx.Node],
+    kernels: set[fx.Node],
+    followers: dict[fx.Node, list[fx.Node]],
 ) -> dict[int, Refine]:
     """Visit the dirty nodes, and from them on every node whose operands changed, in graph order."""
     refines: dict[int, Refine] = {}
@@ -161,7 +179,7 @@ def _propagate(
         for request in effects[node].refines:
             refines.setdefault(request.dim, request)
         if analysis.passes > 1 and not _same(before, env.get(node)):
-            for user in node.users:
+            for user in (*node.users, *followers.get(node, ())):
                 if user not in queued:
                     queued.add(user)
                     heapq.heappush(heap, order[user])

@@ -53,10 +53,13 @@ _WEIGHTS = {"linear": (1, 1, 0), "mm": (1, -2, -1), "bmm": (1, -2, -1), "matmul"
 
 def _moved_roles(roles: dict[Root, Role], analysis: Analysis, node: fx.Node) -> None:
     """Weights that were sliced, picked, transposed or scaled before a contraction reads them."""
-    found = _WEIGHTS.get(operator_name(node))
-    if found is None:
+    operation = operator_name(node)
+    if operation == "convolution":
+        position, reads, makes = 1, *((0, 1) if node.args[6] else (1, 0))
+    elif operation in _WEIGHTS:
+        position, reads, makes = _WEIGHTS[operation]
+    else:
         return
-    position, reads, makes = found
     weight = node.args[position]
     if not isinstance(weight, fx.Node) or weight.op == "get_attr" or not weight.meta.get("constant_value"):
         return

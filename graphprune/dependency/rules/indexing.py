@@ -203,7 +203,24 @@ def roll(context: NodeContext) -> Result:
     return State(context.shape, axes)
 
 
-@rule("index_select", "gather", "take_along_dim")
+@rule("gather")
+def gather(context: NodeContext) -> Result:
+    """out[i, j] = x[i, index[i, j]]: along the other axes the index loses what x loses, if it can."""
+    state, index = context.state(context.arg(0)), context.state(context.arg(2, "index"))
+    dim = axis_of(context.arg(1, "dim"), len(state.shape))
+    axes = {}
+    for axis in range(len(state.shape)):
+        mine, theirs = state.axis(axis), index.axis(axis)
+        if axis != dim and mine and theirs and state.shape[axis] == index.shape[axis]:
+            context.tie(mine, theirs, state.shape[axis], "picked by an index tensor whose size stays")
+            axes[axis] = max((mine, theirs), key=len)
+        else:
+            context.freeze(mine, "index", "picked by an index tensor")
+            context.freeze(theirs, "index", "used as an index")
+    return State(context.shape, axes)
+
+
+@rule("index_select", "take_along_dim")
 def index_select(context: NodeContext) -> Result:
     state = context.state(context.arg(0))
     dim = axis_of(context.arg(1, "dim"), len(state.shape))

@@ -22,12 +22,24 @@ def _tie_parameters(context: NodeContext, axis_map: Any, length: int, arguments:
             context.tie(axis_map, context.state(argument).axis(0), length, "norm of a channel that cannot be removed")
 
 
+def _of_the_batch(context: NodeContext) -> bool:
+    """Whether a batch norm takes the statistics of its input, not stored ones."""
+    position = 3 if "no_stats" in context.node.target._overloadname else 5  # type: ignore[union-attr]
+    return context.operation not in _STORED and context.arg(position, "training") is True
+
+
+_STORED = frozenset(("_native_batch_norm_legit_no_training", "_batch_norm_no_update"))
+
+
 @rule("native_batch_norm", "batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
       "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_impl_index",
       "batch_norm_with_update", "_batch_norm_with_update", "instance_norm")  # fmt: skip
 def batch_norm(context: NodeContext) -> Result:
     x = context.state(context.arg(0))
     parameters = [a for a in (context.arg(i) for i in range(1, 5)) if hasattr(a, "meta")]
+    if _of_the_batch(context):  # standardised weights: the mean over a filter changes with the channels it reads
+        for axis in (0, *range(2, len(x.shape))):
+            context.statistics(x.axis(axis))
     _tie_parameters(context, x.axis(1), x.shape[1], parameters)
     return _several(context, State(x.shape, x.axes))
 
@@ -147,6 +159,24 @@ def ordering(context: NodeContext) -> Result:
     return State(context.shape, axes)
 
 
+def _single_window(context: NodeContext, trailing: int, i: int) -> bool:
+    """Whether a pool leaves its i-th axis as it is: a window of one position that moves by one."""
+    if not context.operation.removesuffix("_with_indices").startswith(("avg_pool", "max_pool")):
+        return False
+    if isinstance(context.node.meta["val"], tuple) and any(user.args[1] != 0 for user in context.node.users):
+        return False  # the positions of the maxima count along all axes
+    kernel = _per_axis(context.arg(1, "kernel_size"), trailing, 1)
+    stride = _per_axis(context.arg(2, "stride"), trailing, kernel[i])
+    padding = _per_axis(context.arg(3, "padding"), trailing, 0)
+    return kernel[i] == 1 and stride[i] == 1 and padding[i] == 0
+
+
+def _per_axis(value: Any, count: int, default: int) -> list[int]:
+    """An argument that may be one number, a list of one or of `count`, or left out."""
+    items = [value] if isinstance(value, int) else list(value or ())
+    return (items or [default]) * (count if len(items) < 2 else 1)
+
+
 @rule(
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
     "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool1d",
@@ -158,13 +188,14 @@ def ordering(context: NodeContext) -> Result:
     "upsample_bilinear2d_aa", "fractional_max_pool2d", "fractional_max_pool3d", "max_unpool2d", "max_unpool3d",
 )  # fmt: skip
 def spatial(context: NodeContext) -> Result:
-    """Works on the trailing axes; batch and channels pass."""
+    """Works on the trailing axes; batch and channels pass, and axes whose window is a single position."""
     state = context.state(context.arg(0))
     n = len(state.shape)
     trailing = int(next((c for c in context.operation if c.isdigit()), "2"))
-    for axis in range(n - trailing, n):
+    moved = [n - trailing + i for i in range(trailing) if not _single_window(context, trailing, i)]
+    for axis in moved:
         context.freeze(state.axis(axis), "spatial", f"{context.operation} works along this axis")
-    axes = {a: m for a, m in state.axes.items() if a < n - trailing}
+    axes = {a: m for a, m in state.axes.items() if a not in moved}
     for other in context.node.all_input_nodes[1:]:
         context.freeze_state(context.state(other), "spatial", f"{context.operation} uses it as positions")
     meta = context.node.meta["val"]
