@@ -152,6 +152,25 @@ def capture(
     return program
 
 
+def optimise(program: Any, name: str) -> None:
+    """Fold constants and drop what is not needed, in place.
+
+    Raises:
+        GraphPruneError: onnxscript's optimiser fails on the program of the model `name`.
+    """
+    try:
+        with quiet():
+            program.optimize()
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
+        raise GraphPruneError(
+            f"{name} cannot be exported: the optimiser of onnxscript fails with {type(cause).__name__}: {reason}"
+        ) from error
+
+
 def _explain(name: str, error: Exception, arguments: FlatArguments, dynamic_batch: bool) -> str:
     """The reason for a failed export in a few lines; the exporter's own text has hundreds."""
     chain: list[BaseException] = []

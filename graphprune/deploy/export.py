@@ -13,7 +13,7 @@ from torch import nn
 from ..errors import GraphPruneError
 from ..report.files import check_target, move_into_place, workspace
 from .arguments import FlatArguments, named_outputs
-from .capture import capture, inference_state, quiet, run_model
+from .capture import capture, inference_state, optimise, quiet, run_model
 from .initializers import Initializers, Removal, check_captured, check_file, planned_shapes
 from .parity import check_parity, default_tolerance
 
@@ -121,8 +121,7 @@ def export_onnx(
                 run_model(model, traced)
             program = capture(model, traced, output_names, opset=opset, dynamic_batch=dynamic_batch)
             used = check_captured(program, model, planned)
-            with quiet():
-                program.optimize()
+            optimise(program, type(model).__name__)
             temporary = folder / target.name
             data = _save(program, temporary, external_data)
         found, nodes, written_opset = _inspect(temporary, [*arguments.names], output_names)

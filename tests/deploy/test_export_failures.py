@@ -101,6 +101,16 @@ def test_integer_outputs_are_compared_exactly(tmp_path: Path, monkeypatch: pytes
         export_onnx(nets.TokenNet(), torch.arange(10).reshape(2, 5), tmp_path / "net.onnx", tolerance=1e9)
 
 
+def test_an_optimiser_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any) -> None:
+        raise RuntimeError("a pass failed") from ValueError("two shapes of one value\nand a long story")
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "optimize", fail)
+    with pytest.raises(GraphPruneError, match=r"ConvNet cannot be exported: the optimiser .* ValueError: two shapes"):
+        export_onnx(nets.ConvNet(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
+    assert os.listdir(tmp_path) == []
+
+
 def test_an_invalid_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tamper(monkeypatch, lambda proto: proto.graph.node.reverse())
     with pytest.raises(GraphPruneError, match="invalid file"):
