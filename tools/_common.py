@@ -78,7 +78,8 @@ def enliven(model: nn.Module, example: Any, seed: int = 0) -> None:
     norms = {id(p) for m in model.modules() if "Norm" in type(m).__name__ for p in [getattr(m, "weight", None)]}
     for name, parameter in model.named_parameters():
         if parameter.numel() > 1 and parameter.min() == parameter.max():
-            if id(parameter) in norms or name.endswith("layer_scale"):
+            layer_scale = 0 < parameter.abs().max() <= 0.01
+            if id(parameter) in norms or layer_scale or name.endswith("layer_scale"):
                 parameter.copy_(uniform(parameter, 0.6, 1.4))
             elif parameter.any():
                 parameter.mul_(uniform(parameter, 0.8, 1.2))

@@ -28,19 +28,19 @@ from tools._common import enliven, parameters_in
 from tools._sweep_case import attempt, frozen_share, removed_parameters
 
 RATIO = 0.5
-# Why axes stay that no network could lose, and that say nothing about ours.
-_EXPECTED = ("kernel", "vocabulary", "output", "input")
 
 
-def main_reason(graph: DependencyGraph) -> str:
-    """The reason that holds most indices, inputs, outputs, kernels and vocabularies aside."""
+def main_reason(model: nn.Module, graph: DependencyGraph) -> str:
+    """The reason that holds most of the indices that `frozen_share` counts, and the first line where it does."""
     held: Counter[str] = Counter()
+    lines: dict[str, str] = {}
+    parameters = {name for name, _ in model.named_parameters()}
     for frozen in graph.frozen:
-        kinds = {r.kind for r in frozen.reasons}
-        telling = [r for r in frozen.reasons if r.kind not in _EXPECTED]
-        if telling and not kinds & {"output"}:
-            held[str(telling[0])] += frozen.count
-    return held.most_common(1)[0][0][:160] if held else ""
+        if frozen.parameter in parameters and frozen.reasons and {r.kind for r in frozen.reasons} != {"kernel"}:
+            first = next((r for r in frozen.reasons if r.kind == "output"), frozen.reasons[0])
+            held[first.text] += frozen.count
+            lines.setdefault(first.text, str(first))
+    return lines[held.most_common(1)[0][0]][:160] if held else ""
 
 
 def outputs_of(model: nn.Module, graph: DependencyGraph) -> list[str]:
@@ -66,13 +66,19 @@ def _where(error: BaseException) -> str:
     return "; ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in frames[-4:])
 
 
-def ours(build: Callable[[], tuple[nn.Module, Any]], onnx: bool, only_eval: bool = False) -> dict[str, Any]:
+def ours(
+    build: Callable[[], tuple[nn.Module, Any]], onnx: str, only_eval: bool = False, heads: bool = False
+) -> dict[str, Any]:
     """Everything asked of one model. `failure` is there when it ended early, `stage` says where."""
     found: dict[str, Any] = {"stage": "build"}
     try:
         model, example = _living(build)
         found["parameters"] = parameters_in(model)
         _prune_and_prove(model, example, onnx, only_eval, found)
+        if heads:
+            found["stage"] = "heads"
+            found["heads"] = _heads_alone(model, example)
+        found["stage"] = "done"
     except Exception as error:
         found["failure"] = _peer.first_line(error)
         found["raw"] = not isinstance(error, GraphPruneError) and found["stage"] != "build"
@@ -95,7 +101,7 @@ def _living(build: Callable[[], tuple[nn.Module, Any]]) -> tuple[nn.Module, Any]
     return model, example
 
 
-def _prune_and_prove(model: nn.Module, example: Any, onnx: bool, only_eval: bool, found: dict[str, Any]) -> None:
+def _prune_and_prove(model: nn.Module, example: Any, onnx: str, only_eval: bool, found: dict[str, Any]) -> None:
     found["stage"] = "trace"
     started = time.perf_counter()
     graph = graphprune.trace(model, example)
@@ -104,7 +110,7 @@ def _prune_and_prove(model: nn.Module, example: Any, onnx: bool, only_eval: bool
     plan = plan_from_graph(model, graph, Settings(RATIO, "local", 1, 1, "auto"), resolve_criterion("l2"))
     found["seconds"] = [traced - started, time.perf_counter() - traced]
     found["frozen"] = frozen_share(model, graph)
-    found["reason"] = main_reason(graph)
+    found["reason"] = main_reason(model, graph)
     kinds: dict[str, list[int]] = {}
     for group in plan.groups:
         kinds.setdefault(group.kind, [0, 0])
@@ -117,8 +123,7 @@ def _prune_and_prove(model: nn.Module, example: Any, onnx: bool, only_eval: bool
     found["left"] = parameters_in(small)
     found["stage"] = "verify"
     report = graphprune.verify(model, small, plan, example, graph=graph)
-    errors = [None if math.isnan(c.error) else c.error for c in report.checks]
-    found["checks"] = [[c.name, c.passed, e, c.detail] for c, e in zip(report.checks, errors, strict=True)]
+    found["checks"] = _checks(report)
     found["stage"] = "count"
     found["macs"] = [graphprune.count(m, example).macs for m in (model, small)]
     with torch.no_grad():  # a cut that changed nothing at all would be no proof
@@ -132,9 +137,27 @@ def _prune_and_prove(model: nn.Module, example: Any, onnx: bool, only_eval: bool
         found["stage"] = "export"
         without_cache(small)
         with tempfile.TemporaryDirectory() as folder:
-            written = graphprune.export_onnx(small.eval(), example, Path(folder) / "small.onnx")
+            target = Path(folder) / "small.onnx"
+            written = graphprune.export_onnx(small.eval(), example, target, dynamic_batch=onnx == "free")
             found["onnx"] = written.max_relative_error
-    found["stage"] = "done"
+
+
+def _heads_alone(model: nn.Module, example: Any) -> list[Any]:
+    """Half of the attention heads and nothing else: how many there are, how many go, and the checks as in `ours`."""
+    graph = graphprune.trace(model, example)
+    if not any(group.kind == "head" for group in graph.groups):
+        return [0, 0, []]
+    settings = Settings(RATIO, "local", 1, 1, "head")
+    plan = plan_from_graph(model, graph, settings, resolve_criterion("l2"), fold_bn=False)
+    heads = [group for group in plan.groups if group.kind == "head"]
+    removed = sum(group.size - group.kept for group in heads)
+    report = graphprune.verify(model, plan.apply(model), plan, example, graph=graph)
+    return [sum(group.size for group in heads), removed, _checks(report)]
+
+
+def _checks(report: Any) -> list[list[Any]]:
+    """Name, outcome, relative error (None where there is none) and detail of each proof."""
+    return [[c.name, c.passed, None if math.isnan(c.error) else c.error, c.detail] for c in report.checks]
 
 
 def peer(build: Callable[[], tuple[nn.Module, Any]]) -> dict[str, Any]:

@@ -20,14 +20,37 @@ Builder = Callable[[], tuple[nn.Module, Any]]
 class Case:
     """A model to examine.
 
-    `onnx`: the pruned model is exported and compared in ONNX Runtime too. `only_eval`: in training mode it needs
-    targets or runs parts that eval mode does not, so a training step is not asked for.
+    `onnx`: the pruned model is exported and compared in ONNX Runtime too, by what happens to the batch size: "free" or
+    "fixed" (the code of the model fixes it, so a file for one size is asked for). `heads`: attention heads alone are
+    pruned and proven too. `only_eval`: in training mode it needs targets or runs parts that eval mode does not, so a
+    training step is not asked for.
     """
 
     name: str
     build: Builder
-    onnx: bool = False
+    onnx: str = ""
+    heads: bool = False
     only_eval: bool = False
+
+
+# What is exported and compared in ONNX Runtime: of every family one or two, as an export costs several seconds.
+ONNX = {
+    "transformers": "llama qwen2 gpt2 mamba bert distilbert t5 whisper clip detr wav2vec2 vit swin convnext segformer",
+    "torchvision": "densenet121 efficientnet_b0 mobilenet_v2 resnet50 resnext50_32x4d shufflenet_v2_x0_5 swin_t "
+    "vit_b_32 deeplabv3_mobilenet_v3_large fcn_resnet50 r3d_18",
+    "timm": "test_vit test_resnet test_convnext test_byobnet cs3darknet_focus_s cait_xxs24_224",
+    "smp": "Unet DeepLabV3Plus",
+    "diffusers": "unet2d vae",
+}
+ONNX_FIXED_BATCH = {"ultralytics": "yolov5nu yolov8n yolo11n-seg"}
+
+
+def _onnx(name: str) -> str:
+    library, _, model = name.partition("/")
+    for kind, chosen in (("free", ONNX), ("fixed", ONNX_FIXED_BATCH)):
+        if model in chosen.get(library, "").split():
+            return kind
+    return ""
 
 
 def _transformers() -> list[Case]:
@@ -38,7 +61,7 @@ def _transformers() -> list[Case]:
         (_coverage_language.two_sided, _coverage_language.TWO_SIDED),
         (_coverage_images.vision, _coverage_images.VISION),
     ):
-        out += [Case(f"transformers/{name}", partial(family, name)) for name in names]
+        out += [Case(f"transformers/{name}", partial(family, name), heads=True) for name in names]
     return out
 
 
@@ -80,5 +103,6 @@ def cases(patterns: Sequence[str] | None) -> list[Case]:
     out = []
     for library, found in LIBRARIES.items():
         if patterns is None or any(fnmatch.fnmatch(library, p.partition("/")[0]) for p in patterns):
-            out += [c for c in found() if patterns is None or any(fnmatch.fnmatch(c.name, p) for p in patterns)]
+            wanted = [c for c in found() if patterns is None or any(fnmatch.fnmatch(c.name, p) for p in patterns)]
+            out += [dataclasses.replace(c, onnx=_onnx(c.name)) for c in wanted]
     return out

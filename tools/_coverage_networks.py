@@ -108,7 +108,7 @@ def timm_network(name: str) -> Built:
         with contextlib.suppress(Exception), torch.no_grad():
             model(small)
             return model, small
-    return model, torch.randn(1, *size)
+    return model, torch.randn(2, *size)
 
 
 YOLO = tuple(
@@ -141,7 +141,8 @@ def segmenter(name: str) -> Built:
     """A segmentation network of segmentation_models_pytorch on a ResNet-18."""
     import segmentation_models_pytorch as smp
 
-    return getattr(smp, name)("resnet18", encoder_weights=None, classes=3), torch.randn(2, 3, 64, 64)
+    size = 128 if name == "PAN" else 64  # it pools its smallest maps
+    return getattr(smp, name)("resnet18", encoder_weights=None, classes=3), torch.randn(2, 3, size, size)
 
 
 def _unet() -> Built:

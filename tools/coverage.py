@@ -63,7 +63,7 @@ def _child(pipe: Connection, tool: str, case: _coverage_models.Case, options: ar
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     if tool == "ours":
-        found = _coverage_case.ours(case.build, case.onnx, case.only_eval)
+        found = _coverage_case.ours(case.build, case.onnx, case.only_eval, case.heads)
     else:
         found = _coverage_case.peer(case.build)
     pipe.send(found)
