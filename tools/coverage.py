@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import json
 import multiprocessing
 import os
 import resource
@@ -93,7 +94,8 @@ def run_case(tool: str, case: _coverage_models.Case, options: argparse.Namespace
         child.join()
         found = {"failure": f"the process ended with status {child.exitcode}"}
     child.join()
-    return {"tool": tool, "name": case.name, "fingerprint": version, "wall": time.perf_counter() - started, **found}
+    about = {"wall": time.perf_counter() - started, "limits": [options.timeout, options.memory]}
+    return {"tool": tool, "name": case.name, "fingerprint": version, **about, **found}
 
 
 def work(cases: Sequence[_coverage_models.Case], options: argparse.Namespace) -> Results:
@@ -127,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--any-version", action="store_true", help="use results of other versions of the source code")
     parser.add_argument("--report", action="store_true", help="run nothing, write the page from what is there")
     parser.add_argument("--list", action="store_true", help="print the names of the models and stop")
-    parser.add_argument("--output", type=Path, help=f"Markdown page (default: {OUTPUT} if all models are asked for)")
+    parser.add_argument("--output", type=Path, help=f"page, and results beside it (default: {OUTPUT})")
     options = parser.parse_args(argv)
 
     cases = _coverage_models.cases(options.only)
@@ -142,7 +144,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     output = options.output or (None if options.only else OUTPUT)
     if output:
         about = versions_line(*_PACKAGES.split()), machine_line(options.threads)
-        write(output, _coverage_page.page(done, names, _coverage_case.RATIO, *about))
+        exported = [case.name for case in cases if case.onnx]
+        write(output, _coverage_page.page(done, names, _coverage_case.RATIO, *about, exported))
+        write(output.with_suffix(".json"), json.dumps(_coverage_page.slim(done, names), indent=0) + "\n")
         print(f"written: {output}")
     return 1 if any(_coverage_page.fault(done.get(("ours", name))) for name in names) else 0
 
