@@ -1,4 +1,4 @@
-"""Positions picked by an index tensor or pooled along one axis; the other axes go on losing what they lose."""
+"""Positions picked by an index tensor, pooled or convolved along one axis: other axes lose what they lose."""
 
 from __future__ import annotations
 
@@ -84,6 +84,28 @@ def test_a_window_of_one_position(kind: str) -> None:
     outcome = examine(Pooled().eval(), example, Demands(prove=True))
     assert not outcome.failed, str(outcome)
     assert (outcome.share > 0.3) == (kind != "indices")
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_convolution_across_the_features(transposed: bool, kernel: int) -> None:
+    """Two tokens are weighed into one, feature by feature; three taps mix neighbouring features."""
+
+    class Weighed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(5, 8), nn.Linear(8, 3)
+            kind = nn.ConvTranspose1d if transposed else nn.Conv1d
+            self.weigh = kind(2, 1, kernel, padding=kernel // 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.weigh(torch.stack((self.first(x), self.second(x)), 1))[:, 0])
+
+    torch.manual_seed(0)
+    example = torch.randn(2, 5, generator=torch.Generator().manual_seed(0))
+    outcome = examine(Weighed().eval(), example, Demands(prove=True))
+    assert not outcome.failed, str(outcome)
+    assert (outcome.share > 0.4) == (kernel == 1)
 
 
 def test_windows_that_reach_across_the_channels_freeze_them() -> None:

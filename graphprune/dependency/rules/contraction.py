@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from torch import fx
 
@@ -165,8 +167,12 @@ def convolution(context: NodeContext) -> Result:
     shape = context.shape
     for a in range(2, len(weight.shape)):
         context.freeze(weight.axis(a), "kernel", "kernel positions are no channels")
+    axes = {0: x.axis(0)}
     for a in range(2, len(x.shape)):
-        context.freeze(x.axis(a), "spatial", "a convolution slides along this axis")
+        if _single_tap(context, weight.shape, a):
+            axes[a] = x.axis(a)
+        else:
+            context.freeze(x.axis(a), "spatial", "a convolution slides along this axis")
     if transposed:
         out = _transposed_channels(context, x, weight, groups)
     elif groups == 1:
@@ -177,7 +183,18 @@ def convolution(context: NodeContext) -> Result:
     bias = context.arg(2)
     if bias is not None:
         context.tie(out, context.state(bias).axis(0), shape[1], "bias that cannot be removed")
-    return State(shape, {0: x.axis(0), 1: out})
+    return State(shape, axes | {1: out})
+
+
+def _single_tap(context: NodeContext, kernel: tuple[int, ...], axis: int) -> bool:
+    """Whether a convolution leaves its positions along `axis` apart and in place: one tap that moves by one."""
+    stride, padding = (_of_axis(context.arg(position), axis) for position in (3, 4))
+    return kernel[axis] == 1 and stride == 1 and padding == 0 and not _of_axis(context.arg(7), axis)
+
+
+def _of_axis(values: Any, axis: int) -> Any:
+    """What a list with one number for all axes after the channels, or one for each, says about `axis`."""
+    return values[axis - 2] if len(values) > 1 else values[0]
 
 
 def _grouped_channels(context: NodeContext, x: State, weight: State, groups: int) -> AxisMap:
