@@ -111,8 +111,14 @@ class SizeSolver:
             else:
                 compound.append(site)
         self._equalities(guards)
-        for site in compound:
-            self._check(site, conflicts)
+        several = [site for site in compound if not self._check(site, 1, conflicts)]
+        for site in several:
+            self._check(site, 2, conflicts)
+        if several:  # an attribute chosen for one size may not suit another that came out right before
+            blamed = {conflict.node for conflict in conflicts}
+            for site in compound:
+                if site.node not in blamed:
+                    self._check(site, 0, conflicts)
         for site in watched:
             if self.evaluate(site.expr) != evaluate(site.expr, recorded_value):
                 conflicts += self.blame(site.expr, site.what, site.node)
@@ -145,18 +151,25 @@ class SizeSolver:
                         self.attributes[mine] = int(value)
                     break
 
-    def _check(self, site: SizeSite, conflicts: list[Conflict]) -> None:
+    def _check(self, site: SizeSite, most: int, conflicts: list[Conflict]) -> bool:
+        """Make a computed size right by one attribute that nothing else decides, or note the conflict.
+
+        Of several such attributes, the one with the largest value (a width, not a number of parts) that can make it
+        right. False where there are several and `most` is 1: they are left for later, when others are known.
+        """
         wanted = self.survivors(site)
         value = self.evaluate(site.expr)
         if value == wanted:
-            return
-        unknown = [leaf for leaf in leaves(site.expr) if isinstance(leaf, Attribute) and leaf not in self.attributes]
-        if len(unknown) == 1:
-            solved = _solve(site.expr, unknown[0], wanted, self.value)
+            return True
+        unknown = {leaf for leaf in leaves(site.expr) if isinstance(leaf, Attribute) and leaf not in self.attributes}
+        if most == 1 and len(unknown) > 1:
+            return False
+        for leaf in sorted(unknown, key=lambda leaf: (-leaf.value, str(leaf))) if most else ():
+            solved = _solve(site.expr, leaf, wanted, self.value)
             if solved is not None:
-                self.attributes[unknown[0]] = solved
-                self.demanded_by.setdefault(unknown[0], []).append(site)
-                return
+                self.attributes[leaf] = solved
+                self.demanded_by.setdefault(leaf, []).append(site)
+                return True
         text = f"{site.what}, {describe(site.expr)}, would be {value:g}" if value is not None else site.what
         text += f" where {wanted} are left"
         if site.axis_map and not self.analysis.frozen(positions_of(self.analysis, site.axis_map)).all():
@@ -165,6 +178,7 @@ class SizeSolver:
             conflicts.append(Conflict(text, site.node, site.axis_map, site.length, wanted, count, instead=instead))
         else:
             conflicts.extend(self.blame(site.expr, text, site.node))
+        return True
 
     def _other_side(self, site: SizeSite, text: str, wanted: int) -> Conflict | None:
         """`view(..., x.shape[1])`: the axis it was read from could have the needed length instead."""
