@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ._version import __version__
-from .allocation import Allocation, Budget, Limit, Settings, allocate, ignored_positions, make_limits
+from .allocation import Allocation, Budget, Limit, Settings, allocate, ignored_positions, kinds_of, make_limits
 from .calibration.source import CalibrationSource
 from .dependency import DependencyGraph, Frozen, Group, Reason
 from .dependency.graph import trace
@@ -70,10 +70,14 @@ def plan(
       "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or an
       importance object of the torch_pruning library.
     - `round_to`: keep multiples of this many channels. `min_channels`: keep at least this many.
-    - `granularity`: "auto" (default), or any of "channels", "heads", "head features"; or "layer": `ratio` of the layers
-      that can be left out as a whole go (residual blocks, transformer layers, convolutions that keep their shape),
-      ranked by `criterion` "block_influence" (default), "taylor" or "loss"; of the other options `ignore`, `budget`,
-      `max_ratio`, `data` and `loss_fn` apply.
+    - `granularity`: what goes. Any of "heads", "head features" (those of queries and keys, and those of values; equally
+      many where both are free), "qk features", "v features" (one of the two without the other), "mlp" (hidden widths
+      between linear layers), "embedding" (widths of residual streams and embeddings), "channels" (every width but heads
+      and their features). Nothing else is touched: where sizes in the code tie it to something else, it stays and the
+      plan says so. Default "auto": every width, whole heads where the ratio takes at least one, else head features.
+      "layer": `ratio` of the layers that can be left out as a whole go (residual blocks, transformer layers, convolutions
+      that keep their shape), ranked by `criterion` "block_influence" (default), "taylor" or "loss"; of the other options
+      `ignore`, `budget`, `max_ratio`, `data` and `loss_fn` apply.
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
       while importance still sees the folded, effective filters.
     - `seed`: for the criterion "random".
@@ -237,7 +241,7 @@ def _settle(
                 resolution = solver.resolve()
                 factors = rescales(graph.analysis, solver)[0]
             return allocation, resolution, factors
-        adjusted = _adjustments(graph, conflicts, allocation, tried)
+        adjusted = _adjustments(graph, conflicts, allocation, tried, kinds_of(settings.granularity))
         if adjusted:
             forced.update(adjusted)
         elif rewriter is not None and rewriter.extend(conflicts):
@@ -266,25 +270,33 @@ def _groups_on(graph: DependencyGraph, conflict: Conflict) -> list[Group]:
 
 
 def _adjustments(
-    graph: DependencyGraph, conflicts: list[Conflict], allocation: Allocation, tried: set[tuple[int, int]]
+    graph: DependencyGraph,
+    conflicts: list[Conflict],
+    allocation: Allocation,
+    tried: set[tuple[int, int]],
+    kinds: frozenset[str] | None,
 ) -> dict[int, int]:
-    """Numbers of units to keep instead, where that makes the user's sizes right.
+    """Numbers of units to keep instead, where that makes the user's sizes right. Only groups of these kinds change.
 
     A width that many sizes are read from goes first and alone: once it is right, most other conflicts are gone.
     """
     for conflict in conflicts:
         if conflict.instead is not None:
-            found = _adjust_axis(graph, conflict.instead, allocation, tried)
+            found = _adjust_axis(graph, conflict.instead, allocation, tried, kinds)
             if found:
                 return found
     out: dict[int, int] = {}
     for conflict in conflicts:
-        out.update(_adjust_axis(graph, conflict, allocation, tried))
+        out.update(_adjust_axis(graph, conflict, allocation, tried, kinds))
     return out
 
 
 def _adjust_axis(
-    graph: DependencyGraph, conflict: Conflict, allocation: Allocation, tried: set[tuple[int, int]]
+    graph: DependencyGraph,
+    conflict: Conflict,
+    allocation: Allocation,
+    tried: set[tuple[int, int]],
+    kinds: frozenset[str] | None,
 ) -> dict[int, int]:
     if conflict.wanted is None or not 1 <= conflict.wanted < conflict.length:
         return {}
@@ -295,7 +307,9 @@ def _adjust_axis(
         position = int(np.nonzero(graph.analysis.label == graph.units(group)[0])[0][0])
         if rest or not 1 <= new <= group.size or new == keep or (position, new) in tried:
             continue
-        if len(groups) > 1 and group.kind == "channel":
+        if kinds is not None and group.kind not in kinds:
+            continue
+        if len(groups) > 1 and group.kind.endswith("channel") and group.kind != "group channel":
             continue  # several groups laid side by side: which of them should give way is not determined
         tried.add((position, new))
         return {position: new}

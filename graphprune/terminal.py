@@ -82,7 +82,10 @@ LeastOption = Annotated[int, _option(_PRUNING, "Keep at least this many channels
 GranularityOption = Annotated[
     list[str] | None,
     _option(
-        _PRUNING, "auto (default), channels, heads, 'head features'. Repeatable.", "--granularity", metavar="KIND"
+        _PRUNING,
+        "auto (default), heads, 'head features', 'qk features', 'v features', mlp, embedding, channels. Repeatable.",
+        "--granularity",
+        metavar="KIND",
     ),
 ]
 FoldOption = Annotated[

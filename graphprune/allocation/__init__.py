@@ -4,7 +4,7 @@ from .allocate import Allocation, Settings, allocate
 from .budget import Budget, Limit
 from .costs import CostModel, mac_costs, parameter_costs
 from .limits import make_limits
-from .selection import ignored_positions, matching_ratios
+from .selection import ignored_positions, kinds_of, matching_ratios
 
 __all__ = [
     "Allocation",
@@ -14,6 +14,7 @@ __all__ = [
     "Settings",
     "allocate",
     "ignored_positions",
+    "kinds_of",
     "mac_costs",
     "make_limits",
     "matching_ratios",

@@ -15,7 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from ..dependency import DependencyGraph
 from ..errors import GraphPruneError
 from .budget import Budget, Limit, Widths
-from .selection import chosen_groups, matching_ratios
+from .selection import apart, chosen_groups, kinds_of, matching_ratios
 
 Floats = npt.NDArray[np.float64]
 SCOPES = ("local", "global", "isomorphic")
@@ -32,6 +32,7 @@ class Settings:
     granularity: str | Sequence[str] = "auto"
     budget: Budget | None = None
     max_ratio: float = 1.0
+    steady: bool = False  # "auto" chooses the same groups for every ratio
 
     @classmethod
     def of(cls, ratio: float | Mapping[str, float] | None, budget: Budget | None, **others: Any) -> Settings:
@@ -48,6 +49,7 @@ class Settings:
         for name, value in (("round_to", self.round_to), ("min_channels", self.min_channels)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise GraphPruneError(f"{name}: expected an integer of at least 1, got {value!r}")
+        kinds_of(self.granularity)
         limit = self.max_ratio
         if isinstance(limit, bool) or not isinstance(limit, (int, float, np.floating)) or not 0 < limit <= 1:
             raise GraphPruneError(
@@ -90,12 +92,23 @@ def allocate(
 
     Raises GraphPruneError for limits that cannot be met."""
     forced = forced or {}
-    chosen = chosen_groups(graph, settings.granularity)
     if limits:
-        return _within(graph, scores, settings, forced, limits, chosen)
-    ratios = [r if c else 0.0 for r, c in zip(matching_ratios(settings.ratio, graph), chosen, strict=True)]
+        return _within(graph, scores, settings, forced, limits, chosen_groups(graph, settings.granularity))
+    asked = matching_ratios(settings.ratio, graph)
+    chosen = chosen_groups(graph, settings.granularity, _losing(graph, asked, settings))
+    ratios = [r if c else 0.0 for r, c in zip(asked, chosen, strict=True)]
     wanted = _keep_per_group(graph, scores, ratios, settings)
     return _allocation(graph, scores, settings, forced, wanted, ratios)
+
+
+def _losing(graph: DependencyGraph, ratios: Sequence[float], settings: Settings) -> list[bool] | None:
+    """Which groups a ratio takes a unit from; None where the choice must stay the same from step to step."""
+    if settings.steady:
+        return None
+    return [
+        _round(g.size - nearest(ratios[g.index] * g.size), g.size, settings) < g.size or not ratios[g.index]
+        for g in graph.groups
+    ]
 
 
 def _allocation(
@@ -107,14 +120,16 @@ def _allocation(
     ratios: Sequence[float] | None,
 ) -> Allocation:
     """The allocation nearest to the wanted widths that obeys the equal-count constraints."""
-    cells, constraints = _cells(graph)
+    cells, constraints = _cells(graph, apart(settings.granularity))
+    kinds = kinds_of(settings.granularity)
     for cell in cells:
         size = graph.groups[cell.group].size
         keep = forced.get(cell.group, wanted[cell.group])
         exact = ratios is None or cell.group in forced
         cell.keep = _share(cell, keep, size, settings, 0.0 if ratios is None else ratios[cell.group], exact)
         if cell.group not in forced:
-            cell.floor = settings.floor(len(cell.units))
+            alien = kinds is not None and graph.groups[cell.group].kind not in kinds
+            cell.floor = len(cell.units) if alien else settings.floor(len(cell.units))
             cell.keep = max(cell.keep, cell.floor)
     _equalise(cells, constraints)
     return _select(graph, scores, cells)
@@ -212,9 +227,11 @@ def _keep_per_group(
 _Block = tuple[dict[int, int], int]
 
 
-def _cells(graph: DependencyGraph) -> tuple[list[_Cell], list[list[_Block]]]:
-    """Cells, and the equal-count constraints over them. A unit may take several indices of a block."""
-    label, equal = graph.analysis.label, graph.analysis.equal
+def _cells(graph: DependencyGraph, apart: bool) -> tuple[list[_Cell], list[list[_Block]]]:
+    """Cells, and the equal-count constraints over them. A unit may take several indices of a block.
+
+    `apart`: without those constraints that are only good for speed."""
+    label, equal = graph.analysis.label, [e for e in graph.analysis.equal if not (apart and e.soft)]
     total = int(label.max()) + 1
     counted = [[np.unique(label[p], return_counts=True) for p in constraint.blocks] for constraint in equal]
     rng = np.random.default_rng(0)

@@ -13,17 +13,18 @@ from torch import nn
 from ..dependency import DependencyGraph, Group, Reason
 from ..errors import GraphPruneError
 
-_CHANNELS = ("channel", "conv group", "group channel")
+_CHANNELS = ("channel", "mlp channel", "residual channel", "embedding channel", "conv group", "group channel")
+_FEATURES = ("head feature", "qk feature", "v feature")
 GRANULARITIES: dict[str, tuple[str, ...]] = {
-    "channel": _CHANNELS,
     "channels": _CHANNELS,
-    "head": ("head",),
+    "mlp": ("mlp channel",),
+    "embedding": ("residual channel", "embedding channel"),
     "heads": ("head",),
-    "head feature": ("head feature",),
-    "head features": ("head feature",),
-    "head_feature": ("head feature",),
-    "head_features": ("head feature",),
+    "head features": _FEATURES,
+    "qk features": ("qk feature",),
+    "v features": ("v feature",),
 }
+_ALIASES = {"channel": "channels", "head": "heads", "head feature": "head features"}
 
 
 def module_of(parameter: str) -> str:
@@ -131,22 +132,43 @@ def ignored_positions(
     return out
 
 
-def chosen_groups(graph: DependencyGraph, granularity: str | Sequence[str]) -> list[bool]:
+def kinds_of(granularity: str | Sequence[str]) -> frozenset[str] | None:
+    """The kinds of groups that a granularity speaks of; None for "auto"."""
+    if granularity == "auto":
+        return None
+    kinds: set[str] = set()
+    for name in [granularity] if isinstance(granularity, str) else granularity:
+        plain = str(name).replace("_", " ")
+        found = GRANULARITIES.get(_ALIASES.get(plain, plain))
+        if found is None:
+            known = ", ".join(map(repr, GRANULARITIES))
+            raise GraphPruneError(f"granularity: {name!r} is unknown; expected 'auto' or any of {known}")
+        kinds.update(found)
+    if kinds.issuperset(("qk feature", "v feature")):
+        kinds.add("head feature")
+    return frozenset(kinds)
+
+
+def apart(granularity: str | Sequence[str]) -> bool:
+    """Whether the features of queries and keys, or those of values, are asked for without the others: then they need
+    not stay equally wide."""
+    kinds = kinds_of(granularity)
+    return kinds is not None and "head feature" not in kinds and len(kinds & set(_FEATURES)) == 1
+
+
+def chosen_groups(
+    graph: DependencyGraph, granularity: str | Sequence[str], loses: Sequence[bool] | None = None
+) -> list[bool]:
     """Which groups a granularity speaks of.
 
-    "auto" (the default) cuts every axis along one of its factors: head features where they are free, else heads;
-    channels inside the groups of a grouped convolution where there are at least four, else whole groups.
+    "auto" (the default) cuts every axis along one of its factors: whole heads where they are free, else head features;
+    channels inside the groups of a grouped convolution where there are at least four, else whole groups. `loses` says
+    which groups would lose a unit if they were chosen: where no whole head would go, head features do. So they do where
+    a mean over the heads would change (attention weights in the output), unless a norm runs over the features too.
     """
     groups = graph.groups
-    if granularity != "auto":
-        names = [granularity] if isinstance(granularity, str) else list(granularity)
-        kinds: set[str] = set()
-        for name in names:
-            if name not in GRANULARITIES:
-                raise GraphPruneError(
-                    f"granularity: {name!r} is unknown; expected 'auto' or any of 'channels', 'heads', 'head features'"
-                )
-            kinds |= set(GRANULARITIES[name])
+    kinds = kinds_of(granularity)
+    if kinds is not None:
         return [g.kind in kinds for g in groups]
     # An axis that only one group lies on needs no looking at: only one of several groups can meet another.
     shared: dict[tuple[str, int], int] = {}
@@ -155,7 +177,16 @@ def chosen_groups(graph: DependencyGraph, granularity: str | Sequence[str]) -> l
             shared[(m.parameter, m.axis)] = shared.get((m.parameter, m.axis), 0) + 1
     taken: dict[tuple[str, int], np.ndarray] = {}
     chosen = [False] * len(groups)
-    for group in sorted(groups, key=_preference):
+    averaged = np.zeros(int(graph.analysis.label.max()) + 1, bool)
+    for effects in graph.analysis.effects.values():
+        for positions in effects.statistics:
+            averaged[graph.analysis.label[positions]] = True
+
+    def order(group: Group) -> tuple[int, int]:
+        lossless = not averaged[graph.units(group)].any()
+        return _preference(group, loses is None or loses[group.index], lossless), group.index
+
+    for group in sorted(groups, key=order):
         members = [m for m in group.members if shared[(m.parameter, m.axis)] > 1]
         for m in members:
             if (m.parameter, m.axis) not in taken:
@@ -168,6 +199,11 @@ def chosen_groups(graph: DependencyGraph, granularity: str | Sequence[str]) -> l
     return chosen
 
 
-def _preference(group: Group) -> tuple[int, int]:
-    order = {"head feature": 0, "head": 1, "group channel": 0 if group.size >= 4 else 2, "conv group": 1}
-    return order.get(group.kind, 0), group.index
+def _preference(group: Group, loses: bool, lossless: bool) -> int:
+    if group.kind == "head":
+        return (0 if lossless else 2) if loses else 4
+    if group.kind in _FEATURES:
+        return 1 if lossless else 3
+    if group.kind == "group channel":
+        return 0 if group.size >= 4 else 2
+    return 1 if group.kind == "conv group" else 0

@@ -15,9 +15,10 @@ from ..tracing.names import operator_name
 from .analysis import Analysis
 from .dims import Root
 from .groups import Group, Ints, Member, Role
+from .streams import ChannelUses
 
 # The most specific name wins where Dims of several kinds are tied.
-_KIND_ORDER = ("head", "head feature", "conv group", "group channel", "channel")
+_KIND_ORDER = ("head", "head feature", "qk feature", "v feature", "conv group", "group channel", "channel")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -145,7 +146,7 @@ def build_groups(analysis: Analysis, roles: dict[Root, Role]) -> tuple[tuple[Gro
     unit_of = np.full(components, -1, np.int64)
     unit_of[by_group] = np.arange(len(by_group)) - starts[group_of[by_group]]
     units = np.split(by_group, starts[1:])
-    return _assemble(analysis, roles, entries, group_of[label], unit_of[label], [len(u) for u in units]), units
+    return _assemble(analysis, roles, entries, group_of[label], unit_of[label], units), units
 
 
 def _entries(analysis: Analysis) -> _Entries | None:
@@ -182,14 +183,14 @@ def _treatment(analysis: Analysis, components: int) -> npt.NDArray[np.uint64]:
 
 
 def _assemble(
-    analysis: Analysis, roles: dict[Root, Role], entries: _Entries, group: Ints, unit: Ints, sizes: list[int]
+    analysis: Analysis, roles: dict[Root, Role], entries: _Entries, group: Ints, unit: Ints, units: list[Ints]
 ) -> tuple[Group, ...]:
     """One member per group and slot; `group` and `unit` say where each entry belongs."""
-    kinds: dict[int, str] = {}
+    sizes = [len(u) for u in units]
+    kinds: dict[int, set[str]] = defaultdict(set)
     for effects in analysis.effects.values():
         for dim, kind in effects.kinds:
-            if dim not in kinds or _KIND_ORDER.index(kind) < _KIND_ORDER.index(kinds[dim]):
-                kinds[dim] = kind
+            kinds[dim].add(kind)
     place = group * len(entries.slots) + entries.slot
     sorting = np.argsort(place * (max(sizes) + 1) + unit, kind="stable")
     places, firsts = np.unique(place[sorting], return_index=True)
@@ -199,10 +200,18 @@ def _assemble(
         g, slot = divmod(where, len(entries.slots))
         root, dim = entries.slots[slot]
         members[g].append(Member(root[0], root[1], index.reshape(sizes[g], -1), roles[root]))
-        kind_of[g].add(kinds.get(dim, "channel"))
+        kind_of[g] |= kinds.get(dim) or {"channel"}
     shapes = {name: node.meta["val"].shape for name, node in analysis.trace.parameters.items()}
-    named = [min(kind_of[g], key=_KIND_ORDER.index) for g in range(len(sizes))]
+    uses = ChannelUses(analysis, roles)
+    named = [_kind(kind_of[g], uses, members[g], units[g]) for g in range(len(sizes))]
     return tuple(_group(g, tuple(members[g]), named[g], shapes) for g in range(len(sizes)))
+
+
+def _kind(found: set[str], uses: ChannelUses, members: list[Member], units: Ints) -> str:
+    if "head" not in found and {"qk feature", "v feature"} <= found:
+        return "head feature"
+    first = min(found, key=_KIND_ORDER.index)
+    return uses.kind(members, units) if first == "channel" else first
 
 
 def _group(number: int, members: tuple[Member, ...], kind: str, shapes: dict[str, tuple[int, ...]]) -> Group:

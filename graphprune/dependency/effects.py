@@ -63,13 +63,15 @@ class ScalarSite:
 class EqualCounts:
     """Blocks of positions (global numbers) of which equally many must survive.
 
-    `apart`: what happens to the blocks differs, so that units of different blocks are not interchangeable.
+    `apart`: what happens to the blocks differs, so that units of different blocks are not interchangeable. `soft`:
+    equal counts are only faster.
     """
 
     blocks: tuple[Vector, ...]
     text: str
     node: fx.Node
     apart: bool = False
+    soft: bool = False
 
 
 @dataclasses.dataclass

@@ -34,8 +34,11 @@ class Member:
 class Group:
     """Interchangeable units: each removes the same number of positions from the same parameter axes.
 
-    `kind` is "channel", "head", "head feature", "conv group" or "group channel" (a channel inside each group of a
-    grouped convolution). `name` is the parameter that produces the channels and its axis, for people to read.
+    `kind` is "residual channel" (the width of a residual stream, in transformers that of the embeddings), "embedding
+    channel" (of other embeddings), "mlp channel" (a hidden width between linear layers or 1 x 1 convolutions), any
+    other "channel", "head", "qk feature" (of queries and keys, per head), "v feature" (of values), "head feature" (of
+    all three, where they cannot differ), "conv group" or "group channel" (a channel inside each group of a grouped
+    convolution). `name` is the parameter that produces the channels and its axis, for people to read.
     `structure` is equal for groups that have the same kinds and shapes of members (scope="isomorphic").
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -146,7 +147,7 @@ class Channels:
     ) -> None:
         self.example_input = example_input
         self.ignore = ignore if isinstance(ignore, (str, nn.Module)) else list(ignore)
-        self.settings = Settings(0.0, scope, round_to, min_channels, granularity)
+        self.settings = Settings(0.0, scope, round_to, min_channels, granularity, steady=True)
         self.settings.check()
         self.criterion = resolve_criterion(criterion)
         self.criterion.check_data(data, loss_fn)
@@ -165,8 +166,7 @@ class Channels:
         if not self.widths:
             self.widths = {_key(g): g.size for g in groups}
         ratio = self._relative(groups, check_sparsity(sparsity))
-        s = self.settings
-        settings = Settings(ratio, s.scope, s.round_to, s.min_channels, s.granularity)
+        settings = dataclasses.replace(self.settings, ratio=ratio)
         source = CalibrationSource.of(model, self.example_input, self.data, self.loss_fn)
         decided = plan_from_graph(
             model, graph, settings, self.criterion, ignore=self.ignore, fold_bn=False, seed=self.seed, source=source
@@ -185,6 +185,8 @@ class Channels:
             return max(0.0, 1 - (all_of_them - nearest(sparsity * all_of_them)) / left)
         out = {}
         for group, size in zip(groups, full, strict=True):
+            if _key(group) not in self.widths and group.kind.endswith("feature"):
+                continue  # only one of its heads is left, and they were what goes
             keep = max(1, size - nearest(sparsity * size))
             out[_producer(group)] = max(0.0, 1 - keep / group.size)
         return out

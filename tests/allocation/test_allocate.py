@@ -274,10 +274,12 @@ class Heads(nn.Module):
 @pytest.mark.parametrize(
     ("granularity", "expected"),
     [
-        ("auto", (4, 3, 5)),
+        ("auto", (2, 6, 5)),
         ("heads", (2, 6, 10)),
         ("head features", (4, 3, 10)),
         ("channels", (4, 6, 5)),
+        ("mlp", (4, 6, 5)),
+        (["qk features", "v features"], (4, 3, 10)),
         (["heads", "channels"], (2, 6, 5)),
         (("head", "head_feature", "channel"), (2, 3, 5)),
     ],

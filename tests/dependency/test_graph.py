@@ -44,7 +44,7 @@ def test_residual() -> None:
     stream = ["stem.weight[0]", *(f"norm.{p}[0]" for p in ("weight", "bias", "running_mean", "running_var"))]
     stream += ["inner.weight[1]", "outer.weight[0]", "outer.bias[0]", "head.weight[1]"]
     found = groups_of(graphprune.trace(Residual().eval(), torch.randn(1, 3, 4, 4)))
-    assert [(kind, size) for kind, size, _ in found] == [("channel", 4), ("channel", 3)]
+    assert [(kind, size) for kind, size, _ in found] == [("residual channel", 4), ("channel", 3)]
     assert found[0][2] == dict.fromkeys(stream, n)
     assert found[1][2] == dict.fromkeys(["inner.weight[0]", "inner.bias[0]", "outer.weight[1]"], m)
 
@@ -151,7 +151,7 @@ def test_explanations() -> None:
     assert text.startswith("a.weight (4, 3)") and "literal 4" in text
     assert f"test_graph.py:{line_of(Stubborn, '# the literal')}" in text
     assert "axis 1 (3): frozen" in text and "input" in text
-    assert "axis 0 (4): group 0, 4 channels; tied to b.bias[0], c.weight[1]" in graph.explain("b.weight")
+    assert "axis 0 (4): group 0, 4 mlp channels; tied to b.bias[0], c.weight[1]" in graph.explain("b.weight")
     assert "axis 1 (4): frozen" in graph.explain("b.weight")
     assert "output" in graph.explain("c.bias")
     assert "not used in the recorded run" in graph.explain("never.weight")

@@ -69,7 +69,8 @@ def planned(name: str, fold: bool, dtype: torch.dtype = torch.float32) -> tuple[
     model, x = NETS[name]()
     settle(model)
     model, x = model.to(dtype).eval(), x.to(dtype)
-    plan = graphprune.plan(model, x, 0.5, fold_bn=fold)
+    kinds = ["channels", "head features"] if name == "attention" else "auto"  # features change the temperature
+    plan = graphprune.plan(model, x, 0.5, fold_bn=fold, granularity=kinds)
     assert plan.removed and bool(plan.folds) == fold and bool(plan.rescales) == (name == "attention")
     assert plan.statistics == (name == "norms")
     return model, x, plan

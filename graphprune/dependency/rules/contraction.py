@@ -33,8 +33,8 @@ def _name_heads(context: NodeContext, a: State, b: State, inner: AxisMap, full: 
             heads |= state.axis(axis)
     if heads:
         context.mark(heads, "head")
-        context.mark(inner, "head feature")
-        context.mark(b.axis(-1), "head feature")
+        context.mark(inner, "qk feature")
+        context.mark(b.axis(-1), "v feature")
 
 
 @rule("mm", "bmm", "matmul", "dot", "mv", "linalg_vecdot", "inner")
@@ -253,8 +253,8 @@ def attention(context: NodeContext) -> Result:
         axes[axis] = axis_map
         context.mark(axis_map, "head")
         if axis_map:
-            for other in (q, k, v):
-                context.mark(other.axis(-1), "head feature")
+            for other, kind in ((q, "qk feature"), (k, "qk feature"), (v, "v feature")):
+                context.mark(other.axis(-1), kind)
     axes[n - 2], axes[n - 1] = q.axis(-2), v.axis(-1)
     mask = (
         context.arg(3, "attn_mask")
@@ -285,7 +285,8 @@ def _equal_features(context: NodeContext, a: AxisMap, b: AxisMap) -> None:
         for x, y in zip(da, db, strict=True):
             if x != y:
                 sets = (context.dims.positions(x), context.dims.positions(y))
-                context.effects.equal.append(EqualCounts(sets, "query and value features per head", context.node))
+                text = "query and value features per head"
+                context.effects.equal.append(EqualCounts(sets, text, context.node, soft=True))
 
 
 @rule("embedding", "embedding_bag", "_embedding_bag")
