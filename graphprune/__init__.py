@@ -15,6 +15,7 @@ from .diagnosis import Blocker, Doctor, Prunable, doctor
 from .engine import plan, prune
 from .errors import GraphPruneError
 from .importance import criterion
+from .kernels import plan_kernels, shrink_kernels
 from .pipelines import PipelineResult, pipeline
 from .plans import Plan
 from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
@@ -55,10 +56,12 @@ __all__ = [
     "fold_conv_bn",
     "pipeline",
     "plan",
+    "plan_kernels",
     "prune",
     "recover",
     "report",
     "rule",
+    "shrink_kernels",
     "sparsity",
     "trace",
     "verify",
