@@ -141,7 +141,7 @@ class _State:
 
     @classmethod
     def of(cls, problem: Problem) -> _State:
-        inverse = torch.linalg.inv(problem.covariance)
+        inverse = _inverse(problem.covariance)
         gone = torch.zeros(inverse.shape[1], dtype=torch.bool, device=inverse.device)
         return cls(inverse, problem.weights.clone(), problem.features.clone(), problem.energy, gone)
 
@@ -150,7 +150,7 @@ class _State:
 
     def remove(self, units: Tensor) -> None:
         features = self.features[units].flatten()
-        self.inverse, self.weights = _removed(self.inverse, self.weights, features)
+        _remove(self.inverse, self.weights, features)
         self.gone[features] = True
         self.features[units] = 0
         if int(self.gone.sum()) * 8 > len(self.gone):
@@ -164,22 +164,33 @@ class _State:
         self.gone = self.gone[kept]
 
 
+def _inverse(matrix: Tensor) -> Tensor:
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.inv(matrix) if bool(info.any()) else torch.cholesky_inverse(factor)
+
+
 def _prices(inverse: Tensor, weights: Tensor, features: Tensor) -> Tensor:
     """tr(W_u' (H^-1)_uu^-1 W_u) for each row u of `features`, summed over problems."""
-    blocks = inverse[:, features[:, :, None], features[:, None, :]]  # (problems, units, k, k)
     rows = weights[:, features]  # (problems, units, k, outputs)
+    if features.shape[1] == 1:  # a division each, where small systems would take their time
+        single = features[:, 0]
+        diagonal = inverse.diagonal(dim1=1, dim2=2)[:, single]
+        return (rows.square().sum((2, 3)) / diagonal).sum(0)
+    blocks = inverse[:, features[:, :, None], features[:, None, :]]  # (problems, units, k, k)
     price: Tensor = (rows * torch.linalg.solve(blocks, rows)).sum((0, 2, 3))
     return price
 
 
-def _removed(inverse: Tensor, weights: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-    """H^-1 and W after these features went and the others took over. What went is left zero, with a unit diagonal."""
+def _remove(inverse: Tensor, weights: Tensor, features: Tensor) -> None:
+    """Change H^-1 and W, in place, to what they are after these features went and the others took over. What went is
+    left zero, with a unit diagonal."""
     columns = inverse[:, :, features]
-    solved = torch.linalg.solve(columns[:, features], columns.mT)  # (problems, k, features)
-    weights = weights - columns @ torch.linalg.solve(columns[:, features], weights[:, features])
-    inverse = inverse - columns @ solved
+    both = torch.cat([columns.mT, weights[:, features]], 2)
+    solved = torch.linalg.solve(columns[:, features], both)  # (problems, k, features + outputs)
+    size = inverse.shape[1]
+    inverse.baddbmm_(columns, solved[:, :, :size], alpha=-1)
+    weights.baddbmm_(columns, solved[:, :, size:], alpha=-1)
     inverse[:, features] = 0
     inverse[:, :, features] = 0
     inverse[:, features, features] = 1
     weights[:, features] = 0
-    return inverse, weights
