@@ -9,6 +9,7 @@ from . import sparsity
 from ._version import __version__
 from .allocation import Budget
 from .counting import Count, LayerCount, count
+from .curves import Curve, Sensitivity, sensitivity
 from .dependency import DependencyGraph, Frozen, Group, Member, trace
 from .deploy import benchmark, export_onnx
 from .diagnosis import Blocker, Doctor, Prunable, doctor
@@ -28,6 +29,7 @@ __all__ = [
     "Blocker",
     "Budget",
     "Count",
+    "Curve",
     "DependencyGraph",
     "Distillation",
     "Doctor",
@@ -44,6 +46,7 @@ __all__ = [
     "Prunable",
     "Recovery",
     "Report",
+    "Sensitivity",
     "VerificationReport",
     "__version__",
     "benchmark",
@@ -61,6 +64,7 @@ __all__ = [
     "recover",
     "report",
     "rule",
+    "sensitivity",
     "shrink_kernels",
     "sparsity",
     "trace",

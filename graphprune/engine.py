@@ -213,7 +213,7 @@ def _plan_once(
         rewrites = rewriter.rewrites(graph, allocation.gone, resolution.attributes)
     if rewrites is None:
         return None
-    found = _assemble(model, graph, allocation, resolution, factors, kept_folds)
+    found = assemble(model, graph, allocation, resolution, factors, kept_folds)
     return dataclasses.replace(found, rewrites=rewrites)
 
 
@@ -328,7 +328,7 @@ def _hold(graph: DependencyGraph, conflicts: list[Conflict]) -> None:
     graph.freeze_many(freezes)
 
 
-def _assemble(
+def assemble(
     model: nn.Module,
     graph: DependencyGraph,
     allocation: Allocation,
@@ -336,6 +336,7 @@ def _assemble(
     factors: list[Rescale],
     folds: list[Fold],
 ) -> Plan:
+    """The plan of an allocation whose sizes are settled."""
     analysis = graph.analysis
     removed: dict[str, dict[int, tuple[int, ...]]] = {}
     for (name, axis), axis_map in analysis.dims.roots.items():
