@@ -1,12 +1,13 @@
 """Accuracy after pruning without training and without labels, next to Torch-Pruning.
 
     python -m tools.bench_accuracy --models resnet56 --speedups 2 3 --images 2000
-    python -m tools.bench_accuracy --models resnet20 resnet8 dscnn dncnn --speedups 1.3 1.5 2
+    python -m tools.bench_accuracy --models resnet20 resnet8 dscnn dncnn minilm --speedups 1.3 1.5 2
 
 Reads the trained networks and data of GRAPHPRUNE_SHARED_DATA (else ../shared/data beside the checkout) and writes
 docs/accuracy.md and docs/accuracy.json. Calibration inputs are training images (ResNets), or what is there otherwise:
-the first half of the keywords, whose second half is then the test set; noise patterns and crops other than the tested
-ones for DnCNN; sentences of the training split for MiniLM. Rows measured before are kept and replaced one by one.
+the first half of the keywords, whose second half is then the test set; other images with other noise for DnCNN;
+sentences of the development split for MiniLM (the test split is measured). Rows measured before are kept and replaced
+one by one.
 """
 
 from __future__ import annotations
@@ -58,10 +59,9 @@ class Task:
     measure: Callable[[nn.Module], float]
     unit: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    peers: bool = True
     selection: int | None = None  # batches that channels are chosen with; all where None
     held: Callable[[str], bool] = lambda name: False
-    """Layers whose outputs Torch-Pruning must leave alone: it fails on shortcuts that pad channels with zeros."""
+    """Layers that Torch-Pruning must leave alone: it fails on shortcuts that pad channels with zeros, and on heads."""
 
 
 def cifar(name: str, images: int, held_out: bool) -> Task:
@@ -98,22 +98,28 @@ def denoising(images: int) -> Task:
     return Task(shared.dncnn(), data[0][:1], data, lambda net: float(shared.psnr(net, tested)), "dB")
 
 
-def sentences(images: int) -> Task:
+def sentences(images: int, held_out: bool) -> Task:
     shared = loaders()
     net, tokenizer = shared.minilm()
-    texts = [t for pair in shared.stsb("dev") for t in pair[:2]][:images]
+    pairs = shared.stsb("dev")
+    known, tested = (pairs[:1000], pairs[1000:]) if held_out else (pairs, shared.stsb("test"))
+    texts = [t for pair in known for t in pair[:2]][:images]
     texts.sort(key=len)
     data = [
         dict(tokenizer(texts[i : i + 16], padding=True, truncation=True, max_length=128, return_tensors="pt"))
         for i in range(0, len(texts), 16)
     ]
-    example = dict(tokenizer([" ".join(texts[-1:] * 2)], truncation=True, max_length=32, return_tensors="pt"))
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))  # any prefix has all lengths
+    example = dict(tokenizer([" ".join(texts[-2:])], truncation=True, max_length=32, return_tensors="pt"))
     options = {"granularity": ["channels", "heads"], "ignore": ["embeddings", "*.output.dense", "pooler"]}
 
     def measure(model: nn.Module) -> float:
-        return float(shared.similarity(model, tokenizer, shared.stsb("test")))
+        return float(shared.similarity(model, tokenizer, tested))
 
-    return Task(net, example, data, measure, "Spearman x 100", options, peers=False)
+    def held(name: str) -> bool:  # all but the neurons of the MLPs
+        return "intermediate" not in name
+
+    return Task(net, example, [data[i] for i in order], measure, "Spearman x 100", options, held=held)
 
 
 def task(name: str, images: int, held_out: bool) -> Task:
@@ -122,7 +128,7 @@ def task(name: str, images: int, held_out: bool) -> Task:
     if name == "dncnn":
         return denoising(images)
     if name == "minilm":
-        return sentences(images)
+        return sentences(images, held_out)
     return cifar(name, images, held_out)
 
 
@@ -134,7 +140,7 @@ def torch_pruning_result(made: Task, speedup: float, importance: Any) -> tuple[n
         ratio = (low + high) / 2
         model = copy.deepcopy(made.model)
         linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        held = [m for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and made.held(n)]
+        held = [m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and made.held(n)]
         kept = [*linear[-1:], *held]
         pruner = torch_pruning.pruner.BasePruner(
             model, made.example, importance=importance, pruning_ratio=ratio, ignored_layers=kept, global_pruning=False
@@ -176,7 +182,7 @@ def measure_model(name: str, made: Task, speedup: float, only: str | None, metho
         )  # fmt: skip
         print(rows[-1], flush=True)
 
-    if only != "ours" and made.peers:
+    if only != "ours":
         for label, importance in _importances().items():
             try:
                 model, _ = torch_pruning_result(made, speedup, importance)
@@ -251,7 +257,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = json.loads(target.read_text()) if target.is_file() else []
     for name in options.models:
         made = task(name, options.images, options.held_out)
-        images = sum(len(next(iter(d.values()))) if isinstance(d, dict) else len(d) for d in made.data)
+        images = sum(len(d["input_ids"]) if isinstance(d, dict) else len(d) for d in made.data)
         if options.select_images:
             made.selection = max(1, round(len(made.data) * options.select_images / images))
         dense: float | None = None
