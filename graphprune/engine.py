@@ -70,14 +70,15 @@ def plan(
       "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or an
       importance object of the torch_pruning library.
     - `round_to`: keep multiples of this many channels. `min_channels`: keep at least this many.
-    - `granularity`: what goes. Any of "heads", "head features" (those of queries and keys, and those of values; equally
-      many where both are free), "qk features", "v features" (one of the two without the other), "mlp" (hidden widths
-      between linear layers), "embedding" (widths of residual streams and embeddings), "channels" (every width but heads
-      and their features). Nothing else is touched: where sizes in the code tie it to something else, it stays and the
-      plan says so. Default "auto": every width, whole heads where the ratio takes at least one, else head features.
-      "layer": `ratio` of the layers that can be left out as a whole go (residual blocks, transformer layers,
-      convolutions that keep their shape), ranked by `criterion` "block_influence" (default), "taylor" or "loss"; of
-      the other options `ignore`, `budget`, `max_ratio`, `data` and `loss_fn` apply.
+    - `granularity`: what goes. Any of "heads", "head features" (those of queries and keys, and those of values;
+      equally many where both are free), "qk features", "v features" (one of the two without the other), "mlp" (hidden
+      widths between linear layers), "embedding" (widths of residual streams and embeddings), "channels" (every width
+      but heads and their features), "filters" (channels that convolutions make), "neurons" (rows of linear layers).
+      Nothing else is touched: where sizes in the code tie it to something else, it stays and the plan says so.
+      Default "auto": every width, whole heads where the ratio takes at least one, else head features. "layer":
+      `ratio` of the layers that can be left out as a whole go (residual blocks, transformer layers, convolutions that
+      keep their shape), ranked by `criterion` "block_influence" (default), "taylor" or "loss"; of the other options
+      `ignore`, `budget`, `max_ratio`, `data` and `loss_fn` apply.
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
       while importance still sees the folded, effective filters.
     - `seed`: for the criterion "random".

@@ -83,7 +83,8 @@ GranularityOption = Annotated[
     list[str] | None,
     _option(
         _PRUNING,
-        "auto (default), heads, 'head features', 'qk features', 'v features', mlp, embedding, channels. Repeatable.",
+        "auto (default), heads, 'head features', 'qk features', 'v features', mlp, embedding, channels, filters, "
+        "neurons; layer. Repeatable.",
         "--granularity",
         metavar="KIND",
     ),

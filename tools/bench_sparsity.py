@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.bench_sparsity", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5, help="networks on the digits, at least 2 (default 5)")
-    parser.add_argument("--images", type=int, default=10000, help="CIFAR-10 test images for the curves (default all 10,000)")
+    parser.add_argument("--images", type=int, default=10000, help="CIFAR-10 test images (default all 10,000)")
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"Markdown page (default {OUTPUT})")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -26,6 +26,9 @@ GRANULARITIES: dict[str, tuple[str, ...]] = {
 }
 _ALIASES = {"channel": "channels", "head": "heads", "head feature": "head features"}
 
+# Textbook names for channels by what makes them: rows of 2-D weights, filters of weights with kernels.
+_PRODUCERS = {"neuron": (2, 2), "neurons": (2, 2), "filter": (3, 5), "filters": (3, 5)}
+
 
 def module_of(parameter: str) -> str:
     """The path of the module that holds a parameter."""
@@ -139,9 +142,9 @@ def kinds_of(granularity: str | Sequence[str]) -> frozenset[str] | None:
     kinds: set[str] = set()
     for name in [granularity] if isinstance(granularity, str) else granularity:
         plain = str(name).replace("_", " ")
-        found = GRANULARITIES.get(_ALIASES.get(plain, plain))
+        found = _CHANNELS if name in _PRODUCERS else GRANULARITIES.get(_ALIASES.get(plain, plain))
         if found is None:
-            known = ", ".join(map(repr, GRANULARITIES))
+            known = ", ".join(map(repr, (*GRANULARITIES, "filters", "neurons")))
             raise GraphPruneError(f"granularity: {name!r} is unknown; expected 'auto' or any of {known}")
         kinds.update(found)
     if kinds.issuperset(("qk feature", "v feature")):
@@ -161,15 +164,19 @@ def chosen_groups(
 ) -> list[bool]:
     """Which groups a granularity speaks of.
 
-    "auto" (the default) cuts every axis along one of its factors: whole heads where they are free, else head features;
-    channels inside the groups of a grouped convolution where there are at least four, else whole groups. `loses` says
-    which groups would lose a unit if they were chosen: where no whole head would go, head features do. So they do where
-    a mean over the heads would change (attention weights in the output), unless a norm runs over the features too.
+    "filters" are channels made by convolutions alone, "neurons" those made by linear layers alone; a stream that both
+    write is neither. "auto" (the default) cuts every axis along one of its factors: whole heads where they are free,
+    else head features; channels inside the groups of a grouped convolution where there are at least four, else whole
+    groups. `loses` says which groups would lose a unit if they were chosen: where no whole head would go, head features
+    do. So they do where a mean over the heads would change (attention weights in the output), unless a norm runs over
+    the features too.
     """
     groups = graph.groups
-    kinds = kinds_of(granularity)
-    if kinds is not None:
-        return [g.kind in kinds for g in groups]
+    if granularity != "auto":
+        names = [granularity] if isinstance(granularity, str) else list(granularity)
+        kinds = kinds_of([name for name in names if name not in _PRODUCERS]) or frozenset()
+        made = [_made_by(graph, *_PRODUCERS[name]) for name in names if name in _PRODUCERS]
+        return [g.kind in kinds or any(m[i] for m in made) for i, g in enumerate(groups)]
     # An axis that only one group lies on needs no looking at: only one of several groups can meet another.
     shared: dict[tuple[str, int], int] = {}
     for group in groups:
@@ -196,6 +203,17 @@ def chosen_groups(
             chosen[group.index] = True
             for m in members:
                 taken[(m.parameter, m.axis)][m.positions] = True
+    return chosen
+
+
+def _made_by(graph: DependencyGraph, least: int, most: int) -> list[bool]:
+    """Which channels, of those that "auto" cuts, are made only by weights with that many axes."""
+    chosen = []
+    for group, auto in zip(graph.groups, chosen_groups(graph, "auto"), strict=True):
+        axes = [len(graph.trace.parameters[m.parameter].meta["val"].shape) for m in group.members if m.role == "out"]
+        producers = [n for n in axes if n > 1]
+        fits = bool(producers) and all(least <= n <= most for n in producers)
+        chosen.append(auto and fits and group.kind in _CHANNELS)
     return chosen
 
 
