@@ -12,7 +12,7 @@ from .counting import Count, LayerCount, count
 from .curves import Curve, Sensitivity, sensitivity
 from .dependency import DependencyGraph, Frozen, Group, Member, trace
 from .deploy import benchmark, export_onnx
-from .diagnosis import Blocker, Doctor, Prunable, doctor
+from .diagnosis import Advice, Blocker, Doctor, Prunable, advise, doctor
 from .engine import plan, prune
 from .errors import GraphPruneError
 from .importance import criterion
@@ -26,6 +26,7 @@ from .surgery import fold_conv_bn
 from .verification import VerificationReport, verify
 
 __all__ = [
+    "Advice",
     "Blocker",
     "Budget",
     "Count",
@@ -49,6 +50,7 @@ __all__ = [
     "Sensitivity",
     "VerificationReport",
     "__version__",
+    "advise",
     "benchmark",
     "carry_optimizer",
     "count",

@@ -82,3 +82,14 @@ def test_errors_are_one_line(arguments: list[str], text: str) -> None:
 
 def test_bad_usage() -> None:
     assert "NAME=VALUE" in wrong("pipeline", "zoo:net", "zoo:batches", "--option", "l1")
+
+
+def test_advise() -> None:
+    data = as_json("advise", "zoo:net", "--goal", "size", "--data", "zoo:split", "--seed", "2", "--tolerance", "0.2")
+    loaded = load_factory("zoo:net", seed=2)
+    train, held_out = load_data("zoo:split", seed=2)
+    found = graphprune.advise(loaded.model, loaded.example, "size", data=train, evaluate=held_out, tolerance=0.2)
+    expected = json.loads(json.dumps(found.to_dict()))
+    assert {k: data[k] for k in expected if k != "model"} == {k: v for k, v in expected.items() if k != "model"}
+    assert data["class"] == "Net" and "Recommended" in ok("advise", "zoo:net", "--finetune")
+    assert "goal" in failed("advise", "zoo:net", "--goal", "best")

@@ -1,4 +1,4 @@
-"""The command line: `graphprune inspect | doctor | prune | pipeline | export | bench`.
+"""The command line: `graphprune inspect | doctor | advise | prune | pipeline | export | bench`.
 
 Models are named `module:function`; see `graphprune.factories.load_factory`. Results go to standard output, everything
 else (progress, warnings, errors, what a model prints) to standard error.
@@ -12,7 +12,7 @@ import typer
 
 from .._version import __version__
 from .deploying import bench, export
-from .looking import doctor, inspect
+from .looking import advise, doctor, inspect
 from .pruning import prune
 from .training import run_pipeline
 
@@ -40,7 +40,7 @@ def _main(
     pass
 
 
-for _command in (inspect, doctor, prune, export, bench):
+for _command in (inspect, doctor, advise, prune, export, bench):
     app.command()(_command)
 app.command("pipeline")(run_pipeline)
 

@@ -1,4 +1,4 @@
-"""The commands that change nothing: inspect and doctor."""
+"""The commands that change nothing: inspect, doctor and advise."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import typer
 
 from ..counting import count
 from ..dependency import DependencyGraph, trace
+from ..diagnosis import advise as recommend
 from ..diagnosis import doctor as look
-from ..factories import load_factory
+from ..factories import load_data, load_factory
 from ..report.tables import Column, table
 from ..terminal import (
     DrawOption,
@@ -109,3 +110,40 @@ def doctor(
         work.step("looking")
         found = look(loaded.model, loaded.input(input_shape or (), seed), ratio=ratio, sort=sort)
     show(as_json, {**found.to_dict(), "model": model, "class": found.model}, found.text(limit or None))
+
+
+def advise(
+    model: ModelArgument,
+    goal: Annotated[str, typer.Option(help="speed, size (of the file) or resources (both small).")] = "speed",
+    finetune: Annotated[bool, typer.Option("--finetune", help="The model can be trained after pruning.")] = False,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Function that returns batches to calibrate on, or a pair of those and held-out (inputs, targets).",
+        ),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="How much of the score may be lost.")] = 0.01,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure latencies here.")] = False,
+    input_shape: ShapeOption = None,
+    weights: WeightsOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Recommend a method for a model and a goal, with numbers from the model itself. Changes nothing."""
+    with working(2) as work:
+        work.step("building the model")
+        loaded = load_factory(model, weights=weights, seed=seed)
+        batches, held_out = (None, None) if data is None else load_data(data, seed=seed)
+        work.step("trying methods")
+        found = recommend(
+            loaded.model,
+            loaded.input(input_shape or (), seed),
+            goal,
+            finetune=finetune,
+            data=batches,
+            evaluate=held_out,
+            tolerance=tolerance,
+            speed=speed,
+        )
+    show(as_json, {**found.to_dict(), "model": model, "class": found.model}, str(found))

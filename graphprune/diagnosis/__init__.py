@@ -1,5 +1,7 @@
-"""What can be pruned, what cannot, why, and what that costs."""
+"""What can be pruned, what cannot, why, and what that costs; and which method to take."""
 
+from .advice import Advice, advise
+from .candidates import Option
 from .doctor import Blocker, Doctor, Prunable, doctor
 
-__all__ = ["Blocker", "Doctor", "Prunable", "doctor"]
+__all__ = ["Advice", "Blocker", "Doctor", "Option", "Prunable", "advise", "doctor"]
