@@ -248,7 +248,7 @@ def _settle(
         elif rewriter is not None and rewriter.extend(conflicts):
             return None
         else:
-            _hold(graph, conflicts)
+            _hold(graph, conflicts, allocation)
     raise GraphPruneError("planning did not settle on this model; please report it")
 
 
@@ -308,6 +308,8 @@ def _adjust_axis(
         position = int(np.nonzero(graph.analysis.label == graph.units(group)[0])[0][0])
         if rest or not 1 <= new <= group.size or new == keep or (position, new) in tried:
             continue
+        if group.kind == "head" and new == group.size:
+            continue  # the module may be rewritten instead, or their features may go
         if kinds is not None and group.kind not in kinds:
             continue
         if len(groups) > 1 and group.kind.endswith("channel") and group.kind != "group channel":
@@ -317,15 +319,18 @@ def _adjust_axis(
     return {}
 
 
-def _hold(graph: DependencyGraph, conflicts: list[Conflict]) -> None:
-    """Freeze what the cheapest conflicts are about; dearer ones may vanish with them."""
+def _hold(graph: DependencyGraph, conflicts: list[Conflict], allocation: Allocation) -> None:
+    """Freeze what the cheapest conflicts are about (of a product, the factor that goes); others may vanish with it."""
+    analysis = graph.analysis
     costs = [sum(m.positions.size for g in _groups_on(graph, c) for m in g.members) for c in conflicts]
     limit = 2 * min((c for c in costs if c), default=0)
     freezes = []
     for conflict, cost in zip(conflicts, costs, strict=True):
         if cost <= limit:
             reason = Reason("size", conflict.text, conflict.node, conflict.source)
-            freezes.append((positions_of(graph.analysis, conflict.axis_map), reason))
+            label, axes = analysis.label, conflict.axis_map.items()
+            parts = {d: v for d, v in axes if allocation.gone[label[analysis.dims.positions(d, v)]].any()}
+            freezes.append((positions_of(analysis, parts or conflict.axis_map), reason))
     graph.freeze_many(freezes)
 
 
@@ -368,7 +373,7 @@ def assemble(
 
 def _expected(frozen: Frozen) -> bool:
     """Kernel positions and the network's own inputs and outputs: true of every network, and no news."""
-    return all(r.kind in ("kernel", "vocabulary") for r in frozen.reasons) and bool(frozen.reasons)
+    return all(r.kind in ("kernel", "numbers", "vocabulary") for r in frozen.reasons) and bool(frozen.reasons)
 
 
 def prune(

@@ -293,3 +293,59 @@ class Whisper(nn.Module):
 def words(length: int = 7) -> Tensor:
     """Word numbers (2, length), all below `WORDS`."""
     return torch.randint(1, WORDS, (2, length), generator=torch.Generator().manual_seed(0))
+
+
+class ConvSiLU(nn.Module):
+    def __init__(self, inputs: int, outputs: int, kernel: int = 1, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.bn(self.conv(x)))
+
+
+class C2f(nn.Module):
+    """Two halves, one of them through a chain whose every step is kept."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.c = outputs // 2
+        self.cv1, self.cv2 = ConvSiLU(inputs, 2 * self.c), ConvSiLU(3 * self.c, outputs)
+        self.m = ConvSiLU(self.c, self.c, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = list(self.cv1(x).chunk(2, 1))
+        y.append(y[-1] + self.m(y[-1]))
+        out: Tensor = self.cv2(torch.cat(y, 1))
+        return out
+
+
+class Yolo(nn.Module):
+    """Two scales, an upsampled path, and heads whose boxes are expectations over a fixed number of bins."""
+
+    def __init__(self, classes: int = 5, bins: int = 8) -> None:
+        super().__init__()
+        self.bins, self.no = bins, classes + 4 * bins
+        self.stem, self.low = ConvSiLU(3, 8, 3, 2), C2f(8, 12)
+        self.down, self.high = ConvSiLU(12, 16, 3, 2), C2f(16, 20)
+        self.neck = C2f(32, 12)
+        self.boxes = nn.ModuleList(
+            nn.Sequential(ConvSiLU(c, 10, 3), nn.Conv2d(10, 4 * self.bins, 1)) for c in (12, 20)
+        )
+        self.scores = nn.ModuleList(nn.Sequential(ConvSiLU(c, 10, 3), nn.Conv2d(10, classes, 1)) for c in (12, 20))
+        self.dfl = nn.Conv2d(self.bins, 1, 1, bias=False).requires_grad_(False)
+        self.dfl.weight.data[:] = torch.arange(self.bins, dtype=torch.float).view(1, self.bins, 1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        low = self.low(self.stem(x))
+        high = self.high(self.down(low))
+        low = self.neck(torch.cat([low, F.interpolate(high, scale_factor=2.0)], 1))
+        maps = [
+            torch.cat([box(y), score(y)], 1) for y, box, score in zip((low, high), self.boxes, self.scores, strict=True)
+        ]
+        flat = torch.cat([y.view(x.shape[0], self.no, -1) for y in maps], 2)
+        box, score = flat.split((4 * self.bins, self.no - 4 * self.bins), 1)
+        b, _, anchors = box.shape
+        sides = self.dfl(box.view(b, 4, self.bins, anchors).transpose(2, 1).softmax(1)).view(b, 4, anchors)
+        return sides, score.sigmoid()

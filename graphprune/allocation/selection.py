@@ -184,14 +184,10 @@ def chosen_groups(
             shared[(m.parameter, m.axis)] = shared.get((m.parameter, m.axis), 0) + 1
     taken: dict[tuple[str, int], np.ndarray] = {}
     chosen = [False] * len(groups)
-    averaged = np.zeros(int(graph.analysis.label.max()) + 1, bool)
-    for effects in graph.analysis.effects.values():
-        for positions in effects.statistics:
-            averaged[graph.analysis.label[positions]] = True
+    harmless = _harmless(graph)
 
     def order(group: Group) -> tuple[int, int]:
-        lossless = not averaged[graph.units(group)].any()
-        return _preference(group, loses is None or loses[group.index], lossless), group.index
+        return _preference(group, loses is None or loses[group.index], harmless[group.index]), group.index
 
     for group in sorted(groups, key=order):
         members = [m for m in group.members if shared[(m.parameter, m.axis)] > 1]
@@ -217,11 +213,27 @@ def _made_by(graph: DependencyGraph, least: int, most: int) -> list[bool]:
     return chosen
 
 
-def _preference(group: Group, loses: bool, lossless: bool) -> int:
+def _harmless(graph: DependencyGraph) -> list[bool]:
+    """Which groups no mean, norm or softmax runs over; and heads where one runs over their features anyway."""
+    averaged = np.zeros(int(graph.analysis.label.max()) + 1, bool)
+    for effects in graph.analysis.effects.values():
+        for positions in effects.statistics:
+            averaged[graph.analysis.label[positions]] = True
+    touched = [bool(averaged[graph.units(group)].any()) for group in graph.groups]
+    normed = {
+        (m.parameter, m.axis) for g in graph.groups if g.kind in _FEATURES and touched[g.index] for m in g.members
+    }
+    return [
+        not touched[g.index] or (g.kind == "head" and any((m.parameter, m.axis) in normed for m in g.members))
+        for g in graph.groups
+    ]
+
+
+def _preference(group: Group, loses: bool, harmless: bool) -> int:
     if group.kind == "head":
-        return (0 if lossless else 2) if loses else 4
+        return (0 if harmless else 2) if loses else 4
     if group.kind in _FEATURES:
-        return 1 if lossless else 3
+        return 1 if harmless else 3
     if group.kind == "group channel":
         return 0 if group.size >= 4 else 2
     return 1 if group.kind == "conv group" else 0

@@ -47,8 +47,8 @@ def inspect(
         work.step("drawing and reporting")
         files = [graph.draw(path) for path in draw or ()]
         frozen = graph.frozen
-    kernels = sum(all(r.kind == "kernel" for r in f.reasons) and bool(f.reasons) for f in frozen)
-    news = [str(f) for f in frozen if not f.reasons or any(r.kind != "kernel" for r in f.reasons)]
+    kernels = sum(all(r.kind in ("kernel", "numbers") for r in f.reasons) and bool(f.reasons) for f in frozen)
+    news = [str(f) for f in frozen if not f.reasons or any(r.kind not in ("kernel", "numbers") for r in f.reasons)]
     data = {
         "model": model,
         "class": type(loaded.model).__name__,

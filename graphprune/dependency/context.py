@@ -14,7 +14,7 @@ from ..tracing.origin import Expr, evaluate, leaves
 from ..tracing.recorder import TensorMeta
 from ..tracing.sizes import CallSizes
 from .dims import DimTable
-from .effects import Effects, EqualCounts, Reason, SizeSite
+from .effects import Effects, EqualCounts, Reason, SizeSite, literal_text
 from .state import AxisMap, Mixed, Partial, Refine, State, Vector, axis_groups, multiplicity, separate, spread
 
 Result = State | list["State | None"] | None
@@ -117,19 +117,22 @@ class NodeContext:
 
     def blocked_by(self, value: Any, otherwise: str) -> str:
         """Why an operand has no coordinates, as the text of a tie."""
-        node = value
-        for _ in range(64):
-            if not isinstance(node, fx.Node):
-                break
-            if node.op == "placeholder":
-                return "reads the model's input"
-            if node.op == "get_attr":
-                return "combined with a constant tensor" if "constant" in node.meta else otherwise
-            inputs = node.all_input_nodes
-            if len(inputs) != 1:
-                break
-            node = inputs[0]
-        return otherwise
+        if not isinstance(value, fx.Node):
+            return otherwise
+        seen, queue, found = {value}, [value], set()
+        while queue and len(seen) < 512:
+            node = queue.pop()
+            if node.op == "get_attr" and "constant" not in node.meta:
+                if node.meta["val"].dtype.is_floating_point and "parameter" in node.meta:
+                    return otherwise
+            elif not node.all_input_nodes:
+                found.add(node.op)
+            new = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(new)
+            queue += new
+        if queue or not found & {"placeholder", "get_attr"}:
+            return otherwise
+        return "reads the model's input" if "placeholder" in found else "combined with a constant tensor"
 
     # -- ties
 
@@ -347,7 +350,7 @@ class NodeContext:
         if self.node.meta.get("rewritten") or any(True for _ in leaves(expr)):
             self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span))
         elif axis_map:
-            text = f"{what} is the literal {evaluate(expr, _no_leaf)}"
+            text = literal_text(what, evaluate(expr, _no_leaf), self.node.meta.get("source"))
             text += f", and no graph can stand for its module, whose forward {why}" if why else ""
             self.freeze(axis_map, "literal", text, slice(*span) if span else None)
 

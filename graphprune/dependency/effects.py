@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 from torch import fx
 
@@ -30,6 +31,13 @@ class Reason:
 
     def __str__(self) -> str:
         return f"{self.text} ({self.source})" if self.source else self.text
+
+
+def literal_text(what: str, number: float, source: Source | None) -> str:
+    """A size that is no expression of others: a literal, in the statement at `source` or further up."""
+    if source is None or re.search(rf"(?<![\w.]){abs(number)}(?![\w.])", source.statement):
+        return f"{what} is the literal {number}"
+    return f"{what} is the number {number}, handed to this line from elsewhere"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -144,7 +144,11 @@ class DependencyGraph:
         analysis = self._analysis
         axis_map = analysis.dims.roots.get((name, axis))
         if axis_map is None:
-            return Frozen(name, axis, length, length, (Reason("kernel", "kernel positions are no channels"),))
+            kernel = Reason("kernel", "kernel positions are no channels")
+            numbers = Reason("numbers", "whole numbers, used as they are: no channels")
+            dtype = self.trace.parameters[name].meta["val"].dtype
+            reason = kernel if dtype.is_floating_point or dtype.is_complex else numbers
+            return Frozen(name, axis, length, length, (reason,))
         held = multiplicity(axis_map, length) == 0
         labels = []
         for d, v in axis_map.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import linecache
 import operator
 import os
 import sys
@@ -39,6 +40,16 @@ class Source:
 
     def __str__(self) -> str:
         return f"{os.path.basename(self.file)}:{self.line} in {self.function}"
+
+    @property
+    def statement(self) -> str:
+        """The text of the line, and of those after it while brackets are open."""
+        text = linecache.getline(self.file, self.line)
+        for line in range(self.line + 1, self.line + 9):
+            if text.count("(") + text.count("[") <= text.count(")") + text.count("]"):
+                break
+            text += linecache.getline(self.file, line)
+        return text
 
 
 @dataclasses.dataclass(frozen=True)

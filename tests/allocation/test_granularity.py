@@ -369,3 +369,100 @@ def test_names_are_checked_before_the_model_runs() -> None:
 
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+class OneKeyHead(nn.Module):
+    """Every query head reads the same head of keys and values, repeated as many decoders repeat it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.groups = 4, 6
+        self.q, self.out = nn.Linear(10, 24), nn.Linear(24, 10)
+        self.k, self.v = nn.Linear(10, 4), nn.Linear(10, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape[:-1], -1, self.features)
+        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.q, self.k, self.v))
+        k, v = (standins.repeat_kv(y, self.groups) for y in (k, v))
+        mixed = (torch.softmax(q @ k.transpose(2, 3) / 2, -1) @ v).transpose(1, 2)
+        return x + self.out(mixed.reshape(*x.shape[:-1], -1))
+
+
+class OneKeyHeadFused(OneKeyHead):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (*x.shape[:-1], -1, self.features)
+        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True, scale=0.5).transpose(1, 2)
+        return x + self.out(mixed.reshape(*x.shape[:-1], -1))
+
+
+@pytest.mark.parametrize("kind", [OneKeyHead, OneKeyHeadFused])
+@pytest.mark.parametrize("granularity", ["auto", "heads"])
+def test_query_heads_that_share_one_key_head_go(kind: type[OneKeyHead], granularity: str) -> None:
+    torch.manual_seed(0)
+    model, x = kind().eval(), torch.randn(2, 5, 10)
+    plan = graphprune.plan(model, x, 0.5, granularity=granularity, ignore=["out"])
+    small = plan.apply(model)
+    assert small.q.out_features == small.out.in_features == 12 and small.k.out_features == 4
+    assert small.groups == (3 if kind is OneKeyHead else 6)
+    assert graphprune.verify(model, small, plan, x).passed
+    # by hand: whole heads of four
+    gone = np.zeros(24, bool)
+    gone[list(plan.removed["q.weight"][0])] = True
+    assert set(gone.reshape(6, 4).sum(1).tolist()) == {0, 4}
+    kept = torch.from_numpy(np.nonzero(~gone)[0])
+    wide = model.k(x), model.v(x)
+    total = x + model.out.bias
+    for head in kept.view(-1, 4):
+        scores = torch.softmax(model.q(x)[..., head] @ wide[0].mT / 2, -1)
+        total = total + scores @ wide[1] @ model.out.weight[:, head].T
+    torch.testing.assert_close(small(x), total)
+
+
+class FixedHeads(nn.Module):
+    """The number of heads is written out: they stay, and their features go instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+        self.qkv, self.out = nn.Linear(12, 96), nn.Linear(32, 12)
+        self.end = nn.Linear(12, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        b, n, _ = x.shape
+        q, k, v = (y.reshape(b, n, -1, self.width).transpose(1, 2) for y in self.qkv(x).split(4 * self.width, -1))
+        mixed = (torch.softmax(q @ k.mT, -1) @ v).transpose(1, 2).flatten(2)
+        return self.end(torch.relu(self.out(mixed)))
+
+
+def test_features_go_where_a_size_in_the_code_holds_the_heads() -> None:
+    torch.manual_seed(0)
+    model, x = FixedHeads().eval(), torch.randn(2, 5, 12)
+    plan = graphprune.plan(model, x, 0.5)
+    small = plan.apply(model)
+    assert (small.width, small.qkv.out_features, small.out.in_features) == (4, 48, 16)
+    assert graphprune.verify(model, small, plan, x).passed
+    assert graphprune.plan(model, x, 0.5, granularity="heads").empty
+    rewritten = graphprune.plan(model, x, 0.5, granularity="heads", output="hybrid")
+    assert not rewritten.empty and graphprune.verify(model, rewritten.apply(model), rewritten, x).passed
+
+
+class ShowsWeights(standins.BertAttention):
+    """The mean of the attention weights over the heads is part of the output."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+        q, k, v = (self.transpose_for_scores(f(x)) for f in (self.query, self.key, self.value))
+        weights = torch.softmax(q @ k.mT / math.sqrt(self.attention_head_size), -1)
+        context = (weights @ v).permute(0, 2, 1, 3).flatten(2)
+        return self.norm(self.dense(context) + x), weights.mean(1)
+
+
+def test_a_mean_over_heads_keeps_them_by_default() -> None:
+    torch.manual_seed(0)
+    model, x = ShowsWeights(24, 4).eval(), torch.randn(2, 5, 24)
+    plan = graphprune.plan(model, x, 0.5)
+    assert not plan.statistics and plan.apply(model).num_attention_heads == 4
+    assert {g.kind for g in plan.groups if g.kept < g.size} == {"qk feature", "v feature"}
+    asked = graphprune.plan(model, x, 0.5, granularity="heads")
+    assert asked.statistics and asked.apply(model).num_attention_heads == 2
+    assert graphprune.verify(model, asked.apply(model), asked, x).passed

@@ -247,7 +247,9 @@ def attention(context: NodeContext) -> Result:
         axis_map = q.axis(axis)
         for other in (k, v):
             m, length = other.axis(axis), q.shape[axis]
-            if other.shape[axis] not in (length, 1):  # enable_gqa: each KV head serves a run of query heads
+            if other.shape[axis] == 1:  # one head of keys and values serves all heads of the queries
+                continue
+            if other.shape[axis] != length:  # enable_gqa: each KV head serves a run of query heads
                 m = {d: np.repeat(c, length // other.shape[axis]) for d, c in m.items()}
             context.tie(axis_map, m, length, "attention with heads that cannot be removed")
         axes[axis] = axis_map

@@ -15,7 +15,6 @@ def tie_all(context: NodeContext, states: list[State], shape: tuple[int, ...]) -
     """Tie operands that broadcast to `shape`; the result carries the coordinates of the richest one per axis."""
     n = len(shape)
     axes: dict[int, AxisMap] = {}
-    text = _blocker(context)
     for axis in range(n):
         length = shape[axis]
         if length == 1:
@@ -29,18 +28,20 @@ def tie_all(context: NodeContext, states: list[State], shape: tuple[int, ...]) -
         if best:
             for other in maps:
                 if other is not best:
-                    context.tie(best, other, length, text)
+                    context.tie(best, other, length, _MET if other else _blocker(context))
             axes[axis] = best
     return State(shape, axes)
 
 
+_MET = "combined with a tensor of which nothing can be removed along this axis"
+
+
 def _blocker(context: NodeContext) -> str:
-    text = "combined with a tensor whose channels cannot be removed"
     for node in context.node.all_input_nodes:
-        found = context.blocked_by(node, text)
-        if found != text:
+        found = context.blocked_by(node, _MET)
+        if found != _MET:
             return found.replace("reads the", "combined with the")
-    return text
+    return _MET
 
 
 @rule("<pointwise>")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ...tracing.origin import Expr, Literal, Operation, TensorSize
+from ...tracing.origin import Attribute, Expr, Literal, Operation, TensorSize, leaves
 from ..context import NodeContext, Result
 from ..state import AxisMap, State, axis_of, concatenate
 from .registry import empty, rule
@@ -106,9 +106,19 @@ def expand(context: NodeContext) -> Result:
             stretched = shape[axis] > 1 and (axis < added or state.shape[axis - added] == 1)
             if stretched and isinstance(expr, TensorSize):
                 axes[axis] = context.state(expr.node).axis(expr.axis)
+            elif stretched and expr is not None and not _is_minus_one(expr) and _one_before(shape, axis):
+                # one head of keys and values, repeated for every head of the queries
+                found = list(leaves(expr))
+                axes[axis] = context.fresh(axis) if found and all(isinstance(x, Attribute) for x in found) else {}
+                context.require(expr, axes[axis], shape[axis], f"size {axis} in {sizes.function}()")
             elif axis >= 0 and expr is not None and not _is_minus_one(expr):
                 context.require(expr, axes.get(axis, {}), shape[axis], f"size {axis} in {sizes.function}()")
     return State(shape, axes)
+
+
+def _one_before(shape: tuple[int, ...], axis: int) -> bool:
+    """No other axis is repeated along with this one: query heads that share a head of keys keep their number."""
+    return axis > 0 and shape[axis - 1] == 1
 
 
 @rule("permute", "permute_copy")
