@@ -202,7 +202,7 @@ def _assemble(
         members[g].append(Member(root[0], root[1], index.reshape(sizes[g], -1), roles[root]))
         kind_of[g] |= kinds.get(dim) or {"channel"}
     shapes = {name: node.meta["val"].shape for name, node in analysis.trace.parameters.items()}
-    uses = ChannelUses(analysis, roles)
+    uses = ChannelUses(analysis)
     named = [_kind(kind_of[g], uses, members[g], units[g]) for g in range(len(sizes))]
     return tuple(_group(g, tuple(members[g]), named[g], shapes) for g in range(len(sizes)))
 

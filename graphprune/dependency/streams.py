@@ -14,12 +14,13 @@ from torch import fx
 
 from ..tracing.names import operator_name
 from .analysis import Analysis
-from .dims import Root
-from .groups import Ints, Member, Role
+from .groups import Ints, Member
 from .state import State
 
 _SUMS = frozenset(("add", "add_", "sub", "sub_"))
 _LAYERS = frozenset("linear mm bmm matmul addmm baddbmm convolution _grouped_mm lstm gru rnn_tanh rnn_relu".split())
+# Calls that are looked at between a weight and the layer that reads it
+_FAR = 64
 _LOOKUPS = frozenset(("embedding", "_embedding_bag"))
 
 
@@ -79,9 +80,8 @@ def _through_layer(start: fx.Node, end: fx.Node, order: Mapping[fx.Node, int]) -
 class ChannelUses:
     """Tells plain channels apart by the layers that make and read them."""
 
-    def __init__(self, analysis: Analysis, roles: Mapping[Root, Role]) -> None:
+    def __init__(self, analysis: Analysis) -> None:
         self.analysis = analysis
-        self.roles = roles
         self.residual, self.looked_up = stream_components(analysis)
         self._mixes: dict[str, bool] = {}
 
@@ -102,8 +102,20 @@ class ChannelUses:
             ends[role] += 1
         return "mlp channel" if all(ends.values()) else "channel"
 
-    def _users(self, parameter: str) -> list[str]:
-        return [operator_name(user) for user in self.analysis.trace.parameters[parameter].users]
+    def _users(self, parameter: str) -> set[str]:
+        """The layers and lookups that read a weight, also one that is transposed, scaled or standardised before."""
+        found: set[str] = set()
+        queue = [self.analysis.trace.parameters[parameter]]
+        seen = set(queue)
+        while queue and len(seen) < _FAR:
+            for user in queue.pop().users:
+                name = operator_name(user)
+                if name in _LAYERS or name in _LOOKUPS:
+                    found.add(name)
+                elif user not in seen:
+                    seen.add(user)
+                    queue.append(user)
+        return found
 
     def _is_depthwise(self, member: Member) -> bool:
         shape = self.analysis.trace.parameters[member.parameter].meta["val"].shape
@@ -115,5 +127,5 @@ class ChannelUses:
             shape = self.analysis.trace.parameters[parameter].meta["val"].shape
             users = self._users(parameter)
             slides = "convolution" in users and any(n > 1 for n in shape[2:])
-            self._mixes[parameter] = not slides and not set(users) & {"lstm", "gru", "rnn_tanh", "rnn_relu", *_LOOKUPS}
+            self._mixes[parameter] = not slides and not users & {"lstm", "gru", "rnn_tanh", "rnn_relu", *_LOOKUPS}
         return self._mixes[parameter]
