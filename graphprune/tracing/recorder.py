@@ -97,6 +97,7 @@ class Recorder:
         self.function_name: str | None = None
         self.module_stack: list[str] = []
         self._paths = {id(m): path for path, m in reversed(list(modules.items()))}
+        self._classes = {path: type(m) for path, m in modules.items()}
         self._by_id: dict[int, fx.Node] = {}
         self._names: dict[int, str] = {}
         self._owners: dict[int, Tensor] = {}
@@ -187,6 +188,7 @@ class Recorder:
         meta = node.meta
         meta["source"] = self.source()
         meta["module"] = self.module_stack[-1] if self.module_stack else ""
+        meta["class"] = self._classes.get(meta["module"])
         meta["function"] = self.function_name
         meta["sizes"] = self.sizes
         if self.scalars:
@@ -255,7 +257,7 @@ class Recorder:
                 self._attach(known, tensor, bool(known.meta["constant_value"]))
                 return known
         part = self.graph.call_function(operator.getitem, (node, index))
-        part.meta.update({k: node.meta[k] for k in ("source", "module", "function", "constant_value")})
+        part.meta.update({k: node.meta[k] for k in ("source", "module", "class", "function", "constant_value")})
         self._attach(part, tensor, node.meta["constant_value"])
         return part
 

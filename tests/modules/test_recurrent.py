@@ -282,3 +282,51 @@ def test_cells(kind: str) -> None:
         assert relative_error(copy.deepcopy(small).double()(example.double()), reference(example.double())) < 1e-9
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class OwnLSTM(nn.LSTM):
+    """A subclass: nothing of ours can take its place."""
+
+    def forward(self, x: Tensor, hx: Any = None) -> Any:  # type: ignore[override]
+        out, states = super().forward(x, hx)
+        return 2 * out, states
+
+
+class Stacked(nn.Module):
+    """Two layers whose states nobody reads; `literal` says whether the width is written out."""
+
+    def __init__(self, kind: type[nn.RNNBase], literal: bool) -> None:
+        super().__init__()
+        self.rnn, self.end, self.literal = kind(5, 8, 2, batch_first=True), nn.Linear(8, 3), literal
+
+    def forward(self, x: Tensor) -> Tensor:
+        out, _ = self.rnn(x)
+        out = out.reshape(x.shape[0], -1, 8 if self.literal else out.shape[-1])
+        return self.end(out.mean(1))
+
+
+UNEVEN = {f"rnn.weight_{side}_l{layer}": ratio for side in ("ih", "hh") for layer, ratio in ((0, 0.5), (1, 0.25))}
+
+
+@pytest.mark.parametrize("literal", [False, True])
+@pytest.mark.parametrize("output", ["module", "hybrid", "graph"])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, OwnLSTM])
+def test_uneven_layers_in_every_output_mode(kind: type[nn.RNNBase], output: str, literal: bool) -> None:
+    """Layers may differ where ours can take the place of torch's module; a subclass stays, with equal widths."""
+    torch.manual_seed(0)
+    model, x = Stacked(kind, literal).eval(), torch.randn(2, 6, 5)
+    plan = graphprune.plan(model, x, UNEVEN, output=output)
+    small = plan.apply(model)
+    report = graphprune.verify(model, small, plan, x)
+    assert report.passed, report
+    rnn = small.get_submodule("rnn")
+    stays = literal and output == "module"  # the last layer's width is written out
+    if kind is OwnLSTM:
+        assert isinstance(rnn, OwnLSTM)
+        assert rnn.weight_hh_l0.shape[1] == rnn.weight_hh_l1.shape[1] == (8 if stays else 4)
+    else:
+        assert isinstance(rnn, Recurrent) and rnn.widths == (4, 8 if stays else 6)
+    longer = torch.randn(3, 4, 5)
+    torch.testing.assert_close(small(longer), zero_reference(model, plan.removed)(longer.double()).float())
+    small.train()(x).sum().backward()
+    assert all(p.grad is not None for p in small.parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from ...tracing.names import operator_name
 from ...tracing.origin import TensorSize
@@ -126,9 +126,10 @@ def _tie_state(context: NodeContext, node: Any, axis_map: AxisMap, length: int) 
 
 
 def _own_states(node: fx.Node, states: list[Any]) -> bool:
-    """Did the module make its initial states itself?"""
+    """Did a module of torch make its initial states itself? Then ours can take its place, with widths that differ;
+    in place of a subclass it would lose what that adds, and torch's kernel wants equal ones."""
     path = node.meta["module"]
-    return bool(path) and all(
+    return bool(path) and node.meta["class"] in (nn.LSTM, nn.GRU, nn.RNN) and all(
         isinstance(s, fx.Node) and operator_name(s) == "zeros" and s.meta["module"] == path for s in states
     )
 
