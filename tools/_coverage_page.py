@@ -198,12 +198,13 @@ def page(
     """The whole Markdown page. `exported`: the models whose pruned form goes to ONNX."""
     most, sentence = versions(done, names)
     limits = sorted({tuple(r["limits"]) for r in done.values() if "limits" in r})
-    allowed = " or ".join(f"{seconds:g} s and {size:g} GiB" for seconds, size in limits)
+    allowed = " or ".join(f"{seconds:g} s of processor time and {size:g} GiB" for seconds, size in limits)
     lines = [
         "# Coverage: every network people bring",
         "",
-        f"`python -m tools.coverage`, ratio {ratio:g}, one process per model and tool with a limit of {allowed}, the "
-        "same for both tools. The machine was shared with other work, so the seconds are upper bounds.",
+        f"`python -m tools.coverage`, ratio {ratio:g}, one process per model and tool with a limit of {allowed}, "
+        "never less for Torch-Pruning than for graphprune. The machine was shared with other work, so the seconds are "
+        "upper bounds.",
         "",
         ABOUT,
         "",
