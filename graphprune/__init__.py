@@ -15,6 +15,7 @@ from .deploy import benchmark, export_onnx
 from .diagnosis import Advice, Blocker, Doctor, Prunable, advise, doctor
 from .engine import plan, prune
 from .errors import GraphPruneError
+from .folding import fold_conv_bn
 from .importance import criterion
 from .kernels import plan_kernels, shrink_kernels
 from .pipelines import PipelineResult, pipeline
@@ -22,7 +23,7 @@ from .plans import Plan
 from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
 from .report.summary import Point, Report, report
 from .rules import rule
-from .surgery import fold_conv_bn
+from .storage import load, save
 from .verification import VerificationReport, verify
 
 __all__ = [
@@ -59,6 +60,7 @@ __all__ = [
     "export_onnx",
     "finetune",
     "fold_conv_bn",
+    "load",
     "pipeline",
     "plan",
     "plan_kernels",
@@ -66,6 +68,7 @@ __all__ = [
     "recover",
     "report",
     "rule",
+    "save",
     "sensitivity",
     "shrink_kernels",
     "sparsity",

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraphPruneError
-from .report.files import replacing
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -235,34 +234,4 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
     model.load_state_dict(found, strict=False)
 
 
-def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the state dict of `model` as a safetensors file; tied tensors once, under their first name.
-
-    Raises:
-        GraphPruneError: the path cannot be written, or a tensor has no values (meta device).
-    """
-    tensors: dict[str, Tensor] = {}
-    names: dict[int, str] = {}
-    storages: set[int] = set()
-    metadata = {"format": "pt"}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if tensor.is_meta:
-            raise GraphPruneError(f"the weights cannot be written: {name!r} is on the meta device and has no values")
-        if id(tensor) in names:
-            metadata[name] = names[id(tensor)]
-            continue
-        names[id(tensor)] = name
-        value = tensor.detach().contiguous()
-        # views of one storage are tensors of their own in the file
-        tensors[name] = value.clone() if value.untyped_storage().data_ptr() in storages else value
-        storages.add(value.untyped_storage().data_ptr())
-    try:
-        with replacing(path) as temporary:
-            safetensors.torch.save_file(tensors, temporary, metadata)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise GraphPruneError(f"the weights cannot be written to {path}: {error}") from error
-
-
-__all__ = ["InputShape", "Loaded", "load_factory", "load_weights", "save_weights"]
+__all__ = ["InputShape", "Loaded", "load_factory", "load_weights"]

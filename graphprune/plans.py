@@ -6,9 +6,10 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import nn
 from .dependency.blocks import Block
 from .dependency.temperature import Rescale
 from .errors import GraphPruneError
+from .history import remember
 from .rewriting import OUTPUTS, Rewrite, replace
-from .surgery import Fold, operate, remove_layers
+from .surgery import Fold, attribute_at, fold_names, operate, remove_layers
 from .tracing.names import named_tensors
 
 FORMAT = "graphprune.plan/1"
@@ -83,16 +85,17 @@ class Plan:
         return not self.removed and not self.layers
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """A pruned copy of `model`, which must have the names and shapes the plan was made for.
+        """A pruned copy of `model`, which must have the names and shapes the plan was made for. The copy remembers the
+        plan: `graphprune.save` writes it beside the weights.
 
         Raises GraphPruneError, naming the first parameter that differs, when it has not. `model` is never touched.
         """
         self.check(model)
         if self.layers:
-            return remove_layers(model, self.layers)
+            return remember(remove_layers(model, self.layers), model, self)
         attributes = [(a.module, a.name, a.key, a.new) for a in self.attributes]
         small = operate(model, self.removed, attributes, self.folds, self.rescales, self.caches)
-        return replace(small, self.rewrites)
+        return remember(replace(small, self.rewrites), model, self)
 
     def check(self, model: nn.Module) -> None:
         """Raise GraphPruneError unless the plan fits `model`."""
@@ -108,6 +111,10 @@ class Plan:
         extra = [n for n in found if n not in self.structure]
         if extra:
             raise GraphPruneError(f"the plan was made for another model: it knows no {extra[0]}")
+        for a in self.attributes:
+            value = attribute_at(model, a.module, a.name, a.key)
+            if value != a.old:
+                raise GraphPruneError(f"the plan was made for another model: expected {a}, found {value!r}")
 
     @property
     def structural_hash(self) -> str:
@@ -186,12 +193,15 @@ class Plan:
                 layers=tuple(Block.from_dict(b) for b in data.get("layers", ())),
                 versions={str(k): str(v) for k, v in data["versions"].items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise GraphPruneError(f"not a plan: {type(error).__name__}: {error}") from error
         if plan.output not in OUTPUTS:
             raise GraphPruneError(f"not a plan: output is {plan.output!r}, expected one of {', '.join(OUTPUTS)}")
+        if data.get("structural_hash", plan.structural_hash) != plan.structural_hash:
+            raise GraphPruneError("not a plan: its structural hash is not that of the structure it describes")
         plan._check_indices()
         plan._check_layers()
+        plan._check_factors()
         return plan
 
     def _check_layers(self) -> None:
@@ -214,6 +224,20 @@ class Plan:
                     )
                 if len(indices) >= shape[axis]:
                     raise GraphPruneError(f"the plan removes all of axis {axis} of {name}; at least one must stay")
+
+    def _check_factors(self) -> None:
+        """Folds and rescales name what the plan describes."""
+        for fold in self.folds:
+            layer, norm = fold_names(fold)[0], f"{fold.batch_norm}.running_mean"
+            if layer not in self.structure or norm not in self.structure:
+                raise GraphPruneError(f"the plan folds {fold.batch_norm} into {fold.layer}, which it does not describe")
+        for scale in self.rescales:
+            shape = self.structure.get(scale.parameter, ())
+            inside = 0 <= scale.axis < len(shape) and all(0 <= i < shape[scale.axis] for i in scale.indices)
+            if not inside or not math.isfinite(scale.factor):
+                raise GraphPruneError(
+                    f"the plan rescales axis {scale.axis} of {scale.parameter} by {scale.factor}, which cannot be"
+                )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write the plan as JSON, to a temporary name first. Raises GraphPruneError when the path cannot be written."""
@@ -241,6 +265,11 @@ class Plan:
         except ValueError as error:
             raise GraphPruneError(f"the plan {path} is no JSON: {error}") from error
         return cls.from_dict(data)
+
+
+def folding(model: nn.Module, folds: Sequence[Fold]) -> Plan:
+    """The plan that removes nothing and merges these batch norms into their layers."""
+    return Plan(removed={}, folds=tuple(folds), structure=structure_of(model))
 
 
 def structure_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -96,8 +96,11 @@ VerifyOption = Annotated[bool, _option(_PRUNING, "Prove the pruned model.", "--v
 PlanOption = Annotated[
     Path | None, _option(_PRUNING, "A plan that the command prune wrote.", "--plan", metavar="FILE")
 ]
-PrunedWeightsOption = Annotated[
-    Path | None, _option(_PRUNING, "Weights of the pruned model (safetensors).", "--pruned-weights", metavar="FILE")
+PrunedOption = Annotated[
+    Path | None,
+    _option(
+        _PRUNING, "A pruned model that the command prune or graphprune.save wrote.", "--pruned", metavar="FILE"
+    ),
 ]
 ExplainOption = Annotated[
     list[str] | None,

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 import graphprune
-from graphprune.factories import InputShape, load_factory, load_weights, save_weights
+from graphprune.factories import InputShape, load_factory
 from tests.command_line import as_json, failed, ok, written, zoo_folder
 
 
@@ -100,8 +100,7 @@ def test_prune_into_a_graph() -> None:
     assert data["output"] == "graph" and data["rewritten"] == [""]
     assert data["verification"]["passed"]
     loaded = load_factory("zoo:net")
-    small = graphprune.Plan.load("graph.plan.json").apply(loaded.model)
-    load_weights(small, "graph.safetensors")
+    small = graphprune.load("graph.safetensors", loaded.model)
     assert isinstance(small, torch.fx.GraphModule)
     assert small(torch.randn(3, 3, 9, 8)).shape == (3, 4)
 
@@ -145,8 +144,7 @@ def test_tied_weights_are_written_once_and_read_back() -> None:
     stored = safetensors.torch.load_file("pruned.safetensors")
     assert sorted(stored) == ["body.bias", "body.weight", "table.weight"]
     assert sum(t.numel() for t in stored.values()) == data["after"]["parameters"]
-    small = graphprune.Plan.load("pruned.plan.json").apply(load_factory("zoo:tokens").model)
-    load_weights(small, "pruned.safetensors")
+    small = graphprune.load("pruned.safetensors", load_factory("zoo:tokens").model)
     assert small.get_parameter("out.weight") is small.get_parameter("table.weight")
 
 
@@ -154,7 +152,7 @@ def test_weights_are_loaded_first() -> None:
     model = load_factory("zoo:net", seed=3).model
     with torch.no_grad():
         model.get_parameter("first.weight")[::2] *= 1e-3
-    save_weights(model, "mine.safetensors")
+    graphprune.save(model, "mine.safetensors")
     ok("prune", "zoo:net", "--weights", "mine.safetensors", "--ratio", "0.5")
     removed = graphprune.Plan.load("pruned.plan.json").removed
     assert removed["first.weight"][0] == (0, 2, 4, 6)
@@ -178,12 +176,14 @@ def test_export_dense_pruned_and_by_plan() -> None:
     assert (ratio["opset"], ratio["dynamic_batch"], ratio["batch_size"]) == (18, False, 2)
     assert ratio["parameters"] == 143 and ratio["verification"]["passed"]
     ok("prune", "zoo:net", "--ratio", "0.5")
-    trained = safetensors.torch.load_file("pruned.safetensors")
-    safetensors.torch.save_file({name: t * 0 + 1 for name, t in trained.items()}, "trained.safetensors")
-    planned = ["--plan", "pruned.plan.json", "--pruned-weights", "trained.safetensors", "--no-verify"]
-    text = ok("export", "zoo:net", "plan.onnx", *planned)
+    small = graphprune.load("pruned.safetensors", load_factory("zoo:net").model)
+    for parameter in small.parameters():
+        parameter.data.fill_(1)
+    graphprune.save(small, "trained.safetensors")
+    text = ok("export", "zoo:net", "plan.onnx", "--plan", "pruned.plan.json", "--no-verify")
     assert text.startswith("plan.onnx: opset ") and "relative error" in text
-    found = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load("plan.onnx").graph.initializer}
+    ok("export", "zoo:net", "trained.onnx", "--pruned", "trained.safetensors")
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load("trained.onnx").graph.initializer}
     assert found["first.weight"].shape == (4, 3, 3, 3) and (found["first.weight"] == 1).all()
     shapes = {t.name: tuple(t.dims) for t in onnx.load("ratio.onnx").graph.initializer}
     assert shapes["head.weight"] in ((4, 3), (3, 4))

@@ -12,7 +12,7 @@ import torch
 
 import graphprune
 from graphprune import GraphPruneError
-from graphprune.factories import load_factory, save_weights
+from graphprune.factories import load_factory
 from tests.command_line import failed, ok, written, wrong, zoo_folder
 
 
@@ -78,8 +78,8 @@ def test_errors_are_one_line_and_status_1(arguments: list[str], message: str) ->
         (["prune", "zoo:net", "--ratio", ","], "expected a number or name=number"),
         (["prune", "zoo:net", "--round-to", "x"], "--round-to"),
         (["export", "zoo:net"], "Missing argument"),
-        (["export", "zoo:net", "a.onnx", "--ratio", "0.5", "--plan", "p.json"], "give --plan or --ratio, not both"),
-        (["export", "zoo:net", "a.onnx", "--pruned-weights", "w"], "needs --plan or --ratio"),
+        (["export", "zoo:net", "a.onnx", "--ratio", "0.5", "--plan", "p.json"], "give only one of --pruned"),
+        (["export", "zoo:net", "a.onnx", "--pruned", "w", "--plan", "p.json"], "only one of"),
         (["bench", "zoo"], "'zoo' is neither MODULE:FUNCTION nor an .onnx file"),
         (["bench", "a=zoo:net", "a=zoo:Net"], "two models are called 'a'"),
         (["bench", "zoo:net", "--batch", "1,two"], "'1,two' is no list of integers"),
@@ -102,11 +102,12 @@ def test_weights_that_do_not_fit_are_named() -> None:
         changed = {name: t for name, t in {**state, **change}.items() if t is not None}
         safetensors.torch.save_file(changed, "wrong.safetensors")
         assert message in failed("inspect", "zoo:net", "--weights", "wrong.safetensors")
-    save_weights(load_factory("zoo:net").model, "good.safetensors")
+    graphprune.save(load_factory("zoo:net").model, "good.safetensors")
     assert "is on the meta device; build a real model" in failed("inspect", "zoo:meta", "--weights", "good.safetensors")
     with pytest.raises(GraphPruneError, match="on the meta device and has no values"):
-        save_weights(load_factory("zoo:meta").model, "meta.safetensors")
+        graphprune.save(load_factory("zoo:meta").model, "meta.safetensors")
     assert not Path("meta.safetensors").exists()
+    assert "there is no such file" in failed("export", "zoo:net", "a.onnx", "--pruned", "none.safetensors")
 
 
 def test_a_plan_of_another_model_is_refused() -> None:

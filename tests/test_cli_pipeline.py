@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import graphprune
-from graphprune.factories import load_data, load_factory, load_weights
+from graphprune.factories import load_data, load_factory
 
 from .command_line import as_json, failed, ok, written, wrong, zoo_folder
 
@@ -38,10 +38,9 @@ def test_is_the_call_and_writes_what_it_made() -> None:
         "small.safetensors", "small.report.json", "small.1.plan.json", "small.2.plan.json", "page.html", "page.md"
     }  # fmt: skip
     assert sorted(data["files"]) == sorted(written())
-    model = loaded.model
-    for number in (1, 2):
-        model = graphprune.Plan.load(f"small.{number}.plan.json").apply(model)
-    load_weights(model, "small.safetensors")
+    model = graphprune.load("small.safetensors", loaded.model)
+    removed = [graphprune.Plan.load(f"small.{number}.plan.json").removed for number in (1, 2)]
+    assert [p.removed for p in graphprune.history.history_of(model).plans] == removed
     assert all(torch.equal(v, done.model.state_dict()[k]) for k, v in model.state_dict().items())
 
 

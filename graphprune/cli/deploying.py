@@ -10,14 +10,15 @@ import typer
 
 from ..deploy import benchmark, export_onnx
 from ..engine import plan as make_plan
-from ..factories import Loaded, common_input, load_factory, load_weights
+from ..factories import Loaded, common_input, load_factory
 from ..plans import Plan
 from ..report.files import check_target
+from ..storage import load
 from ..terminal import (
     JsonOption,
     ModelArgument,
     PlanOption,
-    PrunedWeightsOption,
+    PrunedOption,
     RatioOption,
     SeedOption,
     ShapeOption,
@@ -41,7 +42,7 @@ def export(
     seed: SeedOption = 0,
     plan: PlanOption = None,
     ratio: RatioOption = None,
-    pruned_weights: PrunedWeightsOption = None,
+    pruned: PrunedOption = None,
     verify_it: VerifyOption = True,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; the exporter's choice if not given.")] = None,
     fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only the example's batch size.")] = False,
@@ -53,14 +54,10 @@ def export(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a model as ONNX, pruned first where a plan or a ratio is given, and compare the file with PyTorch."""
-    if plan is not None and ratio is not None:
-        raise typer.BadParameter("give --plan or --ratio, not both", param_hint="--ratio")
+    """Write a model as ONNX, pruned where --pruned, --plan or --ratio says so, and compare the file with PyTorch."""
+    if sum(option is not None for option in (plan, ratio, pruned)) > 1:
+        raise typer.BadParameter("give only one of --pruned, --plan and --ratio", param_hint="--ratio")
     pruning = plan is not None or ratio is not None
-    if pruned_weights is not None and not pruning:
-        raise typer.BadParameter(
-            "needs --plan or --ratio; use --weights for the whole model", param_hint="--pruned-weights"
-        )
     wanted = parse_ratio(ratio) if ratio is not None else None
     with working(3 if pruning else 2) as work:
         work.step("building the model")
@@ -68,6 +65,8 @@ def export(
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)
         exported, decided, proof = loaded.model, None, None
+        if pruned is not None:
+            exported = load(pruned, loaded.model)
         if pruning:
             work.step("pruning")
             decided = (
@@ -75,8 +74,6 @@ def export(
             )
             exported = decided.apply(loaded.model)
             proof = proof_of(loaded, exported, decided, example) if verify_it else None
-            if pruned_weights is not None:
-                load_weights(exported, pruned_weights)
         work.step("exporting and comparing" if check else "exporting")
         report = export_onnx(
             exported,

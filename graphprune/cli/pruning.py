@@ -9,7 +9,8 @@ import typer
 
 from ..counting import count
 from ..engine import plan as make_plan
-from ..factories import load_factory, save_weights
+from ..factories import load_factory
+from ..storage import save
 from ..terminal import (
     CriterionOption,
     FoldOption,
@@ -56,7 +57,7 @@ def prune(
     verify_it: VerifyOption = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Prune a model, prove it, and write the plan (JSON) and the pruned weights (safetensors)."""
+    """Prune a model, prove it, and write the plan (JSON) and the pruned model (safetensors)."""
     wanted = parse_ratio(ratio)
     kinds = granularity or ["auto"]
     with working(6) as work:
@@ -89,7 +90,7 @@ def prune(
         if any(tensor.is_meta for tensor in small.state_dict().values()):
             files["weights"] = None
         else:
-            save_weights(small, f"{output}.safetensors")
+            save(small, f"{output}.safetensors")
         decided.save(f"{output}.plan.json")
     data = {
         "model": model,

@@ -9,9 +9,10 @@ import typer
 
 from ..allocation import Budget
 from ..errors import GraphPruneError
-from ..factories import load_data, load_factory, save_weights
+from ..factories import load_data, load_factory
 from ..pipelines import PipelineResult, pipeline
 from ..report.files import check_target
+from ..storage import save
 from ..terminal import JsonOption, ModelArgument, SeedOption, ShapeOption, WeightsOption, parse_options, show, working
 
 _TRAINING = "Training"
@@ -130,7 +131,7 @@ def _written(done: PipelineResult, output: Path, reports: list[Path]) -> list[st
     if not output.name:
         raise GraphPruneError(f"{str(output)!r} is no name for files")
     files = [f"{output}.safetensors", f"{output}.report.json"]
-    save_weights(done.model, files[0])
+    save(done.model, files[0])
     done.report.save(files[1])
     for number, plan in enumerate(done.plans, 1):
         files.append(f"{output}.plan.json" if len(done.plans) == 1 else f"{output}.{number}.plan.json")

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import GraphPruneError
 from ..report.files import check_target, move_into_place, workspace
+from ..wrappers import unwrapped
 from .arguments import FlatArguments, named_outputs
 from .capture import capture, inference_state, optimise, quiet, run_model
 from .initializers import Initializers, Removal, check_captured, check_file, planned_shapes
@@ -157,12 +158,10 @@ def export_onnx(
 
 
 def _check_arguments(model: nn.Module, opset: int | None, tolerance: float | None) -> nn.Module:
-    """The module to export: `model` itself, or the one inside `torch.compile`'s wrapper."""
+    """The module to export: `model` itself, or the one inside `torch.compile`'s or a data-parallel wrapper."""
     if not isinstance(model, nn.Module):
         raise GraphPruneError(f"expected a torch.nn.Module to export, got {type(model).__name__}")
-    inner = getattr(model, "_orig_mod", None)
-    if isinstance(inner, nn.Module):
-        model = inner
+    model = unwrapped(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise GraphPruneError(f"{name!r} is on the meta device and has no values; load the weights first")

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..calibration import CalibrationData
 from ..errors import GraphPruneError
-from ..plans import Plan
+from ..plans import Plan, folding
 from ..surgery import apply_folds
 from ..tracing.example import ExampleInput
 from .batchnorm import reestimate
@@ -87,7 +87,7 @@ def recover(
         if method == "batchnorm":
             small = dataclasses.replace(plan, folds=()).apply(model)
             reestimate(small, batches)
-            return Recovery(apply_folds(small, plan.folds), ())
+            return Recovery(folding(small, plan.folds).apply(small), ())
         small = plan.apply(model)
         dense = apply_folds(model, plan.folds)  # a copy, also without folds
         refit = Refit(dense, small, plan, example, batches, float(ridge), every_layer, progress)

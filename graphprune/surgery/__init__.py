@@ -1,17 +1,18 @@
 """Cut tensors, set attributes, fold batch norms: always on a copy."""
 
+from .attributes import attribute_at
 from .copying import clone_with
 from .cutting import operate
-from .folding import Fold, apply_folds, effective_folds, find_folds, fold_conv_bn, fold_names, folded_tensors
+from .folding import Fold, apply_folds, effective_folds, find_folds, fold_names, folded_tensors
 from .layers import remove_layers
 
 __all__ = [
     "Fold",
     "apply_folds",
+    "attribute_at",
     "clone_with",
     "effective_folds",
     "find_folds",
-    "fold_conv_bn",
     "fold_names",
     "folded_tensors",
     "operate",

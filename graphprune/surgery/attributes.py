@@ -14,6 +14,20 @@ from ..modules.attention import MultiheadAttention, scale_of
 from ..modules.recurrent import Recurrent
 
 
+def attribute_at(model: nn.Module, module: str, name: str, key: tuple[int | str, ...]) -> int:
+    """`model.<module>.<name>[key...]`. Raises GraphPruneError where there is no such integer."""
+    try:
+        found: Any = model.get_submodule(module).__dict__[name]
+        for step in key:
+            found = found[step]
+    except (AttributeError, KeyError, IndexError, TypeError):
+        found = None
+    if type(found) is not int:
+        where = (f"{module}.{name}" if module else name) + "".join(f"[{k!r}]" for k in key)
+        raise GraphPruneError(f"the plan sets {where}, which is no number in this model")
+    return found
+
+
 def set_attribute(model: nn.Module, module: str, name: str, key: tuple[int | str, ...], value: int) -> None:
     """`model.<module>.<name>[key...] = value`; tuples are rebuilt."""
     try:

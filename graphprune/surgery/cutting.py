@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..dependency.temperature import Rescale
 from ..errors import GraphPruneError
+from ..history import carry
 from ..modules import replacement_of
 from ..tracing.names import all_modules, named_tensors
 from .attributes import refresh, set_attribute
@@ -88,6 +89,7 @@ def with_free_widths(model: nn.Module, touched: Iterable[str]) -> nn.Module:
     for path in {name.rpartition(".")[0] for name in touched}:
         new = replacement_of(modules[path]) if path in modules else None
         if new is not None:
+            carry(modules[path], new)
             made[id(modules[path])] = new
     for parent in modules.values() if made else ():
         for name, child in parent._modules.items():

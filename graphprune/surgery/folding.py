@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..tracing.names import all_modules, operator_name
-from ..tracing.trace import Trace, record_run
+from ..tracing.trace import Trace
 from .copying import clone_with
 
 _BATCH_NORMS = {
@@ -175,19 +175,6 @@ def fold_names(fold: Fold) -> tuple[str, str]:
     """The names of the layer's weight and bias."""
     prefix = f"{fold.layer}." if fold.layer else ""
     return prefix + "weight", prefix + "bias"
-
-
-def fold_conv_bn(model: nn.Module, example_input: Any) -> nn.Module:
-    """A copy of `model` with every foldable batch norm merged into the layer before it and replaced by nn.Identity.
-
-    Decided by the data flow of one recorded run, not by module order: only where a convolution (plain, transposed,
-    grouped, depthwise) or linear layer feeds that batch norm alone, and the batch norm is a plain one: no class with an
-    activation of its own, no hooks. Uses the running statistics, so the result equals the original in eval mode. A
-    layer without bias gets one.
-
-    Raises GraphPruneError when the model fails on the example input.
-    """
-    return apply_folds(model, find_folds(model, record_run(model, example_input)))
 
 
 def apply_folds(model: nn.Module, folds: Sequence[Fold]) -> nn.Module:
