@@ -16,6 +16,7 @@ from .diagnosis import Advice, Blocker, Doctor, Prunable, advise, doctor
 from .engine import plan, prune
 from .errors import GraphPruneError
 from .folding import fold_conv_bn
+from .gradual import prune_gradually
 from .importance import criterion
 from .kernels import plan_kernels, shrink_kernels
 from .pipelines import PipelineResult, pipeline
@@ -65,6 +66,7 @@ __all__ = [
     "plan",
     "plan_kernels",
     "prune",
+    "prune_gradually",
     "recover",
     "report",
     "rule",
