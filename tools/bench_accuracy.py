@@ -132,28 +132,30 @@ def task(name: str, images: int, held_out: bool) -> Task:
     return cifar(name, images, held_out)
 
 
-def torch_pruning_result(made: Task, speedup: float, importance: Any) -> tuple[nn.Module, float]:
-    """Torch-Pruning at the ratio that just reaches the speed-up, found by bisection."""
+def torch_pruning_result(made: Task, ratio: float, importance: Any) -> nn.Module:
+    """Torch-Pruning at this uniform ratio."""
+    model = copy.deepcopy(made.model)
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    held = [m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and made.held(n)]
+    kept = [*linear[-1:], *held]
+    torch_pruning.pruner.BasePruner(
+        model, made.example, importance=importance, pruning_ratio=ratio, ignored_layers=kept, global_pruning=False
+    ).step()
+    return model
+
+
+def torch_pruning_ratio(made: Task, speedup: float) -> float:
+    """The least uniform ratio that reaches the speed-up, by bisection; widths are the same for every criterion."""
     dense = graphprune.count(made.model, made.example).macs
-    low, high, best = 0.0, 0.95, None
-    for _ in range(12):
-        ratio = (low + high) / 2
-        model = copy.deepcopy(made.model)
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        held = [m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and made.held(n)]
-        kept = [*linear[-1:], *held]
-        pruner = torch_pruning.pruner.BasePruner(
-            model, made.example, importance=importance, pruning_ratio=ratio, ignored_layers=kept, global_pruning=False
-        )
-        pruner.step()
-        macs = graphprune.count(model, made.example).macs
-        if macs <= dense / speedup:
-            best, high = (model, dense / macs), ratio
-        else:
-            low = ratio
-    if best is None:
-        raise RuntimeError("the speed-up was not reached")
-    return best
+    low, high = 0.0, 0.95
+    for step in range(11):
+        ratio = (low + high) / 2 if step else high
+        small = torch_pruning_result(made, ratio, _importances()["L2"])
+        reached = graphprune.count(small, made.example).macs <= dense / speedup
+        if not step and not reached:
+            raise RuntimeError("the speed-up was not reached")
+        low, high = (low, ratio) if reached else (ratio, high)
+    return high
 
 
 def _importances() -> dict[str, Any]:
@@ -183,10 +185,10 @@ def measure_model(name: str, made: Task, speedup: float, only: str | None, metho
         print(rows[-1], flush=True)
 
     if only != "ours":
+        ratio = torch_pruning_ratio(made, speedup)
         for label, importance in _importances().items():
             try:
-                model, _ = torch_pruning_result(made, speedup, importance)
-                row(f"Torch-Pruning, {label}", model, 0)
+                row(f"Torch-Pruning, {label}", torch_pruning_result(made, ratio, importance), 0)
             except Exception as error:
                 print(f"Torch-Pruning {label} on {name}: {type(error).__name__}: {error}", flush=True)
     if only == "peers":

@@ -1,0 +1,168 @@
+"""Accuracy after pruning and a short training, next to Torch-Pruning's network with the same training.
+
+    python -m tools.bench_finetune --speedups 2 2.55 --epochs 3
+
+CIFAR-10 ResNet-56. Ours: "reconstruction" and least squares on training images, batch norms kept. Theirs: the uniform
+ratio that reaches the same multiply-accumulates, with the criterion that does best without training. Both are then
+trained by the same `graphprune.finetune` call: the same images in the same order, optimizer, schedule and teacher.
+Reads the shared networks and data as `tools.bench_accuracy` does; writes docs/finetune.md and docs/finetune.json.
+`--held-out 4000` keeps the last training images out, measures on them and writes nothing: for choosing the options.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import graphprune
+
+from .bench_accuracy import (
+    DOCS,
+    Task,
+    _importances,
+    _peer_version,
+    _write,
+    loaders,
+    task,
+    torch_pruning_ratio,
+    torch_pruning_result,
+)
+
+CHANNELS_LAST = torch.channels_last
+
+
+class Augmented:
+    """Batches in a random order, each image shifted by up to four pixels and mirrored half of the time."""
+
+    def __init__(self, x: Tensor, y: Tensor, batch: int) -> None:
+        self.x, self.y, self.batch = F.pad(x, (4, 4, 4, 4)), y, batch
+
+    def __len__(self) -> int:
+        return len(self.y) // self.batch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.y))
+        for chosen in order[: len(self) * self.batch].split(self.batch):
+            yield self._varied(self.x[chosen]), self.y[chosen]
+
+    def _varied(self, x: Tensor) -> Tensor:
+        n = len(x)
+        columns = torch.arange(32)
+        top, left = torch.randint(0, 9, (2, n, 1))
+        across = left + torch.where(torch.rand(n, 1) < 0.5, columns, columns.flip(0))
+        rows, samples = top + columns, torch.arange(n)
+        picked = x.movedim(1, -1)[samples[:, None, None], rows[:, :, None], across[:, None, :]]
+        return picked.movedim(-1, 1).contiguous(memory_format=CHANNELS_LAST)
+
+
+def ours(made: Task, speedup: float) -> tuple[nn.Module, str]:
+    budget = graphprune.Budget(macs=1 / speedup)
+    chosen: dict[str, Any] = {"criterion": "reconstruction", "data": made.data[: made.selection], "fold_bn": False}
+    plan = graphprune.plan(made.model, made.example, budget=budget, **chosen)
+    return graphprune.recover(made.model, plan, made.example, made.data).model, "reconstruction + least_squares"
+
+
+def theirs(made: Task, speedup: float, criterion: str) -> tuple[nn.Module, str]:
+    ratio = torch_pruning_ratio(made, speedup)
+    return torch_pruning_result(made, ratio, _importances()[criterion]), f"Torch-Pruning, {criterion}"
+
+
+def measure(side: str, speedup: float, options: argparse.Namespace) -> dict[str, Any]:
+    """One row: prune, measure, train, measure."""
+    made = task("resnet56", 1500, False)
+    made.selection = 2
+    x, y = loaders().cifar10("train", limit=options.images)
+    if options.held_out:
+        tested, x, y = (x[-options.held_out :], y[-options.held_out :]), x[: -options.held_out], y[: -options.held_out]
+        made.measure = lambda net: float(loaders().top1(net, *tested))
+    start = time.perf_counter()
+    model, method = ours(made, speedup) if side == "ours" else theirs(made, speedup, options.peer_criterion)
+    pruned = time.perf_counter() - start
+    before = made.measure(model)
+    print(f"{method} {speedup:g}x: {before:.2f} before training, {pruned:.0f} s", flush=True)
+    done = graphprune.finetune(
+        model.to(memory_format=CHANNELS_LAST),
+        Augmented(x, y, options.batch),
+        epochs=options.epochs,
+        lr=options.lr,
+        amp=True,
+        teacher=made.model.to(memory_format=CHANNELS_LAST),
+        distillation=graphprune.Distillation(temperature=options.temperature, weight=options.weight),
+        checkpoint=options.checkpoint and f"{options.checkpoint}-{side}-{speedup:g}.safetensors",
+        on_epoch=lambda epoch, _: print(epoch, flush=True),
+    )
+    dense, small = (graphprune.count(net, made.example).macs for net in (made.model, done.model))
+    seconds = round(sum(e.seconds for e in done.history))
+    return {
+        "method": method, "speedup": speedup, "reached": round(dense / small, 3), "before": round(before, 2),
+        "after": round(made.measure(done.model), 2), "seconds": seconds,
+    }  # fmt: skip
+
+
+HEADER = """# Accuracy after a short training
+
+CIFAR-10 ResNet-56 (dense {dense:.2f} % on the whole test set), pruned to a budget of multiply-accumulates and trained
+for {epochs} epochs on the training images: top-1 before and after. Both sides get the same call of
+`graphprune.finetune` (batch {batch}, SGD with Nesterov momentum, peak rate {lr:g}, cosine; mirrored and shifted
+images; distillation from the dense network, temperature {temperature:g}, weight {weight:g}; bfloat16 where autocast
+allows). Torch-Pruning: its best criterion before training.
+
+Written by `python -m tools.bench_finetune` ({machine}; {versions}). Seconds: the training, on a machine shared with
+other work.
+
+| method | MACs | before | after | seconds |
+| --- | ---: | ---: | ---: | ---: |
+"""
+
+
+def page(rows: list[dict[str, Any]], options: dict[str, Any]) -> str:
+    machine = f"{os.cpu_count()} cores, CPU, {torch.get_num_threads()} thread"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, Torch-Pruning {_peer_version()}"
+    lines = [
+        f"| {r['method']} | {r['reached']:.2f}x | {r['before']:.2f} | {r['after']:.2f} | {r['seconds']} |"
+        for r in sorted(rows, key=lambda r: (r["speedup"], r["after"]))
+    ]
+    return HEADER.format(machine=machine, versions=versions, **options) + "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--speedups", nargs="+", type=float, default=[2.0, 2.55])
+    parser.add_argument("--sides", nargs="+", choices=["ours", "peers"], default=["ours", "peers"])
+    parser.add_argument("--peer-criterion", default="L1", help="Torch-Pruning's criterion")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=0.01)
+    parser.add_argument("--temperature", type=float, default=4.0)
+    parser.add_argument("--weight", type=float, default=0.9, help="of the teacher in the loss")
+    parser.add_argument("--images", type=int, default=50000, help="training images")
+    parser.add_argument("--held-out", type=int, default=0, help="measure on this many training images left out")
+    parser.add_argument("--checkpoint", help="beginning of the names of files that a stopped run goes on from")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    target = Path(DOCS / "finetune.json")
+    about = {k: getattr(options, k) for k in ("epochs", "batch", "lr", "temperature", "weight")} | {"dense": 93.39}
+    for speedup in options.speedups:
+        for side in options.sides:
+            row = measure(side, speedup, options)
+            print(row, flush=True)
+            if options.held_out:
+                continue
+            rows = json.loads(target.read_text()) if target.is_file() else []
+            rows = [r for r in rows if (r["method"], r["speedup"]) != (row["method"], speedup)] + [row]
+            _write(target, json.dumps(rows, indent=1))
+            _write(DOCS / "finetune.md", page(rows, about))
+
+
+if __name__ == "__main__":
+    main()
