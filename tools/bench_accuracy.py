@@ -256,7 +256,6 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     target = DOCS / "accuracy.json"
-    rows: list[dict[str, Any]] = json.loads(target.read_text()) if target.is_file() else []
     for name in options.models:
         made = task(name, options.images, options.held_out)
         images = sum(len(d["input_ids"]) if isinstance(d, dict) else len(d) for d in made.data)
@@ -270,6 +269,7 @@ def main() -> None:
             dense = dense or round(made.measure(made.model), 2)
             for r in new:
                 r.update(dense=dense, images=images, selection=min(options.select_images or images, images))
+            rows: list[dict[str, Any]] = json.loads(target.read_text()) if target.is_file() else []
             keys = {(r["model"], r["speedup"], r["method"]) for r in new}
             rows = [r for r in rows if (r["model"], r["speedup"], r["method"]) not in keys] + new
             _write(target, json.dumps(rows, indent=1))
