@@ -12,11 +12,11 @@ from .allocation.selection import check_ratio
 from .counting import count
 from .engine import Criterionlike, plan
 from .errors import GraphPruneError
+from .folding import fold_conv_bn
 from .plans import Plan
 from .recovery import check_method, recover
 from .sparsity.scheduler import Channels
 from .sparsity.schedules import schedule as make_schedule
-from .surgery import fold_conv_bn
 from .tracing.names import all_modules
 from .verification import verify as run_verification
 
