@@ -258,7 +258,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     torch.ops.torchvision.deform_conv2d: _deformable,
     aten.native_layer_norm: _layer_norm,
     aten.native_group_norm: _group_norm,
-    aten._fused_rms_norm: _rms_norm,
     aten._softmax: _softmax,
     aten._log_softmax: _softmax,
     aten._safe_softmax: _softmax,
@@ -280,3 +279,6 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.cumprod: _cumulative,
     aten._weight_norm_interface: _weight_norm,
 }
+# Newer than the oldest torch supported, where the norm is recorded as its parts.
+if hasattr(aten, "_fused_rms_norm"):
+    _RULES[aten._fused_rms_norm] = _rms_norm

@@ -192,3 +192,14 @@ def test_random_chains(seed: int) -> None:
         p.numel() for b in plan.layers for p in model.get_submodule(b.module).parameters()
     )
     assert sum(p.numel() for p in small.parameters()) == rest
+
+
+def test_a_file_rebuilds_layers_kernels_and_channels(tmp_path: Path) -> None:
+    for name in ("stages", "decoder", "counted", "attributes"):
+        model, x, _ = networks()[name]
+        small = graphprune.prune(model, x, 0.5, granularity="layer")
+        if name in ("stages", "attributes"):
+            small = graphprune.prune(graphprune.shrink_kernels(small, x, 0.3), x, 0.4)
+        path = graphprune.save(small, tmp_path / f"{name}.safetensors")
+        again = graphprune.load(path, lambda model=model: type(model)()).eval()
+        assert torch.equal(again(x), small(x)), name
