@@ -8,6 +8,7 @@ graphprune.benchmark({"dense": model, "small": small}, example_input)
 from . import sparsity
 from ._version import __version__
 from .allocation import Budget
+from .configs import ConfigFit, fit_config
 from .counting import Count, LayerCount, count
 from .curves import Curve, Sensitivity, sensitivity
 from .dependency import DependencyGraph, Frozen, Group, Member, trace
@@ -31,6 +32,7 @@ __all__ = [
     "Advice",
     "Blocker",
     "Budget",
+    "ConfigFit",
     "Count",
     "Curve",
     "DependencyGraph",
@@ -60,6 +62,7 @@ __all__ = [
     "doctor",
     "export_onnx",
     "finetune",
+    "fit_config",
     "fold_conv_bn",
     "load",
     "pipeline",

@@ -1,0 +1,211 @@
+"""Pruned models that come back from `from_pretrained`, and those that no configuration can express."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+import graphprune
+from graphprune import GraphPruneError
+from tests import oracles
+
+
+class Config:
+    """What Hugging Face's configurations are to us: an object with plain attributes, shared by all modules."""
+
+    def __init__(self, **options: Any) -> None:
+        self.hidden, self.heads, self.head_dim, self.inner, self.layers = 16, 4, 4, 20, 2
+        self.vocabulary, self.scale_by_width, self.position_width = 11, False, None
+        vars(self).update(options)
+
+
+class Attention(nn.Module):
+    """Keeps the features of a head, not how many heads there are."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config, self.head_dim = config, config.head_dim
+        self.qkv = nn.ModuleList(nn.Linear(config.hidden, config.heads * config.head_dim) for _ in range(3))
+        self.out = nn.Linear(config.heads * config.head_dim, config.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in self.qkv)
+        y: Tensor = (q @ k.transpose(-1, -2) * self.head_dim**-0.5).softmax(-1) @ v
+        out: Tensor = self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+class Layer(nn.Module):
+    """Attention, then two layers with a width of their own."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention, self.norm = Attention(config), nn.LayerNorm(config.hidden)
+        self.up, self.down = nn.Linear(config.hidden, config.inner), nn.Linear(config.inner, config.hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm(x))
+        out: Tensor = x + self.down(self.up(x).relu())
+        return out
+
+
+class Model(nn.Module):
+    """A small language model with `save_pretrained` and `from_pretrained`."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.table = nn.Embedding(config.vocabulary, config.hidden)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.head = nn.Linear(config.hidden, config.vocabulary)
+        self.positions = nn.Linear(1, config.position_width or 2 * config.hidden)
+        self.mixed = nn.Linear(config.position_width or 2 * config.hidden, config.hidden)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        if self.config.scale_by_width:
+            x = x * self.config.hidden**0.5
+        place = torch.arange(tokens.shape[1], dtype=x.dtype)[:, None]
+        x = x + self.mixed(self.positions(place).tanh())
+        for layer in self.layers:
+            x = layer(x)
+        out: Tensor = self.head(x)
+        return out
+
+    def save_pretrained(self, folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(vars(self.config)))
+        safetensors.torch.save_file(self.state_dict(), folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path) -> Model:
+        made = cls(Config(**json.loads((folder / "config.json").read_text())))
+        made.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
+        return made
+
+
+TOKENS = torch.randint(0, 11, (2, 5), generator=torch.Generator().manual_seed(0))
+
+
+def made(**options: Any) -> Model:
+    torch.manual_seed(0)
+    return Model(Config(**options)).eval()
+
+
+@pytest.mark.parametrize(
+    ("granularity", "changed"),
+    [
+        ("mlp", {"inner", "position_width"}),
+        ("heads", {"heads"}),
+        (("heads", "mlp"), {"heads", "inner", "position_width"}),
+        (("embedding",), {"hidden", "position_width"}),
+        ("auto", {"hidden", "heads", "inner"}),
+    ],
+)
+def test_uniform_widths_go_into_the_configuration(granularity: Any, changed: set[str], tmp_path: Path) -> None:
+    model = made()
+    before = copy.deepcopy(vars(model.config))
+    small = graphprune.prune(model, TOKENS, 0.5, granularity=granularity)
+    fit = graphprune.fit_config(small, TOKENS)
+    assert fit and {name for name, (old, new) in fit.changes.items() if old != new} == changed, str(fit)
+    assert vars(model.config) == before, "the dense model's configuration was touched"
+    assert small.layers[0].attention.config is small.config
+    small.save_pretrained(tmp_path)
+    found = Model.from_pretrained(tmp_path).eval()
+    assert oracles.relative_error(found(TOKENS), small(TOKENS)) == 0
+    assert not graphprune.fit_config(small, TOKENS).changes, "a second time there is nothing to change"
+
+
+def test_what_no_configuration_can_say() -> None:
+    heads: dict[str, float] = {"layers.0.*": 0.25, "layers.1.*": 0.5}
+    for options, arguments, reason in (
+        ({}, {"ratio": heads}, "at once|has shape"),
+        ({"scale_by_width": True}, {"ratio": 0.5, "granularity": "embedding"}, "computes something else"),
+        ({}, {"ratio": 0.5, "output": "graph"}, "became a graph"),
+    ):
+        model = made(**options)
+        small = graphprune.prune(model, TOKENS, **arguments)
+        before, values = dict(vars(small.config)), small(TOKENS)
+        fit = graphprune.fit_config(small, TOKENS)
+        assert not fit and not fit.changes
+        assert re.search(reason, fit.reason), fit.reason
+        assert vars(small.config) == before and torch.equal(small(TOKENS), values)
+
+
+def test_models_without_a_configuration() -> None:
+    with pytest.raises(GraphPruneError, match="has no configuration object"):
+        graphprune.fit_config(nn.Linear(2, 2), torch.randn(1, 2))
+    model = made()
+    del model.config.inner
+    with pytest.raises(GraphPruneError, match=r"Model\(config\) failed"):
+        graphprune.fit_config(model, TOKENS)
+
+
+def _tiny(name: str, config: str, **options: Any) -> Callable[[], tuple[Any, Any]]:
+    small = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "max_position_embeddings": 64}  # fmt: skip
+
+    def build() -> tuple[Any, Any]:
+        transformers = pytest.importorskip("transformers")
+        torch.manual_seed(0)
+        taken = {k: v for k, v in {**small, **options}.items() if v is not None}
+        model = getattr(transformers, name)(getattr(transformers, config)(**taken)).eval()
+        tokens = torch.randint(3, 96, (2, 9))
+        if name.startswith("ViT"):
+            return model, {"pixel_values": torch.randn(2, 3, 32, 32)}
+        if name.startswith("Whisper"):
+            return model, {"input_features": torch.randn(2, 10, 32), "decoder_input_ids": tokens}
+        return model, {"input_ids": tokens, **({"decoder_input_ids": tokens} if name.startswith("T5") else {})}
+
+    return build
+
+
+SIDES = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "encoder_ffn_dim": 48,
+         "decoder_attention_heads": 4, "decoder_ffn_dim": 48}  # fmt: skip
+HUGGING_FACE: dict[str, tuple[Callable[[], tuple[Any, Any]], Any, set[str]]] = {
+    "llama": (_tiny("LlamaForCausalLM", "LlamaConfig", num_key_value_heads=2), "auto",
+              {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"}),
+    "qwen2": (_tiny("Qwen2ForCausalLM", "Qwen2Config", num_key_value_heads=2), "auto",
+              {"hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"}),
+    "qwen3": (_tiny("Qwen3ForCausalLM", "Qwen3Config", num_key_value_heads=2, head_dim=8), ("heads", "mlp"),
+              {"intermediate_size", "num_attention_heads", "num_key_value_heads"}),
+    "gpt2": (_tiny("GPT2LMHeadModel", "GPT2Config", n_embd=32, n_layer=2, n_head=4, n_positions=64), "auto",
+             {"n_embd", "n_head"}),
+    "gpt_neox": (_tiny("GPTNeoXForCausalLM", "GPTNeoXConfig"), "auto",
+                 {"hidden_size", "intermediate_size", "num_attention_heads"}),
+    "bert": (_tiny("BertForSequenceClassification", "BertConfig"), "auto",
+             {"hidden_size", "intermediate_size", "num_attention_heads"}),
+    "distilbert": (_tiny("DistilBertForSequenceClassification", "DistilBertConfig", dim=32, hidden_dim=48, n_layers=2,
+                         n_heads=4), "auto", {"dim", "hidden_dim", "n_heads"}),
+    "vit": (_tiny("ViTForImageClassification", "ViTConfig", image_size=32, patch_size=8, vocab_size=None), "auto",
+            {"hidden_size", "intermediate_size", "num_attention_heads"}),
+    "t5": (_tiny("T5ForConditionalGeneration", "T5Config", d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                 hidden_size=None, num_hidden_layers=None, num_attention_heads=None), "auto", {"num_heads", "d_ff"}),
+    "whisper": (_tiny("WhisperForConditionalGeneration", "WhisperConfig", num_mel_bins=10, max_source_positions=16,
+                      max_target_positions=20, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+                      decoder_start_token_id=1, hidden_size=None, num_hidden_layers=None, num_attention_heads=None,
+                      **SIDES), "mlp", {"encoder_ffn_dim", "decoder_ffn_dim"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUGGING_FACE)
+def test_hugging_face_models_come_back(name: str, tmp_path: Path) -> None:
+    build, granularity, changed = HUGGING_FACE[name]
+    model, example = build()
+    before = model.config.to_dict()
+    small = graphprune.prune(model, example, 0.5, granularity=granularity)
+    fit = graphprune.fit_config(small, example)
+    assert fit and {n for n, (old, new) in fit.changes.items() if old != new} == changed, str(fit)
+    assert model.config.to_dict() == before
+    small.save_pretrained(tmp_path)
+    found = type(model).from_pretrained(tmp_path).eval()
+    assert sum(p.numel() for p in found.parameters()) < 0.9 * sum(p.numel() for p in model.parameters())
+    assert oracles.relative_error(found(**example), small(**example)) == 0
