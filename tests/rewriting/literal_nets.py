@@ -58,6 +58,8 @@ images("grouped", lambda m, y: F.conv2d(y, m.taps.weight, None, 1, 1, 1, 16),
 images("layer_norm", lambda m, y: F.layer_norm(y.movedim(1, -1), (16,), m.norm.weight, m.norm.bias).movedim(-1, 1),
        norm=lambda: nn.LayerNorm(16))  # fmt: skip
 images("group_norm", lambda m, y: F.group_norm(y, 16, m.norm.weight, m.norm.bias), norm=lambda: nn.GroupNorm(16, 16))
+images("zeros", lambda m, y: torch.zeros(y.shape[0], 16, *y.shape[2:]) + y.tanh())
+images("ones", lambda m, y: y * torch.ones((1, 16, 1, 1)) + y.new_full((16, 1, 1), 0.5))
 images("shuffle", lambda m, y: y.view(y.shape[0], 4, 4, y.shape[2], y.shape[3]).transpose(1, 2).reshape(
     y.shape[0], 16, y.shape[2], y.shape[3]))  # fmt: skip
 images("in_place", lambda m, y: y.clone().view(-1, 16, y.shape[2], y.shape[3]).mul_(2).add_(1).relu_())

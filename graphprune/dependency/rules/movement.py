@@ -43,7 +43,7 @@ def created(context: NodeContext) -> Result:
         for axis, expr in enumerate(sizes.values):
             if isinstance(expr, TensorSize):
                 axes[axis] = context.state(expr.node).axis(expr.axis)
-            elif expr is not None and not isinstance(expr, Literal):
+            elif expr is not None and (alike or not isinstance(expr, Literal)):
                 axes[axis] = context.fresh(axis) if alike else {}
                 context.require(expr, axes[axis], context.shape[axis], "the size of a new tensor")
     return State(context.shape, axes)
