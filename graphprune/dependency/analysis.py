@@ -7,6 +7,7 @@ import heapq
 import operator
 
 import numpy as np
+import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import fx
@@ -25,6 +26,11 @@ from .state import Refine, State, Vector
 # Every pass factors at least one Dim; networks need 1 to 5 passes. Past the limit, what still asks is frozen.
 _MAX_PASSES = 60
 _MAX_OWN = 8
+_ZERO_POINTS = {
+    "fake_quantize_per_channel_affine": 2, "fake_quantize_per_channel_affine_cachemask": 2,
+    "quantize_per_channel": 2, "_fused_moving_avg_obs_fq_helper": 6,
+}  # fmt: skip
+_READS_A_NUMBER = ("_local_scalar_dense", "item", "is_nonzero")
 
 
 @dataclasses.dataclass
@@ -136,8 +142,28 @@ def analyse(trace: Trace) -> Analysis:
                 reason = Reason("factoring", "the factors of its operands never settled", node)
                 for dim in {d for n in (node, *node.all_input_nodes) for s in _states(env.get(n)) for d in s.dims()}:
                     analysis.extra_freezes.append((dims.positions(dim), reason))
+    _hold_plain_numbers(analysis, nodes)
     analysis.connect()
     return analysis
+
+
+def _hold_plain_numbers(analysis: Analysis, nodes: list[fx.Node]) -> None:
+    """`y * float(y.mean())`: a number that the code reads out of a tensor is lost sight of. It must stay what it is, so
+    nothing may go that a mean, a norm or a softmax on the way to it runs over."""
+    for node in nodes:
+        meta = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
+        if operator_name(node) not in _READS_A_NUMBER or not getattr(meta, "dtype", torch.bool).is_floating_point:
+            continue
+        seen, todo = set[fx.Node](), [node]
+        while todo:
+            for source in todo.pop().all_input_nodes:
+                if source not in seen:
+                    seen.add(source)
+                    todo.append(source)
+        found = [p for n in nodes if n in seen for p in analysis.effects[n].statistics]
+        if found:
+            reason = Reason("values", "a number that the code reads from a tensor depends on all of them", node)
+            analysis.extra_freezes.append((np.unique(np.concatenate(found)), reason))
 
 
 def _states(value: Result) -> list[State]:
@@ -242,10 +268,18 @@ def _visit(node: fx.Node, analysis: Analysis, kernels: set[fx.Node]) -> None:
     analysis.effects[node] = context.effects
 
 
+def _zero_point(node: fx.Node) -> bool:
+    """Integers, one per channel, that go where their channels go."""
+    return bool(node.users) and all(
+        user.args[at] is node if (at := _ZERO_POINTS.get(operator_name(user))) is not None else False
+        for user in node.users
+    )
+
+
 def _parameter(node: fx.Node, dims: DimTable, kernel: bool) -> State:
     meta: TensorMeta = node.meta["val"]
     name = node.meta.get("parameter")
-    if name is None or not (meta.dtype.is_floating_point or meta.dtype.is_complex):
+    if name is None or not (meta.dtype.is_floating_point or meta.dtype.is_complex or _zero_point(node)):
         return State(meta.shape)
     axes = {}
     for axis, length in enumerate(meta.shape):

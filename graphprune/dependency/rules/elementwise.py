@@ -127,3 +127,23 @@ def per_channel(context: NodeContext) -> Result:
         context.tie(x.axis(axis), other.axis(0), x.shape[axis], "scale of a channel that cannot be removed")
     out = State(x.shape, x.axes)
     return [out, out] if isinstance(context.node.meta["val"], tuple) else out
+
+
+@rule("_fake_quantize_per_tensor_affine_cachemask_tensor_qparams", "fake_quantize_per_tensor_affine_cachemask")
+def per_tensor(context: NodeContext) -> Result:
+    x = context.state(context.arg(0))
+    out = State(x.shape, x.axes)
+    return [out, out]
+
+
+@rule("_fused_moving_avg_obs_fq_helper")
+def observed(context: NodeContext) -> Result:
+    """Quantisation-aware training: ranges, scales and zero points of the channels follow them."""
+    x = context.state(context.arg(0))
+    if context.arg(11, "per_row_fake_quant", False):
+        axis = int(context.arg(10, "ch_axis"))
+        for position in range(3, 7):
+            other = context.state(context.arg(position))
+            context.tie(x.axis(axis), other.axis(0), x.shape[axis], "scale of a channel that cannot be removed")
+    out = State(x.shape, x.axes)
+    return [out, out]
