@@ -45,7 +45,7 @@ def run_pipeline(
         typer.Option(help="Instead: fraction of the MACs that may stay (channels, at once).", rich_help_panel=_PRUNING),
     ] = None,
     method: Annotated[
-        str, typer.Option(help="channels, magnitude or gradient.", rich_help_panel=_PRUNING)
+        str, typer.Option(help="channels, layers, magnitude or gradient.", rich_help_panel=_PRUNING)
     ] = "channels",
     schedule: Annotated[
         str,

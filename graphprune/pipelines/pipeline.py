@@ -95,7 +95,7 @@ def pipeline(
 
     - `data`: training batches (inputs, targets), as for `finetune`. `sparsity`: the fraction to remove, in [0, 1),
       default 0.5; or a `budget` (structured, at once).
-    - `method`: "channels" (structured, through `graphprune.plan`), "magnitude" or "gradient" (masks, see
+    - `method`: "channels" or "layers" (structured, through `graphprune.plan`), "magnitude" or "gradient" (masks, see
       `graphprune.sparsity`), or your own function (model, sparsity) -> model. `options`: further arguments of it, such
       as {"criterion": "taylor", "ignore": ["fc"]} for channels or {"scope": "layer"} for masks.
     - `schedule`: "one-shot" (default): everything before the first epoch of fine-tuning. "linear", "cubic",
@@ -120,6 +120,8 @@ def pipeline(
     """
     amount, gradual = _amount(sparsity, budget, schedule, prune_epochs)
     check_method(recover, data)
+    if method == "layers" and (recover is not None or gradual is not None):
+        raise GraphPruneError("method='layers' leaves layers out at once, and the others have nothing to recover")
     first = Training(train_epochs, optimizer, train_lr, momentum, weight_decay, warmup, clip, amp, seed)
     tuned = Training(finetune_epochs, optimizer, lr, momentum, weight_decay, warmup, clip, amp, seed)
     tuned = dataclasses.replace(tuned, epochs=finetune_epochs + (gradual or 0))

@@ -24,7 +24,7 @@ from ..sparsity.scheduler import Method
 from ..sparsity.weights import find_weights
 from ..verification import verify
 
-METHODS = ("channels", "magnitude", "gradient")
+METHODS = ("channels", "layers", "magnitude", "gradient")
 # Randomness of pruning steps is that of epochs which no training reaches.
 _STEP_SEEDS = 10**6
 
@@ -39,17 +39,18 @@ class PruningStep:
     score: float | None
 
 
-class Budgeted:
-    """A method that plans for a budget, whatever the sparsity asked for."""
+class Planned:
+    """A method that plans once: for a budget, whatever the sparsity asked for, or for that ratio."""
 
-    def __init__(self, example_input: Any, budget: Budget, options: Mapping[str, Any]) -> None:
+    def __init__(self, example_input: Any, budget: Budget | None, options: Mapping[str, Any]) -> None:
         self.example_input, self.budget, self.options = example_input, budget, dict(options)
         self.checked = bool(self.options.pop("verify", True))
         self.plan: Plan | None = None
 
     def __call__(self, model: nn.Module, sparsity: float) -> nn.Module:
-        """A smaller copy of the model that is within the budget."""
-        self.plan = make_plan(model, self.example_input, budget=self.budget, fold_bn=False, **self.options)
+        """A smaller copy of the model."""
+        ratio = None if self.budget is not None else sparsity
+        self.plan = make_plan(model, self.example_input, ratio, budget=self.budget, fold_bn=False, **self.options)
         small = self.plan.apply(model)
         if self.checked:
             verify(model, small, self.plan, self.example_input).raise_on_failure()
@@ -67,8 +68,8 @@ def method_of(
 ) -> Method:
     """A function (model, sparsity) -> model, from the public arguments. Raises GraphPruneError for what is none."""
     chosen = dict(options or {})
-    if method != "channels" and budget is not None:
-        raise GraphPruneError("budget: only method='channels' works towards one; give a sparsity instead")
+    if method not in ("channels", "layers") and budget is not None:
+        raise GraphPruneError("budget: only methods 'channels' and 'layers' work towards one; give a sparsity instead")
     if callable(method):
         if chosen:
             raise GraphPruneError("options: are those of a named method; build yours into the function")
@@ -82,8 +83,11 @@ def method_of(
                 chosen = {"loss_fn": loss_fn or default_loss, **chosen}
             chosen = {"seed": seed, **chosen}
             if budget is not None:
-                return Budgeted(example_input, budget, chosen)
+                return Planned(example_input, budget, chosen)
             return Channels(example_input, **chosen)
+        if method == "layers":
+            chosen = {"data": calibration, "loss_fn": loss_fn or default_loss, **chosen, "granularity": "layer"}
+            return Planned(example_input, budget, chosen)
         if method == "magnitude":
             return lambda model, sparsity: magnitude(model, sparsity, **chosen)
         if method == "gradient":
@@ -121,7 +125,8 @@ class GradualPruner:
     def prune(self, trainer: Trainer, epoch: int) -> float | None:
         """Bring the model to where the schedule wants it before this epoch; the score afterwards."""
         wanted = self.schedule(epoch + 1)
-        if wanted <= self._reached and not isinstance(self.method, Budgeted):
+        budgeted = isinstance(self.method, Planned) and self.method.budget is not None
+        if wanted <= self._reached and not budgeted:
             return None
         seed_epoch(self.seed, _STEP_SEEDS + epoch, self.data)
         old = trainer.model
@@ -141,7 +146,6 @@ class GradualPruner:
         trainer.prune(small, plan)
         self._reached = wanted
         score = None if self.evaluate is None else self.evaluate(trainer.model)
-        budgeted = isinstance(self.method, Budgeted)
         self.done.append(PruningStep(epoch + 1, None if budgeted else wanted, score))
         return score
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from ..errors import GraphPruneError
 from ..plans import Plan
 from ..surgery.cutting import cut_tensor
 from ..surgery.folding import fold_names
-from ..tracing.names import named_tensors
+from ..tracing.names import all_modules, named_tensors
 
 # Averages of gradients and of their squares, in torch's optimizers: where a parameter is multiplied by f, its
 # gradient is divided by f.
@@ -33,11 +33,11 @@ def carry_optimizer(
 ) -> tuple[str, ...]:
     """Make `optimizer`, which trains `model`, train `small = plan.apply(model)` and go on as if nothing had happened.
 
-    Every parameter is replaced by the one of the same name in `small`, in its parameter group with all options, and its
-    state (momentum, averages of gradients and squares) loses the slices that the parameter lost: what stays is, bit for
-    bit, what it was. State in another shape than the parameter's, or of a parameter that a batch norm was folded into,
-    has no such meaning; these parameters start anew, and their names are returned. Learning rate schedulers that
-    hold the optimizer go on working.
+    Every parameter is replaced by the one of the same name in `small` (of the layer that has moved up, where layers are
+    left out), in its parameter group with all options, and its state (momentum, averages of gradients and squares)
+    loses the slices that the parameter lost: what stays is, bit for bit, what it was. State in another shape than the
+    parameter's, or of a parameter that a batch norm was folded into, has no such meaning; these parameters start anew,
+    and their names are returned. Learning rate schedulers that hold the optimizer go on working.
 
     Raises GraphPruneError where the optimizer holds parameters that `model` has not, or where `small` was not made by
     `plan`; then nothing is changed.
@@ -47,7 +47,7 @@ def carry_optimizer(
     names: dict[int, list[str]] = defaultdict(list)
     for name, tensor in before.items():
         names[id(tensor)].append(name)
-    carried = _Carried(plan, after, {n for fold in plan.folds for n in fold_names(fold)})
+    carried = _Carried(plan, after, new_names(plan, model, before))
     groups: list[list[Tensor]] = []
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     restarted: list[str] = []
@@ -62,7 +62,7 @@ def carry_optimizer(
                 )
             for new in carried.successors(own):
                 members[id(new)] = new
-            found = next((after[n] for n in own if n in after), None)
+            found = carried.successor(own)
             if found is None or old not in optimizer.state:
                 continue
             new_state = carried.state(optimizer.state[old], old, found, own)
@@ -80,18 +80,50 @@ def carry_optimizer(
     return tuple(restarted)
 
 
+def new_names(plan: Plan, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """What parameters are called after the plan: the same, but for layers that move up; without those that go."""
+    if not plan.layers:
+        return {name: name for name in names}
+    modules = all_modules(model)
+    gone: dict[str, set[str]] = defaultdict(set)
+    for block in plan.layers:
+        owner, _, name = block.module.rpartition(".")
+        gone[owner].add(name)
+    listed = {block.module.rpartition(".")[0] for block in plan.layers if block.listed}
+    places: dict[str, dict[str, str]] = {}
+    for owner in listed:
+        items = list(modules[owner]._modules)
+        numbered = items == [str(i) for i in range(len(items))]
+        stay = [name for name in items if name not in gone[owner]]
+        places[owner] = {name: str(i) if numbered else name for i, name in enumerate(stay)}
+    out = {}
+    for name in names:
+        parts = name.split(".")
+        steps = [(".".join(parts[:i]), part) for i, part in enumerate(parts)]
+        if not any(part in gone.get(prefix, ()) for prefix, part in steps):
+            out[name] = ".".join(places.get(prefix, {}).get(part, part) for prefix, part in steps)
+    return out
+
+
 class _Carried:
-    def __init__(self, plan: Plan, after: Mapping[str, Tensor], folded: set[str]) -> None:
+    def __init__(self, plan: Plan, after: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
         self._plan = plan
-        self._after = after
-        self._folded = folded
+        self._after = {old: after[new] for old, new in names.items() if new in after}
+        for name in names.keys() - self._after.keys():
+            if not any(name.startswith(f"{fold.batch_norm}.") for fold in plan.folds):
+                raise GraphPruneError(f"carry_optimizer: {name} is missing after pruning; pass plan.apply(model)")
+        self._folded = {n for fold in plan.folds for n in fold_names(fold)}
         # a bias that folding adds belongs where its weight is
-        self._added = {w: b for w, b in map(fold_names, plan.folds) if b not in plan.structure and b in after}
+        added = {w: b for w, b in map(fold_names, plan.folds) if b not in plan.structure and b in after}
+        self._added = {weight: after[bias] for weight, bias in added.items()}
+
+    def successor(self, names: Sequence[str]) -> Tensor | None:
+        """The parameter of these names in the smaller model."""
+        return next((self._after[n] for n in names if n in self._after), None)
 
     def successors(self, names: Sequence[str]) -> list[Tensor]:
-        wanted = [n for n in names if n in self._after]
-        wanted += [self._added[n] for n in names if n in self._added]
-        return [self._after[n] for n in wanted]
+        """It, and the bias that folding gives to its layer."""
+        return [held[n] for held in (self._after, self._added) for n in names if n in held]
 
     def state(
         self, state: Mapping[str, Any], old: Tensor, new: Tensor, names: Sequence[str]

@@ -22,14 +22,25 @@ Y = (X.mean((1, 2, 3)) > 0).long() + 2 * (X[:, 0].mean((1, 2)) > 0).long()
 HELD_OUT = [(X, Y)]
 
 
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(8, 6, 1), nn.Conv2d(6, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(self.up(x).relu())
+        return out
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm = nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
         self.second, self.drop, self.fc = nn.Conv2d(12, 8, 3), nn.Dropout(0.1), nn.Linear(8, 4)
+        self.blocks = nn.Sequential(Block(), Block())
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = F.relu(self.second(F.relu(self.norm(self.first(x)))))
+        hidden = self.blocks(F.relu(self.second(F.relu(self.norm(self.first(x))))))
         out: Tensor = self.fc(self.drop(hidden.mean((2, 3))))
         return out
 
@@ -74,6 +85,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "channels gradually": {"schedule": "cubic", "prune_epochs": 3, "optimizer": "adamw"},
     "channels by taylor": {"schedule": "linear", "prune_epochs": 2, "options": {"criterion": "taylor"}},
     "channels with least squares": {"recover": "least_squares", "budget": Budget(macs=0.5), "calibration": HELD_OUT},
+    "layers": {"method": "layers", "sparsity": 0.5, "calibration": HELD_OUT, "optimizer": "adamw"},
     "magnitude at once": {"method": "magnitude", "sparsity": 0.8},
     "magnitude gradually": {"method": "magnitude", "schedule": "zhu-gupta", "prune_epochs": 3, "sparsity": 0.9},
     "gradient gradually": {"method": "gradient", "schedule": "linear", "prune_epochs": 2},
@@ -129,11 +141,11 @@ def test_one_shot_is_finetune_prune_finetune() -> None:
 @pytest.mark.parametrize("name", ["linear", "exponential", "sinusoidal"])
 def test_gradual_masks_are_at_target_after_every_epoch(name: str) -> None:
     seen: list[int] = []
-    total = 12 * 27 + 8 * 12 * 9 + 32
+    total = 12 * 27 + 8 * 12 * 9 + 32 + 4 * 48
 
     def look(epoch: graphprune.recovery.Epoch, model: nn.Module) -> None:
-        layers = [model.first.weight, model.second.weight, model.fc.weight]  # type: ignore[union-attr]
-        seen.append(sum(int((w == 0).sum()) for w in layers))  # type: ignore[arg-type, misc]
+        layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        seen.append(sum(int((m.weight == 0).sum()) for m in layers))
 
     got = graphprune.pipeline(
         net(), X[:2], loader(), 0.9, method="magnitude", schedule=name, prune_epochs=4, finetune_epochs=2, on_epoch=look
@@ -170,6 +182,15 @@ def test_budget_and_recovery_without_training() -> None:
     assert set(got.report.scores) == {"before", "after pruning"}
 
 
+def test_layers_are_left_out() -> None:
+    got = graphprune.pipeline(net(), X[:2], loader(), 0.5, method="layers", finetune_epochs=1)
+    (plan,) = got.plans
+    assert plan.layers == graphprune.plan(net(), X[:2], 0.5, granularity="layer", data=loader()).layers
+    assert len(got.model.blocks) == 1 and got.report.after.macs < got.report.before.macs  # type: ignore[arg-type]
+    names = {layer.name: (layer.parameters_before, layer.parameters_after) for layer in got.report.layers}
+    assert names["blocks.1.up"] == (54, 0)
+
+
 def test_own_methods() -> None:
     def in_place(model: nn.Module, amount: float) -> nn.Module:
         return sparsity.n_m(model, 2, 4, ignore=["first"])
@@ -202,6 +223,8 @@ def test_own_methods() -> None:
         ({"recover": "most squares"}, "recover"),
         ({"patience": 2}, "evaluate"),
         ({"distillation": 3}, "distillation"),
+        ({"method": "layers", "schedule": "cubic"}, "layers"),
+        ({"method": "layers", "recover": "mean"}, "layers"),
         ({"checkpoint": "/proc/no/such"}, "checkpoint"),
     ],
 )

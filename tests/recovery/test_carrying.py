@@ -209,3 +209,50 @@ def test_what_does_not_belong_is_refused_and_nothing_changed() -> None:
         graphprune.carry_optimizer(optimizer, plan.apply(model), model, plan)
     assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], members, strict=True))
     assert len(optimizer.state) == len(members)
+
+
+@pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList])
+def test_layers_that_move_up_keep_their_own_state(container: type[nn.Module]) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.inner(x)
+            return out
+
+    class Stack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layers = [Layer() for _ in range(6)]
+            self.layers = nn.Sequential(*layers) if container is nn.Sequential else nn.ModuleList(layers)
+            self.head = nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            out: Tensor = self.head(x)
+            return out
+
+    model, x = Stack(), torch.randn(6, 5)
+    optimizer = MAKERS["adam"](model.parameters())
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    plan = graphprune.plan(model, x, 0.5, granularity="layer")
+    assert len(plan.layers) == 3
+    before = {p: dict(optimizer.state[p]) for p in model.parameters()}
+    small = plan.apply(model)
+    assert graphprune.carry_optimizer(optimizer, model, small, plan) == ()
+    assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, small.parameters()))
+    for parameter in small.parameters():
+        (own,) = [p for p in before if p.shape == parameter.shape and torch.equal(p, parameter)]
+        now = optimizer.state[parameter]
+        assert now.keys() == before[own].keys() and all(torch.equal(now[k], v) for k, v in before[own].items())
+    model(x)
+    optimizer.step()
+    with pytest.raises(GraphPruneError, match=r"plan\.apply"):
+        fresh = MAKERS["adam"](model.parameters())
+        graphprune.carry_optimizer(fresh, model, nn.Linear(2, 2), plan)
