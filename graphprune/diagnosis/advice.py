@@ -128,18 +128,18 @@ def advise(
 
 
 def _tried(trial: Trial, goal: str, example_input: Any, speed: bool) -> tuple[Option, ...]:
-    structured = list(trial.channels())
-    if speed and structured:
-        networks = {"dense": trial.model} | {f"{o.amount[0]:g}": small for o, small in structured}
-        measured = benchmark(networks, example_input, rounds=20)
-        structured = [
-            (dataclasses.replace(o, speedup=measured.row(f"{o.amount[0]:g}").speedup), small) for o, small in structured
-        ]
+    structured = [*trial.channels(), *trial.layers()]
     options = [option for option, _ in structured]
+    if speed and structured:
+        networks = {"dense": trial.model} | {f"{o.method} {o.amount[0]:g}": small for o, small in structured}
+        measured = benchmark(networks, example_input, rounds=20)
+        rows = [measured.row(f"{o.method} {o.amount[0]:g}") for o in options]
+        options = [dataclasses.replace(o, speedup=row.speedup) for o, row in zip(options, rows, strict=True)]
+    cut = [o.amount[0] for o in options if o.method == "channels"]
     if goal != "speed":
         options += trial.masks()
-        if structured:
-            options += trial.both(structured[len(structured) // 2][0].amount[0])
+        if cut:
+            options += trial.both(cut[len(cut) // 2])
     elif semi_structured_support() is None:
         options.append(trial.two_of_four())
     return tuple(options)
@@ -197,7 +197,7 @@ def _reasons(
     out.append(gains[goal])
     if chosen.speedup is not None:
         out.append(f"measured here: {chosen.speedup:.2f}x faster")
-    if goal == "speed" and chosen.method == "channels":
+    if goal == "speed" and chosen.method in ("channels", "layers"):
         out.append("zeros alone would not be faster: runtimes multiply by them like by any other number")
     if chosen.method == "masks":
         out.append("the network computes as much as before: zeros make the file small, not the work")
@@ -215,12 +215,13 @@ def _advice_on_training(chosen: Option, finetune: bool, data: Any, model: nn.Mod
     structured = chosen.method.startswith("channels")
     out = []
     if finetune:
-        kinds = [kind for kind in ("channels", "masks") if kind in chosen.method]
+        kinds = [kind for kind in ("channels", "layers", "masks") if kind in chosen.method]
         for kind, amount in zip(kinds, chosen.amount, strict=True):
-            method = "channels" if kind == "channels" else "magnitude"
+            method = "magnitude" if kind == "masks" else kind
+            course = "" if kind == "layers" else 'schedule="cubic", '
             out.append(
                 f'in training: graphprune.pipeline(model, example_input, data, {amount:g}, method="{method}", '
-                f'schedule="cubic", distillation=True)'
+                f"{course}distillation=True)"
             )
         if structured and any(isinstance(m, _BatchNorm) for m in model.modules()):
             out.append("keep the batch norms for training (fold_bn=False; pipeline does), and fold them afterwards")

@@ -34,11 +34,12 @@ SPARSITIES = (0.5, 0.7, 0.8, 0.9, 0.95)
 class Option:
     """One method, tried without training.
 
-    `method`: "channels", "masks", "channels and masks" or "2:4 masks"; `amount`: ratio of channels or sparsity (both
-    for both); `call`: the code that does it. `parameters`: how many times fewer are left that are not zero; `macs`: how
-    many times fewer multiply-accumulates a dense runtime does; `bytes`: how many times smaller the file is (sparse
-    format for masks). `speedup`: measured, None if not. `fidelity`: share of the variance of the model's outputs that
-    is kept, 1 for all, 0 or less for none; None without outputs to compare. `score`: of `evaluate`, None without it.
+    `method`: "channels", "layers", "masks", "channels and masks" or "2:4 masks"; `amount`: ratio of channels, of layers
+    that can be left out, or sparsity (both for both); `call`: the code that does it. `parameters`: how many times fewer
+    are left that are not zero; `macs`: how many times fewer multiply-accumulates a dense runtime does; `bytes`: how
+    many times smaller the file is (sparse format for masks). `speedup`: measured, None if not. `fidelity`: share
+    of the variance of the model's outputs that is kept, 1 for all, 0 or less for none; None without outputs to compare.
+    `score`: of `evaluate`, None without it.
     """
 
     method: str
@@ -117,6 +118,18 @@ class Trial:
             if macs < least:
                 yield self._option("channels", (ratio,), call, small, stored_bytes(small)), small
             least = min(least, macs)
+
+    def layers(self) -> Iterator[tuple[Option, nn.Module]]:
+        """Layers left out as a whole, at every ratio that takes one more."""
+        taken = 0
+        for ratio in RATIOS:
+            decided = plan(self.model, self.example, ratio, granularity="layer", data=self.data)
+            if len(decided.layers) > taken:
+                taken = len(decided.layers)
+                small = decided.apply(self.model)
+                given = "" if self.data is None else ", data=data"
+                call = f'graphprune.prune(model, example_input, {ratio:g}, granularity="layer"{given})'
+                yield self._option("layers", (ratio,), call, small, stored_bytes(small)), small
 
     def cut(self, ratio: float) -> tuple[nn.Module, str] | None:
         """A network without that fraction of its channels, repaired where there are data; None if none can go."""

@@ -94,7 +94,7 @@ def test_with_data_channels_are_repaired_and_scored() -> None:
     small = graphprune.recover(net, plan, X, data).model
     assert found.fidelity == pytest.approx(explained(net, small, data), abs=1e-6)
     assert found.score == graphprune.Evaluation(held_out)(small) and advice.metric == "top-1 accuracy"
-    assert advice.recommended is advice.options[-1]  # all lose less than the tolerance
+    assert advice.recommended is option(advice, "channels", 0.7)  # all lose less than the tolerance
     strict = graphprune.advise(net, X, data=data, evaluate=lambda m: 1.0 if m is net else 0.0)
     best = max(strict.options, key=lambda o: o.fidelity or 0)
     assert strict.recommended == best and "check its accuracy" in str(strict)
@@ -108,6 +108,32 @@ def test_dead_channels_are_found_and_masks_where_weights_are_tiny() -> None:
     assert size is not None and (size.method, size.amount) == ("masks", (0.9,))
     both = graphprune.advise(half_dead(), X, "resources").recommended
     assert both is not None and both.macs > 1 and both.method.startswith("channels")
+
+
+def test_layers_that_do_nothing_are_left_out() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = x + self.down(self.up(x).relu())
+            return out
+
+    torch.manual_seed(0)
+    net = nn.Sequential(*(Block() for _ in range(10)), nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        for i in range(10):
+            net[i].down.weight.mul_(1e-4 if i in (1, 4, 5, 6, 8) else 3)
+            net[i].down.bias.zero_()
+    advice = graphprune.advise(net, X)
+    found = advice.recommended
+    assert found is not None and (found.method, found.amount) == ("layers", (0.5,)) and found.fidelity is not None
+    plan = graphprune.plan(net, X, 0.5, granularity="layer")
+    assert {block.module for block in plan.layers} == {"1", "4", "5", "6", "8"}
+    small = plan.apply(net)
+    assert found.macs == graphprune.count(net, X).macs / graphprune.count(small, X).macs
+    assert found.fidelity == pytest.approx(explained(net, small, [X]), abs=1e-6)
 
 
 def test_training_allows_more() -> None:
