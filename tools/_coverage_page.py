@@ -197,6 +197,7 @@ def page(
 ) -> str:
     """The whole Markdown page. `exported`: the models whose pruned form goes to ONNX."""
     most, sentence = versions(done, names)
+    later = [name for name in exported if not _has_export(done, name)]
     limits = sorted({tuple(r["limits"]) for r in done.values() if "limits" in r})
     allowed = " or ".join(f"{seconds:g} s of processor time and {size:g} GiB" for seconds, size in limits)
     lines = [
@@ -208,7 +209,8 @@ def page(
         "",
         ABOUT,
         "",
-        f"Exported to ONNX: {', '.join(exported)}.",
+        f"Exported to ONNX: {', '.join(n for n in exported if _has_export(done, n)) or 'none'}."
+        + (f" Not yet: {', '.join(later)}." if later else ""),
         "",
         f"{versions_line}. {machine}. {sentence}",
         "",
@@ -221,6 +223,10 @@ def page(
         rows = [_row(done, name, most) for name in names if name.startswith(f"{library}/")]
         lines += [f"## {library}", "", markdown_table(HEADINGS, rows), ""]
     return "\n".join(lines)
+
+
+def _has_export(done: Results, name: str) -> bool:
+    return "onnx" in done.get(("ours", name), {})
 
 
 def _row(done: Results, name: str, most: Mapping[str, str]) -> tuple[str, ...]:
