@@ -113,8 +113,11 @@ def _not_run(number: int) -> str:
     return f" ({number} not run)" if number else ""
 
 
-def versions(done: Results, names: Sequence[str]) -> tuple[dict[str, str], str]:
-    """The version of the source code that most results of each tool come from, and a sentence about all of them."""
+def versions(done: Results, names: Sequence[str], current: Mapping[str, str]) -> tuple[dict[str, str], str]:
+    """The version of the source code that most results of each tool come from, and a sentence about all of them.
+
+    `current`: the version of each tool's code that is there now.
+    """
     most: dict[str, str] = {}
     sentences = []
     for tool, title in (("ours", "graphprune's"), ("peer", "Torch-Pruning's")):
@@ -129,6 +132,8 @@ def versions(done: Results, names: Sequence[str]) -> tuple[dict[str, str], str]:
                 f"Of {title} {total} results {number} come from one version of the source code ({most[tool]}); those "
                 f"marked {OLDER} ({total - number}) come from other versions ({len(found) - 1})."
             )
+        if most[tool] != current[tool]:
+            sentences.append("That code has changed since.")
     return most, " ".join(sentences)
 
 
@@ -193,10 +198,16 @@ record of what it cut cannot be replayed)."""
 
 
 def page(
-    done: Results, names: Sequence[str], ratio: float, versions_line: str, machine: str, exported: Sequence[str]
+    done: Results,
+    names: Sequence[str],
+    ratio: float,
+    versions_line: str,
+    machine: str,
+    exported: Sequence[str],
+    current: Mapping[str, str],
 ) -> str:
-    """The whole Markdown page. `exported`: the models whose pruned form goes to ONNX."""
-    most, sentence = versions(done, names)
+    """The whole Markdown page. `exported`: the models whose pruned form goes to ONNX; `current`: see `versions`."""
+    most, sentence = versions(done, names, current)
     later = [name for name in exported if not _has_export(done, name)]
     limits = sorted({tuple(r["limits"]) for r in done.values() if "limits" in r})
     allowed = " or ".join(f"{seconds:g} s of processor time and {size:g} GiB" for seconds, size in limits)

@@ -151,7 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if output:
         about = versions_line(*_PACKAGES.split()), machine_line(options.threads)
         exported = [case.name for case in cases if case.onnx]
-        write(output, _coverage_page.page(done, names, _coverage_case.RATIO, *about, exported))
+        current = {tool: fingerprint(tool) for tool in TOOLS}
+        write(output, _coverage_page.page(done, names, _coverage_case.RATIO, *about, exported, current))
         write(output.with_suffix(".json"), json.dumps(_coverage_page.slim(done, names), indent=0) + "\n")
         print(f"written: {output}")
     return 1 if any(_coverage_page.fault(done.get(("ours", name))) for name in names) else 0
