@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..counting import Count, LayerCount, count
+from ..curves import Sensitivity
 from ..deploy import BenchmarkReport, benchmark
 from ..errors import GraphPruneError
 from ..recovery.evaluation import evaluator, metric_name
@@ -212,7 +213,7 @@ def report(
     metric: str | None = None,
     speed: BenchmarkReport | Mapping[str, Any] | bool = False,
     curve: Iterable[Point] | Mapping[str, tuple[nn.Module, float]] = (),
-    sensitivity: Mapping[str, Mapping[float, float]] | None = None,
+    sensitivity: Sensitivity | Mapping[str, Mapping[float, float]] | None = None,
     title: str | None = None,
     notes: Sequence[str] = (),
 ) -> Report:
@@ -228,7 +229,7 @@ def report(
     - `speed`: True to measure both in ONNX Runtime, or options of `graphprune.benchmark` for that; or a BenchmarkReport
       whose models are called "before" and "after". Default: not measured.
     - `curve`: further networks for the plot of accuracy against cost: `Point`s, or names -> (network, score).
-    - `sensitivity`: group -> {ratio: score or error}, for a plot.
+    - `sensitivity`: what `graphprune.sensitivity` returned, or group -> {ratio: score or error}, for a plot.
 
     Raises GraphPruneError for unknown stages, scores that are not finite, and models that fail on the example.
     """
@@ -364,7 +365,12 @@ def _curve(curve: Any, example_input: Any) -> list[Point]:
     return out
 
 
-def _checked(sensitivity: Mapping[str, Mapping[float, float]]) -> dict[str, dict[float, float]]:
+def _checked(sensitivity: Sensitivity | Mapping[str, Mapping[float, float]]) -> dict[str, dict[float, float]]:
+    if isinstance(sensitivity, Sensitivity):
+        sensitivity = {
+            curve.name: {gone / curve.size: error for gone, error in zip(curve.removed, curve.errors, strict=True)}
+            for curve in sensitivity.curves
+        }
     out = {str(g): {float(r): float(v) for r, v in sorted(c.items())} for g, c in sensitivity.items()}
     for group, found in out.items():
         if not found or not all(math.isfinite(n) for pair in found.items() for n in pair):

@@ -197,3 +197,13 @@ def test_bad_arguments_are_named(options: dict[str, Any], text: str) -> None:
     net, small = nets()
     with pytest.raises(GraphPruneError, match=text):
         graphprune.report(net, small, X, **options)
+
+
+def test_sensitivity_curves_as_they_are_measured() -> None:
+    net, small = nets()
+    curves = graphprune.sensitivity(net, X, ratios=[0.25, 0.5])
+    found = graphprune.report(net, small, X, sensitivity=curves).sensitivity
+    assert found == {
+        c.name: {gone / c.size: error for gone, error in zip(c.removed, c.errors, strict=True)} for c in curves.curves
+    }
+    assert found
