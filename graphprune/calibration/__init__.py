@@ -2,8 +2,19 @@
 
 from .data import CalibrationData
 from .layers import Reader, find_readers
-from .moments import Moments, rows_of
+from .moments import Moments, as_weight, rows_of, weight_matrix
 from .observe import Call, observe
 from .statistics import Calibration
 
-__all__ = ["Calibration", "CalibrationData", "Call", "Moments", "Reader", "find_readers", "observe", "rows_of"]
+__all__ = [
+    "Calibration",
+    "CalibrationData",
+    "Call",
+    "Moments",
+    "Reader",
+    "as_weight",
+    "find_readers",
+    "observe",
+    "rows_of",
+    "weight_matrix",
+]

@@ -36,6 +36,12 @@ class Reader:
     adds: bool
     after: frozenset[str]
 
+    @property
+    def separable(self) -> bool:
+        """Its results are those of one matrix product per group. Of transposed convolutions only those of one group
+        are seen that way."""
+        return not self.transposed or self.groups == 1
+
 
 def find_readers(trace: Trace) -> list[Reader]:
     """Every reader, in the order of the first calls."""

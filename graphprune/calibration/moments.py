@@ -91,12 +91,15 @@ def _patches(
 ) -> tuple[Tensor, Tensor]:
     x = call.x
     assert x is not None and call.geometry is not None
-    stride, padding, dilation = call.geometry
+    stride, padding, dilation, _ = call.geometry
     kernel = weight.shape[2:]
     dims = len(kernel)
     if x.dim() == dims + 1:  # a single sample without batch axis
         x, y = x[None], None if y is None else y[None]
-    x = F.pad(x, _padding(padding, kernel, dilation))
+    if reader.transposed:
+        x, stride = _spread(x, kernel, call.geometry), (1,) * dims
+    else:
+        x = F.pad(x, _padding(padding, kernel, dilation))
     for axis in range(dims):
         x = x.unfold(2 + axis, (kernel[axis] - 1) * dilation[axis] + 1, stride[axis])
     for axis in range(dims):  # now (N, C, out..., kernel...)
@@ -107,11 +110,42 @@ def _patches(
     sample = torch.arange(x.shape[0], device=x.device)[:, None]
     index: tuple[Any, ...] = (sample, slice(None), *where)
     x = x[index]  # (N, n, C, kernel...)
+    if reader.transposed:
+        x = x.flip(tuple(range(3, 3 + dims)))
     rows = x.shape[0] * x.shape[1]
     x = x.reshape(rows, reader.groups, -1).transpose(0, 1)
     if y is None:
         return x, x.new_empty(*x.shape[:2], 0)
     return x, y[index].reshape(rows, reader.groups, -1).transpose(0, 1)
+
+
+def _spread(x: Tensor, kernel: torch.Size, geometry: tuple[Any, Any, Any, Any]) -> Tensor:
+    """What an ordinary convolution of stride 1, with the kernel turned around, reads where a transposed one reads x:
+    zeros between and around the values."""
+    stride, padding, dilation, extra = geometry
+    wide = x.new_zeros(*x.shape[:2], *((n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)))
+    wide[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = x
+    margins = [(k - 1) * d - p for k, d, p in zip(kernel, dilation, padding, strict=True)]
+    sides = [(m, m + e) for m, e in zip(margins, extra, strict=True)]
+    return F.pad(wide, list(itertools.chain.from_iterable(reversed(sides))))
+
+
+def weight_matrix(reader: Reader, weight: Tensor) -> Tensor:
+    """A weight as (groups, features, outputs per group), float64; features as in `rows_of`."""
+    weight = weight.detach().double()
+    if reader.transposed:  # of one group
+        return weight.movedim(1, -1).flatten(0, -2)[None]
+    if reader.in_axis == 0:
+        return weight[None]
+    return weight.reshape(reader.groups, weight.shape[0] // reader.groups, -1).mT
+
+
+def as_weight(reader: Reader, solution: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `weight_matrix`."""
+    if reader.transposed:
+        return solution[0].reshape(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1).to(like.dtype)
+    new = solution[0] if reader.in_axis == 0 else solution.mT
+    return new.reshape(like.shape).to(like.dtype)
 
 
 def _padding(padding: tuple[int, ...] | str, kernel: torch.Size, dilation: tuple[int, ...]) -> list[int]:

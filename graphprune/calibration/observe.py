@@ -35,13 +35,14 @@ _ADDITIONS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 class Call:
     """One call of a layer. `x`, `y`: what it read and made; `other`: what `y` was then added to, where asked for.
 
-    `geometry`: (stride, padding, dilation) of a convolution, one number per axis; padding may be "same".
+    `geometry`: (stride, padding, dilation, output padding) of a convolution, a number per axis; padding may be "same",
+    and output padding is for transposed ones.
     """
 
     x: Tensor | None
     y: Tensor | None
     other: Tensor | None = None
-    geometry: tuple[Any, Any, Any] | None = None
+    geometry: tuple[Any, Any, Any, Any] | None = None
 
 
 class _Enough(BaseException):
@@ -119,11 +120,12 @@ class _Watch(TorchFunctionMode):
             dilation = _argument(args, kwargs, 7 if transposed else 5, "dilation", 1)
             n = _CONVOLUTIONS[func]
             padding = padding if isinstance(padding, str) else _many(padding, n)
-            geometry = (_many(stride, n), padding, _many(dilation, n))
+            extra = _argument(args, kwargs, 5, "output_padding", 0) if transposed else 0
+            geometry = (_many(stride, n), padding, _many(dilation, n), _many(extra, n))
         elif func is torch.ops.aten.convolution.default:  # in modules that are graphs of recorded calls
             x, weight = args[:2]
-            stride, padding, dilation = (_many(a, weight.dim() - 2) for a in args[3:6])
-            geometry = stride, padding, dilation
+            stride, padding, dilation, extra = (_many(a, weight.dim() - 2) for a in (*args[3:6], args[7]))
+            geometry = stride, padding, dilation, extra
         elif name in _PRODUCTS and len(args) == 2:
             (x, weight), geometry = args, None
         elif name == "addmm" and len(args) == 3:

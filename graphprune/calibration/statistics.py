@@ -44,7 +44,7 @@ class Calibration:
     def measurable(self, weight: str) -> bool:
         """Second moments of what this layer reads can be had."""
         reader = self.readers.get(weight)
-        return reader is not None and not reader.transposed and self._features(reader) <= MAX_FEATURES
+        return reader is not None and reader.separable and self._features(reader) <= MAX_FEATURES
 
     def moments(self, weights: Iterable[str]) -> list[Moments]:
         """Moments of the inputs of these layers, without targets, in float64.

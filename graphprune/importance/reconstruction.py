@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration import Moments, Reader
+from ..calibration import Moments, Reader, weight_matrix
 from ..calibration.gradients import sensitivities
 from ..dependency.groups import Group, Member
 from .context import Floats, ImportanceContext
@@ -73,11 +73,8 @@ def _problem(context: ImportanceContext, member: Member) -> Problem | None:
     if reader is None or not calibration.measurable(member.parameter) or member.axis != reader.in_axis:
         return None
     moments = calibration.moments([member.parameter])[0]
-    weight = calibration.weights[member.parameter].detach().double()
-    if reader.in_axis == 0:
-        matrix = weight[None]
-    else:
-        matrix = weight.reshape(reader.groups, weight.shape[0] // reader.groups, -1).mT
+    weight = calibration.weights[member.parameter]
+    matrix = weight_matrix(reader, weight)
     taps = matrix.shape[1] // weight.shape[reader.in_axis]
     positions = torch.from_numpy(np.ascontiguousarray(member.positions)).to(weight.device)
     features = (positions[:, :, None] * taps + torch.arange(taps, device=weight.device)).flatten(1)

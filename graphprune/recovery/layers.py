@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..calibration import CalibrationData, Call, Moments, Reader, find_readers, rows_of
+from ..calibration import CalibrationData, Call, Moments, Reader, as_weight, find_readers, rows_of, weight_matrix
 from ..plans import Plan
 from ..surgery import find_folds
 from ..tracing.example import ExampleInput
@@ -82,6 +82,8 @@ class Refit:
         chosen = []
         for reader in self.readers:
             after = self.every_layer and solve and not reader.after.isdisjoint(cut)
+            if not reader.separable and reader.bias not in self.plan.structure:
+                continue  # no constant term of its own
             if reader.weight in cut or after:
                 chosen.append(reader)
         return chosen
@@ -90,8 +92,8 @@ class Refit:
         """Why the weights of a layer are left alone."""
         weight = named_tensors(self.small)[reader.weight]
         features = weight.numel() // weight.shape[reader.out_axis]
-        if reader.transposed:
-            return "transposed convolution: only its constant term is corrected"
+        if not reader.separable:
+            return "transposed convolution of several groups: only its constant term is corrected"
         if features > walk.MAX_FEATURES:
             return f"{features} inputs are more than {walk.MAX_FEATURES}: only its constant term is corrected"
         return ""
@@ -134,7 +136,7 @@ class Refit:
     def _solve(self, reader: Reader, moments: Moments) -> None:
         weight = named_tensors(self.small)[reader.weight]
         constant = self._constant(reader)
-        start = walk.matrix(reader, weight)
+        start = weight_matrix(reader, weight)
         outputs = weight.shape[reader.out_axis]
         bias = start.new_zeros(outputs) if constant.bias is None else constant.bias.detach().double()
         start = torch.cat([start, bias.reshape(start.shape[0], 1, -1)], 1)
@@ -144,7 +146,7 @@ class Refit:
         scale = max(float(moments.variance.sum()) * moments.rows, 1e-300)
         before, after = (squared_error(moments, w) / scale for w in (start, solution))
         note = "" if constant.possible else "has no bias, so means are matched by the weights alone"
-        weight.data.copy_(walk.as_weight(reader, solution[:, :-1], weight))
+        weight.data.copy_(as_weight(reader, solution[:, :-1], weight))
         if constant.possible:
             constant.add((solution[:, -1] - start[:, -1]).reshape(-1))
         self.report.append(LayerRecovery(reader.weight, "least squares", before, after, note))

@@ -69,7 +69,7 @@ def recover(
       target). `ridge`, times the mean second moment of the inputs, holds the weights to those they had.
 
     Memory is bounded by the moments of the layers fitted at a time (about 1 GiB); layers with more than 12,000 inputs
-    per output and transposed convolutions get the "mean" correction, and the report says so.
+    per output and transposed convolutions of several groups get the "mean" correction, and the report says so.
 
     Raises GraphPruneError for unknown methods, for data that cannot be read twice or that the model fails on, and for
     plans of another model. `model` is not touched.

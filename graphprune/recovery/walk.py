@@ -44,6 +44,9 @@ class Target:
 
 def target_of(plan: Plan, reader: Reader, device: torch.device) -> Target:
     """See `Target`; outputs are those of the whole weight."""
+    if not reader.separable:  # the weight counts outputs inside one group, the bias all of them
+        removed = plan.removed.get(reader.bias, {}).get(0, ())
+        return Target(torch.from_numpy(keep_indices(plan.structure[reader.bias][0], removed)).to(device), None)
     length = plan.structure[reader.weight][reader.out_axis]
     removed = plan.removed.get(reader.weight, {}).get(reader.out_axis, ())
     kept = torch.from_numpy(keep_indices(length, removed)).to(device)
@@ -159,20 +162,6 @@ def channel_axis(reader: Reader, y: Tensor, model: nn.Module) -> int:
     return y.dim() - kernel - 1
 
 
-def matrix(reader: Reader, weight: Tensor) -> Tensor:
-    """A weight as (groups, features, outputs per group), float64."""
-    weight = weight.detach().double()
-    if reader.in_axis == 0:
-        return weight[None]
-    return weight.reshape(reader.groups, weight.shape[0] // reader.groups, -1).mT
-
-
-def as_weight(reader: Reader, solution: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `matrix`."""
-    new = solution[0] if reader.in_axis == 0 else solution.mT
-    return new.reshape(like.shape).to(like.dtype)
-
-
 class Constant:
     """Where a change of a layer's constant term goes: its bias, a new bias, or the mean of the batch norm behind it."""
 
@@ -213,10 +202,8 @@ __all__ = [
     "Constant",
     "Pair",
     "Target",
-    "as_weight",
     "bytes_needed",
     "channel_axis",
-    "matrix",
     "rows_of",
     "target_of",
     "waves",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import CalibrationData, Call, Moments, Reader, find_readers, rows_of
+from ..calibration import CalibrationData, Call, Moments, Reader, as_weight, find_readers, rows_of, weight_matrix
 from ..errors import GraphPruneError
 from ..recovery import walk
 from ..recovery.solve import masked_ridge_solution
@@ -100,7 +100,7 @@ class _Fit:
 
     def _possible(self, reader: Reader) -> bool:
         weight = named_tensors(self.small)[reader.weight]
-        return not reader.transposed and weight.numel() // weight.shape[reader.out_axis] <= walk.MAX_FEATURES
+        return reader.separable and weight.numel() // weight.shape[reader.out_axis] <= walk.MAX_FEATURES
 
     def run(self) -> None:
         named = named_tensors(self.small)
@@ -135,11 +135,11 @@ class _Fit:
         assert mask is not None
         constant = walk.Constant(self.small, reader, self.norms.get(reader.weight.rpartition(".")[0]))
         free = constant.bias is not None or constant.mean is not None  # a new bias would change the state dict
-        start = walk.matrix(reader, weight)
+        start = weight_matrix(reader, weight)
         bias = start.new_zeros(weight.shape[reader.out_axis]) if constant.bias is None else constant.bias.double()
         start = torch.cat([start, bias.reshape(start.shape[0], 1, -1)], 1)
-        open_ = torch.cat([walk.matrix(reader, mask) != 0, torch.full_like(start[:, -1:], free, dtype=torch.bool)], 1)
+        open_ = torch.cat([weight_matrix(reader, mask) != 0, torch.full_like(start[:, -1:], free, dtype=torch.bool)], 1)
         solution = masked_ridge_solution(moments, start, self.ridge, open_)
-        weight.data.copy_(walk.as_weight(reader, solution[:, :-1], weight) * mask)
+        weight.data.copy_(as_weight(reader, solution[:, :-1], weight) * mask)
         if free:
             constant.add((solution[:, -1] - start[:, -1]).reshape(-1))

@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphprune.calibration import CalibrationData, Moments, Reader, find_readers, observe, rows_of
+from graphprune.calibration import CalibrationData, Moments, Reader, find_readers, observe, rows_of, weight_matrix
 from graphprune.calibration import moments as module
 from graphprune.calibration.statistics import Calibration
-from graphprune.recovery.walk import matrix
 from graphprune.tracing.example import ExampleInput
 from graphprune.tracing.trace import record_run
 
@@ -26,6 +25,9 @@ LAYERS: list[tuple[Any, tuple[int, ...]]] = [
     (nn.Conv2d(4, 4, 3, groups=4, stride=2), (3, 4, 7, 8)),
     (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), (3, 4, 7, 8)),
     (nn.Conv3d(2, 3, (1, 2, 3), padding=1, stride=2), (3, 2, 4, 5, 6)),
+    (nn.ConvTranspose1d(4, 6, 3, stride=2, padding=1, output_padding=1), (3, 4, 9)),
+    (nn.ConvTranspose2d(4, 6, (2, 3), stride=(3, 1), padding=(2, 1), dilation=(1, 2)), (3, 4, 5, 6)),
+    (nn.ConvTranspose3d(2, 3, 2, stride=2), (2, 2, 3, 4, 3)),
 ]
 
 
@@ -47,10 +49,10 @@ def test_rows_times_weights_are_the_results(
     assert call.y is not None
     weight: Tensor = layer.weight  # type: ignore[assignment]
     rows, wanted = rows_of(reader, call, call.y, weight, 0)
-    got = rows.double() @ matrix(reader, weight)
+    got = rows.double() @ weight_matrix(reader, weight)
     got += layer.bias.detach().reshape(reader.groups, 1, -1)  # type: ignore[union-attr, operator]
     torch.testing.assert_close(got, wanted.double(), rtol=1e-4, atol=1e-5)
-    sites = call.y.numel() // call.y.shape[0] // weight.shape[0]
+    sites = call.y.numel() // call.y.shape[0] // weight.shape[reader.out_axis]
     assert rows.shape[1] == shape[0] * min(positions, sites)
 
 

@@ -255,10 +255,32 @@ def test_the_model_stays_and_prune_does_it_all() -> None:
     torch.testing.assert_close(small.eval()(x).shape, net(x).shape)
 
 
-def test_transposed_convolutions_get_their_means_matched() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, stride=2)).eval()
+GEOMETRIES = [
+    {"kernel_size": 2, "stride": 2},
+    {"kernel_size": 3, "stride": 2, "padding": 1, "output_padding": 1},
+    {"kernel_size": (3, 2), "stride": (1, 3), "dilation": (2, 1), "padding": (1, 0)},
+    {"kernel_size": 1, "padding": 0},
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_transposed_convolutions_that_lose_redundant_inputs_lose_nothing(geometry: dict[str, Any]) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, **geometry)).eval()
+    for i in (0, 2, 4):
+        copy_units([(net[0].weight, 0), (net[0].bias, 0)], i, i + 1)
+    x = torch.randn(300, 3, 6, 6)
+    plan = graphprune.plan(net, x, 0.5, criterion="reconstruction", data=[x])
+    assert {i // 2 for i in plan.removed["0.weight"][0]} == {0, 1, 2}  # one of each pair
+    found = graphprune.recover(net, plan, x[:2], list(x.split(100)), ridge=1e-9)
+    assert found.layers[-1].method == "least squares"
+    assert relative_error(plan.apply(net)(x), net(x)) > 1e-2
+    assert relative_error(found.model(x), net(x)) < 1e-3
+
+
+def test_transposed_convolutions_of_several_groups_get_their_means_matched() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, stride=2, groups=2)).eval()
     x = torch.randn(8, 3, 6, 6)
-    found = graphprune.recover(net, graphprune.plan(net, x, 0.5), x, [x])
+    found = graphprune.recover(net, graphprune.plan(net, x, 1 / 3), x, [x])
     assert found.layers[0].method == "mean" and "transposed" in found.layers[0].note
     torch.testing.assert_close(found.model(x).mean((0, 2, 3)), net(x).mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
 

@@ -92,7 +92,8 @@ def test_masks_hold_the_error_falls_and_nothing_else_changes(seed: int) -> None:
 
 
 def test_layers_it_cannot_fit_stay() -> None:
-    dense = nn.Sequential(nn.ConvTranspose2d(3, 4, 2), nn.Flatten(), weight_norm(nn.Linear(4 * 9, 5)), nn.Linear(5, 3))
+    grouped, normed = nn.ConvTranspose2d(3, 3, 2, groups=3), weight_norm(nn.Linear(27, 5))
+    dense = nn.Sequential(grouped, nn.Flatten(), normed, nn.Linear(5, 3))
     x = torch.randn(64, 3, 2, 2)
     model = sparsity.magnitude(copy.deepcopy(dense), 0.5, "layer")
     before = {i: model[i].weight.detach().clone() for i in (0, 2, 3)}
