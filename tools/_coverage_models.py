@@ -33,7 +33,7 @@ class Case:
     only_eval: bool = False
 
 
-# What is exported and compared in ONNX Runtime: of every family one or two, as an export costs several seconds.
+# What is exported and compared in ONNX Runtime: all of YOLO, else one or two of a family, as an export takes seconds.
 ONNX = {
     "transformers": "llama qwen2 gpt2 mamba bert distilbert t5 whisper clip detr wav2vec2 vit swin convnext segformer",
     "torchvision": "densenet121 efficientnet_b0 mobilenet_v2 resnet50 resnext50_32x4d shufflenet_v2_x0_5 swin_t "
@@ -42,7 +42,7 @@ ONNX = {
     "smp": "Unet DeepLabV3Plus",
     "diffusers": "unet2d vae",
 }
-ONNX_FIXED_BATCH = {"ultralytics": "yolov5nu yolov8n yolo11n-seg"}
+ONNX_FIXED_BATCH = {"ultralytics": " ".join(networks.YOLO)}
 
 
 def _onnx(name: str) -> str:
