@@ -85,9 +85,9 @@ def test_plot_writes_a_picture_and_needs_curves(tmp_path: Path) -> None:
 def test_the_criterion_ranks_as_its_order_and_weighs_by_the_curves() -> None:
     net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     x = torch.randn(1, 3)
-    first, second = (g.name for g in graphprune.trace(net, x).groups)
-    flat = Curve(first, "channel", 8, (4, 7), (1e-6, 2e-6))
-    steep = Curve(second, "channel", 8, (4, 7), (1.0, 2.0))
+    first, second = graphprune.trace(net, x).groups
+    flat = Curve(first.name, first.kind, 8, (4, 7), (1e-6, 2e-6))
+    steep = Curve(second.name, second.kind, 8, (4, 7), (1.0, 2.0))
     known = Sensitivity("error", "l2", "", (flat, steep))
     by_curves = graphprune.plan(net, x, 0.25, scope="global", criterion=known.criterion)
     assert [g.kept for g in by_curves.groups] == [4, 8]

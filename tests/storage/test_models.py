@@ -111,7 +111,8 @@ def test_whatever_was_done_before(make: Callable[[], nn.Module], tmp_path: Path)
     found = graphprune.load(path, Classifier).train(small.training)
     same(small, found)
     dtype = next(small.parameters()).dtype
-    assert torch.equal(found(IMAGE.to(dtype)), small(IMAGE.to(dtype)))
+    # the weights are the same bit for bit; in another memory format (channels_last) another kernel adds them up
+    torch.testing.assert_close(found(IMAGE.to(dtype)), small(IMAGE.to(dtype)))
     assert history_of(found) is not None or history_of(small) is None
     graphprune.save(found, tmp_path / "again.safetensors")
     same(small, graphprune.load(tmp_path / "again.safetensors", Classifier))
