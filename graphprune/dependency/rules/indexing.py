@@ -9,7 +9,10 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import torch
+from torch import fx
 
+from ...tracing.names import operator_name
 from ...tracing.origin import Expr, Literal, Operation, evaluate, recorded_value
 from ..context import NodeContext, Result
 from ..state import AxisMap, State, axis_of, take
@@ -279,9 +282,10 @@ def index_put(context: NodeContext) -> Result:
 
 @rule("index", "_unsafe_index")
 def index(context: NodeContext) -> Result:
-    """x[i, :, j] with index tensors: indexed axes freeze, the others keep their coordinates."""
+    """x[i, :, j] with index tensors: indexed axes freeze, the others keep their coordinates. Along one axis, indices
+    that the code lists (`x[:, [-2]]`) hold only what they count."""
     state = context.state(context.arg(0))
-    place = _picked(context, state)
+    place = _picked(context, state, reading=True)
     return empty(context) if place is None else state.moved(context.shape, place.kept)
 
 
@@ -293,15 +297,31 @@ class _Place:
     kept: dict[int, int]
 
 
-def _picked(context: NodeContext, state: State) -> _Place | None:
-    """Where the axes go that no index tensor takes; the others freeze. None for a mask over several axes."""
+def _written_down(index: fx.Node, length: int) -> Any:
+    """What must stay for indices written in the code to mean what they did, as a mask of the axis: up to the largest
+    one and, for those that count from the end, from the smallest one on. None where they are not known."""
+    while index.op == "call_function" and operator_name(index) in ("lift_fresh", "lift_fresh_copy", "detach", "alias"):
+        index = index.all_input_nodes[0]
+    value = index.meta.get("value") if "constant" in index.meta else None
+    if value is None or value.dtype not in (torch.int64, torch.int32):
+        return None
+    numbers = value.cpu().numpy().reshape(-1)
+    places = np.arange(length)
+    return (places <= numbers[numbers >= 0].max(initial=-1)) | (places >= length + numbers[numbers < 0].min(initial=0))
+
+
+def _picked(context: NodeContext, state: State, reading: bool = False) -> _Place | None:
+    """Where the axes go that no index tensor takes; the others freeze. None for a mask over several axes.
+
+    `reading`: nothing is written, so that what lies beyond indices written in the code may go."""
     indices = context.arg(1, "indices")
     for i in indices:
         if i is not None:
             context.freeze_state(context.state(i), "index", "used as an index")
     indexed = [a for a, i in enumerate(indices) if i is not None]
     for a in indexed:
-        context.freeze(state.axis(a), "index", "picked by an index tensor")
+        within = _written_down(indices[a], state.shape[a]) if reading and len(indexed) == 1 else None
+        context.freeze(state.axis(a), "index", "picked by an index tensor", within)
     masks = [i for i in indices if i is not None and i.meta["val"].dtype.is_floating_point is False]
     if any(str(i.meta["val"].dtype) in ("torch.bool", "torch.uint8") and len(i.meta["val"].shape) > 1 for i in masks):
         context.freeze_state(state, "index", "picked by a mask")
