@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ..errors import GraphPruneError
 from ..modules.attention import MultiheadAttention, scale_of
 from ..modules.recurrent import Recurrent
+from ..tracing.state import is_configuration
 
 
 def attribute_at(model: nn.Module, module: str, name: str, key: tuple[int | str, ...]) -> int:
@@ -19,7 +20,7 @@ def attribute_at(model: nn.Module, module: str, name: str, key: tuple[int | str,
     try:
         found: Any = model.get_submodule(module).__dict__[name]
         for step in key:
-            found = found[step]
+            found = found.__dict__[step] if is_configuration(found) else found[step]
     except (AttributeError, KeyError, IndexError, TypeError):
         found = None
     if type(found) is not int:
@@ -29,7 +30,8 @@ def attribute_at(model: nn.Module, module: str, name: str, key: tuple[int | str,
 
 
 def set_attribute(model: nn.Module, module: str, name: str, key: tuple[int | str, ...], value: int) -> None:
-    """`model.<module>.<name>[key...] = value`; tuples are rebuilt."""
+    """`model.<module>.<name>[key...] = value`; tuples are rebuilt. Settings objects, which modules of a copy share, are
+    changed in place."""
     try:
         owner = model.get_submodule(module)
     except AttributeError as error:
@@ -42,6 +44,9 @@ def set_attribute(model: nn.Module, module: str, name: str, key: tuple[int | str
 def _with(current: Any, key: tuple[int | str, ...], value: int) -> Any:
     if not key:
         return value
+    if is_configuration(current):
+        current.__dict__[str(key[0])] = _with(current.__dict__[str(key[0])], key[1:], value)
+        return current
     inner = _with(current[key[0]], key[1:], value)
     if isinstance(current, tuple):
         items = list(current)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import math
 import operator
 import random
@@ -50,8 +51,35 @@ def _traced(value: Any, module: str, name: str, key: tuple[Any, ...], make: Any,
     return value
 
 
+def is_configuration(value: Any) -> bool:
+    """A plain object of the user's that holds settings: no module, tensor, class, function or enumeration, and copied
+    the ordinary way."""
+    kind = type(value)
+    return (
+        type(getattr(value, "__dict__", None)) is dict
+        and not isinstance(value, (nn.Module, Tensor, type, enum.Enum))
+        and not callable(value)
+        and not kind.__module__.startswith(("torch.", "builtins"))
+        and not hasattr(kind, "__deepcopy__")
+    )
+
+
+def configurations(modules: dict[str, nn.Module]) -> dict[int, tuple[str, str, Any]]:
+    """The settings objects that modules hold, once each: id -> (path of the first holder, attribute, object)."""
+    found: dict[int, tuple[str, str, Any]] = {}
+    for path, module in modules.items():
+        for name, value in module.__dict__.items():
+            if name not in _INTERNAL and id(value) not in found and is_configuration(value):
+                found[id(value)] = (path, name, value)
+    return found
+
+
 def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
-    """Replace integer attributes of `modules` by `make(value, module, name, key)`; `preserved` puts them back."""
+    """Replace integer attributes of `modules`, and those of settings objects that they hold, by
+    `make(value, module, name, key)`; `preserved` puts them back."""
+    for path, name, settings in configurations(modules).values():
+        for key, value in list(settings.__dict__.items()):
+            settings.__dict__[key] = _traced(value, path, name, (key,), make)
     for path, module in modules.items():
         known = type(module).__module__.startswith("torch.nn.modules")
         attributes = module.__dict__
@@ -116,6 +144,7 @@ def preserved(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]
         for name, value in attributes.items()
         if name not in _INTERNAL and type(value) in (list, dict, set)
     ]
+    settings = [(value.__dict__, dict(value.__dict__)) for _, _, value in configurations(modules).values()]
     numpy_state, python_state = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=_cuda_devices(model)):
         try:
@@ -125,6 +154,9 @@ def preserved(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]
             random.setstate(python_state)
             for container, contents in containers:
                 _refill(container, contents)
+            for current, contents in settings:
+                current.clear()
+                current.update(contents)
             for module, attributes, tables in saved:
                 module.__dict__.clear()
                 module.__dict__.update(attributes)
