@@ -23,18 +23,19 @@ from .surgery import remove_layers
 from .tracing.example import ExampleInput
 from .verification import verify_layers
 
-NAME = "layer"
+WHOLE = ("layer", "experts")
 
 
-def wants_layers(granularity: str | Sequence[str]) -> bool:
-    """Whether whole layers are asked for. Raises GraphPruneError where they are asked for with something else."""
+def wants_whole(granularity: str | Sequence[str]) -> str | None:
+    """Which of these is asked for, if any. Raises GraphPruneError where it is together with something else."""
     names = [granularity] if isinstance(granularity, str) else list(granularity)
-    if NAME in names and len(names) > 1:
-        raise GraphPruneError(
-            f"granularity: {NAME!r} stands alone; prune layers first, then the channels of the result: "
-            f"prune(prune(model, x, 0.3, granularity={NAME!r}), x, 0.3)"
-        )
-    return names == [NAME]
+    for name in WHOLE:
+        if name in names and len(names) > 1:
+            raise GraphPruneError(
+                f"granularity: {name!r} stands alone; prune that first, then the channels of the result: "
+                f"prune(prune(model, x, 0.3, granularity={name!r}), x, 0.3)"
+            )
+    return names[0] if names and names[0] in WHOLE else None
 
 
 def plan_layers(
@@ -59,7 +60,8 @@ def plan_layers(
     if isinstance(ratio, Mapping):
         raise GraphPruneError("ratio: layers take one number; use ignore= for those that must stay")
     example = ExampleInput.of(example_input)
-    blocks = _without_ignored(find_blocks(model, example), ignore, model)
+    held = held_modules(ignore, model)
+    blocks = tuple(b for b in find_blocks(model, example) if not any(related(b.module, name) for name in held))
     batches = [(example, None)] if data is None else CalibrationData(data, example, model)
     scores = layer_scores(model, blocks, name, batches, loss_fn) if blocks else []
     for block, score in zip(blocks, scores, strict=True):
@@ -91,9 +93,8 @@ def _plan(model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block], re
     )
 
 
-def _without_ignored(
-    blocks: Sequence[Block], ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module
-) -> tuple[Block, ...]:
+def held_modules(ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module) -> set[str]:
+    """The paths of ignored modules. Raises GraphPruneError for what matches none."""
     items = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
     paths = {id(m): n for n, m in model.named_modules()}
     held: set[str] = set()
@@ -105,10 +106,10 @@ def _without_ignored(
         if not found:
             raise GraphPruneError(f"ignore: no module matches {pattern!r}; see model.named_modules()")
         held.update(found)
-    return tuple(b for b in blocks if not any(_related(b.module, name) for name in held))
+    return held
 
 
-def _related(a: str, b: str) -> bool:
+def related(a: str, b: str) -> bool:
     """One is the other or lies in it; "" is the model."""
     return a == b or not b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
 
@@ -199,4 +200,4 @@ def _failure(model: nn.Module, example: ExampleInput, blocks: Sequence[Block]) -
     return "; ".join(str(c) for c in report.checks if not c.passed)
 
 
-__all__ = ["plan_layers", "wants_layers"]
+__all__ = ["held_modules", "plan_layers", "related", "wants_whole"]

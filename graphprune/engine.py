@@ -18,9 +18,10 @@ from .dependency import DependencyGraph, Frozen, Group, Reason
 from .dependency.graph import trace
 from .dependency.sizes import Conflict, Resolution, SizeSolver, gone_on_axis, positions_of
 from .dependency.temperature import Rescale, rescales
-from .depth import plan_layers, wants_layers
+from .depth import plan_layers, wants_whole
 from .errors import GraphPruneError
 from .importance import Criterion, resolve_criterion
+from .mixtures import plan_experts
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
 from .recovery import check_method
 from .recovery import recover as recover_accuracy
@@ -78,7 +79,8 @@ def plan(
       Default "auto": every width, whole heads where the ratio takes at least one, else head features. "layer":
       `ratio` of the layers that can be left out as a whole go (residual blocks, transformer layers, convolutions that
       keep their shape), ranked by `criterion` "block_influence" (default), "taylor" or "loss"; of the other options
-      `ignore`, `budget`, `max_ratio`, `data` and `loss_fn` apply.
+      `ignore`, `budget`, `max_ratio`, `data` and `loss_fn` apply. "experts": `ratio` of the experts of every mixture,
+      those that its router gives the least weight on `data` (else on the example input); `ignore`, `max_ratio`.
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
       while importance still sees the folded, effective filters.
     - `seed`: for the criterion "random".
@@ -101,15 +103,16 @@ def plan(
         scope=scope,
         round_to=round_to,
         min_channels=min_channels,
-        granularity="auto" if (layers := wants_layers(granularity)) else granularity,
+        granularity="auto" if (whole := wants_whole(granularity)) else granularity,
         max_ratio=max_ratio,
     )
-    if layers:
-        return _layers(model, example_input, ratio, settings, criterion, ignore, data, loss_fn)
+    if whole:
+        return _whole(whole, model, example_input, ratio, settings, criterion, ignore, data, loss_fn)
     return _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn)[1]
 
 
-def _layers(
+def _whole(
+    what: str,
     model: nn.Module,
     example_input: Any,
     ratio: float | Mapping[str, float] | None,
@@ -121,6 +124,8 @@ def _layers(
 ) -> Plan:
     settings.check()
     with paused_collector():
+        if what == "experts":
+            return plan_experts(model, example_input, settings, ignore=ignore, criterion=criterion, data=data)
         return plan_layers(
             model,
             example_input,
@@ -418,14 +423,14 @@ def prune(
         scope=scope,
         round_to=round_to,
         min_channels=min_channels,
-        granularity="auto" if (layers := wants_layers(granularity)) else granularity,
+        granularity="auto" if (whole := wants_whole(granularity)) else granularity,
         max_ratio=max_ratio,
     )
     check_method(recover, data)
-    if layers:
+    if whole:
         if recover not in (None, "batchnorm"):
             raise GraphPruneError(f"recover={recover!r} repairs layers that lost inputs; here none has")
-        decided = _layers(model, example_input, ratio, settings, criterion, ignore, data, loss_fn)
+        decided = _whole(whole, model, example_input, ratio, settings, criterion, ignore, data, loss_fn)
         small = decided.apply(model)
         if verify:
             run_verification(model, small, decided, example_input).raise_on_failure()

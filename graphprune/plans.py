@@ -16,11 +16,12 @@ from typing import Any
 from torch import nn
 
 from .dependency.blocks import Block
+from .dependency.experts import Experts
 from .dependency.temperature import Rescale
 from .errors import GraphPruneError
 from .history import remember
 from .rewriting import OUTPUTS, Rewrite, replace
-from .surgery import Fold, attribute_at, fold_names, operate, remove_layers
+from .surgery import Fold, attribute_at, fold_names, operate, remove_layers, remove_listed_experts
 from .tracing.names import named_tensors
 
 FORMAT = "graphprune.plan/1"
@@ -63,6 +64,7 @@ class Plan:
     graphs of their recorded calls. `statistics`: whether something is removed that a norm, softmax or mean runs over.
     `caches`: (module, attribute) of dicts in which the model keeps tensors computed from its parameters; they are
     emptied. `layers`: layers that are left out; such a plan removes nothing else.
+    `experts`: mixtures that lose experts; `removed` then cuts routers and stacked weights, and nothing else.
     """
 
     removed: Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -78,6 +80,7 @@ class Plan:
     output: str = "module"
     rewrites: tuple[Rewrite, ...] = ()
     layers: tuple[Block, ...] = ()
+    experts: tuple[Experts, ...] = ()
 
     @property
     def empty(self) -> bool:
@@ -95,6 +98,7 @@ class Plan:
             return remember(remove_layers(model, self.layers), model, self)
         attributes = [(a.module, a.name, a.key, a.new) for a in self.attributes]
         small = operate(model, self.removed, attributes, self.folds, self.rescales, self.caches)
+        remove_listed_experts(small, self.experts)
         return remember(replace(small, self.rewrites), model, self)
 
     def check(self, model: nn.Module) -> None:
@@ -127,6 +131,12 @@ class Plan:
         lines = [f"  {block.module}: left out" for block in self.layers]
         if self.layers:
             return "\n".join([f"{len(self.layers)} layers left out", *lines, *(f"  {line}" for line in self.frozen)])
+        lines = [f"  {e.router}: {len(e.gone)} experts left out" for e in self.experts]
+        if self.experts:
+            head = f"{sum(len(e.gone) for e in self.experts)} experts left out"
+            lines += [f"  {text}" for text in (*map(str, self.attributes), *self.frozen)]
+            return "\n".join([head, *lines])
+        lines = []
         cut = [g for g in self.groups if g.kept < g.size]
         lines.append(f"{len(cut)} of {len(self.groups)} groups pruned, {len(self.folds)} batch norms folded")
         lines += [f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" for g in cut]
@@ -160,6 +170,7 @@ class Plan:
             "rewrites": [r.to_dict() for r in self.rewrites],
             "caches": [list(c) for c in self.caches],
             "layers": [dataclasses.asdict(block) for block in self.layers],
+            "experts": [{**dataclasses.asdict(e), "gone": list(e.gone)} for e in self.experts],
         }
 
     @classmethod
@@ -191,6 +202,7 @@ class Plan:
                 output=str(data.get("output", "module")),
                 rewrites=tuple(Rewrite.from_dict(r) for r in data.get("rewrites", ())),
                 layers=tuple(Block.from_dict(b) for b in data.get("layers", ())),
+                experts=tuple(Experts.from_dict(e) for e in data.get("experts", ())),
                 versions={str(k): str(v) for k, v in data["versions"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -205,7 +217,11 @@ class Plan:
         return plan
 
     def _check_layers(self) -> None:
-        if self.layers and (self.removed or self.folds or self.rescales or self.attributes or self.rewrites):
+        for e in self.experts:
+            if e.router not in self.structure or (e.gone and e.gone[-1] >= self.structure[e.router][0]):
+                raise GraphPruneError(f"the plan leaves out experts of {e.router!r} that it does not describe")
+        others = (self.experts, self.removed, self.folds, self.rescales, self.attributes, self.rewrites)
+        if self.layers and any(others):
             raise GraphPruneError("a plan that leaves layers out removes nothing else; make a second plan for that")
         for block in self.layers:
             if not any(name.startswith(f"{block.module}.") for name in self.structure):

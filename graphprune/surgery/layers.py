@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..dependency.blocks import Block
+from ..dependency.experts import Experts
 from ..errors import GraphPruneError
 from ..modules import Bypass
 from ..tracing.names import all_modules
@@ -53,6 +54,17 @@ def remove_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
     return small
 
 
+def remove_listed_experts(small: nn.Module, experts: Iterable[Experts]) -> None:
+    """Shorten the lists of experts of a copy, in place; stacked ones are cut as tensors are."""
+    modules = all_modules(small)
+    for one in experts:
+        if one.listed and one.gone:
+            owner = modules.get(one.listed)
+            if not isinstance(owner, nn.ModuleList) or len(owner) <= one.gone[-1]:
+                raise GraphPruneError(f"the plan shortens {one.listed}, which is no list of that many experts")
+            _shorten(small, one.listed, owner, list(one.gone), recount=False)
+
+
 def _bypass(module: nn.Module, block: Block) -> Bypass:
     new = Bypass(block.stream, block.form).train(module.training)
     for name, value in module.__dict__.items():  # what the code around it may look at (`layer.attention_type`)
@@ -61,7 +73,7 @@ def _bypass(module: nn.Module, block: Block) -> Bypass:
     return new
 
 
-def _shorten(model: nn.Module, path: str, owner: nn.Module, gone: list[int]) -> None:
+def _shorten(model: nn.Module, path: str, owner: nn.Module, gone: list[int], recount: bool = True) -> None:
     items = list(owner._modules.items())
     count = len(items)
     places = _places(items)
@@ -74,7 +86,8 @@ def _shorten(model: nn.Module, path: str, owner: nn.Module, gone: list[int]) -> 
             found = module.get_submodule(inner) if module is not None else None
             if found is not None and isinstance(found.__dict__.get(attribute), int):
                 found.__dict__[attribute] = i
-    _recount(model, path, count, gone)
+    if recount:
+        _recount(model, path, count, gone)
 
 
 def _places(items: Sequence[tuple[str, nn.Module | None]]) -> list[tuple[str, str]]:

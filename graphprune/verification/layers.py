@@ -50,21 +50,13 @@ def verify_layers(
       what the original does with a hook on each layer that returns the layer's input.
     - *weights*: what the original has outside these layers is all there, with the same values, and nothing else.
     """
-    example = ExampleInput.of(example_input)
-    examples = [example]
-    if all(t.is_floating_point() for t in example.tensors()):
-        generator = torch.Generator().manual_seed(0)
-        examples.append(example.map(lambda t: _noise(t, generator)))
     checks = []
-    for number, one in enumerate(examples):
-        got = _run(pruned, one, "verify (pruned)")
+    for number, one in enumerate(examples_for(ExampleInput.of(example_input))):
+        got = run(pruned, one, "verify (pruned)")
         if not number:
-            want = _run(original, one, "verify (original)")
-            found, expected = ([tuple(t.shape) for t in result_tensors(out)] for out in (got, want))
-            detail = f"{len(found)} outputs" if found == expected else f"output shapes {found}, expected {expected}"
-            checks.append(Check("forward", found == expected, math.nan, detail))
+            checks.append(same_shapes(got, run(original, one, "verify (original)")))
         with bypassed(original, blocks) as reference:
-            wanted = _run(reference, one, "verify (bypassed)")
+            wanted = run(reference, one, "verify (bypassed)")
         if any(p.is_meta for p in original.parameters()):
             continue
         error = relative_error(got, wanted)
@@ -73,12 +65,28 @@ def verify_layers(
     return VerificationReport(tuple(checks))
 
 
+def examples_for(example: ExampleInput) -> list[ExampleInput]:
+    """The example, and where all of it is floating point noise of the same shapes around it."""
+    if not all(t.is_floating_point() for t in example.tensors()):
+        return [example]
+    generator = torch.Generator().manual_seed(0)
+    return [example, example.map(lambda t: _noise(t, generator))]
+
+
+def same_shapes(got: Any, want: Any) -> Check:
+    """The check that outputs have the shapes of the original's."""
+    found, expected = ([tuple(t.shape) for t in result_tensors(out)] for out in (got, want))
+    detail = f"{len(found)} outputs" if found == expected else f"output shapes {found}, expected {expected}"
+    return Check("forward", found == expected, math.nan, detail)
+
+
 def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
     return tensor.detach().clone() if tensor.is_meta else tensor.detach() + noise
 
 
-def _run(model: nn.Module, example: ExampleInput, what: str) -> Any:
+def run(model: nn.Module, example: ExampleInput, what: str) -> Any:
+    """One run in eval mode without gradients, from the same random state each time."""
     with evaluating(model):
         torch.manual_seed(0)
         return run_model(model, example.clone(), what)

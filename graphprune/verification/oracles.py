@@ -182,7 +182,8 @@ def verify(
     - *rounding*, for half precision when weights were computed (folded, rescaled): each one must be what float32
       gives, rounded; the comparisons then use the values that are not rounded.
 
-    A plan that leaves layers out is checked against the original with hooks that bypass them, instead.
+    A plan that leaves out layers or experts is checked against the original in which they are bypassed, or barred from
+    being chosen, instead.
 
     Relative errors above `tolerance` (default 1e-4; half precision models are compared in float32) are measured again
     in float64. Costs four forward passes and two copies of the model. On the meta device only shapes are checked.
@@ -192,6 +193,10 @@ def verify(
         from .layers import verify_layers  # builds on this module
 
         return verify_layers(original, pruned, plan.layers, example, tolerance)
+    if plan.experts:
+        from .experts import verify_experts
+
+        return verify_experts(original, pruned, plan.experts, example, tolerance)
     if graph is None and plan.rewrites:
         graph = dependency_graph(original, example, plan.output, [r.module for r in plan.rewrites])
     graph = graph or trace(original, example)
