@@ -197,6 +197,12 @@ less than 1e-6 in double precision. Not compared: it runs, and there is no such 
 record of what it cut cannot be replayed)."""
 
 
+def _limits(results: Sequence[Result]) -> str:
+    """The limits under which these results were made."""
+    found = sorted({tuple(r["limits"]) for r in results if "limits" in r})
+    return " or ".join(f"{seconds:g} s of processor time and {size:g} GiB" for seconds, size in found) or "not run"
+
+
 def page(
     done: Results,
     names: Sequence[str],
@@ -209,14 +215,15 @@ def page(
     """The whole Markdown page. `exported`: the models whose pruned form goes to ONNX; `current`: see `versions`."""
     most, sentence = versions(done, names, current)
     later = [name for name in exported if not _has_export(done, name)]
-    limits = sorted({tuple(r["limits"]) for r in done.values() if "limits" in r})
-    allowed = " or ".join(f"{seconds:g} s of processor time and {size:g} GiB" for seconds, size in limits)
+    allowed = "; ".join(
+        f"{who}: {_limits([r for (tool, _), r in done.items() if tool == key])}"
+        for key, who in (("ours", "graphprune"), ("peer", "Torch-Pruning"))
+    )
     lines = [
         "# Coverage: every network people bring",
         "",
-        f"`python -m tools.coverage`, ratio {ratio:g}, one process per model and tool with a limit of {allowed}, "
-        "never less for Torch-Pruning than for graphprune. The machine was shared with other work, so the seconds are "
-        "upper bounds.",
+        f"`python -m tools.coverage`, ratio {ratio:g}, one process per model and tool, with limits ({allowed}). "
+        "The machine was shared with other work, so the seconds are upper bounds.",
         "",
         ABOUT,
         "",
