@@ -1,0 +1,203 @@
+"""Layers left out one by one: exactness, accuracy and latency after each; and layers together with channels.
+
+    python -m tools.bench_layers                       # everything, then docs/layers.md
+    python -m tools.bench_layers --models vit llama    # some of it
+    python -m tools.bench_layers --latency             # only measure the files of an earlier run again
+
+Networks: CIFAR-10 ResNet-56 of the shared data folder (GRAPHPRUNE_SHARED_DATA, else ../shared/data beside the
+checkout), a vision transformer on scikit-learn's digits, and a byte-level decoder built as Llama is, on the source of
+two of Python's modules; the last two are trained here. At each step the layer without which the loss on training data
+is lowest goes (criterion "loss"), from the network that the step before left. No training afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import graphprune
+from graphprune.dependency.blocks import find_blocks
+from tools._common import machine_line, markdown_table, versions_line, write
+from tools._layer_networks import TASKS, Task
+
+OUTPUT = Path("docs/layers.md")
+FILES = Path("build/layers")
+HALF = 0.5
+
+
+def one_by_one(name: str, task: Task) -> list[dict[str, Any]]:
+    """A row for the dense network and one for every layer less."""
+    rows = [_row(name, task, 0, "", task.model, 0.0)]
+    small = task.model
+    for step in range(1, task.steps + 1):
+        left = len(find_blocks(small, task.example))
+        plan = graphprune.plan(
+            small, task.example, 1 / left, granularity="layer", criterion="loss", data=task.data, loss_fn=task.loss_fn
+        )
+        before, small = small, plan.apply(small)
+        report = graphprune.verify(before, small, plan, task.example)
+        report.raise_on_failure()
+        error = max(c.error for c in report.checks if c.name.startswith("bypass"))
+        rows.append(_row(name, task, step, plan.layers[0].module, small, error))
+    return rows
+
+
+def _row(name: str, task: Task, step: int, layer: str, model: nn.Module, error: float) -> dict[str, Any]:
+    FILES.mkdir(parents=True, exist_ok=True)
+    path = FILES / f"{name}-{step}.onnx"
+    graphprune.export_onnx(copy.deepcopy(model), task.example, path)
+    normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    row = {
+        "model": name,
+        "step": step,
+        "layer": layer,
+        "error": error,
+        "merit": task.measure(model),
+        "recovered": task.measure(_reestimated(model, task)) if normed and step else None,
+        "macs": graphprune.count(model, task.example).macs,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "unit": task.unit,
+        "file": path.name,
+    }
+    print({k: v for k, v in row.items() if k not in ("unit", "file")}, flush=True)
+    return row
+
+
+def _reestimated(model: nn.Module, task: Task) -> nn.Module:
+    """Batch norm statistics measured again, as a plan that removes nothing."""
+    empty = graphprune.plan(model, task.example, 0.0, granularity="layer")
+    return graphprune.recover(model, empty, task.example, [x for x, _ in task.data], "batchnorm").model
+
+
+def together(name: str, task: Task, dropped: Sequence[int]) -> list[dict[str, Any]]:
+    """Layers first, then channels down to half of the dense network's MACs, with and without recovery."""
+    dense = graphprune.count(task.model, task.example).macs
+    inputs = [x for x, _ in task.data]
+    rows = []
+    for number in dropped:
+        small = task.model
+        for _ in range(number):
+            share = 1 / len(find_blocks(small, task.example))
+            small = graphprune.prune(
+                small, task.example, share, granularity="layer", criterion="loss", data=task.data, loss_fn=task.loss_fn
+            )
+        budget = graphprune.Budget(macs=HALF * dense)
+        options: dict[str, Any] = {"budget": budget, "data": inputs}
+        criterion = "reconstruction" if name == "resnet56" else "wanda"
+        small = graphprune.prune(small, task.example, criterion=criterion, recover="least_squares", **options)
+        rows.append(_row(name, task, 100 + number, f"{number} layers", small, 0.0))
+        rows[-1]["combined"] = number
+    return rows
+
+
+def measure_latency(rows: list[dict[str, Any]], tasks: dict[str, Task]) -> None:
+    """Fill in milliseconds and speed-ups: the files of one network alternated in one call."""
+    for name, task in tasks.items():
+        mine = [row for row in rows if row["model"] == name]
+        files = {row["file"]: FILES / row["file"] for row in mine}
+        base = f"{name}-0.onnx"
+        report = graphprune.benchmark(files, task.example, threads=1, rounds=15, baseline=base, provider="cpu")
+        for row in mine:
+            found = report.row(row["file"])
+            row["ms"], row["speedup"] = found.median_ms, found.speedup
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The Markdown page."""
+    parts = [
+        "# Layers left out",
+        "",
+        *(__doc__ or "").strip().splitlines()[-4:],
+        "",
+        "    python -m tools.bench_layers",
+        "",
+        f"{machine_line(1)}. {versions_line('torch', 'onnx', 'onnxruntime-gpu')}",
+        "",
+        "*Exact*: largest relative difference to the network before the step with that layer bypassed by a hook, on "
+        "the example input and on noise. Latency: ONNX Runtime on the CPU, one thread, batch 1, median, all files of "
+        "a network alternated.",
+        "",
+    ]
+    for name in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == name]
+        parts += [f"## {name}", "", _steps([r for r in mine if "combined" not in r]), ""]
+        both = [r for r in mine if "combined" in r]
+        if both:
+            parts += [
+                f"Layers and channels together, at {1 / HALF:g}x fewer multiply-accumulates: channels by "
+                f"{'reconstruction error' if name == 'resnet56' else 'activation x weight'} and least-squares "
+                f"recovery; no training.",
+                "",
+                _combined(both, mine[0]),
+                "",
+            ]
+    return "\n".join(parts)
+
+
+def _merit(row: dict[str, Any], key: str = "merit") -> str:
+    value = row.get(key)
+    return "" if value is None else f"{value:.2f}" if "%" in row["unit"] else f"{value:.3f}"
+
+
+def _steps(rows: list[dict[str, Any]]) -> str:
+    normed = any(row["recovered"] is not None for row in rows)
+    headings = ["layers less", "the one that went", "exact", rows[0]["unit"]]
+    headings += ["batch norms measured again"] if normed else []
+    headings += ["MACs", "parameters", "ms", "speed-up"]
+    cells = []
+    for row in rows:
+        cell = [str(row["step"]), row["layer"], f"{row['error']:.0e}" if row["step"] else "", _merit(row)]
+        cell += [_merit(row, "recovered")] if normed else []
+        cell += [f"{row['macs'] / rows[0]['macs']:.0%}", f"{row['parameters'] / rows[0]['parameters']:.0%}"]
+        cell += [f"{row['ms']:.2f}", f"{row['speedup']:.2f}"] if "ms" in row else ["", ""]
+        cells.append(cell)
+    return markdown_table(headings, cells)
+
+
+def _combined(rows: list[dict[str, Any]], dense: dict[str, Any]) -> str:
+    headings = ["layers less", rows[0]["unit"], "MACs", "ms", "speed-up"]
+    cells = [
+        [
+            str(row["combined"]),
+            _merit(row),
+            f"{row['macs'] / dense['macs']:.0%}",
+            *([f"{row['ms']:.2f}", f"{row['speedup']:.2f}"] if "ms" in row else ["", ""]),
+        ]
+        for row in rows
+    ]
+    return markdown_table(headings, cells)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tools.bench_layers", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
+    parser.add_argument("--latency", action="store_true", help="prune nothing, only measure the files again")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help=f"Markdown page (default {OUTPUT})")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    stored = options.output.with_suffix(".json")
+    rows: list[dict[str, Any]] = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else []
+    tasks = {name: TASKS[name]() for name in options.models}
+    if not options.latency:
+        for name, task in tasks.items():
+            made = one_by_one(name, task) + together(name, task, (0, 2) if name == "resnet56" else (0, 1, 2))
+            rows = [row for row in rows if row["model"] != name] + made
+            write(stored, json.dumps(rows, indent=1) + "\n")
+    measure_latency(rows, tasks)
+    order = list(TASKS)
+    rows.sort(key=lambda row: (order.index(row["model"]), row["step"]))
+    write(stored, json.dumps(rows, indent=1) + "\n")
+    write(options.output, page(rows))
+    print(f"written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
