@@ -187,8 +187,34 @@ def verify(
 
     Relative errors above `tolerance` (default 1e-4; half precision models are compared in float32) are measured again
     in float64. Costs four forward passes and two copies of the model. On the meta device only shapes are checked.
+
+    Raises GraphPruneError where there is not enough memory for that.
     """
-    example = ExampleInput.of(example_input)
+    try:
+        return _verified(original, pruned, plan, ExampleInput.of(example_input), graph, tolerance)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        size = sum(t.numel() * t.element_size() for t in named_tensors(original).values()) / 2**30
+        raise GraphPruneError(
+            f"verify: not enough memory to compare the networks (the original has {size:.1f} GiB of weights, and two "
+            f"copies of it are made): pass a smaller example_input, or verify=False and check on a larger machine"
+        ) from error
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(t in str(error) for t in ("allocate memory", "out of memory", "bad_alloc"))
+
+
+def _verified(
+    original: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    example: ExampleInput,
+    graph: DependencyGraph | None,
+    tolerance: float,
+) -> VerificationReport:
     if plan.layers:
         from .layers import verify_layers  # builds on this module
 

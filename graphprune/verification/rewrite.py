@@ -54,6 +54,13 @@ class RewrittenRun:
         self.gone = gone
         self.tensors = tensors
         self.env: dict[fx.Node, Any] = {}
+        # node -> what nobody reads after it; kept until the end, all activations would be in memory at once
+        self.finished: dict[fx.Node, list[fx.Node]] = {}
+        seen: set[fx.Node] = set()
+        for node in reversed(list(graph.trace.graph.nodes)):
+            last = [n for n in dict.fromkeys(node.all_input_nodes) if n not in seen]
+            seen.update(last)
+            self.finished[node] = last
         self.device = next(iter(tensors.values())).device if tensors else torch.device("cpu")
 
     def run(self, inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -68,6 +75,8 @@ class RewrittenRun:
                 self.env[node] = self.env[node.args[0]][node.args[1]]
             else:
                 self.env[node] = self._call(node)
+            for done in self.finished[node]:
+                del self.env[done]
         raise AssertionError("a recorded graph ends in an output node")
 
     def _call(self, node: fx.Node) -> Any:

@@ -256,3 +256,71 @@ def test_zeroed_and_permuted_copies_by_hand() -> None:
     assert sorted(order) == [0, 1, 2, 3] and order != [0, 1, 2, 3]
     assert torch.equal(shuffled[0].bias, model[0].bias[order])
     assert torch.equal(shuffled[1].weight, model[1].weight[:, order])
+
+
+class _TooMuch(torch.overrides.TorchFunctionMode):
+    """From a given number of matrix products on, memory has run out."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear:
+            self.left -= 1
+            if self.left < 0:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("after", [0, 4, 8])
+def test_running_out_of_memory_is_explained(after: int) -> None:
+    model, x = Norms(), torch.randn(4, 6)
+    plan = graphprune.plan(model, x, 0.5)
+    small = plan.apply(model)
+    graph = graphprune.trace(model, x)
+    with _TooMuch(after), pytest.raises(GraphPruneError, match="memory"):
+        graphprune.verify(model, small, plan, x, graph=graph)
+    graphprune.verify(model, small, plan, x).raise_on_failure()
+
+
+def test_memory_that_runs_out_between_runs_of_the_model_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes")
+
+    model, x = Norms(), torch.randn(4, 6)
+    plan = graphprune.plan(model, x, 0.5)
+    monkeypatch.setattr("graphprune.verification.oracles.run_rewritten", full)
+    with pytest.raises(GraphPruneError, match=r"not enough memory to compare.*verify=False"):
+        graphprune.verify(model, plan.apply(model), plan, x)
+
+
+def test_other_errors_are_not_called_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("something else")
+
+    model, x = Norms(), torch.randn(4, 6)
+    plan = graphprune.plan(model, x, 0.5)
+    monkeypatch.setattr("graphprune.verification.oracles.run_rewritten", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        graphprune.verify(model, plan.apply(model), plan, x)
+
+
+def test_the_rewritten_run_keeps_only_what_is_still_read() -> None:
+    from graphprune.verification.rewrite import RewrittenRun, gone_components
+
+    model, x = nn.Sequential(*[m for _ in range(20) for m in (nn.Linear(8, 8), nn.ReLU())]), torch.randn(2, 8)
+    graph, plan = graphprune.trace(model, x), graphprune.plan(model, x, 0.5)
+    tensors = {n: model.get_parameter(n).detach() for n in graph.trace.parameters}
+    run = RewrittenRun(graph, gone_components(graph, graphprune.plan(model, x, ignore="*")), tensors)
+    most, call = 0, run._call
+
+    def counted(node: Any) -> Any:
+        nonlocal most
+        most = max(most, sum(n.op == "call_function" for n in run.env))
+        return call(node)
+
+    run._call = counted  # type: ignore[method-assign]
+    (out,) = run.run([x])
+    assert torch.equal(out, model(x)) and plan.groups
+    assert most <= 3
