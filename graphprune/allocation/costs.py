@@ -8,10 +8,11 @@ and a call costs the product of its axes' lengths.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -43,17 +44,26 @@ class CostModel(Protocol):
     def exact(self, gone: Mask) -> float:
         """The cost when these components are removed."""
 
+    def curve(self, group: int, kept: Floats, fractions: Floats) -> Floats:
+        """The part of the cost that depends on this group, at each of these fractions; the others as in `kept`."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Axis:
+class Axis:
     """One axis: where its indices come from, and how many belong to each combination of groups."""
 
     axis_map: AxisMap
     length: int
     parts: tuple[tuple[tuple[int, ...], int], ...]
 
-    def value(self, kept: Floats) -> float:
-        return float(sum(n * math.prod(kept[g] for g in groups) for groups, n in self.parts))
+    @property
+    def groups(self) -> frozenset[int]:
+        """The groups that its length depends on."""
+        return frozenset(g for groups, _ in self.parts for g in groups)
+
+    def value(self, kept: Sequence[Any] | Floats) -> Any:
+        """Its length, where a fraction `kept[g]` of every group is there: a number, or an array if one of them is."""
+        return sum(n * math.prod(kept[g] for g in groups) for groups, n in self.parts)
 
     def slope(self, kept: Floats) -> dict[int, float]:
         out: dict[int, float] = {}
@@ -64,8 +74,8 @@ class _Axis:
         return out
 
 
-class ProductCosts:
-    """A cost model whose terms are a constant times the lengths of some axes."""
+class Axes:
+    """The axes of one network's tensors; equal ones are made once."""
 
     def __init__(self, graph: DependencyGraph) -> None:
         self.graph = graph
@@ -73,23 +83,12 @@ class ProductCosts:
         self._group_of = np.full(total, -1, np.int64)
         for group in graph.groups:
             self._group_of[graph.units(group)] = group.index
-        self._axes: dict[tuple[int, ...], _Axis] = {}
-        self._terms: list[tuple[float, tuple[_Axis, ...]]] = []
-        self.constant = 0.0
+        self._made: dict[tuple[int, ...], Axis] = {}
 
-    def add(self, factor: float, axes: Sequence[tuple[AxisMap, int]]) -> None:
-        """A term: `factor` times the lengths of these axes (coordinates, length)."""
-        found = [self._axis(m, n) for m, n in axes]
-        free = tuple(a for a in found if any(groups for groups, _ in a.parts))
-        factor *= math.prod(a.length for a in found if a not in free)
-        if free:
-            self._terms.append((factor, free))
-        else:
-            self.constant += factor
-
-    def _axis(self, axis_map: AxisMap, length: int) -> _Axis:
+    def axis(self, axis_map: AxisMap, length: int) -> Axis:
+        """The axis with these coordinates."""
         key = (length, *(x for d, v in axis_map.items() for x in (d, id(v))))
-        if key not in self._axes:
+        if key not in self._made:
             offset = self.graph.analysis.dims.offset
             label = self.graph.analysis.label
             columns = [np.where(v >= 0, self._group_of[label[offset[d] + v]], -1) for d, v in axis_map.items()]
@@ -101,21 +100,69 @@ class ProductCosts:
                 parts = tuple(merged.items())
             else:
                 parts = (((), length),)
-            self._axes[key] = _Axis(axis_map, length, parts)
-        return self._axes[key]
+            self._made[key] = Axis(axis_map, length, parts)
+        return self._made[key]
+
+    def of(self, node: fx.Node) -> list[Axis]:
+        """The axes of a recorded tensor."""
+        return [self.axis(m, n) for m, n in axes_of(self.graph, node)]
+
+    def exact(self, axis: Axis, gone: Mask) -> int:
+        """The length of an axis when these components are removed."""
+        return axis.length - int(gone_on_axis(self.graph.analysis, axis.axis_map, axis.length, gone).sum())
+
+
+class ProductCosts:
+    """A cost model whose terms are a constant times the lengths of some axes."""
+
+    def __init__(self, graph: DependencyGraph, axes: Axes | None = None) -> None:
+        self.graph = graph
+        self.axes = axes or Axes(graph)
+        self._terms: list[tuple[float, tuple[Axis, ...]]] = []
+        self.constant = 0.0
+
+    def add(self, factor: float, axes: Sequence[tuple[AxisMap, int]]) -> None:
+        """A term: `factor` times the lengths of these axes (coordinates, length)."""
+        found = [self.axes.axis(m, n) for m, n in axes]
+        free = tuple(a for a in found if a.groups)
+        factor *= math.prod(a.length for a in found if a not in free)
+        if free:
+            self._terms.append((factor, free))
+        else:
+            self.constant += factor
+
+    @functools.cached_property
+    def _used(self) -> list[Axis]:
+        return list({id(a): a for _, axes in self._terms for a in axes}.values())
+
+    @functools.cached_property
+    def _by_group(self) -> dict[int, list[tuple[float, tuple[Axis, ...]]]]:
+        out: dict[int, list[tuple[float, tuple[Axis, ...]]]] = {}
+        for term in self._terms:
+            for g in frozenset[int]().union(*(a.groups for a in term[1])):
+                out.setdefault(g, []).append(term)
+        return out
 
     @property
     def full(self) -> float:
         return self.constant + sum(f * math.prod(a.length for a in axes) for f, axes in self._terms)
 
     def value(self, kept: Floats) -> float:
-        lengths = {id(a): a.value(kept) for a in self._axes.values()}
+        lengths = {id(a): float(a.value(kept)) for a in self._used}
         return self.constant + sum(f * math.prod(lengths[id(a)] for a in axes) for f, axes in self._terms)
+
+    def curve(self, group: int, kept: Floats, fractions: Floats) -> Floats:
+        varied: list[Any] = list(kept)
+        varied[group] = fractions
+        out = np.zeros(len(fractions))
+        for factor, axes in self._by_group.get(group, ()):
+            out += factor * math.prod(a.value(varied) for a in axes)
+        return out
 
     def slopes(self, kept: Floats) -> Floats:
         out = np.zeros(len(self.graph.groups))
-        lengths = {id(a): a.value(kept) for a in self._axes.values()}
-        slopes = {id(a): a.slope(kept) for a in self._axes.values()}
+        lengths = {id(a): float(a.value(kept)) for a in self._used}
+        slopes = {id(a): a.slope(kept) for a in self._used}
         for factor, axes in self._terms:
             for i, axis in enumerate(axes):
                 rest = factor * math.prod(lengths[id(b)] for j, b in enumerate(axes) if j != i)
@@ -124,11 +171,7 @@ class ProductCosts:
         return out
 
     def exact(self, gone: Mask) -> float:
-        analysis = self.graph.analysis
-        lengths = {
-            id(a): a.length - int(gone_on_axis(analysis, a.axis_map, a.length, gone).sum())
-            for a in self._axes.values()
-        }
+        lengths = {id(a): self.axes.exact(a, gone) for a in self._used}
         return self.constant + sum(f * math.prod(lengths[id(a)] for a in axes) for f, axes in self._terms)
 
 
@@ -151,11 +194,11 @@ def _add_call(costs: ProductCosts, graph: DependencyGraph, node: fx.Node, macs: 
     operation = operator_name(node)
     axes: list[tuple[AxisMap, int]]
     if operation == "convolution" and isinstance(node.args[1], fx.Node):
-        axes = _axes(graph, node.args[1])
+        axes = axes_of(graph, node.args[1])
     elif operation in _PRODUCTS and isinstance(node.args[_PRODUCTS[operation]], fx.Node):
         left = node.args[_PRODUCTS[operation]]
         assert isinstance(left, fx.Node)
-        axes = [*_axes(graph, node), _axes(graph, left)[-1]]
+        axes = [*axes_of(graph, node), axes_of(graph, left)[-1]]
     elif operation.startswith((_ATTENTION, "_" + _ATTENTION)):
         _add_attention(costs, graph, node, macs)
         return
@@ -166,7 +209,7 @@ def _add_call(costs: ProductCosts, graph: DependencyGraph, node: fx.Node, macs: 
 
 def _add_attention(costs: ProductCosts, graph: DependencyGraph, node: fx.Node, macs: int) -> None:
     """Scores: query axes x keys x features; results: the same with the value's features."""
-    query, key, value = (_axes(graph, n) for n in node.args[:3])  # type: ignore[arg-type]
+    query, key, value = (axes_of(graph, n) for n in node.args[:3])  # type: ignore[arg-type]
     shared = [*query[:-1], key[-2]]
     width = query[-1][1] + value[-1][1]
     unit = macs / (math.prod(n for _, n in shared) * width)
@@ -174,7 +217,8 @@ def _add_attention(costs: ProductCosts, graph: DependencyGraph, node: fx.Node, m
     costs.add(unit, [*shared, value[-1]])
 
 
-def _axes(graph: DependencyGraph, node: fx.Node) -> list[tuple[AxisMap, int]]:
+def axes_of(graph: DependencyGraph, node: fx.Node) -> list[tuple[AxisMap, int]]:
+    """Coordinates and length of every axis of a recorded tensor."""
     state = graph.analysis.state(node)
     return [(state.axis(a), n) for a, n in enumerate(state.shape)]
 
