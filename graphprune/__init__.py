@@ -20,6 +20,8 @@ from .folding import fold_conv_bn
 from .gradual import prune_gradually
 from .importance import criterion
 from .kernels import plan_kernels, shrink_kernels
+from .latency import Attempt, Latency, LatencyTable, Target
+from .latency.planning import latency_table
 from .pipelines import PipelineResult, pipeline
 from .plans import Plan
 from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
@@ -30,6 +32,7 @@ from .verification import VerificationReport, verify
 
 __all__ = [
     "Advice",
+    "Attempt",
     "Blocker",
     "Budget",
     "ConfigFit",
@@ -43,6 +46,8 @@ __all__ = [
     "Frozen",
     "GraphPruneError",
     "Group",
+    "Latency",
+    "LatencyTable",
     "LayerCount",
     "Member",
     "PipelineResult",
@@ -52,6 +57,7 @@ __all__ = [
     "Recovery",
     "Report",
     "Sensitivity",
+    "Target",
     "VerificationReport",
     "__version__",
     "advise",
@@ -64,6 +70,7 @@ __all__ = [
     "finetune",
     "fit_config",
     "fold_conv_bn",
+    "latency_table",
     "load",
     "pipeline",
     "plan",

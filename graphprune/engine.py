@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ._version import __version__
-from .allocation import Allocation, Budget, Settings, ignored_positions, make_limits
+from .allocation import Allocation, Budget, Forecasts, Settings, ignored_positions, make_limits
 from .calibration.source import CalibrationSource
 from .dependency import DependencyGraph, Frozen
 from .dependency.graph import trace
@@ -21,6 +21,8 @@ from .dependency.temperature import Rescale
 from .depth import plan_layers, wants_whole
 from .errors import GraphPruneError
 from .importance import Criterion, resolve_criterion
+from .latency import Target
+from .latency.planning import plan_within
 from .mixtures import plan_experts
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
 from .recovery import check_method
@@ -53,6 +55,7 @@ def plan(
     max_ratio: float = 1.0,
     data: Any = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
+    target: Target | None = None,
 ) -> Plan:
     """Decide what to remove from `model`, without changing it.
 
@@ -61,6 +64,7 @@ def plan(
       Default 0.5, unless there is a budget.
     - `budget`: instead of a ratio, a `graphprune.Budget` for the whole network, such as `Budget(macs=0.5)`; the widths
       of the groups are chosen so that the least importance is lost for it.
+      `Budget(latency=0.5)` is about the time of a call on the `target`; see below.
     - `max_ratio`: the largest fraction that any group may lose, in (0, 1]. Default 1: all units but one.
     - `ignore`: modules, names or patterns whose outputs stay. The network's inputs and outputs always stay.
     - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
@@ -91,6 +95,11 @@ def plan(
       network becomes one graph. Both keep parameter names, train, and take the batch sizes, resolutions and lengths
       that the code took; where the code would have done something else than recorded, they raise GraphPruneError.
 
+    - `target`: where latency budgets hold, a `graphprune.Target` (default: ONNX Runtime here, CUDA if it loads, one
+      thread). Times are looked up in a table measured there, the widths are those that this machine likes, and the plan
+      is exported, measured against the dense network and corrected a few times; `plan.latency` says what came of it.
+      Needs real weights and a model that exports.
+
     Numbers are rounded to nearest (0.34 of 10 removes 3); ties between equal scores keep the lower index.
 
     Raises GraphPruneError for arguments out of range, unknown names, weights that are NaN, and models that fail on the
@@ -107,7 +116,8 @@ def plan(
     )
     if whole:
         return _whole(whole, model, example_input, ratio, settings, criterion, ignore, data, loss_fn)
-    return _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn)[1]
+    job = _Job(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn, target)
+    return job.decided()[1]
 
 
 def _whole(
@@ -138,36 +148,56 @@ def _whole(
         )
 
 
-def _decide(
-    model: nn.Module,
-    example_input: Any,
-    settings: Settings,
-    criterion: Criterionlike | None,
-    ignore: Iterable[nn.Module | str] | nn.Module | str,
-    fold_bn: bool,
-    seed: int,
-    output: str,
-    data: Any,
-    loss_fn: Callable[[Any, Any], Any] | None,
-) -> tuple[DependencyGraph, Plan]:
-    """The graph and the plan made from it. Arguments are checked before the model runs."""
-    settings.check()
-    check_output(output)
-    chosen = resolve_criterion("l2" if criterion is None else criterion)
-    chosen.check_data(data, loss_fn)
-    with paused_collector():
-        source = CalibrationSource.of(model, example_input, data, loss_fn)
-        if output == "module":
-            graph = trace(model, example_input)
-            made = _plan_once(model, graph, settings, chosen, ignore, fold_bn, seed, source, None)
-            assert made is not None
-            return graph, made
-        rewriter = Rewriter(model, example_input, output)
-        while True:  # every round rewrites one module more, or gives one up
-            graph = rewriter.graph()
-            found = _plan_once(model, graph, settings, chosen, ignore, fold_bn, seed, source, rewriter)
-            if found is not None:
-                return graph, dataclasses.replace(found, output=output)
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """The arguments of `plan`, and how they become a plan."""
+
+    model: nn.Module
+    example: Any
+    settings: Settings
+    criterion: Criterionlike | None
+    ignore: Iterable[nn.Module | str] | nn.Module | str
+    fold_bn: bool
+    seed: int
+    output: str
+    data: Any
+    loss_fn: Callable[[Any, Any], Any] | None
+    target: Target | None
+
+    def decided(self) -> tuple[DependencyGraph, Plan]:
+        """The graph and the plan made from it. Arguments are checked before the model runs."""
+        self.settings.check()
+        check_output(self.output)
+        chosen = resolve_criterion("l2" if self.criterion is None else self.criterion)
+        chosen.check_data(self.data, self.loss_fn)
+        target = Target.of(self.target)
+        budget = self.settings.budget
+        if budget is None or not budget.timed:
+            if self.target is not None:
+                raise GraphPruneError("target is for latency budgets: pass budget=Budget(latency=...) as well")
+            return self._made(chosen, None)
+        return plan_within(self.model, self.example, target, budget.seconds, functools.partial(self._made, chosen))
+
+    def _made(self, criterion: Criterion, forecast: Forecasts | None) -> tuple[DependencyGraph, Plan]:
+        with paused_collector():
+            source = CalibrationSource.of(self.model, self.example, self.data, self.loss_fn)
+            rewriter = None if self.output == "module" else Rewriter(self.model, self.example, self.output)
+            while True:  # every round rewrites one module more, or gives one up
+                graph = trace(self.model, self.example) if rewriter is None else rewriter.graph()
+                found = _plan_once(
+                    self.model,
+                    graph,
+                    self.settings,
+                    criterion,
+                    self.ignore,
+                    self.fold_bn,
+                    self.seed,
+                    source,
+                    rewriter,
+                    forecast,
+                )
+                if found is not None:
+                    return graph, dataclasses.replace(found, output=self.output)
 
 
 def plan_from_graph(
@@ -197,6 +227,7 @@ def _plan_once(
     seed: int,
     source: CalibrationSource | None,
     rewriter: Rewriter | None,
+    forecast: Forecasts | None = None,
 ) -> Plan | None:
     """The plan on this graph; None where the rewriter has changed its choice of modules, and with it the graph."""
     held = ignored_positions(ignore, graph, model)
@@ -208,7 +239,7 @@ def _plan_once(
     calibration = None if source is None else source.calibration(model, folds)
     scorer = Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised, calibration)
     kept_folds = folds if fold_bn else []
-    limits = functools.partial(make_limits, settings.budget, graph, model, kept_folds)
+    limits = functools.partial(make_limits, settings.budget, graph, model, kept_folds, forecast)
     settled = settle(graph, settings, scorer, limits, rewriter)
     if settled is None:
         return None
@@ -218,6 +249,8 @@ def _plan_once(
         rewrites = rewriter.rewrites(graph, allocation.gone, resolution.attributes)
     if rewrites is None:
         return None
+    if forecast is not None:
+        forecast.predict(graph, allocation.gone)
     found = assemble(model, graph, allocation, resolution, factors, kept_folds)
     return dataclasses.replace(found, rewrites=rewrites)
 
@@ -284,6 +317,7 @@ def prune(
     data: Any = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     recover: str | None = None,
+    target: Target | None = None,
 ) -> nn.Module:
     """A physically smaller copy of `model`; the model itself is not touched.
 
@@ -318,7 +352,8 @@ def prune(
         if verify:
             run_verification(model, small, decided, example_input).raise_on_failure()
         return small if recover is None else recover_accuracy(model, decided, example_input, data, recover).model
-    graph, decided = _decide(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn)
+    job = _Job(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn, target)
+    graph, decided = job.decided()
     with paused_collector():
         small = decided.apply(model)
     if verify:

@@ -20,6 +20,7 @@ from .dependency.experts import Experts
 from .dependency.temperature import Rescale
 from .errors import GraphPruneError
 from .history import remember
+from .latency.record import Latency
 from .rewriting import OUTPUTS, Rewrite, replace
 from .surgery import Fold, attribute_at, fold_names, operate, remove_layers, remove_listed_experts
 from .tracing.names import named_tensors
@@ -65,6 +66,7 @@ class Plan:
     `caches`: (module, attribute) of dicts in which the model keeps tensors computed from its parameters; they are
     emptied. `layers`: layers that are left out; such a plan removes nothing else.
     `experts`: mixtures that lose experts; `removed` then cuts routers and stacked weights, and nothing else.
+    `latency`: what was asked, predicted and measured, where the budget was one of latency.
     """
 
     removed: Mapping[str, Mapping[int, tuple[int, ...]]]
@@ -81,6 +83,7 @@ class Plan:
     rewrites: tuple[Rewrite, ...] = ()
     layers: tuple[Block, ...] = ()
     experts: tuple[Experts, ...] = ()
+    latency: Latency | None = None
 
     @property
     def empty(self) -> bool:
@@ -123,8 +126,7 @@ class Plan:
     @property
     def structural_hash(self) -> str:
         """A hash of the names and shapes of the model the plan was made for."""
-        text = json.dumps({k: list(v) for k, v in sorted(self.structure.items())})
-        return hashlib.sha256(text.encode()).hexdigest()
+        return _hash_of(self.structure)
 
     def summary(self) -> str:
         """What is removed and what is not, for people."""
@@ -142,6 +144,8 @@ class Plan:
         lines += [f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" for g in cut]
         lines += [f"  {change}" for change in self.attributes]
         lines += [f"  {r.module or 'the model'} becomes a graph of its recorded calls" for r in self.rewrites]
+        if self.latency is not None:
+            lines.append(f"  {self.latency}")
         if self.frozen:
             lines.append("cannot be removed:")
             lines += [f"  {line}" for line in self.frozen]
@@ -171,6 +175,7 @@ class Plan:
             "caches": [list(c) for c in self.caches],
             "layers": [dataclasses.asdict(block) for block in self.layers],
             "experts": [{**dataclasses.asdict(e), "gone": list(e.gone)} for e in self.experts],
+            "latency": None if self.latency is None else self.latency.to_dict(),
         }
 
     @classmethod
@@ -203,6 +208,7 @@ class Plan:
                 rewrites=tuple(Rewrite.from_dict(r) for r in data.get("rewrites", ())),
                 layers=tuple(Block.from_dict(b) for b in data.get("layers", ())),
                 experts=tuple(Experts.from_dict(e) for e in data.get("experts", ())),
+                latency=None if data.get("latency") is None else Latency.from_dict(data["latency"]),
                 versions={str(k): str(v) for k, v in data["versions"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -286,6 +292,16 @@ class Plan:
 def folding(model: nn.Module, folds: Sequence[Fold]) -> Plan:
     """The plan that removes nothing and merges these batch norms into their layers."""
     return Plan(removed={}, folds=tuple(folds), structure=structure_of(model))
+
+
+def structural_hash(model: nn.Module) -> str:
+    """A hash of the names and shapes of a model, equal to that of the plans made for it."""
+    return _hash_of(structure_of(model))
+
+
+def _hash_of(structure: Mapping[str, tuple[int, ...]]) -> str:
+    text = json.dumps({k: list(v) for k, v in sorted(structure.items())})
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def structure_of(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -3,13 +3,14 @@
 from .allocate import Allocation, Settings, allocate
 from .budget import Budget, Limit
 from .costs import CostModel, mac_costs, parameter_costs
-from .limits import make_limits
+from .limits import Forecasts, make_limits
 from .selection import ignored_positions, kinds_of, matching_ratios
 
 __all__ = [
     "Allocation",
     "Budget",
     "CostModel",
+    "Forecasts",
     "Limit",
     "Settings",
     "allocate",

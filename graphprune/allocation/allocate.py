@@ -16,6 +16,7 @@ from ..dependency import DependencyGraph
 from ..errors import GraphPruneError
 from .budget import Budget, Limit, Widths
 from .selection import apart, chosen_groups, kinds_of, matching_ratios
+from .staircase import StairWidths
 
 Floats = npt.NDArray[np.float64]
 SCOPES = ("local", "global", "isomorphic")
@@ -156,7 +157,8 @@ def _within(
         least = min(group.size, -(-least // settings.round_to) * settings.round_to)
         ceilings.append(forced.get(group.index, group.size))
         floors.append(least if chosen[group.index] and group.index not in forced else ceilings[-1])
-    widths = Widths([scores[g.index] for g in groups], floors, ceilings, settings.round_to)
+    chooser = StairWidths if any(limit.stairs for limit in limits) else Widths
+    widths = chooser([scores[g.index] for g in groups], floors, ceilings, settings.round_to)
     best: tuple[float, Allocation] | None = None
     scale, fits, exceeds = 1.0, 0.0, math.inf
     for _ in range(_ROUNDS):

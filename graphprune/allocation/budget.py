@@ -24,13 +24,20 @@ _FULL, _NEAR, _EXCHANGES = 0.995, 0.99, 6
 class Budget:
     """Upper limits for the pruned network, one or several at once.
 
-    `macs`: multiply-accumulates on the example input; `params`: elements of all parameters. A number up to 1 is a
-    fraction of what the original has, a larger one a count. Limits are never exceeded, and met within 1 % where the
+    `macs`: multiply-accumulates on the example input; `params`: elements of all parameters; `memory`: bytes of weights
+    and of the activations that are alive at the same time, at their highest, on the example input. A number up to 1 is
+    a fraction of what the original has, a larger one a count. These are never exceeded, and met within 1 % where the
     numbers of channels allow.
+
+    `latency`: a fraction, in (0, 1], of the time that a call of the original takes; `latency_ms`: milliseconds. Both
+    are about the `target` of `plan`, and what is measured there counts: see `graphprune.Target`.
     """
 
     macs: float | None = None
     params: float | None = None
+    memory: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name, value in self.limits().items():
@@ -40,6 +47,24 @@ class Budget:
                 )
         if not self.limits():
             raise GraphPruneError("budget: name at least one limit, such as Budget(macs=0.5) or Budget(params=0.5)")
+        if self.latency is not None and self.latency > 1:
+            raise GraphPruneError(
+                f"budget: latency is a fraction of the original's time in (0, 1], got {self.latency!r}; for "
+                f"milliseconds use latency_ms"
+            )
+        if self.latency is not None and self.latency_ms is not None:
+            raise GraphPruneError("budget: latency and latency_ms exclude each other")
+
+    @property
+    def timed(self) -> bool:
+        """Whether latency is limited."""
+        return self.latency is not None or self.latency_ms is not None
+
+    def seconds(self, dense: float) -> float:
+        """The time allowed for a call, where one of the original takes `dense` seconds."""
+        if self.latency_ms is not None:
+            return self.latency_ms / 1000
+        return dense if self.latency is None else self.latency * dense
 
     def limits(self) -> dict[str, Any]:
         """The limits that are set, by name."""
@@ -48,11 +73,12 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """One cost and the most it may be. `name` is for messages."""
+    """One cost and the most it may be. `name` is for messages. `stairs`: whether the cost jumps at some widths."""
 
     name: str
     cost: CostModel
     most: float
+    stairs: bool = False
 
 
 class Widths:

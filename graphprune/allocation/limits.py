@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from torch import nn
 
 from ..dependency import DependencyGraph
+from ..dependency.sizes import Mask
 from ..surgery import Fold
 from .budget import Budget, Limit
 from .costs import CostModel, mac_costs, parameter_costs
 
 
+class Forecasts(Protocol):
+    """Predicts latencies; `dense`: seconds of the original, `correction`: measured over predicted."""
+
+    correction: float
+
+    @property
+    def dense(self) -> float: ...
+
+    def cost(self, graph: DependencyGraph) -> CostModel: ...
+
+    def predict(self, graph: DependencyGraph, gone: Mask) -> None: ...
+
+
 def make_limits(
-    budget: Budget | None, graph: DependencyGraph, model: nn.Module, folds: Sequence[Fold]
+    budget: Budget | None,
+    graph: DependencyGraph,
+    model: nn.Module,
+    folds: Sequence[Fold],
+    forecast: Forecasts | None = None,
 ) -> list[Limit]:
     """The limits of `budget` (none without one); a fraction is of what `model` has before anything is done to it.
 
@@ -27,7 +46,13 @@ def make_limits(
         "params": lambda: (parameter_costs(graph, model, folds), float(sum(p.numel() for p in model.parameters()))),
     }
     out = []
+    if budget.timed:
+        assert forecast is not None
+        most = budget.seconds(forecast.dense) / forecast.correction
+        out.append(Limit("latency, in seconds,", forecast.cost(graph), most, stairs=True))
     for name, value in budget.limits().items():
+        if name not in makers:
+            continue
         cost, dense = makers[name]()
         out.append(Limit(name, cost, value * dense if value <= 1 else float(value)))
     return out
