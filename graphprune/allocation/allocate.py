@@ -157,7 +157,7 @@ def _within(
         least = min(group.size, -(-least // settings.round_to) * settings.round_to)
         ceilings.append(forced.get(group.index, group.size))
         floors.append(least if chosen[group.index] and group.index not in forced else ceilings[-1])
-    chooser = StairWidths if any(limit.stairs for limit in limits) else Widths
+    chooser = StairWidths if any(limit.stairs is not None for limit in limits) else Widths
     widths = chooser([scores[g.index] for g in groups], floors, ceilings, settings.round_to)
     best: tuple[float, Allocation] | None = None
     scale, fits, exceeds = 1.0, 0.0, math.inf

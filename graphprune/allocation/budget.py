@@ -73,12 +73,13 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """One cost and the most it may be. `name` is for messages. `stairs`: whether the cost jumps at some widths."""
+    """One cost and the most it may be. `name` is for messages. `stairs`: of a cost that jumps at some widths, the part
+    that does, with arguments as those of `CostModel.curve`."""
 
     name: str
     cost: CostModel
     most: float
-    stairs: bool = False
+    stairs: Callable[[int, Floats, Floats], Floats] | None = None
 
 
 class Widths:

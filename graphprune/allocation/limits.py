@@ -11,7 +11,14 @@ from ..dependency import DependencyGraph
 from ..dependency.sizes import Mask
 from ..surgery import Fold
 from .budget import Budget, Limit
-from .costs import CostModel, mac_costs, parameter_costs
+from .costs import CostModel, Floats, mac_costs, parameter_costs
+from .memory import MemoryCosts
+
+
+class StairCost(CostModel, Protocol):
+    """A cost that jumps at some widths; `stairs`: the part of `curve` that does."""
+
+    def stairs(self, group: int, kept: Floats, fractions: Floats) -> Floats: ...
 
 
 class Forecasts(Protocol):
@@ -22,7 +29,7 @@ class Forecasts(Protocol):
     @property
     def dense(self) -> float: ...
 
-    def cost(self, graph: DependencyGraph) -> CostModel: ...
+    def cost(self, graph: DependencyGraph) -> StairCost: ...
 
     def predict(self, graph: DependencyGraph, gone: Mask) -> None: ...
 
@@ -43,19 +50,26 @@ def make_limits(
         return []
     makers: dict[str, Callable[[], tuple[CostModel, float]]] = {
         "macs": lambda: _with_full(mac_costs(graph)),
+        "memory": lambda: _memory(graph, model, folds),
         "params": lambda: (parameter_costs(graph, model, folds), float(sum(p.numel() for p in model.parameters()))),
     }
     out = []
     if budget.timed:
         assert forecast is not None
         most = budget.seconds(forecast.dense) / forecast.correction
-        out.append(Limit("latency, in seconds,", forecast.cost(graph), most, stairs=True))
+        timed = forecast.cost(graph)
+        out.append(Limit("latency, in seconds,", timed, most, timed.stairs))
     for name, value in budget.limits().items():
         if name not in makers:
             continue
         cost, dense = makers[name]()
         out.append(Limit(name, cost, value * dense if value <= 1 else float(value)))
     return out
+
+
+def _memory(graph: DependencyGraph, model: nn.Module, folds: Sequence[Fold]) -> tuple[CostModel, float]:
+    """The original still has its batch norms."""
+    return MemoryCosts(graph, model, folds), MemoryCosts(graph, model, ()).full
 
 
 def _with_full(cost: CostModel) -> tuple[CostModel, float]:

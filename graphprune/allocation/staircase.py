@@ -80,12 +80,13 @@ class StairWidths:
             low, high = int(self.floors[g]), int(self.ceilings[g])
             widths = np.arange(low, high + 1, dtype=np.int64)
             widths = widths[(widths % self.step == 0) | (widths == high) | (widths == low)]
-            costs = self._costs(g, whole, widths, limits, [limit.most for limit in limits])
+            parts = [s(g, whole, widths / max(1, int(self.sizes[g]))) for limit in limits if (s := limit.stairs)]
+            costs = np.sum(parts, axis=0)
+            if not costs.any():  # no stairs there
+                costs = self._costs(g, whole, widths, limits, [limit.most for limit in limits])
             rest = np.minimum.accumulate(np.append(costs[1:], np.inf)[::-1])[::-1]
             good = costs < rest - _TOLERANCE * np.abs(costs)
             good[-1] = True
-            if not good[:-1].any() and len(widths) > 1:  # nothing depends on it: leave it whole
-                widths, good = widths[-1:], good[-1:]
             out.append(widths[good])
         self._options = out
         return out

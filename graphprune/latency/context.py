@@ -42,7 +42,7 @@ class Context:
         numbers = [found[name] for name in ("wall", "light", "other")]
         factors = {Sample(Kernel.parse(k), tuple(int(n) for n in at)): float(f) for k, at, f in found["factors"]}
         for value in (*numbers, *factors.values()):
-            if not isinstance(value, float) or not 0 <= value < math.inf:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{value!r} is no time")
         return cls(numbers[0], numbers[1], factors, numbers[2])
 
@@ -75,7 +75,7 @@ def make_context(run: Profile, samples: Sequence[Sample], meter: Meter, alone: M
     other = (heavy - known if rest_inside else 0.0) / rest_alone if rest_alone else 1.0
     if rest_alone and other <= 0:
         other = 1.0
-    light = sum(n.seconds for n in run.nodes if not n.heavy and not n.idle)
+    light = float(sum(n.seconds for n in run.nodes if not n.heavy and not n.idle))
     total = sum(n.seconds for n in run.nodes)
     if not total:  # a device whose profiler does not time nodes: all but a call's floor belongs to the computations
         everything = sum(alone[s] for s in samples)

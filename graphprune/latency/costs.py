@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ class _Term:
     unit: Unit
     surface: Surface
     factor: float
+
+    @functools.cached_property
+    def groups(self) -> tuple[int, ...]:
+        return tuple(sorted(self.unit.groups))
 
 
 def running(graph: DependencyGraph) -> list[fx.Node]:
@@ -64,6 +69,7 @@ class LatencyCosts:
         for term in self._terms:
             for g in term.unit.groups:
                 self._by_group.setdefault(g, []).append(term)
+        self._values: dict[tuple[Any, ...], float] = {}
         self._curves: dict[tuple[Any, ...], Floats] = {}
 
     @property
@@ -72,8 +78,15 @@ class LatencyCosts:
 
     def value(self, kept: Floats) -> float:
         fractions = kept.tolist()
-        heavy = sum(t.factor * float(t.surface([n.value(fractions) for n in t.unit.lengths])) for t in self._terms)
+        heavy = sum(self._at(t, fractions) for t in self._terms)
         return float(self.constant + heavy + self._light * self._elements.value(kept))
+
+    def _at(self, term: _Term, kept: list[float]) -> float:
+        key = (id(term), *(kept[g] for g in term.groups))
+        if key not in self._values:
+            lengths = [n.value(kept) for n in term.unit.lengths]
+            self._values[key] = term.factor * float(term.surface(lengths))
+        return self._values[key]
 
     def exact(self, gone: Mask) -> float:
         heavy = sum(
@@ -82,11 +95,16 @@ class LatencyCosts:
         return self.constant + heavy + self._light * self._elements.exact(gone)
 
     def curve(self, group: int, kept: Floats, fractions: Floats) -> Floats:
+        return self.stairs(group, kept, fractions) + self._light * self._elements.curve(group, kept, fractions)
+
+    def stairs(self, group: int, kept: Floats, fractions: Floats) -> Floats:
+        """The part of `curve` that computations take: where it does not fall, a width is not worth having, though
+        functions of single elements would get cheaper."""
         varied: list[Any] = list(kept)
         varied[group] = fractions
-        out = self._light * self._elements.curve(group, kept, fractions)
+        out = np.zeros(len(fractions))
         for term in self._by_group.get(group, ()):
-            others = tuple(float(kept[g]) for g in sorted(term.unit.groups - {group}))
+            others = tuple(float(kept[g]) for g in term.groups if g != group)
             key = (id(term), group, others, fractions.tobytes())
             if key not in self._curves:
                 lengths = [n.value(varied) for n in term.unit.lengths]

@@ -7,6 +7,7 @@ widths cost the same, and some cost more than a larger one. A width is a *step* 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -66,13 +67,22 @@ class Stairs:
     def up(self, widths: npt.ArrayLike) -> Ints:
         """The next step at or above each width."""
         w = np.asarray(widths, np.int64)
-        table = np.array([next(s for s in (*self.steps, self.steps[0] + PERIOD) if s >= r) for r in range(PERIOD)])
-        up: Ints = w - w % PERIOD + table[w % PERIOD]
+        up: Ints = w + self._distance[w % PERIOD]
         return up
 
     def factor(self, widths: npt.ArrayLike) -> Floats:
         """Time at each width over the time at `up` of it."""
-        return np.asarray(self.penalty, np.float64)[np.asarray(widths, np.int64) % PERIOD]
+        return self._penalty[np.asarray(widths, np.int64) % PERIOD]
+
+    @functools.cached_property
+    def _distance(self) -> Ints:
+        steps = np.array([*self.steps, self.steps[0] + PERIOD], np.int64)
+        remainders = np.arange(PERIOD)
+        return steps[np.searchsorted(steps, remainders)] - remainders
+
+    @functools.cached_property
+    def _penalty(self) -> Floats:
+        return np.asarray(self.penalty, np.float64)
 
 
 SMOOTH = Stairs(tuple(range(PERIOD)), (1.0,) * PERIOD)

@@ -1,0 +1,60 @@
+"""Stairs are found where they are, and noise does not make them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from graphprune import GraphPruneError
+from graphprune.latency.stairs import PERIOD, SMOOTH, Stairs, scan_widths, undominated
+
+
+def times(step: int, noise: float = 0.0) -> list[float]:
+    widths = scan_widths()
+    steady = np.ceil(widths / step) * step + 4.0
+    return [float(t) for t in steady * (1 + noise * np.random.default_rng(0).uniform(-1, 1, len(widths)))]
+
+
+@pytest.mark.parametrize("step", [8, 16, 32, 64])
+@pytest.mark.parametrize("noise", [0.0, 0.004])
+def test_steps_are_found(step: int, noise: float) -> None:
+    assert Stairs.found(times(step, noise)).steps == tuple(range(0, PERIOD, step))
+
+
+def test_a_width_dearer_than_a_larger_one_is_no_step_and_has_a_penalty() -> None:
+    seconds = np.array(times(16))
+    odd = scan_widths() % 2 == 1
+    seconds[odd] *= 1.3
+    stairs = Stairs.found(seconds.tolist())
+    assert stairs.steps == (0, 16, 32, 48)
+    factor = stairs.factor([16, 32, 17, 18, 81])
+    assert factor == pytest.approx([1, 1, 1.3, 1, 1.3], rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [(0, 16, 32, 48), (5,), (0,), (3, 40)])
+def test_up_is_the_next_step(steps: tuple[int, ...]) -> None:
+    stairs = Stairs(steps, (1.0,) * PERIOD)
+    for width in range(1, 400):
+        slow = next(w for w in range(width, width + PERIOD + 1) if w % PERIOD in steps)
+        assert int(stairs.up(width)) == slow
+
+
+def test_undominated_is_what_every_larger_width_exceeds() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        t = rng.uniform(1, 2, 12)
+        slow = [all(t[i] < 0.98 * t[j] for j in range(i + 1, 12)) for i in range(12)]
+        assert undominated(t, 0.02).tolist() == slow
+
+
+def test_smooth_has_every_width() -> None:
+    assert SMOOTH.up(np.arange(1, 200)).tolist() == list(range(1, 200))
+
+
+ONES = (1.0,) * 64
+
+
+@pytest.mark.parametrize("steps, penalty", [((), ONES), ((64,), ONES), ((0,), (1.0,)), ((0,), (99.0,) * 64)])
+def test_nonsense_is_refused(steps: tuple[int, ...], penalty: tuple[float, ...]) -> None:
+    with pytest.raises(GraphPruneError, match="stairs"):
+        Stairs(steps, penalty)
