@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +16,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from .allocation import Budget
 from .counting import Count
 from .errors import GraphPruneError
 from .factories import InputShape
+from .latency import Target
 from .report.tables import Column, render, table
 from .verification import VerificationReport
 
@@ -89,6 +92,24 @@ GranularityOption = Annotated[
         metavar="KIND",
     ),
 ]
+BudgetOption = Annotated[
+    list[str] | None,
+    _option(
+        _PRUNING,
+        "Instead of a ratio, a limit for the whole network: macs=0.5, params=0.5, memory=0.5 (a fraction, or a count), "
+        "latency=0.5 or latency_ms=3. Repeat it, or separate by commas.",
+        "--budget",
+        metavar="LIMIT",
+    ),
+]
+ProviderOption = Annotated[
+    str | None, _option(_PRUNING, "Where latency counts: auto (default), cpu, cuda or a full name.", "--provider")
+]
+ThreadsOption = Annotated[int | None, _option(_PRUNING, "Threads that latency is for (default 1).", "--threads", min=1)]
+TableOption = Annotated[
+    Path | None,
+    _option(_PRUNING, "A file of the command latency-table: nothing is measured here.", "--latency-table"),
+]
 FoldOption = Annotated[
     bool, _option(_PRUNING, "Merge batch norms into layers, or keep them for training.", "--fold-bn/--keep-bn")
 ]
@@ -154,6 +175,36 @@ def show(as_json: bool, data: dict[str, Any], *text: Any) -> None:
         typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
     else:
         typer.echo(render(*text))
+
+
+def parse_budget(given: Sequence[str] | None) -> Budget | None:
+    """The budget of `--budget` options; None without any."""
+    if not given:
+        return None
+    names = [field.name for field in dataclasses.fields(Budget)]
+    limits: dict[str, float] = {}
+    for part in (p.strip() for text in given for p in text.split(",")):
+        name, equals, value = part.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not equals or name not in names or name in limits or math.isnan(number):
+            raise typer.BadParameter(
+                f"{part!r}: expected one of {', '.join(names)}, each once, as in macs=0.5", param_hint="--budget"
+            )
+        limits[name] = number
+    try:
+        return Budget(**limits)
+    except GraphPruneError as error:
+        raise typer.BadParameter(str(error), param_hint="--budget") from None
+
+
+def parse_target(provider: str | None, threads: int | None, table: Path | None) -> Target | None:
+    """The target of these options; None without any."""
+    if provider is None and threads is None and table is None:
+        return None
+    return Target(provider or "auto", threads or 1, table=table)
 
 
 def parse_ratio(texts: list[str] | None) -> float | dict[str, float]:

@@ -138,6 +138,29 @@ def test_options_reach_the_plan() -> None:
         assert found.removed == expected.removed and found.folds == expected.folds, arguments
 
 
+def test_budgets_reach_the_plan() -> None:
+    base = load_factory("zoo:net")
+    cases: list[tuple[list[str], graphprune.Budget]] = [
+        (["--budget", "macs=0.6"], graphprune.Budget(macs=0.6)),
+        (["--budget", "macs=0.8,params=250"], graphprune.Budget(macs=0.8, params=250)),
+        (["--budget", "memory=0.7", "--budget", "params=0.9"], graphprune.Budget(memory=0.7, params=0.9)),
+    ]
+    for arguments, budget in cases:
+        ok("prune", "zoo:net", *arguments)
+        expected = graphprune.plan(base.model, base.example, budget=budget)
+        assert graphprune.Plan.load("pruned.plan.json").removed == expected.removed, arguments
+
+
+def test_a_latency_table_and_a_plan_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "cache"))
+    data = as_json("latency-table", "zoo:net", "table.json", "--provider", "cpu")
+    assert data["points"] >= 3 and data["dense_ms"] > 0 and set(data["stairs"]) == {"conv", "pointwise", "linear"}
+    text = ok("prune", "zoo:net", "--budget", "latency=1", "--latency-table", "table.json")
+    plan = graphprune.Plan.load("pruned.plan.json")
+    assert plan.latency is not None and plan.latency.measured_ms is None and "not measured" in text
+    assert plan.latency.predicted_ms <= 1.0001 * plan.latency.dense_ms
+
+
 def test_tied_weights_are_written_once_and_read_back() -> None:
     shapes = ["--input-shape", "2,5:int64", "--input-shape", "2,5,1"]
     data = as_json("prune", "zoo:tokens", *shapes, "--ratio", "0.5")

@@ -171,7 +171,7 @@ def _within(
             continue
         made = _allocation(graph, scores, settings, forced, wanted.tolist(), None)
         used = max(limit.cost.exact(made.gone) / limit.most for limit in limits)
-        if used <= 1:
+        if used <= 1 + 1e-12:
             fits = scale
             if best is None or used > best[0]:
                 best = (used, made)

@@ -1,4 +1,5 @@
-"""The command line: `graphprune inspect | doctor | advise | prune | pipeline | export | bench`.
+"""The command line: `graphprune inspect | doctor | advise | prune | pipeline | export | bench |
+latency-table`.
 
 Models are named `module:function`; see `graphprune.factories.load_factory`. Results go to standard output, everything
 else (progress, warnings, errors, what a model prints) to standard error.
@@ -14,6 +15,7 @@ from .._version import __version__
 from .deploying import bench, export
 from .looking import advise, doctor, inspect
 from .pruning import prune
+from .timing import write_table
 from .training import run_pipeline
 
 app = typer.Typer(
@@ -43,6 +45,7 @@ def _main(
 for _command in (inspect, doctor, advise, prune, export, bench):
     app.command()(_command)
 app.command("pipeline")(run_pipeline)
+app.command("latency-table")(write_table)
 
 
 def main() -> None:

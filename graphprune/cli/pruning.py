@@ -12,6 +12,7 @@ from ..engine import plan as make_plan
 from ..factories import load_factory
 from ..storage import save
 from ..terminal import (
+    BudgetOption,
     CriterionOption,
     FoldOption,
     GranularityOption,
@@ -20,16 +21,21 @@ from ..terminal import (
     LeastOption,
     ModelArgument,
     ModeOption,
+    ProviderOption,
     RatioOption,
     RoundOption,
     ScopeOption,
     SeedOption,
     ShapeOption,
+    TableOption,
+    ThreadsOption,
     VerifyOption,
     WeightsOption,
     checks_as_data,
     comparison,
+    parse_budget,
     parse_ratio,
+    parse_target,
     show,
     working,
 )
@@ -46,6 +52,10 @@ def prune(
     weights: WeightsOption = None,
     seed: SeedOption = 0,
     ratio: RatioOption = None,
+    budget: BudgetOption = None,
+    provider: ProviderOption = None,
+    threads: ThreadsOption = None,
+    latency_table: TableOption = None,
     ignore: IgnoreOption = None,
     scope: ScopeOption = "local",
     criterion: CriterionOption = "l2",
@@ -58,7 +68,10 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Prune a model, prove it, and write the plan (JSON) and the pruned model (safetensors)."""
-    wanted = parse_ratio(ratio)
+    if ratio and budget:
+        raise typer.BadParameter("give only one of --ratio and --budget", param_hint="--budget")
+    limits, target = parse_budget(budget), parse_target(provider, threads, latency_table)
+    wanted = None if limits is not None else parse_ratio(ratio)
     kinds = granularity or ["auto"]
     with working(6) as work:
         work.step("building the model")
@@ -78,6 +91,8 @@ def prune(
             fold_bn=fold_bn,
             seed=seed,
             output=output_mode,
+            budget=limits,
+            target=target,
         )
         work.step("cutting")
         small = decided.apply(loaded.model)
@@ -100,6 +115,7 @@ def prune(
         "frozen": list(decided.frozen),
         "folded": len(decided.folds),
         "output": decided.output,
+        "latency": None if decided.latency is None else decided.latency.to_dict(),
         "rewritten": [rewrite.module for rewrite in decided.rewrites],
         "verification": checks_as_data(report),
         "files": files,

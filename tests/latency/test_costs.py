@@ -71,6 +71,15 @@ def test_the_dense_network_takes_what_was_measured() -> None:
     assert cost.full == pytest.approx(seconds_of(model, x, 8, 1.7))
 
 
+def test_nodes_that_take_longer_than_the_call_are_scaled_down() -> None:
+    model, x = net()
+    graph, made = trace(model, x), table()
+    run = run_of(model, x)
+    light = NodeTime("s", "Sigmoid", (), (), 1e-4)
+    context = measured_context(graph, made, Profile((*run.nodes, light), run.wall / 2))
+    assert LatencyCosts(graph, made, context).full == pytest.approx(run.wall / 2)
+
+
 def test_a_context_scales_what_it_recognises_and_spreads_the_rest() -> None:
     model, x = net()
     samples = samples_of(model, x)

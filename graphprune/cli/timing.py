@@ -1,0 +1,42 @@
+"""The command latency-table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..factories import load_factory
+from ..latency import Target
+from ..latency.planning import latency_table
+from ..report.files import check_target
+from ..terminal import JsonOption, ModelArgument, SeedOption, ShapeOption, WeightsOption, show, working
+
+
+def write_table(
+    model: ModelArgument,
+    path: Annotated[Path, typer.Argument(metavar="FILE.json", help="The file to write.", show_default=False)],
+    input_shape: ShapeOption = None,
+    weights: WeightsOption = None,
+    seed: SeedOption = 0,
+    provider: Annotated[str, typer.Option(help="auto, cpu, cuda or a full name.")] = "auto",
+    threads: Annotated[int, typer.Option(help="Threads inside a node.", min=1)] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure what planning with a latency budget looks up, for use on another machine (prune --latency-table)."""
+    with working(2) as work:
+        work.step("building the model")
+        check_target(path)
+        loaded = load_factory(model, weights=weights, seed=seed)
+        example = loaded.input(input_shape or (), seed)
+        work.step("measuring")
+        made = latency_table(loaded.model, example, Target(provider, threads))
+        made.save(path)
+    dense = next(iter(made.contexts.values())).wall
+    steps = {kind: list(stairs.steps) for kind, stairs in made.stairs.items()}
+    points = sum(len(found) for found in made.points.values())
+    data = {"model": model, "file": str(path), "dense_ms": 1e3 * dense, "points": points, "about": dict(made.about)}
+    lines = [f"{kind}: widths worth having, modulo 64: {', '.join(map(str, s))}" for kind, s in steps.items()]
+    text = f"{points} times, dense network {1e3 * dense:.3g} ms on {made.about['provider']}"
+    show(as_json, {**data, "stairs": steps}, text, *lines, f"written: {path}")
