@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from .depth import plan_layers, wants_whole
 from .errors import GraphPruneError
 from .importance import Criterion, resolve_criterion
 from .latency import Target
-from .latency.planning import plan_within
+from .latency.planning import plan_within, width_step
 from .mixtures import plan_experts
 from .plans import AttributeChange, GroupPlan, Plan, structure_of
 from .recovery import check_method
@@ -98,7 +99,8 @@ def plan(
     - `target`: where latency budgets hold, a `graphprune.Target` (default: ONNX Runtime here, CUDA if it loads, one
       thread). Times are looked up in a table measured there, the widths are those that this machine likes, and the plan
       is exported, measured against the dense network and corrected a few times; `plan.latency` says what came of it.
-      Needs real weights and a model that exports.
+      Needs real weights and a model that exports. With a ratio or another budget, widths are rounded to the steps that
+      were found on the target (see `round_to`), since others may be no faster than the next larger step.
 
     Numbers are rounded to nearest (0.34 of 10 removes 3); ties between equal scores keep the lower index.
 
@@ -172,11 +174,12 @@ class _Job:
         chosen.check_data(self.data, self.loss_fn)
         target = Target.of(self.target)
         budget = self.settings.budget
-        if budget is None or not budget.timed:
-            if self.target is not None:
-                raise GraphPruneError("target is for latency budgets: pass budget=Budget(latency=...) as well")
+        if budget is not None and budget.timed:
+            return plan_within(self.model, self.example, target, budget.seconds, functools.partial(self._made, chosen))
+        if self.target is None:
             return self._made(chosen, None)
-        return plan_within(self.model, self.example, target, budget.seconds, functools.partial(self._made, chosen))
+        step = math.lcm(self.settings.round_to, width_step(self.model, self.example, target))
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, round_to=step))._made(chosen, None)
 
     def _made(self, criterion: Criterion, forecast: Forecasts | None) -> tuple[DependencyGraph, Plan]:
         with paused_collector():

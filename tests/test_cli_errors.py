@@ -50,7 +50,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (["prune", "zoo:net", "--granularity", "kernels"], "kernels"),
         (["prune", "zoo:net", "--budget", "macs=0.00001"], "macs cannot be brought to"),
         (["prune", "zoo:net", "--budget", "latency=0.5", "--latency-table", "none.json"], "none.json: cannot be read"),
-        (["prune", "zoo:net", "--threads", "2"], "target is for latency budgets"),
+        (["prune", "zoo:net", "--provider", "abacus"], "abacus"),
         (["latency-table", "zoo:net", "no/a.json"], "the folder no does not exist"),
         (["prune", "zoo:net", "-o", "no/small"], "the folder no does not exist"),
         (["export", "zoo:net", "no/small.onnx"], "the folder no does not exist"),

@@ -10,7 +10,6 @@ import numpy as np
 from torch import fx
 
 from ..allocation.costs import Axes, Floats, ProductCosts, axes_of
-from ..counting import macs_of
 from ..dependency import DependencyGraph
 from ..dependency.sizes import Mask
 from ..tracing.names import operator_name
@@ -53,7 +52,7 @@ class LatencyCosts:
 
     def __init__(self, graph: DependencyGraph, table: LatencyTable, context: Context) -> None:
         self.axes = Axes(graph)
-        units, unknown, light = units_of(running(graph), self.axes)
+        units, light = units_of(running(graph), self.axes)
         surfaces = [table.surface(u.kernel, u.sample.lengths, tuple(bool(n.groups) for n in u.lengths)) for u in units]
         self._terms = [_Term(u, s, context.factor(u.sample)) for u, s in zip(units, surfaces, strict=True)]
         self._elements = ProductCosts(graph, self.axes)
@@ -65,8 +64,6 @@ class LatencyCosts:
         scale = min(1.0, context.wall / max(heavy + context.light, 1e-12))
         self._terms = [dataclasses.replace(t, factor=scale * t.factor) for t in self._terms]
         self._light = scale * context.light / self._elements.full if self._elements.full else 0.0
-        # computations of no known kind stay what they are
-        self.unknown = sum(macs_of(node) or 0 for node in unknown)
         self.constant = max(0.0, context.wall - heavy - context.light)
         self._by_group: dict[int, list[_Term]] = {}
         for term in self._terms:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from ..dependency import DependencyGraph, trace
 from ..errors import GraphPruneError
 from ..plans import Plan, structural_hash
-from .forecast import Forecast, measured_context
+from .forecast import Forecast, measured_context, network_units
 from .networks import Bench
 from .record import Attempt, Latency
 from .table import LatencyTable
@@ -109,6 +110,20 @@ def _from_table(
     attempt = Attempt(1e3 * requested(dense), 1e3 * forecast.predicted, None)
     record = Latency(1e3 * requested(dense), 1e3 * dense, (attempt,), 0, dict(table.about))
     return graph, dataclasses.replace(plan, latency=record)
+
+
+def width_step(model: nn.Module, example: Any, target: Target) -> int:
+    """The least number of channels of which every multiple is worth having on the target, for all kinds of computations
+    in the model."""
+    if target.table is not None:
+        table = _loaded(target.table)
+    else:
+        provider = provider_of(target)
+        table = own_table(provider, target.threads, target.options())
+    found = [table.stairs_of(unit.kernel) for unit in network_units(trace(model, example))]
+    if target.table is None:
+        keep(table)
+    return math.lcm(*(stairs.step for stairs in found))
 
 
 def latency_table(model: nn.Module, example_input: Any, target: Target | None = None) -> LatencyTable:

@@ -64,6 +64,12 @@ class Stairs:
         penalty[steps] = 1
         return cls(tuple(steps), tuple(float(p) for p in penalty))
 
+    @property
+    def step(self) -> int:
+        """The least number that divides `PERIOD` and whose multiples are all steps."""
+        divisors = [d for d in range(1, PERIOD + 1) if PERIOD % d == 0]
+        return next((d for d in divisors if set(range(0, PERIOD, d)) <= set(self.steps)), 1)
+
     def up(self, widths: npt.ArrayLike) -> Ints:
         """The next step at or above each width."""
         w = np.asarray(widths, np.int64)

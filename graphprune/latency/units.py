@@ -64,10 +64,10 @@ class Unit:
         return frozenset[int]().union(*(length.groups for length in self.lengths))
 
 
-def units_of(nodes: Iterable[fx.Node], axes: Axes) -> tuple[list[Unit], list[fx.Node], list[fx.Node]]:
-    """Units, calls that compute but are of no kind that is measured, and calls that only touch elements."""
+def units_of(nodes: Iterable[fx.Node], axes: Axes) -> tuple[list[Unit], list[fx.Node]]:
+    """Units, and calls that only touch elements. Calls that compute but are of no kind that is measured are in neither:
+    they are part of what the context says does not change."""
     units: list[Unit] = []
-    unknown: list[fx.Node] = []
     light: list[fx.Node] = []
     for node in nodes:
         if node.op != "call_function" or node.meta.get("constant_value"):
@@ -76,13 +76,10 @@ def units_of(nodes: Iterable[fx.Node], axes: Axes) -> tuple[list[Unit], list[fx.
             if operator_name(node) not in _MOVING and operator_name(node) != "getitem":
                 light.append(node)
             continue
-        found = _units(node, axes)
-        units.extend(found)
-        if not found:
-            unknown.append(node)
-        elif _is_attention(node):
+        units.extend(_units(node, axes))
+        if _is_attention(node):
             light.append(node)
-    return units, unknown, light
+    return units, light
 
 
 def _is_attention(node: fx.Node) -> bool:

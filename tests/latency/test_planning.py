@@ -126,9 +126,19 @@ def test_bad_targets(arguments: dict[str, Any]) -> None:
         Target(**arguments)
 
 
-def test_a_target_without_a_latency_budget_is_refused() -> None:
-    with pytest.raises(GraphPruneError, match="latency budgets"):
-        graphprune.plan(nn.Linear(3, 4), torch.randn(1, 3), 0.5, target=Target())
+@pytest.mark.parametrize("arguments", [{"ratio": 0.4}, {"budget": Budget(macs=0.6)}])
+def test_with_a_ratio_a_target_gives_the_widths(arguments: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[m for _ in range(3) for m in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())]).eval()
+    x = torch.randn(1, 64, 6, 6)
+    plan = graphprune.plan(model, x, target=Target(table=table(16)), **arguments)
+    same = graphprune.plan(model, x, round_to=16, **arguments)
+    assert plan.removed == same.removed and any(g.kept < g.size for g in plan.groups)
+    both = graphprune.plan(model, x, target=Target(table=table(16)), round_to=24, **arguments)
+    assert all(g.kept == g.size or g.kept % 48 == 0 for g in both.groups)
+
+
+def test_a_target_must_be_one() -> None:
     with pytest.raises(GraphPruneError, match=r"graphprune\.Target"):
         graphprune.plan(nn.Linear(3, 4), torch.randn(1, 3), budget=Budget(latency=0.5), target="cpu")  # type: ignore[arg-type]
 

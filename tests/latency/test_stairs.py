@@ -39,6 +39,13 @@ def test_up_is_the_next_step(steps: tuple[int, ...]) -> None:
         assert int(stairs.up(width)) == slow
 
 
+@pytest.mark.parametrize(
+    "steps, step", [((0, 16, 32, 48), 16), ((0,), 64), (tuple(range(64)), 1), ((0, 7, 32), 32), ((5,), 1)]
+)
+def test_the_step_is_the_least_whose_multiples_are_steps(steps: tuple[int, ...], step: int) -> None:
+    assert Stairs(steps, (1.0,) * PERIOD).step == step
+
+
 def test_undominated_is_what_every_larger_width_exceeds() -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
