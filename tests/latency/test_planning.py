@@ -126,7 +126,7 @@ def test_bad_targets(arguments: dict[str, Any]) -> None:
         Target(**arguments)
 
 
-@pytest.mark.parametrize("arguments", [{"ratio": 0.4}, {"budget": Budget(macs=0.6)}])
+@pytest.mark.parametrize("arguments", [{"ratio": 0.4}, {"budget": Budget(macs=0.8)}])
 def test_with_a_ratio_a_target_gives_the_widths(arguments: dict[str, Any]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*[m for _ in range(3) for m in (nn.Conv2d(64, 64, 3, padding=1), nn.ReLU())]).eval()
