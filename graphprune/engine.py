@@ -238,9 +238,10 @@ def _plan_once(
         graph.freeze_many(held)
     effective = effective_folds(model, graph.trace)
     folds = [fold for fold, replaceable in effective if replaceable]
-    normalised = (settings.scope != "local" or settings.budget is not None) and not criterion.comparable
+    compared = settings.scope != "local" or settings.budget is not None
+    normalised = compared and not criterion.comparable
     calibration = None if source is None else source.calibration(model, folds)
-    scorer = Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised, calibration)
+    scorer = Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised, calibration, compared)
     kept_folds = folds if fold_bn else []
     limits = functools.partial(make_limits, settings.budget, graph, model, kept_folds, forecast)
     settled = settle(graph, settings, scorer, limits, rewriter)

@@ -25,6 +25,7 @@ class Scorer:
         seed: int,
         normalised: bool,
         calibration: Calibration | None,
+        compared: bool = False,
     ) -> None:
         tensors = {n: t.detach() for n, t in named_tensors(model).items()}
         self.meta = any(t.is_meta for t in tensors.values())
@@ -36,7 +37,8 @@ class Scorer:
                 norm = modules[fold.batch_norm]
                 if isinstance(norm.weight, Tensor):
                     links[fold_names(fold)[0]] = BatchNormLink(norm.weight.detach(), fold.axis, fold.batch_norm)
-        self.context = ImportanceContext(model, tensors, bn=links, seed=seed, calibration=calibration)
+        options: dict[str, Any] = {"bn": links, "seed": seed, "calibration": calibration, "compared": compared}
+        self.context = ImportanceContext(model, tensors, **options)
         self.criterion = criterion
         self.normalised = normalised
         self.cache: dict[tuple[Any, ...], np.ndarray] = {}

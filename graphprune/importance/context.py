@@ -61,6 +61,8 @@ class ImportanceContext:
     `bn`: parameter name -> BatchNorm scale folded into that parameter. Default none.
     `seed`: non-negative; only `generator` uses it. Default 0.
     `calibration`: what data say about the network with these tensors, for criteria that need it. Default none.
+    `compared`: whether scores of different groups will be held against each other; a criterion may save itself the
+    work of making them comparable where they are not. Default True.
 
     Raises GraphPruneError for a seed that is not a non-negative integer, and from the reading methods for a tensor
     on the meta device, which has no values.
@@ -74,6 +76,7 @@ class ImportanceContext:
         bn: Mapping[str, BatchNormLink] | None = None,
         seed: int = 0,
         calibration: Calibration | None = None,
+        compared: bool = True,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
             raise GraphPruneError(f"seed: expected a non-negative integer, got {seed!r}")
@@ -81,6 +84,7 @@ class ImportanceContext:
         self.tensors = tensors
         self.bn: Mapping[str, BatchNormLink] = {} if bn is None else bn
         self.seed = int(seed)
+        self.compared = compared
         self._calibration = calibration
         self._power_sums: dict[tuple[str, int, float], Floats] = {}
 

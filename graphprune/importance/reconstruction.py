@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration import Moments, Reader, weight_matrix
+from ..calibration import Moments, weight_matrix
 from ..calibration.gradients import sensitivities
 from ..dependency.groups import Group, Member
 from .context import Floats, ImportanceContext
+from .in_context import Reading, measured_costs
 from .magnitude import mean_norm
 from .registry import criterion
 
@@ -44,16 +45,22 @@ def reconstruction(context: ImportanceContext, group: Group) -> Floats:
     H^-1 are updated, and so on until one is left (greedy; in groups of 128 units and more the cheapest 1/64 go
     together). Errors of the layers' results are weighed by what they do to the network's outputs (`sensitivities`). A
     unit's score is what its removal added, summed over the layers, and never less than that of the units before it.
+
+    Where groups are compared (budgets, global scope), the sums of these costs are brought to the errors of the
+    network's outputs that are measured with part of the group gone and its readers refitted (`measured_costs`):
+    place by place and to first order they are far too low where errors of many places add up, as before a global mean.
     Comparable across groups as it is.
 
     A group that no linear layer or convolution reads (queries and keys) is scored by its share of squared weights.
     """
-    problems = [p for member in context.members(group, ("in",)) if (p := _problem(context, member)) is not None]
-    if not problems:
+    readings = [r for member in context.members(group, ("in",)) if (r := _reading(context, member)) is not None]
+    if not readings:
         squares = np.square(mean_norm(context, group, 2))
         total = float(squares.sum())
         return squares / total if total > 0 else squares
-    order, costs = eliminate(problems, group.size)
+    order, costs = eliminate([_problem(context, reading) for reading in readings], group.size)
+    if context.compared and group.size > 1:
+        costs = measured_costs(context.calibration, readings, order, costs)
     return scores_in_order(order, costs)
 
 
@@ -67,7 +74,7 @@ def scores_in_order(order: list[int], costs: list[float]) -> Floats:
     return scores
 
 
-def _problem(context: ImportanceContext, member: Member) -> Problem | None:
+def _reading(context: ImportanceContext, member: Member) -> Reading | None:
     calibration = context.calibration
     reader = calibration.readers.get(member.parameter)
     if reader is None or not calibration.measurable(member.parameter) or member.axis != reader.in_axis:
@@ -79,20 +86,22 @@ def _problem(context: ImportanceContext, member: Member) -> Problem | None:
     positions = torch.from_numpy(np.ascontiguousarray(member.positions)).to(weight.device)
     features = (positions[:, :, None] * taps + torch.arange(taps, device=weight.device)).flatten(1)
     covariance = covariance_of(moments)
-    matrix, energy = _weighed(context, reader, matrix, covariance)
     diagonal = covariance.diagonal(dim1=1, dim2=2)
     ridge = (RIDGE * diagonal.mean(1, keepdim=True)).clamp_min(1e-30).expand_as(diagonal)
-    return Problem(covariance + torch.diag_embed(ridge), matrix, features, max(energy, 1e-30))
+    mean = moments.gram[:, -1, :-1] / max(moments.rows, 1)
+    return Reading(reader, matrix, covariance + torch.diag_embed(ridge), mean, features)
 
 
-def _weighed(context: ImportanceContext, reader: Reader, matrix: Tensor, covariance: Tensor) -> tuple[Tensor, float]:
-    """The weights, their outputs scaled so that squared errors count by what they do to the network's outputs, and the
-    number errors are divided by. Where the outputs do not depend on the layer through gradients, errors are relative
-    to the variance of its results."""
-    found = context.calibration.cached(sensitivities).get(reader.weight)
+def _problem(context: ImportanceContext, reading: Reading) -> Problem:
+    """The weights, their outputs scaled so that squared errors count by what they do to the network's outputs. Where
+    the outputs do not depend on the layer through gradients, errors are relative to the variance of its results."""
+    matrix, energy = reading.matrix, 1.0
+    found = context.calibration.cached(sensitivities).get(reading.reader.weight)
     if found is None or not bool(torch.isfinite(found).all()) or not float(found.sum()) > 0:
-        return matrix, float((matrix * (covariance @ matrix)).sum())
-    return matrix * found.sqrt().reshape(matrix.shape[0], 1, -1), 1.0
+        energy = float((matrix * (reading.covariance @ matrix)).sum())
+    else:
+        matrix = matrix * found.sqrt().reshape(matrix.shape[0], 1, -1)
+    return Problem(reading.covariance, matrix, reading.features, max(energy, 1e-30))
 
 
 def covariance_of(moments: Moments) -> Tensor:

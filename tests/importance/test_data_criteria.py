@@ -181,12 +181,16 @@ def test_against_the_formula(name: str) -> None:
         np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-6)
 
 
+# measured as the difference of outputs in float32, which loses digits
+RTOL = {"reconstruction": 1e-4}
+
+
 @pytest.mark.parametrize("name", [*REFERENCES, "reconstruction"])
 def test_ten_batches_are_one_batch(name: str) -> None:
     _, x, y = made()
     one, ten = scores(name, [(x, y)]), scores(name, list(zip(x.split(2), y.split(2), strict=True)))
     for a, b in zip(one, ten, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(a, b, rtol=RTOL.get(name, 1e-5), atol=1e-9)
 
 
 def test_the_model_keeps_its_flags_and_gets_no_gradients() -> None:
