@@ -103,6 +103,28 @@ def test_all_readers_of_a_group_change_together() -> None:
     assert error == pytest.approx(difference(net, other, x), rel=1e-3)
 
 
+def test_grouped_convolutions_are_refitted_group_by_group() -> None:
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(2, 8, 1), nn.Tanh(), nn.Conv2d(8, 6, 3, groups=2), nn.ReLU(), nn.Flatten()).eval()
+    x = torch.randn(30, 2, 4, 4)
+    context, graph, calibration = setting(net, x)
+    group = next(g for g in graph.groups if any(m.parameter == "2.weight" and m.axis == 1 for m in g.members))
+    reading = _reading(context, next(m for m in group.members if m.parameter == "2.weight" and m.axis == 1))
+    assert reading is not None and group.size == 4
+    other, halves = copy.deepcopy(net), []
+    hidden = net[1](net[0](x)).detach()
+    for part in range(2):
+        half = nn.Conv2d(4, 3, 3)
+        half.weight.data, half.bias.data = net[2].weight.data.chunk(2)[part], net[2].bias.data.chunk(2)[part]
+        rows = nn.functional.unfold(hidden.chunk(2, 1)[part], 3).transpose(1, 2).flatten(0, 1)
+        refitted(half, rows, [0, 3])
+        halves.append(half)
+    other[2].weight.data = torch.cat([h.weight.data for h in halves])
+    other[2].bias.data = torch.cat([h.bias.data for h in halves])
+    error = output_error(calibration, [reading], torch.tensor([0, 3]))
+    assert error == pytest.approx(difference(net, other, x), rel=1e-3)
+
+
 @pytest.mark.parametrize("channels", [2, 3, 6, 11])
 def test_costs_add_up_to_what_is_measured(channels: int) -> None:
     torch.manual_seed(channels)
