@@ -114,12 +114,12 @@ def _changed(calibration: Calibration, changes: Sequence[tuple[Reader, Tensor, T
 
 def output_error(calibration: Calibration, readings: Sequence[Reading], units: Tensor) -> float:
     """Mean over samples of the squared change of all outputs when these units go from all their readers; NaN for a
-    network without floating point outputs."""
+    network without floating point outputs, or whose outputs change their shapes."""
     dense = calibration.cached(_outputs)
-    if not dense:
-        return math.nan
     with _changed(calibration, [(r.reader, *r.without(units)) for r in readings]):
         found = _outputs(calibration)
+    if not dense or [t.shape for t in found] != [t.shape for t in dense]:
+        return math.nan
     squares = sum(float((a - b).square().sum()) for a, b in zip(dense, found, strict=True))
     return squares / sum(_samples(example) for example in calibration.cached(_examples))
 
@@ -127,8 +127,8 @@ def output_error(calibration: Calibration, readings: Sequence[Reading], units: T
 def measured_costs(
     calibration: Calibration, readings: Sequence[Reading], order: Sequence[int], costs: Sequence[float]
 ) -> list[float]:
-    """`costs`, one per unit in the order in which they go, scaled piece by piece so that their sums are the errors
-    of the network's outputs that are measured when that many units are gone."""
+    """`costs`, one per unit in the order in which they go, scaled piece by piece so that their sums are the errors of
+    the network's outputs that are measured when that many units are gone; as they are where nothing can be measured."""
     device = readings[0].matrix.device
     ends = sorted({max(1, min(len(order) - 1, round(share * len(order)))) for share in SHARES})
     found = np.array(costs, np.float64)

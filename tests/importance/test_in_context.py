@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -174,6 +176,28 @@ def test_errors_that_add_up_before_a_global_average_count_in_full() -> None:
     assert np.array_equal(np.argsort(apart), np.argsort(together))
     # what is left after the least unit of all has gone too is the same constant network in both
     assert np.sort(together)[:-1].sum() == pytest.approx(64 * np.sort(apart)[:-1].sum(), rel=0.2)
+
+
+class Detector(Twice):
+    """How many results there are depends on what they are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y[: 1 + round(float(y.square().sum() * 1e6)) % 7]
+
+
+def test_outputs_that_change_their_shapes_leave_the_costs_as_they_are() -> None:
+    torch.manual_seed(1)
+    net, x = Detector().eval(), torch.randn(40, 3)
+    context, graph, calibration = setting(net, x)
+    (group,) = (g for g in graph.groups if g.size == 8)
+    readings = [r for m in group.members if m.role == "in" and (r := _reading(context, m)) is not None]
+    errors = [output_error(calibration, readings, torch.tensor([u])) for u in range(8)]
+    assert any(math.isnan(e) for e in errors)
+    unit = next(u for u in range(8) if math.isnan(errors[u]))
+    alone = [dataclasses.replace(r, features=r.features[[unit, unit]]) for r in readings]
+    costs = measured_costs(calibration, alone, [0, 1], [2.0, 3.0])
+    assert costs == [2.0, 3.0]
 
 
 def test_groups_that_are_not_compared_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
