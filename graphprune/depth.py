@@ -19,7 +19,7 @@ from .dependency.blocks import Block, find_blocks
 from .errors import GraphPruneError
 from .importance.layers import check_layer_criterion, layer_scores
 from .plans import Plan, structure_of
-from .surgery import remove_layers
+from .surgery import remove_layers, uncounted_tokens
 from .tracing.example import ExampleInput
 from .verification import verify_layers
 
@@ -197,7 +197,7 @@ def _failure(model: nn.Module, example: ExampleInput, blocks: Sequence[Block]) -
         report = verify_layers(model, remove_layers(model, blocks), blocks, example)
     except GraphPruneError as error:
         return str(error).splitlines()[0]
-    return "; ".join(str(c) for c in report.checks if not c.passed)
+    return "; ".join(str(c) for c in report.checks if not c.passed) or uncounted_tokens(model, blocks)
 
 
 __all__ = ["held_modules", "plan_layers", "related", "wants_whole"]

@@ -97,6 +97,16 @@ def test_a_list_that_cannot_shrink_gets_bypasses() -> None:
     assert len(small.layers) == 4 and sum(isinstance(m, Bypass) for m in small.layers) == 2
 
 
+def test_no_bypass_comes_first_where_layers_know_their_numbers() -> None:
+    model, x, _ = networks()["counted"]
+    plan = graphprune.plan(model, x, 0.99, granularity="layer")
+    assert {b.module for b in plan.layers} == {"layers.1", "layers.2", "layers.3"}
+    assert any("layers.0" in line and "cache" in line for line in plan.frozen)
+    for layer in model.layers:
+        del layer.attention.layer_idx
+    assert len(graphprune.plan(model, x, 0.99, granularity="layer").layers) == 4
+
+
 def test_what_cannot_go_at_all_is_named() -> None:
     model, x, _ = networks()["needed"]
     plan = graphprune.plan(model, x, 0.5, granularity="layer")

@@ -4,6 +4,8 @@
     python -m tools.bench_layers --models vit llama    # some of it
     python -m tools.bench_layers --latency             # only measure the files of an earlier run again
 
+Rows are stored as they are made; a run goes on where the last one stopped, and --again forgets what it made.
+
 Networks: CIFAR-10 ResNet-56 of the shared data folder (GRAPHPRUNE_SHARED_DATA, else ../shared/data beside the
 checkout), a vision transformer on scikit-learn's digits, and a byte-level decoder built as Llama is, on the source of
 two of Python's modules; the last two are trained here. At each step the layer without which the loss on training data
@@ -24,29 +26,68 @@ from torch import nn
 
 import graphprune
 from graphprune.dependency.blocks import find_blocks
+from graphprune.surgery import remove_layers
 from tools._common import machine_line, markdown_table, versions_line, write
 from tools._layer_networks import TASKS, Task
 
 OUTPUT = Path("docs/layers.md")
 FILES = Path("build/layers")
 HALF = 0.5
+COMBINED = {"resnet56": (0, 1, 2, 4), "vit": (0, 1, 2), "llama": (0, 1, 2)}
 
 
-def one_by_one(name: str, task: Task) -> list[dict[str, Any]]:
-    """A row for the dense network and one for every layer less."""
-    rows = [_row(name, task, 0, "", task.model, 0.0)]
-    small = task.model
-    for step in range(1, task.steps + 1):
-        left = len(find_blocks(small, task.example))
-        plan = graphprune.plan(
-            small, task.example, 1 / left, granularity="layer", criterion="loss", data=task.data, loss_fn=task.loss_fn
-        )
-        before, small = small, plan.apply(small)
-        report = graphprune.verify(before, small, plan, task.example)
-        report.raise_on_failure()
-        error = max(c.error for c in report.checks if c.name.startswith("bypass"))
-        rows.append(_row(name, task, step, plan.layers[0].module, small, error))
-    return rows
+class Store:
+    """Rows, written to a file one by one. Those whose network is still in `FILES` are not made again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    def find(self, name: str, step: int) -> dict[str, Any] | None:
+        """The row of a step, if it is there and its network too."""
+        found = [r for r in self.rows if (r["model"], r["step"]) == (name, step) and (FILES / r["file"]).is_file()]
+        return found[0] if found else None
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Add a row in its place, or replace the one that was there."""
+        key = (row["model"], row["step"])
+        self.rows = [r for r in self.rows if (r["model"], r["step"]) != key] + [row]
+        self.write()
+
+    def write(self) -> None:
+        order = list(TASKS)
+        self.rows.sort(key=lambda row: (order.index(row["model"]), row["step"]))
+        write(self.path, json.dumps(self.rows, indent=1) + "\n")
+
+
+def one_by_one(name: str, task: Task, store: Store) -> list[nn.Module]:
+    """A row for the dense network and one for every layer less. Returns these networks."""
+    networks = [task.model]
+    for step in range(task.steps + 1):
+        known = store.find(name, step)
+        if known is None:
+            if step:
+                layer, small, error = _one_less(networks[-1], task)
+                networks.append(small)
+                store.keep(_row(name, task, step, layer, small, error))
+            else:
+                store.keep(_row(name, task, 0, "", task.model, 0.0))
+        elif step:
+            blocks = [b for b in find_blocks(networks[-1], task.example) if b.module == known["layer"]]
+            networks.append(remove_layers(networks[-1], blocks))
+    return networks
+
+
+def _one_less(model: nn.Module, task: Task) -> tuple[str, nn.Module, float]:
+    """The layer that went, the network without it, and its largest relative difference to the bypassed one."""
+    share = 1 / len(find_blocks(model, task.example))
+    plan = graphprune.plan(
+        model, task.example, share, granularity="layer", criterion="loss", data=task.data, loss_fn=task.loss_fn
+    )
+    small = plan.apply(model)
+    report = graphprune.verify(model, small, plan, task.example)
+    report.raise_on_failure()
+    return plan.layers[0].module, small, max(c.error for c in report.checks if c.name.startswith("bypass"))
 
 
 def _row(name: str, task: Task, step: int, layer: str, model: nn.Module, error: float) -> dict[str, Any]:
@@ -60,7 +101,7 @@ def _row(name: str, task: Task, step: int, layer: str, model: nn.Module, error: 
         "layer": layer,
         "error": error,
         "merit": task.measure(model),
-        "recovered": task.measure(_reestimated(model, task)) if normed and step else None,
+        "recovered": task.measure(_reestimated(model, task)) if normed and 0 < step < 100 else None,
         "macs": graphprune.count(model, task.example).macs,
         "parameters": sum(p.numel() for p in model.parameters()),
         "unit": task.unit,
@@ -76,25 +117,16 @@ def _reestimated(model: nn.Module, task: Task) -> nn.Module:
     return graphprune.recover(model, empty, task.example, [x for x, _ in task.data], "batchnorm").model
 
 
-def together(name: str, task: Task, dropped: Sequence[int]) -> list[dict[str, Any]]:
-    """Layers first, then channels down to half of the dense network's MACs, with and without recovery."""
-    dense = graphprune.count(task.model, task.example).macs
-    inputs = [x for x, _ in task.data]
-    rows = []
-    for number in dropped:
-        small = task.model
-        for _ in range(number):
-            share = 1 / len(find_blocks(small, task.example))
-            small = graphprune.prune(
-                small, task.example, share, granularity="layer", criterion="loss", data=task.data, loss_fn=task.loss_fn
-            )
-        budget = graphprune.Budget(macs=HALF * dense)
-        options: dict[str, Any] = {"budget": budget, "data": inputs}
-        criterion = "reconstruction" if name == "resnet56" else "wanda"
-        small = graphprune.prune(small, task.example, criterion=criterion, recover="least_squares", **options)
-        rows.append(_row(name, task, 100 + number, f"{number} layers", small, 0.0))
-        rows[-1]["combined"] = number
-    return rows
+def together(name: str, task: Task, networks: Sequence[nn.Module], store: Store) -> None:
+    """Rows of networks without some layers, then channels down to half of the dense network's MACs."""
+    budget = graphprune.Budget(macs=HALF * graphprune.count(task.model, task.example).macs)
+    options: dict[str, Any] = {"budget": budget, "data": [x for x, _ in task.data], "recover": "least_squares"}
+    options["criterion"] = "reconstruction" if name == "resnet56" else "wanda"
+    for number in COMBINED[name]:
+        if store.find(name, 100 + number) is None:
+            small = graphprune.prune(networks[number], task.example, **options)
+            row = _row(name, task, 100 + number, f"{number} layers", small, 0.0)
+            store.keep({**row, "combined": number})
 
 
 def measure_latency(rows: list[dict[str, Any]], tasks: dict[str, Task]) -> None:
@@ -180,22 +212,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.bench_layers", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all")
     parser.add_argument("--latency", action="store_true", help="prune nothing, only measure the files again")
+    parser.add_argument("--rows", action="store_true", help="measure no latency")
+    parser.add_argument("--again", action="store_true", help="make rows again that are there already")
     parser.add_argument("--output", type=Path, default=OUTPUT, help=f"Markdown page (default {OUTPUT})")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    stored = options.output.with_suffix(".json")
-    rows: list[dict[str, Any]] = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else []
+    store = Store(options.output.with_suffix(".json"))
     tasks = {name: TASKS[name]() for name in options.models}
+    if options.again:
+        store.rows = [row for row in store.rows if row["model"] not in tasks]
     if not options.latency:
         for name, task in tasks.items():
-            made = one_by_one(name, task) + together(name, task, (0, 2) if name == "resnet56" else (0, 1, 2))
-            rows = [row for row in rows if row["model"] != name] + made
-            write(stored, json.dumps(rows, indent=1) + "\n")
-    measure_latency(rows, tasks)
-    order = list(TASKS)
-    rows.sort(key=lambda row: (order.index(row["model"]), row["step"]))
-    write(stored, json.dumps(rows, indent=1) + "\n")
-    write(options.output, page(rows))
+            together(name, task, one_by_one(name, task, store), store)
+    if not options.rows:
+        measure_latency(store.rows, tasks)
+        store.write()
+    write(options.output, page(store.rows))
     print(f"written: {options.output}")
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..calibration import CalibrationData
 from ..dependency.blocks import Block
+from ..dependency.bypassing import Change, changed
 from ..errors import GraphPruneError
 from ..tracing.example import ExampleInput
 from ..tracing.state import evaluating
@@ -19,8 +19,6 @@ from ..tracing.trace import run_model
 
 LAYER_CRITERIA = ("block_influence", "taylor", "loss")
 _Loss = Callable[[Any, Any], Any]
-# How a hook changes a layer's result: (the stream it was given, the stream it made) -> another stream.
-_Change = Callable[[Tensor, Tensor], Tensor]
 
 
 def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any) -> str:
@@ -62,34 +60,11 @@ def layer_scores(
     return out
 
 
-@contextlib.contextmanager
-def changed(model: nn.Module, changes: Sequence[tuple[Block, _Change]]) -> Iterator[None]:
-    """Hooks that replace the results of layers while the context lasts."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-
-    def hook(block: Block, change: _Change) -> Any:
-        def apply(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-            x = args[block.stream] if isinstance(block.stream, int) else kwargs[block.stream]
-            new = change(x, out[0] if block.form else out)
-            return type(out)((new, *out[1:])) if block.form else new
-
-        return apply
-
-    handles = []
-    try:
-        for block, change in changes:
-            handles.append(modules[block.module].register_forward_hook(hook(block, change), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _influence(model: nn.Module, blocks: Sequence[Block], batches: Any) -> list[float]:
     sums = [0.0] * len(blocks)
     counts = [0] * len(blocks)
 
-    def look(index: int) -> _Change:
+    def look(index: int) -> Change:
         def change(x: Tensor, y: Tensor) -> Tensor:
             a, b = ((t if t.dim() == 3 else t.flatten(1)).double() for t in (x, y))
             away = 1 - F.cosine_similarity(a, b, dim=-1)
@@ -115,7 +90,7 @@ def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: _L
         for index, (example, targets) in enumerate(batches):
             gates: list[Tensor | None] = [None] * len(blocks)
 
-            def gate(i: int, gates: list[Tensor | None] = gates) -> _Change:
+            def gate(i: int, gates: list[Tensor | None] = gates) -> Change:
                 def change(x: Tensor, y: Tensor) -> Tensor:
                     made = torch.ones(y.shape[0], *(1,) * (y.dim() - 1), dtype=y.dtype, device=y.device)
                     gates[i] = made.requires_grad_()

@@ -4,7 +4,7 @@ from .attributes import attribute_at
 from .copying import clone_with
 from .cutting import operate
 from .folding import Fold, apply_folds, effective_folds, find_folds, fold_names, folded_tensors
-from .layers import remove_layers, remove_listed_experts
+from .layers import remove_layers, remove_listed_experts, uncounted_tokens
 
 __all__ = [
     "Fold",
@@ -18,4 +18,5 @@ __all__ = [
     "operate",
     "remove_layers",
     "remove_listed_experts",
+    "uncounted_tokens",
 ]

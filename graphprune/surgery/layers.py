@@ -54,6 +54,28 @@ def remove_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
     return small
 
 
+def uncounted_tokens(model: nn.Module, blocks: Sequence[Block]) -> str:
+    """Why caches of keys and values would miscount tokens without these layers; empty when they would not.
+
+    Layers that hold their place (`layer_idx`) use it to find their part of a cache, and the length of the first part
+    is the position of the next token. A `Bypass` in the first place leaves that part empty, which no single run shows.
+    """
+    modules = all_modules(model)
+    deleted = {block.module for block in blocks if block.listed}
+    kept = {block.module for block in blocks if not block.listed}
+    for path in dict.fromkeys(module.rpartition(".")[0] for module in kept):
+        owner = modules.get(path)
+        if isinstance(owner, (nn.Sequential, nn.ModuleList)):
+            names = [f"{path}.{name}" if path else name for name in owner._modules]
+            left = [name for name in names if name not in deleted]
+            if left and left[0] in kept and _places(list(owner._modules.items())):
+                return (
+                    f"{path or 'the model'} cannot get shorter, and a bypass as its first layer, whose number the "
+                    f"others follow, would leave a cache of keys and values without its count of tokens"
+                )
+    return ""
+
+
 def remove_listed_experts(small: nn.Module, experts: Iterable[Experts]) -> None:
     """Shorten the lists of experts of a copy, in place; stacked ones are cut as tensors are."""
     modules = all_modules(small)
