@@ -56,17 +56,17 @@ def plan_layers(
     What is chosen is tried: a layer whose list cannot be shortened (the code counts on its length) becomes a bypass,
     and one that cannot be bypassed either stays, with the reason in `frozen`.
     """
-    name = check_layer_criterion(criterion, data, loss_fn)
+    ranked = check_layer_criterion(criterion, data, loss_fn)
     if isinstance(ratio, Mapping):
         raise GraphPruneError("ratio: layers take one number; use ignore= for those that must stay")
     example = ExampleInput.of(example_input)
     held = held_modules(ignore, model)
     blocks = tuple(b for b in find_blocks(model, example) if not any(related(b.module, name) for name in held))
     batches = [(example, None)] if data is None else CalibrationData(data, example, model)
-    scores = layer_scores(model, blocks, name, batches, loss_fn) if blocks else []
+    scores = layer_scores(model, blocks, ranked, batches, loss_fn, example) if blocks else []
     for block, score in zip(blocks, scores, strict=True):
         if math.isnan(score):
-            raise GraphPruneError(f"{name}: the score of {block.module} is NaN; check its weights and the data")
+            raise GraphPruneError(f"{ranked}: the score of {block.module} is NaN; check its weights and the data")
     refused: dict[str, str] = {}
     while True:
         left = [(b, s) for b, s in zip(blocks, scores, strict=True) if b.module not in refused]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,28 +16,40 @@ from ..errors import GraphPruneError
 from ..tracing.example import ExampleInput
 from ..tracing.state import evaluating
 from ..tracing.trace import run_model
+from .latency import Cost, measured_gains
 
-LAYER_CRITERIA = ("block_influence", "taylor", "loss")
+LAYER_CRITERIA = ("block_influence", "taylor", "loss", "magnitude", "latency")
+_NEED_LOSS = ("taylor", "loss")
 _Loss = Callable[[Any, Any], Any]
 
 
-def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any) -> str:
-    """The criterion's name; None is "block_influence". Raises GraphPruneError for unknown ones and missing data."""
+def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any) -> str | Cost:
+    """The criterion's name, or the function that it is; None is "block_influence".
+
+    Raises GraphPruneError for unknown ones and missing data.
+    """
     name = "block_influence" if criterion is None else criterion
+    if callable(name):
+        return cast("Cost", name)
     if name not in LAYER_CRITERIA:
         known = ", ".join(map(repr, LAYER_CRITERIA))
-        raise GraphPruneError(f"criterion: layers are ranked by one of {known}, got {criterion!r}")
-    if name != "block_influence" and (data is None or loss_fn is None):
-        raise GraphPruneError(f"criterion={name!r} needs data= with pairs (inputs, targets) and loss_fn=")
+        raise GraphPruneError(
+            f"criterion: layers are ranked by one of {known}, or a function of a network, got {criterion!r}"
+        )
+    if name in _NEED_LOSS and (data is None or loss_fn is None):
+        raise GraphPruneError(
+            f'criterion={name!r} needs data= with pairs (inputs, targets) and loss_fn=; "magnitude" needs neither'
+        )
     return str(name)
 
 
 def layer_scores(
     model: nn.Module,
     blocks: Sequence[Block],
-    name: str,
+    criterion: str | Cost,
     batches: CalibrationData | Sequence[Any],
     loss_fn: _Loss | None,
+    example: ExampleInput | None = None,
 ) -> list[float]:
     """One score per block, the least important lowest. `batches` yields pairs (inputs, targets).
 
@@ -46,11 +58,21 @@ def layer_scores(
     - "taylor": first order change of the loss when the layer's contribution is scaled to nothing: with the result
       x + g (f(x) - x), the mean over samples of |dL/dg| at g = 1.
     - "loss": the loss with the layer bypassed minus the loss of the network, both averaged over samples.
+    - "magnitude": mean |w| over the layer's weights with two axes or more (no biases, no norms). Needs no data.
+    - "latency": minus the milliseconds gained by leaving it out, in ONNX Runtime on `example` (default: the first
+      batch), see `graphprune.importance.latency`. It says what a layer costs and nothing of what it is good for.
+    - a function of a network: what it returns without the layer minus what it returns for the network, as "latency"
+      with another measure.
     """
-    if name == "block_influence":
+    if criterion == "block_influence":
         return _influence(model, blocks, batches)
+    if criterion == "magnitude":
+        return [_mean_magnitude(model.get_submodule(block.module)) for block in blocks]
+    if criterion == "latency" or not isinstance(criterion, str):
+        given = example if example is not None else next(iter(batches))[0]
+        return measured_gains(model, blocks, given, None if isinstance(criterion, str) else criterion)
     assert loss_fn is not None
-    if name == "taylor":
+    if criterion == "taylor":
         return _taylor(model, blocks, batches, loss_fn)
     whole = _mean_loss(model, batches, loss_fn)
     out = []
@@ -58,6 +80,12 @@ def layer_scores(
         with changed(model, [(block, lambda x, y: x)]):
             out.append(_mean_loss(model, batches, loss_fn) - whole)
     return out
+
+
+def _mean_magnitude(module: nn.Module) -> float:
+    weights = [p.detach() for p in module.parameters() if p.dim() > 1]
+    total = sum(float(w.abs().sum(dtype=torch.float64)) for w in weights)
+    return total / max(sum(w.numel() for w in weights), 1)
 
 
 def _influence(model: nn.Module, blocks: Sequence[Block], batches: Any) -> list[float]:
