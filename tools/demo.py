@@ -23,7 +23,7 @@ from rich.table import Table
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import graphprune
 from graphprune.deploy import BenchmarkReport, BenchmarkRow, ExportReport
@@ -78,23 +78,15 @@ def load_split(seed: int = 0) -> Digits:
     return Digits(as_images(train_x), torch.tensor(train_y), as_images(test_x), torch.tensor(test_y))
 
 
-def train(model: nn.Module, digits: Digits, *, epochs: int, peak_rate: float, seed: int, batch: int = 64) -> nn.Module:
-    """Trains in place (AdamW, one-cycle schedule, cross-entropy) and returns the model in eval mode."""
-    generator = torch.Generator().manual_seed(seed)
-    count = len(digits.train_images)
-    steps = epochs * (count // batch)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=peak_rate, total_steps=steps)
-    model.train()
-    for _ in range(epochs):
-        # The last, partial batch is left out: batch statistics over a handful of images are too rough.
-        for rows in torch.randperm(count, generator=generator).split(batch)[: count // batch]:
-            loss = F.cross_entropy(model(digits.train_images[rows]), digits.train_labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.eval()
+def trained(model: nn.Module, digits: Digits, *, epochs: int, peak_rate: float, seed: int) -> nn.Module:
+    """A copy of the model, trained with AdamW and cross-entropy."""
+    images = TensorDataset(digits.train_images, digits.train_labels)
+    # The last, partial batch is left out: batch statistics over a handful of images are too rough.
+    batches = DataLoader(images, batch_size=64, shuffle=True, drop_last=True)
+    return graphprune.finetune(
+        model, batches, epochs=epochs, optimizer="adamw", lr=peak_rate, weight_decay=0.05, warmup=0.3, seed=seed,
+        progress=False,
+    ).model  # fmt: skip
 
 
 @torch.no_grad()
@@ -117,7 +109,7 @@ def pruned_variant(dense: nn.Module, ratio: float, example: Tensor, digits: Digi
     # The batch norms stay until after fine-tuning, which they make faster and steadier.
     model = graphprune.prune(dense, example, ratio, fold_bn=False, round_to=4)
     before = accuracy(model, digits)
-    train(model, digits, epochs=arguments.tune_epochs, peak_rate=2e-3, seed=arguments.seed + 1)
+    model = trained(model, digits, epochs=arguments.tune_epochs, peak_rate=2e-3, seed=arguments.seed + 1)
     return deployed(f"cut {100 * ratio:g}%", model, example, digits, before)
 
 
@@ -135,7 +127,7 @@ def run(arguments: Any, console: Console) -> tuple[list[Measured], BenchmarkRepo
         task = progress.add_task("training the dense network", total=3 + 2 * len(ratios))
         network, _ = digits_resnet(seed=arguments.seed)
         example = digits.test_images[: arguments.batch].clone()
-        dense = train(network, digits, epochs=arguments.epochs, peak_rate=4e-3, seed=arguments.seed)
+        dense = trained(network, digits, epochs=arguments.epochs, peak_rate=4e-3, seed=arguments.seed)
         variants = [deployed("dense", dense, example, digits, None)]
         progress.advance(task)
         for ratio in ratios:
