@@ -16,6 +16,7 @@ from .allocation import Budget
 from .calibration import CalibrationData
 from .counting import Count, count
 from .dependency.blocks import Block, find_blocks
+from .dependency.branches import find_branches
 from .errors import GraphPruneError
 from .importance.layers import check_layer_criterion, layer_scores
 from .plans import Plan, structure_of
@@ -23,7 +24,7 @@ from .surgery import remove_layers, uncounted_tokens
 from .tracing.example import ExampleInput
 from .verification import verify_layers
 
-WHOLE = ("layer", "experts")
+WHOLE = ("layer", "branch", "experts")
 
 
 def wants_whole(granularity: str | Sequence[str]) -> str | None:
@@ -49,19 +50,23 @@ def plan_layers(
     max_ratio: float = 1.0,
     data: Any = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
+    branches: bool = False,
 ) -> Plan:
     """The plan that leaves out `ratio` of the layers that can go, rounded to nearest, or as many as `budget` demands.
+
+    `branches`: of the residual branches inside layers.
 
     `criterion`: see `graphprune.importance.layers.layer_scores`; without `data` layers are ranked on the example input.
     What is chosen is tried: a layer whose list cannot be shortened (the code counts on its length) becomes a bypass,
     and one that cannot be bypassed either stays, with the reason in `frozen`.
     """
-    ranked = check_layer_criterion(criterion, data, loss_fn)
+    ranked = check_layer_criterion(criterion, data, loss_fn, branches)
     if isinstance(ratio, Mapping):
         raise GraphPruneError("ratio: layers take one number; use ignore= for those that must stay")
     example = ExampleInput.of(example_input)
     held = held_modules(ignore, model)
-    blocks = tuple(b for b in find_blocks(model, example) if not any(related(b.module, name) for name in held))
+    find = find_branches if branches else find_blocks
+    blocks = tuple(b for b in find(model, example) if not any(related(b.module, name) for name in held))
     batches = [(example, None)] if data is None else CalibrationData(data, example, model)
     scores = layer_scores(model, blocks, ranked, batches, loss_fn, example) if blocks else []
     for block, score in zip(blocks, scores, strict=True):
@@ -73,17 +78,24 @@ def plan_layers(
         chosen = _chosen(model, example, left, ratio, budget, max_ratio)
         tried, culprit = _tried(model, example, chosen)
         if culprit is None:
-            return _plan(model, tried, blocks, refused)
+            return _plan(model, tried, blocks, refused, branches)
         refused[culprit[0]] = culprit[1]
 
 
-def _plan(model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block], refused: Mapping[str, str]) -> Plan:
+_NONE = {
+    False: "no layer can be left out: none is called once, reads one stream, returns a tensor of its shape, and is no "
+    "branch of a residual connection",
+    True: "no branch can be left out: there is no module, called once, whose result is only added to what it was "
+    "computed from",
+}
+
+
+def _plan(
+    model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block], refused: Mapping[str, str], branches: bool
+) -> Plan:
     reasons = [f"{module} cannot be left out: {reason}" for module, reason in refused.items()]
     if not blocks:
-        reasons.append(
-            "no layer can be left out: none is called once, reads one stream, returns a tensor of its shape, and is "
-            "no branch of a residual connection"
-        )
+        reasons.append(_NONE[branches])
     return Plan(
         removed={},
         layers=tuple(chosen),

@@ -83,10 +83,11 @@ def plan(
       Default "auto": every width, whole heads where the ratio takes at least one, else head features. "layer":
       `ratio` of the layers that can be left out as a whole go (residual blocks, transformer layers, convolutions that
       keep their shape), ranked by `criterion` "block_influence" (default), "taylor", "loss", "magnitude" (mean |w|,
-      no data), "latency" (milliseconds gained in ONNX Runtime), or a function that says what a network costs; of the
-      other options `ignore`, `budget`, `max_ratio`, `data` and `loss_fn` apply. "experts": `ratio` of the experts of
-      every mixture, those that its router gives the least weight on `data` (else on the example input); `ignore`,
-      `max_ratio`.
+      no data), "output" (change of the outputs), "latency" (milliseconds gained in ONNX Runtime), or a function that
+      says what a network costs; of the other options `ignore`, `budget`, `max_ratio`, `data` and `loss_fn` apply.
+      "branch": the same for residual branches inside layers, attention or MLP alone (default "output"). "experts":
+      `ratio` of the experts of every mixture, those that its router gives the least weight on `data` (else on the
+      example input); `ignore`, `max_ratio`.
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
       while importance still sees the folded, effective filters.
     - `seed`: for the criterion "random".
@@ -149,6 +150,7 @@ def _whole(
             max_ratio=settings.max_ratio,
             data=data,
             loss_fn=loss_fn,
+            branches=what == "branch",
         )
 
 

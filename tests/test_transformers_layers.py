@@ -118,3 +118,20 @@ def test_bypasses_in_the_first_place_lose_count_of_tokens() -> None:
         with bypassed(model, chosen):
             wanted = logits(model, {"input_ids": WORDS})[:, 6:]
         assert bool(uncounted_tokens(model, chosen)) is not torch.allclose(in_two_steps(small), wanted, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
+def test_branches(name: str) -> None:
+    model, example = network(name)
+    plan = graphprune.plan(model, example, 0.99, granularity="branch")
+    caching = name != "vit"  # the first attention counts the tokens of the cache
+    assert len(plan.layers) == (7 if caching else 8) and any("cache" in line for line in plan.frozen) == caching
+    plan = graphprune.plan(model, example, 0.5, granularity="branch", criterion="magnitude")
+    small = graphprune.prune(model, example, 0.5, granularity="branch", criterion="magnitude")
+    with bypassed(model, plan.layers):
+        wanted = logits(model, example)
+        if caching:
+            last = logits(model, {"input_ids": WORDS})[:, 6:]
+            torch.testing.assert_close(in_two_steps(small), last, rtol=1e-4, atol=1e-4 * float(last.abs().max()))
+    assert logits(small, example).equal(wanted) and len(plan.layers) == 4

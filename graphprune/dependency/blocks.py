@@ -16,7 +16,7 @@ from ..tracing.recorder import Recorder
 from ..tracing.trace import record_run
 
 # What makes a module a layer and not a norm or an activation.
-_CONTRACTIONS = frozenset(
+CONTRACTIONS = frozenset(
     ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "_grouped_mm", "_trilinear", "mv", "addmv")
 )
 _MERGES = frozenset(("add", "add_", "sub", "sub_", "mul", "mul_"))
@@ -29,12 +29,15 @@ class Block:
     `module`: its path. `stream`: the argument that becomes its result, a position or the name of a keyword. `form`: 0
     where it returns a tensor, else the length of the tuple it returns, whose first item is the stream. `listed`: an
     element of a Sequential or a ModuleList, which gets shorter; other modules become a `graphprune.modules.Bypass`.
+    `branch`: what it returns is added to a stream that went around it: it becomes a `graphprune.modules.Silence`, and
+    `stream` is the argument whose shape its zeros have.
     """
 
     module: str
     stream: int | str
     form: int
     listed: bool
+    branch: bool = False
 
     @classmethod
     def from_dict(cls, data: Any) -> Block:
@@ -43,15 +46,15 @@ class Block:
         place = isinstance(stream, str) or (type(stream) is int and stream >= 0)
         if not isinstance(data["module"], str) or not place or type(form) is not int or not 0 <= form < 1000:
             raise ValueError(f"no layer: {data!r}")
-        return cls(data["module"], stream, form, bool(data["listed"]))
+        return cls(data["module"], stream, form, bool(data["listed"]), bool(data.get("branch", False)))
 
 
 @dataclasses.dataclass
-class _Call:
+class Call:
     """One call of a module in the recorded run; nodes lie after `before`, up to `last`."""
 
     path: str
-    parent: _Call | None
+    parent: Call | None
     before: fx.Node | None
     inputs: list[tuple[int | str, fx.Node]]  # floating point tensors among the arguments
     first: fx.Node | None  # the first tensor among the arguments, of whatever type
@@ -62,13 +65,13 @@ class _Call:
     repeated: bool = False
 
 
-class _Watch:
+class Watch:
     """Notes every module's call while the recorder runs."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
-        self.calls: dict[str, _Call] = {}
-        self.stack: list[_Call] = []
+        self.calls: dict[str, Call] = {}
+        self.stack: list[Call] = []
 
     @contextlib.contextmanager
     def observing(self, recorder: Recorder) -> Iterator[None]:
@@ -89,7 +92,7 @@ class _Watch:
             inputs = [(key, recorder.node_of(value)) for key, value in named if value.is_floating_point()]
             first = recorder.node_of(named[0][1]) if named else None
             before = next(iter(reversed(recorder.graph.nodes)), None)
-            call = _Call(path, self.stack[-1] if self.stack else None, before, inputs, first)
+            call = Call(path, self.stack[-1] if self.stack else None, before, inputs, first)
             if path in self.calls:
                 call.repeated = self.calls[path].repeated = True
             else:
@@ -111,10 +114,10 @@ class _Watch:
         return leave
 
 
-class _Search:
+class Search:
     """Which of the recorded calls are blocks."""
 
-    def __init__(self, graph: fx.Graph, calls: dict[str, _Call], modules: dict[str, nn.Module]) -> None:
+    def __init__(self, graph: fx.Graph, calls: dict[str, Call], modules: dict[str, nn.Module]) -> None:
         self.nodes = list(graph.nodes)
         self.at = {node: i for i, node in enumerate(self.nodes)}
         self.calls, self.modules = calls, modules
@@ -125,12 +128,12 @@ class _Search:
         for wanted in (self._composite, self._element, self._attribute):
             found = [path for path in eligible if wanted(path, eligible)]
             for path in sorted(found, key=lambda p: p.count(".")):  # the outermost ones
-                if not any(_overlap(path, other) for other in chosen):
+                if not any(overlap(path, other) for other in chosen):
                     chosen.append(path)
         order = list(self.calls)
         return [self._block(eligible[path]) for path in sorted(chosen, key=order.index)]
 
-    def _block(self, call: _Call) -> Block:
+    def _block(self, call: Call) -> Block:
         stream = call.inputs[0][0]
         return Block(call.path, stream, call.form, self._listed(call.path))
 
@@ -141,7 +144,7 @@ class _Search:
         plain = isinstance(owner, nn.Sequential) and type(owner).forward is nn.Sequential.forward
         return plain or isinstance(owner, nn.ModuleList)
 
-    def _composite(self, path: str, eligible: dict[str, _Call]) -> bool:
+    def _composite(self, path: str, eligible: dict[str, Call]) -> bool:
         """An element, itself made of modules, of a list in which others can go too (or with no such elements in it)."""
         if not self._listed(path) or not any(True for _ in self.modules[path].children()):
             return False
@@ -151,10 +154,10 @@ class _Search:
         chain = type(self.modules[path]).forward is nn.Sequential.forward  # a stage: its blocks are the layers
         return not inside or (len(siblings) > 1 and not chain)
 
-    def _element(self, path: str, eligible: dict[str, _Call]) -> bool:
+    def _element(self, path: str, eligible: dict[str, Call]) -> bool:
         return self._listed(path)
 
-    def _attribute(self, path: str, eligible: dict[str, _Call]) -> bool:
+    def _attribute(self, path: str, eligible: dict[str, Call]) -> bool:
         return self._contractions(eligible[path]) > 1
 
     def _large(self, path: str) -> bool:
@@ -162,25 +165,25 @@ class _Search:
 
     # -- one call
 
-    def _eligible(self, call: _Call) -> bool:
+    def _eligible(self, call: Call) -> bool:
         if call.repeated or call.out is None or call.last is None or not call.inputs or call.before is None:
             return False
         x = call.inputs[0][1]
-        if x is call.out or _shape(x) is None or _shape(x) != _shape(call.out) or not self._contractions(call):
+        if x is call.out or shape_of(x) is None or shape_of(x) != shape_of(call.out) or not self._contractions(call):
             return False
         return self._closed(call, x) and not self._residual(call, x) and not self._second_stream(call, x)
 
-    def _span(self, call: _Call) -> tuple[int, int]:
+    def _span(self, call: Call) -> tuple[int, int]:
         """First and last index of a call's nodes."""
         assert call.last is not None
         start = 0 if call.before is None else self.at[call.before] + 1
         return start, self.at[call.last]
 
-    def _contractions(self, call: _Call) -> int:
+    def _contractions(self, call: Call) -> int:
         start, end = self._span(call)
-        return sum(operator_name(node) in _CONTRACTIONS for node in self.nodes[start : end + 1])
+        return sum(operator_name(node) in CONTRACTIONS for node in self.nodes[start : end + 1])
 
-    def _closed(self, call: _Call, x: fx.Node) -> bool:
+    def _closed(self, call: Call, x: fx.Node) -> bool:
         """One way in: nobody else nearby reads the stream. One way out: nothing made inside is read outside."""
         start, end = self._span(call)
         for node in self.nodes[start : end + 1]:
@@ -190,7 +193,7 @@ class _Search:
         low, high = self._span(call.parent) if call.parent is not None else (0, len(self.nodes))
         return not any(low <= self.at[u] <= high and not start <= self.at[u] <= end for u in x.users)
 
-    def _residual(self, call: _Call, x: fx.Node) -> bool:
+    def _residual(self, call: Call, x: fx.Node) -> bool:
         """The result is merged with the stream itself, which went around: a branch, whose neutral element is zero."""
         if call.parent is None or call.out is None or call.parent.last is None:
             return False
@@ -205,7 +208,7 @@ class _Search:
             reached.add(node)
             if operator_name(node) in _MERGES:
                 others = (a for a in node.all_input_nodes if a not in reached)
-                if any(a in before and _shape(a) == _shape(x) for a in others):
+                if any(a in before and shape_of(a) == shape_of(x) for a in others):
                     return True
         return False
 
@@ -219,18 +222,20 @@ class _Search:
                     stack.append(node)
         return found
 
-    def _second_stream(self, call: _Call, x: fx.Node) -> bool:
+    def _second_stream(self, call: Call, x: fx.Node) -> bool:
         """Another argument is what the parent was called with: the block adds it itself."""
         stream = None if call.parent is None else call.parent.first
         return stream is not x and any(node is stream for _, node in call.inputs[1:])
 
 
-def _shape(node: fx.Node) -> tuple[int, ...] | None:
+def shape_of(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of what a recorded node made, None where that is no tensor."""
     shape = getattr(node.meta.get("val"), "shape", None)
     return None if shape is None else tuple(shape)
 
 
-def _overlap(a: str, b: str) -> bool:
+def overlap(a: str, b: str) -> bool:
+    """One path is the other or lies in it."""
     return a == b or a.startswith(b + ".") or b.startswith(a + ".")
 
 
@@ -244,6 +249,6 @@ def find_blocks(model: nn.Module, example_input: Any) -> tuple[Block, ...]:
     """
     if not isinstance(model, nn.Module):
         raise GraphPruneError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    watch = _Watch(model)
+    watch = Watch(model)
     trace = record_run(model, ExampleInput.of(example_input), observe=watch.observing)
-    return tuple(_Search(trace.graph, watch.calls, watch.modules).blocks())
+    return tuple(Search(trace.graph, watch.calls, watch.modules).blocks())

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..tracing.names import all_modules
@@ -13,6 +14,11 @@ from .blocks import Block
 
 # (the stream that a layer was given, the stream that it made) -> another one.
 Change = Callable[[Tensor, Tensor], Tensor]
+
+
+def left_out(block: Block) -> Change:
+    """What becomes of the result of a layer that does nothing: its input, or nothing to add."""
+    return (lambda x, y: torch.zeros_like(y)) if block.branch else (lambda x, y: x)
 
 
 @contextlib.contextmanager
@@ -50,4 +56,4 @@ class _Layer:
         return type(out)((new, *out[1:])) if self.block.form else new
 
 
-__all__ = ["Change", "changed"]
+__all__ = ["Change", "changed", "left_out"]

@@ -11,24 +11,26 @@ from torch import Tensor, nn
 
 from ..calibration import CalibrationData
 from ..dependency.blocks import Block
-from ..dependency.bypassing import Change, changed
+from ..dependency.bypassing import Change, changed, left_out
 from ..errors import GraphPruneError
-from ..tracing.example import ExampleInput
+from ..tracing.example import ExampleInput, result_tensors
 from ..tracing.state import evaluating
 from ..tracing.trace import run_model
 from .latency import Cost, measured_gains
 
-LAYER_CRITERIA = ("block_influence", "taylor", "loss", "magnitude", "latency")
+LAYER_CRITERIA = ("block_influence", "output", "taylor", "loss", "magnitude", "latency")
 _NEED_LOSS = ("taylor", "loss")
 _Loss = Callable[[Any, Any], Any]
 
 
-def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any) -> str | Cost:
-    """The criterion's name, or the function that it is; None is "block_influence".
+def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any, branches: bool = False) -> str | Cost:
+    """The criterion's name, or the function that it is; None is "block_influence", or "output" for branches.
 
     Raises GraphPruneError for unknown ones and missing data.
     """
-    name = "block_influence" if criterion is None else criterion
+    name = ("output" if branches else "block_influence") if criterion is None else criterion
+    if branches and name == "block_influence":
+        raise GraphPruneError("criterion: branches make no stream of their own to compare; use \"output\"")
     if callable(name):
         return cast("Cost", name)
     if name not in LAYER_CRITERIA:
@@ -55,8 +57,9 @@ def layer_scores(
 
     - "block_influence": 1 - cos(input, result), the mean over tokens for results of shape (batch, tokens, channels) as
       in Men et al., ShortGPT, 2024, else the mean over samples. Needs no loss.
+    - "output": |a - b|² / |a|² of the network's outputs a without the layer, b, over all samples. Needs no loss.
     - "taylor": first order change of the loss when the layer's contribution is scaled to nothing: with the result
-      x + g (f(x) - x), the mean over samples of |dL/dg| at g = 1.
+      x + g (f(x) - x), or g f(x) of a branch, the mean over samples of |dL/dg| at g = 1.
     - "loss": the loss with the layer bypassed minus the loss of the network, both averaged over samples.
     - "magnitude": mean |w| over the layer's weights with two axes or more (no biases, no norms). Needs no data.
     - "latency": minus the milliseconds gained by leaving it out, in ONNX Runtime on `example` (default: the first
@@ -66,6 +69,8 @@ def layer_scores(
     """
     if criterion == "block_influence":
         return _influence(model, blocks, batches)
+    if criterion == "output":
+        return _output_change(model, blocks, batches)
     if criterion == "magnitude":
         return [_mean_magnitude(model.get_submodule(block.module)) for block in blocks]
     if criterion == "latency" or not isinstance(criterion, str):
@@ -77,7 +82,7 @@ def layer_scores(
     whole = _mean_loss(model, batches, loss_fn)
     out = []
     for block in blocks:
-        with changed(model, [(block, lambda x, y: x)]):
+        with changed(model, [(block, left_out(block))]):
             out.append(_mean_loss(model, batches, loss_fn) - whole)
     return out
 
@@ -108,6 +113,24 @@ def _influence(model: nn.Module, blocks: Sequence[Block], batches: Any) -> list[
     return [s / max(n, 1) for s, n in zip(sums, counts, strict=True)]
 
 
+def _output_change(model: nn.Module, blocks: Sequence[Block], batches: Any) -> list[float]:
+    changes, size = [0.0] * len(blocks), 0.0
+    for example, _ in batches:
+        with evaluating(model):
+            whole = _outputs(model, example)
+            size += sum(float(t.square().sum()) for t in whole)
+            for i, block in enumerate(blocks):
+                with changed(model, [(block, left_out(block))]):
+                    pairs = zip(whole, _outputs(model, example), strict=True)
+                    changes[i] += sum(float((a - b).square().sum()) for a, b in pairs)
+    return [change / max(size, 1e-300) for change in changes]
+
+
+def _outputs(model: nn.Module, example: ExampleInput) -> list[Tensor]:
+    found = result_tensors(run_model(model, example.clone(), "data"))
+    return [t.double() for t in found if t.is_floating_point()]
+
+
 def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: _Loss) -> list[float]:
     sums = [0.0] * len(blocks)
     samples = 0
@@ -122,7 +145,7 @@ def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: _L
                 def change(x: Tensor, y: Tensor) -> Tensor:
                     made = torch.ones(y.shape[0], *(1,) * (y.dim() - 1), dtype=y.dtype, device=y.device)
                     gates[i] = made.requires_grad_()
-                    return x + made * (y - x)
+                    return made * y if blocks[i].branch else x + made * (y - x)
 
                 return change
 

@@ -1,7 +1,16 @@
 """Modules equal to torch.nn's closed ones, but with free widths: what pruning puts in place of those where needed."""
 
 from .attention import MultiheadAttention, attend, recorded_openly
-from .bypass import Bypass
+from .bypass import Bypass, Silence
 from .recurrent import Recurrent, replacement_of, run_layers
 
-__all__ = ["Bypass", "MultiheadAttention", "Recurrent", "attend", "recorded_openly", "replacement_of", "run_layers"]
+__all__ = [
+    "Bypass",
+    "MultiheadAttention",
+    "Recurrent",
+    "Silence",
+    "attend",
+    "recorded_openly",
+    "replacement_of",
+    "run_layers",
+]

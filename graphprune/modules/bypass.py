@@ -1,10 +1,10 @@
-"""What stays where a layer is taken out that is no element of a list."""
+"""What stays where a layer is taken out that is no element of a list, or a branch of one."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class Bypass(nn.Module):
@@ -20,8 +20,18 @@ class Bypass(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The stream."""
-        x = args[self.stream] if isinstance(self.stream, int) else kwargs[self.stream]
+        x = self._result(args[self.stream] if isinstance(self.stream, int) else kwargs[self.stream])
         return x if not self.form else (x, *(None,) * (self.form - 1))
+
+    def _result(self, stream: Tensor) -> Tensor:
+        return stream
 
     def extra_repr(self) -> str:
         return f"stream={self.stream!r}, form={self.form}"
+
+
+class Silence(Bypass):
+    """Returns zeros of the shape of one of its arguments: a residual branch that adds nothing."""
+
+    def _result(self, stream: Tensor) -> Tensor:
+        return stream.new_zeros(()).expand_as(stream)

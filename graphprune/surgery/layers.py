@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from ..dependency.blocks import Block
 from ..dependency.experts import Experts
 from ..errors import GraphPruneError
-from ..modules import Bypass
+from ..modules import Bypass, Silence
 from ..tracing.names import all_modules
 
 # How attributes are called that count layers: num_hidden_layers, n_layer, encoder_layers, depth, depths.
@@ -26,7 +26,7 @@ def remove_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
     Elements of a Sequential or ModuleList are deleted from it. In the layers that move up, integers that said their
     place (`layer_idx`) are renumbered; attributes of the list's owner and of configuration objects that say how many
     layers there are (`num_hidden_layers`), or hold one item for each, are brought in line. Other layers are replaced
-    by a `graphprune.modules.Bypass`.
+    by a `graphprune.modules.Bypass`, branches by a `graphprune.modules.Silence`.
 
     Raises GraphPruneError where the model has no such layers or cannot be copied.
     """
@@ -58,22 +58,36 @@ def uncounted_tokens(model: nn.Module, blocks: Sequence[Block]) -> str:
     """Why caches of keys and values would miscount tokens without these layers; empty when they would not.
 
     Layers that hold their place (`layer_idx`) use it to find their part of a cache, and the length of the first part
-    is the position of the next token. A `Bypass` in the first place leaves that part empty, which no single run shows.
+    is the position of the next token. A `Bypass` in the first place, or a
+    `Silence` for what writes to the cache there, leaves that part empty, which no single run shows.
     """
     modules = all_modules(model)
     deleted = {block.module for block in blocks if block.listed}
-    kept = {block.module for block in blocks if not block.listed}
-    for path in dict.fromkeys(module.rpartition(".")[0] for module in kept):
-        owner = modules.get(path)
-        if isinstance(owner, (nn.Sequential, nn.ModuleList)):
-            names = [f"{path}.{name}" if path else name for name in owner._modules]
-            left = [name for name in names if name not in deleted]
-            if left and left[0] in kept and _places(list(owner._modules.items())):
+    for block in blocks:
+        for path in [] if block.listed else _lists_around(modules, block.module):
+            items = [(name, module) for name, module in modules[path]._modules.items()]
+            names = {name: f"{path}.{name}" if path else name for name, _ in items}
+            first = next((place for place in names.values() if place not in deleted), "")
+            inner = block.module[len(first) :].strip(".") if first and _within(block.module, first) else None
+            if inner is not None and any(_within(place, inner) for place, _ in _places(items)):
                 return (
-                    f"{path or 'the model'} cannot get shorter, and a bypass as its first layer, whose number the "
-                    f"others follow, would leave a cache of keys and values without its count of tokens"
+                    f"{path or 'the model'} does not get shorter, and in the place of its first layer, whose number "
+                    f"the others follow, a {'Silence' if block.branch else 'Bypass'} would leave a cache of keys and "
+                    f"values without its count of tokens"
                 )
     return ""
+
+
+def _lists_around(modules: Mapping[str, nn.Module], path: str) -> list[str]:
+    """The lists that a module is in, at whatever depth."""
+    owners = [path.rpartition(".")[0]]
+    while owners[-1]:
+        owners.append(owners[-1].rpartition(".")[0])
+    return [owner for owner in owners if isinstance(modules.get(owner), (nn.Sequential, nn.ModuleList))]
+
+
+def _within(path: str, outer: str) -> bool:
+    return not outer or path == outer or path.startswith(f"{outer}.")
 
 
 def remove_listed_experts(small: nn.Module, experts: Iterable[Experts]) -> None:
@@ -88,7 +102,8 @@ def remove_listed_experts(small: nn.Module, experts: Iterable[Experts]) -> None:
 
 
 def _bypass(module: nn.Module, block: Block) -> Bypass:
-    new = Bypass(block.stream, block.form).train(module.training)
+    kind = Silence if block.branch else Bypass
+    new = kind(block.stream, block.form).train(module.training)
     for name, value in module.__dict__.items():  # what the code around it may look at (`layer.attention_type`)
         if not name.startswith("_") and isinstance(value, (bool, int, float, str)) and not hasattr(new, name):
             setattr(new, name, value)

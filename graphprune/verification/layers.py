@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..dependency.blocks import Block
-from ..dependency.bypassing import changed
+from ..dependency.bypassing import changed, left_out
 from ..tracing.example import ExampleInput, result_tensors
 from ..tracing.names import named_tensors
 from ..tracing.state import evaluating
@@ -26,8 +26,9 @@ TOLERANCE = 1e-5
 
 @contextlib.contextmanager
 def bypassed(model: nn.Module, blocks: Sequence[Block]) -> Iterator[nn.Module]:
-    """`model` with hooks that make each of these layers return what it was given, before any writing into it."""
-    with changed(model, [(block, lambda x, y: x) for block in blocks]):
+    """`model` with hooks that make each of these layers return what it was given, before any writing into it, and each
+    of these branches zeros."""
+    with changed(model, [(block, left_out(block)) for block in blocks]):
         yield model
 
 
@@ -38,8 +39,8 @@ def verify_layers(
 
     - *forward*: it runs and its outputs have the original's shapes.
     - *bypass*: on the example input, and on noise of the same shapes where all inputs are floating point, it computes
-      what the original does with a hook on each layer that returns the layer's input: relative error at most
-      `tolerance` (default 1e-5).
+      what the original does with a hook on each layer that returns the layer's input (zeros for a branch): relative
+      error at most `tolerance` (default 1e-5).
     - *weights*: what the original has outside these layers is all there, with the same values, and nothing else.
     """
     checks = []
