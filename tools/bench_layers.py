@@ -33,7 +33,7 @@ from tools._layer_networks import TASKS, Task
 OUTPUT = Path("docs/layers.md")
 FILES = Path("build/layers")
 HALF = 0.5
-COMBINED = {"resnet56": (0, 1, 2, 4), "vit": (0, 1, 2), "llama": (0, 1, 2)}
+COMBINED = {"resnet56": (0, 2, 4, 1), "vit": (0, 1, 2), "llama": (0, 1, 2)}
 
 
 class Store:
