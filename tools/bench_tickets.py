@@ -248,7 +248,7 @@ class Rows:
 
 
 def _verdicts(curves: dict[str, Curve], best: str, rivals: Sequence[str]) -> str:
-    """Paired differences with their intervals."""
+    """Paired differences with their intervals, where there are two pairs."""
     cells = []
     for rival in rivals:
         for fraction in sorted(curves[rival]):
@@ -256,57 +256,79 @@ def _verdicts(curves: dict[str, Curve], best: str, rivals: Sequence[str]) -> str
             if len(pairs) > 1:
                 mean, low, high = interval([a - b for a, b in pairs])
                 cells.append((rival, f"{100 * fraction:g} %", f"{mean:+.1f}", f"{low:+.1f} to {high:+.1f}"))
-    return markdown_table((f"{best} minus", "sparsity", "points", "95 % interval"), cells)
+    return markdown_table((f"{best} minus", "sparsity", "points", "95 % interval"), cells) if cells else ""
 
 
 def page(rows: Rows, folder: Path) -> str:
-    tuned, found = rows.curves("tuned"), rows.curves("ticket")
-    dense, from_scratch = rows.dense("tuned"), rows.dense("ticket")
+    """The Markdown page, of what is there."""
+    text = (__doc__ or "").strip().split("\n\n", 2)[2]
+    parts = [
+        "# CIFAR-10, ResNet-20: sparsity with training, and lottery tickets",
+        "",
+        *text.splitlines(),
+        "",
+        "    python -m tools.bench_tickets",
+        "",
+        f"Measured on: {machine_line(1)}. {versions_line('torch', 'numpy', 'scipy')}.",
+        "",
+    ]
+    if rows.curves("tuned"):
+        parts += _tuned_section(rows, folder)
+    if rows.curves("ticket"):
+        parts += _ticket_section(rows, folder)
+    return "\n".join(parts)
+
+
+def _table(curves: dict[str, Curve]) -> str:
+    return curve_table(curves, spread=all(len(v) > 1 for curve in curves.values() for v in curve.values()))
+
+
+def _how_many(count: int) -> str:
+    return "one run" if count == 1 else f"mean and standard deviation of {count} runs"
+
+
+def _tuned_section(rows: Rows, folder: Path) -> list[str]:
+    tuned, dense = rows.curves("tuned"), rows.dense("tuned")
     mean = sum(dense) / len(dense)
     draw(folder / "tickets-tuned.svg", f"ResNet-20 pruned in one shot, {TUNING} steps after", mean, tuned)
-    draw(folder / "tickets.svg", "ResNet-20 from scratch", sum(from_scratch) / len(from_scratch), found)
-    text = (__doc__ or "").strip().split("\n\n", 2)[2]
-    return "\n".join(
-        [
-            "# CIFAR-10, ResNet-20: sparsity with training, and lottery tickets",
-            "",
-            *text.splitlines(),
-            "",
-            "    python -m tools.bench_tickets",
-            "",
-            f"Measured on: {machine_line(1)}. {versions_line('torch', 'numpy', 'scipy')}.",
-            "",
-            "## Pruned in one shot, then trained",
-            "",
-            f"Top-1 in %, mean and standard deviation of {len(dense)} runs that draw images (and random masks) anew. "
-            f"Dense: {rows.dense('tuned', 'before')[0]:.1f}, and {mean:.1f} after the same training. "
-            f"N:M is 2:4, 1:4 and 1:8; gradients come from 1,000 training images. Controls: random masks keep "
-            f"the trained weights, with as many in each layer as global magnitude leaves; random reinitialisation has "
-            f"the masks of global magnitude; random N:M keeps as many of each group, at random.",
-            "",
-            "Without training:",
-            "",
-            curve_table(rows.curves("tuned", "before")),
-            "",
-            f"After {TUNING} steps, the masks in force:",
-            "",
-            curve_table(tuned),
-            "",
-            "![pruned and trained](tickets-tuned.svg)",
-            "",
-            "## Lottery tickets",
-            "",
-            f"Top-1 in %, mean and standard deviation of {len(from_scratch)} seeds; dense "
-            f"{sum(from_scratch) / len(from_scratch):.1f}.",
-            "",
-            curve_table(found),
-            "",
-            _verdicts(found, TICKET, (REINIT, RANDOM)),
-            "",
-            "![tickets](tickets.svg)",
-            "",
-        ]
-    )
+    return [
+        "## Pruned in one shot, then trained",
+        "",
+        f"Top-1 in %, {_how_many(len(dense))}; each draws images and random masks anew. Dense: "
+        f"{rows.dense('tuned', 'before')[0]:.1f}, and {mean:.1f} after the same training. N:M is 2:4, 1:4 and 1:8; "
+        f"gradients come from 1,000 training images. Controls: random masks keep the trained weights, with as many in "
+        f"each layer as global magnitude leaves; random reinitialisation has the masks of global magnitude; random "
+        f"N:M keeps as many of each group, at random.",
+        "",
+        "Without training:",
+        "",
+        _table(rows.curves("tuned", "before")),
+        "",
+        f"After {TUNING} steps, the masks in force:",
+        "",
+        _table(tuned),
+        "",
+        "![pruned and trained](tickets-tuned.svg)",
+        "",
+    ]
+
+
+def _ticket_section(rows: Rows, folder: Path) -> list[str]:
+    found, dense = rows.curves("ticket"), rows.dense("ticket")
+    mean = sum(dense) / len(dense)
+    draw(folder / "tickets.svg", "ResNet-20 from scratch", mean, found)
+    verdicts = _verdicts(found, TICKET, [name for name in (REINIT, RANDOM) if name in found])
+    return [
+        "## Lottery tickets",
+        "",
+        f"Top-1 in %, {_how_many(len(dense))}; dense {mean:.1f}.",
+        "",
+        _table(found),
+        "",
+        *([verdicts, ""] if verdicts else []),
+        "![tickets](tickets.svg)",
+        "",
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
