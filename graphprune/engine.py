@@ -120,7 +120,7 @@ def plan(
         max_ratio=max_ratio,
     )
     if whole:
-        return _whole(whole, model, example_input, ratio, settings, criterion, ignore, data, loss_fn)
+        return _whole(whole, model, example_input, ratio, settings, criterion, ignore, data, loss_fn, target)
     job = _Job(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn, target)
     return job.decided()[1]
 
@@ -135,7 +135,10 @@ def _whole(
     ignore: Iterable[nn.Module | str] | nn.Module | str,
     data: Any,
     loss_fn: Callable[[Any, Any], Any] | None,
+    target: Target | None,
 ) -> Plan:
+    if target is not None:
+        raise GraphPruneError(f"target: it chooses widths, and granularity={what!r} changes none; leave it out")
     settings.check()
     with paused_collector():
         if what == "experts":
@@ -355,7 +358,7 @@ def prune(
     if whole:
         if recover not in (None, "batchnorm"):
             raise GraphPruneError(f"recover={recover!r} repairs layers that lost inputs; here none has")
-        decided = _whole(whole, model, example_input, ratio, settings, criterion, ignore, data, loss_fn)
+        decided = _whole(whole, model, example_input, ratio, settings, criterion, ignore, data, loss_fn, target)
         small = decided.apply(model)
         if verify:
             run_verification(model, small, decided, example_input).raise_on_failure()

@@ -123,7 +123,7 @@ class _ByBudget:
             if name in full:
                 self.before[name] = float(full[name])
                 self.ends[name] = value * full[name] if value <= 1 else float(value)
-            elif value > 1:
+            elif value > 1 or name == "latency_ms":
                 raise GraphPruneError(f"budget: {name} cannot be approached in steps; give a fraction of the original")
             else:
                 self.before[name], self.ends[name] = 1.0, float(value)

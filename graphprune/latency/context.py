@@ -14,19 +14,24 @@ from .kernels import Kernel, Sample
 from .meters import Meter
 from .profiles import Profile
 
+# Seconds that calling a node takes beside the node itself.
+_NODE = 2e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class Context:
     """How the run of one network relates to the table.
 
     `wall`: seconds of a call of the dense network. `light`: of that, what grows with the number of elements: nodes
-    without convolutions or products, changes of layout included. `factors`: for computations at their full lengths,
-    time within the network over time alone; `other`: the same for those that were not recognised in the run. What is
-    left of `wall` is the same at every width.
+    without convolutions or products, changes of layout included. `fixed`: what is the same at every width, such as
+    calling the nodes. `factors`: for computations at their full lengths, time within the network over time alone;
+    `other`: the same for those that were not recognised in the run. What all this is longer or shorter than `wall` (the
+    profiler's own work; threads that wait for each other) is shared out in proportion.
     """
 
     wall: float
     light: float
+    fixed: float
     factors: Mapping[Sample, float]
     other: float
 
@@ -35,16 +40,17 @@ class Context:
 
     def to_dict(self) -> dict[str, Any]:
         factors = [[str(s.kernel), list(s.lengths), f] for s, f in self.factors.items()]
-        return {"wall": self.wall, "light": self.light, "other": self.other, "factors": factors}
+        numbers = {"wall": self.wall, "light": self.light, "fixed": self.fixed, "other": self.other}
+        return {**numbers, "factors": factors}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Context:
-        numbers = [found[name] for name in ("wall", "light", "other")]
+        numbers = [found[name] for name in ("wall", "light", "fixed", "other")]
         factors = {Sample(Kernel.parse(k), tuple(int(n) for n in at)): float(f) for k, at, f in found["factors"]}
         for value in (*numbers, *factors.values()):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"{value!r} is no time")
-        return cls(numbers[0], numbers[1], factors, numbers[2])
+        return cls(numbers[0], numbers[1], numbers[2], factors, numbers[3])
 
 
 def make_context(run: Profile, samples: Sequence[Sample], meter: Meter, alone: Mapping[Sample, float]) -> Context:
@@ -77,7 +83,10 @@ def make_context(run: Profile, samples: Sequence[Sample], meter: Meter, alone: M
         other = 1.0
     light = float(sum(n.seconds for n in run.nodes if not n.heavy and not n.idle))
     total = sum(n.seconds for n in run.nodes)
-    if not total:  # a device whose profiler does not time nodes: all but a call's floor belongs to the computations
+    if not total:  # a device whose profiler does not time nodes
         everything = sum(alone[s] for s in samples)
-        return Context(run.wall, 0.0, {}, min(1.0, run.wall / everything) if everything else 1.0)
-    return Context(run.wall, light, factors, other)
+        fixed = min(_NODE * len(samples), run.wall)
+        return Context(run.wall, 0.0, fixed, {}, (run.wall - fixed) / everything if everything else 1.0)
+    idle = sum(n.seconds for n in run.nodes if n.idle)
+    fixed = min(idle + _NODE * len(run.nodes), max(0.0, run.wall - heavy - light))
+    return Context(run.wall, light, fixed, factors, other)

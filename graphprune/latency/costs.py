@@ -60,11 +60,10 @@ class LatencyCosts:
             if hasattr(node.meta.get("val"), "shape"):
                 self._elements.add(_WEIGHT if operator_name(node) in _DEAR else 1.0, axes_of(graph, node))
         heavy = sum(t.factor * float(t.surface(t.unit.sample.lengths)) for t in self._terms)
-        # the profiler's own work makes the nodes of a very small network longer than a call of it
-        scale = min(1.0, context.wall / max(heavy + context.light, 1e-12))
+        scale = (context.wall - context.fixed) / max(heavy + context.light, 1e-12)
         self._terms = [dataclasses.replace(t, factor=scale * t.factor) for t in self._terms]
         self._light = scale * context.light / self._elements.full if self._elements.full else 0.0
-        self.constant = max(0.0, context.wall - heavy - context.light)
+        self.constant = context.fixed + (0.0 if self._light else scale * context.light)
         self._by_group: dict[int, list[_Term]] = {}
         for term in self._terms:
             for g in term.unit.groups:

@@ -71,6 +71,21 @@ def test_the_dense_network_takes_what_was_measured() -> None:
     assert cost.full == pytest.approx(seconds_of(model, x, 8, 1.7))
 
 
+def test_what_the_nodes_are_short_of_the_call_grows_with_them() -> None:
+    """Threads that wait for each other, above what calling the nodes takes."""
+    model, x = net()
+    graph, made = trace(model, x), table()
+    run = run_of(model, x)
+    context = measured_context(graph, made, Profile(run.nodes, 2 * run.wall))
+    cost = LatencyCosts(graph, made, context)
+    plan = graphprune.plan(model, x, 0.5)
+    fixed = 2e-6 * len(run.nodes)
+    scale = (2 * run.wall - fixed) / run.wall
+    assert cost.full == pytest.approx(2 * run.wall) and cost.constant == pytest.approx(fixed)
+    predicted = cost.exact(gone_components(graph, plan))
+    assert predicted == pytest.approx(fixed + scale * seconds_of(plan.apply(model), x), rel=1e-6)
+
+
 def test_nodes_that_take_longer_than_the_call_are_scaled_down() -> None:
     model, x = net()
     graph, made = trace(model, x), table()
@@ -90,6 +105,7 @@ def test_a_context_scales_what_it_recognises_and_spreads_the_rest() -> None:
     nodes = (*[NodeTime(n.name, n.operator, n.inputs, n.outputs, 2 * n.seconds) for n in run.nodes[:-1]], unknown)
     context = make_context(Profile((*nodes, *changed), 1.0), samples, meter(), alone)
     assert context.light == pytest.approx(5e-6) and context.wall == 1.0
+    assert context.fixed == pytest.approx(7e-6 + 2e-6 * (len(nodes) + 2))
     assert dict(context.factors) == pytest.approx(dict.fromkeys(samples[:-1], 2.0))
     assert context.factor(samples[-1]) == pytest.approx(3.0)
 
@@ -100,7 +116,10 @@ def test_without_node_times_the_whole_call_is_shared_out() -> None:
     alone = {s: law(s) for s in samples}
     half = sum(alone.values()) / 2
     context = make_context(Profile((), half), samples, meter(), alone)
-    assert context == Context(half, 0.0, {}, 0.5)
+    fixed = 2e-6 * len(samples)
+    assert context == Context(half, 0.0, fixed, {}, pytest.approx((half - fixed) / (2 * half)))
+    cost = LatencyCosts(trace(model, x), table(), context)
+    assert cost.full == pytest.approx(half)
 
 
 def test_elements_cost_what_their_number_says() -> None:

@@ -138,6 +138,17 @@ def test_with_a_ratio_a_target_gives_the_widths(arguments: dict[str, Any]) -> No
     assert all(g.kept == g.size or g.kept % 48 == 0 for g in both.groups)
 
 
+@pytest.mark.parametrize("granularity", ["layer", "experts"])
+def test_a_target_has_no_say_in_what_goes_as_a_whole(granularity: str) -> None:
+    with pytest.raises(GraphPruneError, match="chooses widths"):
+        graphprune.plan(*net(), 0.5, target=Target(), granularity=granularity)
+
+
+def test_milliseconds_cannot_be_approached_in_steps() -> None:
+    with pytest.raises(GraphPruneError, match="latency_ms cannot be approached in steps"):
+        graphprune.prune_gradually(*net(), budget=Budget(latency_ms=0.5), train=lambda m, s: None)
+
+
 def test_a_target_must_be_one() -> None:
     with pytest.raises(GraphPruneError, match=r"graphprune\.Target"):
         graphprune.plan(nn.Linear(3, 4), torch.randn(1, 3), budget=Budget(latency=0.5), target="cpu")  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ def test_a_full_width_between_steps_is_its_own_time() -> None:
 def test_round_trip(tmp_path: Path) -> None:
     made = table(8)
     made.surface(CONV, (64, 64), (True, True))
-    made.contexts["abc"] = Context(0.25, 0.01, {Sample(CONV, (64, 64)): 1.25}, 0.75)
+    made.contexts["abc"] = Context(0.25, 0.01, 0.002, {Sample(CONV, (64, 64)): 1.25}, 0.75)
     back = LatencyTable.load(made.save(tmp_path / "t.json"))
     assert back.points == made.points and back.stairs == made.stairs and back.contexts == made.contexts
     assert back.about == made.about and back.meter is None
@@ -93,6 +93,9 @@ def test_what_a_foreign_table_lacks_is_an_error(tmp_path: Path) -> None:
     del back.stairs["linear"]
     with pytest.raises(GraphPruneError, match="no stairs of kind 'linear'"):
         back.surface(Kernel("linear"), (8, 8, 8), (True, True, True))
+
+
+NUMBERS = {"wall": 1.0, "light": 0.0, "fixed": 0.0, "other": 1.0}
 
 
 def damages() -> list[Any]:
@@ -124,8 +127,9 @@ def damages() -> list[Any]:
         change("stairs/conv/steps", []),
         change("stairs/conv/steps", ["a"]),
         change("stairs/other", {"steps": [0], "penalty": [1.0] * 64}),
-        change("contexts", {"a": {"wall": -1.0, "light": 0.0, "other": 1.0, "factors": []}}),
-        change("contexts", {"a": {"wall": 1.0, "light": 0.0, "other": 1.0, "factors": [["linear[]", [1], "x"]]}}),
+        change("contexts", {"a": {**NUMBERS, "wall": -1.0, "factors": []}}),
+        change("contexts", {"a": {**NUMBERS, "light": "much", "factors": []}}),
+        change("contexts", {"a": {**NUMBERS, "factors": [["linear[]", [1], "x"]]}}),
         change("contexts", {"a": 3}),
         change("about", 3),
     ]
