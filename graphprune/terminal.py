@@ -87,7 +87,7 @@ GranularityOption = Annotated[
     _option(
         _PRUNING,
         "auto (default), heads, 'head features', 'qk features', 'v features', mlp, embedding, channels, filters, "
-        "neurons; layer. Repeatable.",
+        "neurons; layer, branch, experts. Repeatable.",
         "--granularity",
         metavar="KIND",
     ),

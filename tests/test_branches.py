@@ -15,6 +15,7 @@ from graphprune.calibration import CalibrationData
 from graphprune.dependency.branches import find_branches
 from graphprune.importance.layers import layer_scores
 from graphprune.modules import Silence
+from graphprune.surgery import remove_layers
 from graphprune.tracing.example import ExampleInput
 from tests.dependency.test_branches import Network
 from tests.layered_networks import networks
@@ -118,3 +119,13 @@ def test_what_counts_tokens_stays() -> None:
     plan = graphprune.plan(model, x, 0.99, granularity="branch")
     assert [b.module for b in plan.layers] == [f"layers.{i}.attention" for i in (1, 2, 3)]
     assert any("layers.0.attention" in line and "cache" in line for line in plan.frozen)
+
+
+def test_layers_after_branches_leave_something_that_counts_tokens() -> None:
+    model, x, _ = networks()["decoder"]
+    (second,) = [b for b in find_branches(model, x) if b.module == "layers.1.attention"]
+    small = remove_layers(model, [second])
+    plan = graphprune.plan(small, x, 0.99, granularity="layer", ignore="layers.1")
+    assert {b.module for b in plan.layers} == {"layers.2", "layers.3"}
+    assert any("layers.0 cannot" in line and "cache" in line for line in plan.frozen)
+    assert len(graphprune.plan(model, x, 0.99, granularity="layer", ignore="layers.1").layers) == 3

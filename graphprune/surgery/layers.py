@@ -58,22 +58,22 @@ def uncounted_tokens(model: nn.Module, blocks: Sequence[Block]) -> str:
     """Why caches of keys and values would miscount tokens without these layers; empty when they would not.
 
     Layers that hold their place (`layer_idx`) use it to find their part of a cache, and the length of the first part
-    is the position of the next token. A `Bypass` in the first place, or a
-    `Silence` for what writes to the cache there, leaves that part empty, which no single run shows.
+    is the position of the next token. Where a `Bypass` or `Silence` stands for what writes to that part, it stays
+    empty, which no single run shows.
     """
     modules = all_modules(model)
     deleted = {block.module for block in blocks if block.listed}
-    for block in blocks:
-        for path in [] if block.listed else _lists_around(modules, block.module):
-            items = [(name, module) for name, module in modules[path]._modules.items()]
-            names = {name: f"{path}.{name}" if path else name for name, _ in items}
-            first = next((place for place in names.values() if place not in deleted), "")
-            inner = block.module[len(first) :].strip(".") if first and _within(block.module, first) else None
-            if inner is not None and any(_within(place, inner) for place, _ in _places(items)):
+    replaced = [block.module for block in blocks if not block.listed]
+    for path in dict.fromkeys(path for block in blocks for path in _lists_around(modules, block.module)):
+        items = list(modules[path]._modules.items())
+        names = [f"{path}.{name}" if path else name for name, _ in items]
+        first = next((name for name in names if name not in deleted), "")
+        writers = [f"{first}.{inner}" if inner else first for inner, _ in _places(items)] if first else []
+        for writer in writers:
+            if isinstance(modules.get(writer), Bypass) or any(_within(writer, one) for one in replaced):
                 return (
-                    f"{path or 'the model'} does not get shorter, and in the place of its first layer, whose number "
-                    f"the others follow, a {'Silence' if block.branch else 'Bypass'} would leave a cache of keys and "
-                    f"values without its count of tokens"
+                    f"{writer} holds the number of a layer and would be the first of {path or 'the model'} to do so; "
+                    f"without it, a cache of keys and values loses its count of tokens"
                 )
     return ""
 
@@ -87,7 +87,7 @@ def _lists_around(modules: Mapping[str, nn.Module], path: str) -> list[str]:
 
 
 def _within(path: str, outer: str) -> bool:
-    return not outer or path == outer or path.startswith(f"{outer}.")
+    return path == outer or path.startswith(f"{outer}.")
 
 
 def remove_listed_experts(small: nn.Module, experts: Iterable[Experts]) -> None:
