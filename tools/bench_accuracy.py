@@ -219,14 +219,22 @@ def measure_model(name: str, made: Task, speedup: float, only: str | None, metho
     return rows
 
 
+def _inputs(rows: list[dict[str, Any]]) -> str:
+    """Calibration inputs of one model's rows, by speed-up where they differ."""
+    used = {r["speedup"]: f"{r['images']} calibration inputs, {r['selection']} for the choice" for r in rows}
+    if len(set(used.values())) == 1:
+        return used[rows[0]["speedup"]]
+    return "; ".join(f"{speedup:g}x: {used[speedup]}" for speedup in sorted(used))
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """One table per model: methods down, speed-ups across."""
     parts = []
     for name in dict.fromkeys(r["model"] for r in rows):
         mine = [r for r in rows if r["model"] == name]
         speeds = sorted({r["speedup"] for r in mine})
-        unit, dense, images, selection = (mine[0][k] for k in ("unit", "dense", "images", "selection"))
-        inputs = f"{images} calibration inputs, {selection} for the choice"
+        unit, dense = mine[0]["unit"], mine[0]["dense"]
+        inputs = _inputs([r for r in mine if r["method"].startswith("reconstruction")] or mine)
         parts.append(f"\n## {name} ({unit}, dense {dense:.2f}; {inputs})\n")
         parts.append("| method | " + " | ".join(f"{s:g}x" for s in speeds) + " | seconds |")
         parts.append("| --- |" + " ---: |" * (len(speeds) + 1))
@@ -244,7 +252,7 @@ Pruned to a budget of multiply-accumulates, no labels, no training; whole test s
 alone, "+ mean", "+ batchnorm" and "+ least_squares" what recovery makes of the same plan. Torch-Pruning at the uniform
 ratio that reaches the same budget, each of its criteria that needs no data. Seconds: planning and recovery together,
 the longest of the row, on a machine shared with other work. Tables "on held-out training data" confirm the settings
-on data that no choice was made with; the dense ResNets have seen these images in their training.
+on images that calibration does not use; the dense ResNets have seen them in their training.
 
 Written by `python -m tools.bench_accuracy` ({machine}; {versions}). Calibration inputs: see the tool.
 """
