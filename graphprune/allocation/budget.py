@@ -82,6 +82,19 @@ class Limit:
     stairs: Callable[[int, Floats, Floats], Floats] | None = None
 
 
+def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float], form: str) -> None:
+    """Raise GraphPruneError, with costs in this format, if the least fractions that may stay cost more than `most`."""
+    for limit, m in zip(limits, most, strict=True):
+        found = limit.cost.value(least)
+        if found > m * (1 + 1e-12):
+            full = limit.cost.full
+            raise GraphPruneError(
+                f"budget: {limit.name} cannot be brought to {m:{form}}: with the least number of channels allowed "
+                f"{found:{form}} remain ({found / full:.1%} of {full:{form}}); raise the budget or max_ratio, lower "
+                f"min_channels, or ignore less"
+            )
+
+
 class Widths:
     """Chooses how many units of each group stay, least score lost per cost saved first.
 
@@ -105,7 +118,7 @@ class Widths:
         Raises GraphPruneError when even the floors cost more.
         """
         most = [limit.most * scale for limit in limits]
-        self._check(limits, most)
+        check_least(self.fraction(self.floors), limits, most, ",.0f")
         keep = self.ceilings.copy()
         if self._fits(keep, limits, most):
             return keep
@@ -126,17 +139,6 @@ class Widths:
     def _fits(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> bool:
         kept = self.fraction(keep)
         return all(limit.cost.value(kept) <= m * (1 + 1e-12) for limit, m in zip(limits, most, strict=True))
-
-    def _check(self, limits: Sequence[Limit], most: Sequence[float]) -> None:
-        least = self.fraction(self.floors)
-        for limit, m in zip(limits, most, strict=True):
-            found = limit.cost.value(least)
-            if found > m * (1 + 1e-12):
-                raise GraphPruneError(
-                    f"budget: {limit.name} cannot be brought to {m:,.0f}: with the least number of channels allowed "
-                    f"{found:,.0f} remain ({found / limit.cost.full:.1%} of {limit.cost.full:,.0f}); raise the "
-                    f"budget or max_ratio, lower min_channels, or ignore less"
-                )
 
     def _unit_costs(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> Floats:
         """What one unit of each group costs now, as a share of the limits that are exceeded."""

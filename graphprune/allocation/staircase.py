@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import GraphPruneError
-from .budget import Limit
+from .budget import Limit, check_least
 from .costs import Floats
 
 Ints = npt.NDArray[np.int64]
@@ -43,7 +42,7 @@ class StairWidths:
         most = [limit.most * scale for limit in limits]
         options = self._steps(limits)
         least = np.array([o[0] for o in options], np.int64)
-        self._check(least, limits, most)
+        check_least(self.fraction(least), limits, most, ",.4g")
         keep = self.ceilings.copy()
         if self._fits(keep, limits, most):
             return keep
@@ -106,17 +105,6 @@ class StairWidths:
 
     def _fits(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> bool:
         return self._value(keep, limits, most) <= 1 + 1e-12
-
-    def _check(self, least: Ints, limits: Sequence[Limit], most: Sequence[float]) -> None:
-        kept = self.fraction(least)
-        for limit, m in zip(limits, most, strict=True):
-            found = limit.cost.value(kept)
-            if found > m * (1 + 1e-12):
-                raise GraphPruneError(
-                    f"budget: {limit.name} cannot be brought to {m:,.4g}: with the least number of channels allowed "
-                    f"{found:,.4g} remain ({found / limit.cost.full:.1%} of {limit.cost.full:,.4g}); raise the budget "
-                    f"or max_ratio, lower min_channels, or ignore less"
-                )
 
     def _loss(self, keep: Ints) -> float:
         return sum(float(lost[k]) for lost, k in zip(self.lost, keep, strict=True))

@@ -165,12 +165,18 @@ class Search:
 
     # -- one call
 
-    def _eligible(self, call: Call) -> bool:
+    def _like_its_input(self, call: Call) -> bool:
+        """Called once, computes something with weights, and returns a tensor of the shape of its first argument."""
         if call.repeated or call.out is None or call.last is None or not call.inputs or call.before is None:
             return False
         x = call.inputs[0][1]
-        if x is call.out or shape_of(x) is None or shape_of(x) != shape_of(call.out) or not self._contractions(call):
+        same = x is not call.out and shape_of(x) is not None and shape_of(x) == shape_of(call.out)
+        return same and self._contractions(call) > 0
+
+    def _eligible(self, call: Call) -> bool:
+        if not self._like_its_input(call):
             return False
+        x = call.inputs[0][1]
         return self._closed(call, x) and not self._residual(call, x) and not self._second_stream(call, x)
 
     def _span(self, call: Call) -> tuple[int, int]:
@@ -183,13 +189,17 @@ class Search:
         start, end = self._span(call)
         return sum(operator_name(node) in CONTRACTIONS for node in self.nodes[start : end + 1])
 
-    def _closed(self, call: Call, x: fx.Node) -> bool:
-        """One way in: nobody else nearby reads the stream. One way out: nothing made inside is read outside."""
+    def _shut(self, call: Call) -> bool:
+        """One way out: nothing that is made inside is read outside, but the result."""
         start, end = self._span(call)
-        for node in self.nodes[start : end + 1]:
-            if node.op == "call_function" and node is not call.out:
-                if any(self.at[user] > end for user in node.users):
-                    return False
+        inside = (n for n in self.nodes[start : end + 1] if n.op == "call_function" and n is not call.out)
+        return not any(self.at[user] > end for node in inside for user in node.users)
+
+    def _closed(self, call: Call, x: fx.Node) -> bool:
+        """One way out, and one way in: nobody else nearby reads the stream."""
+        if not self._shut(call):
+            return False
+        start, end = self._span(call)
         low, high = self._span(call.parent) if call.parent is not None else (0, len(self.nodes))
         return not any(low <= self.at[u] <= high and not start <= self.at[u] <= end for u in x.users)
 

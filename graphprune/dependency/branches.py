@@ -47,22 +47,14 @@ class _Branches(Search):
         return [Block(call.path, call.inputs[0][0], call.form, False, branch=True) for call in calls]
 
     def _is_branch(self, call: Call) -> bool:
-        if call.repeated or call.out is None or call.last is None or not call.inputs or call.before is None:
+        if call.out is None or not self._like_its_input(call):
             return False
         x = call.inputs[0][1]
-        if x is call.out or shape_of(x) is None or shape_of(x) != shape_of(call.out) or not self._contractions(call):
-            return False
         if call.out.meta["val"].dtype != x.meta["val"].dtype or not self._shut(call):
             return False
         known = self._before(x)
         stream = self._stream(call.out, known)
         return stream is not None and not self._computes(known - self._before(stream))
-
-    def _shut(self, call: Call) -> bool:
-        """Nothing that is made inside is read outside, but the result."""
-        start, end = self._span(call)
-        inside = (n for n in self.nodes[start : end + 1] if n.op == "call_function" and n is not call.out)
-        return not any(self.at[user] > end for node in inside for user in node.users)
 
     def _stream(self, result: fx.Node, known: set[fx.Node]) -> fx.Node | None:
         """What of the nodes `known` the result is added to, with nothing on the way that zeros would not pass."""
