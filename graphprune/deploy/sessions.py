@@ -227,16 +227,21 @@ def probe(
         path, provider, threads=1, provider_options=provider_options, profile=folder / f"{Path(path).stem}-trace"
     )
     outputs = BoundSession(session, arguments, provider, device_of(provider_options)).output_types()
-    trace = Path(session.end_profiling())
-    events = json.loads(trace.read_text(encoding="utf-8"))
-    trace.unlink()
     ran = {
         (event["args"]["provider"], event["args"].get("node_index"), event["name"])
-        for event in events
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time") and event["args"].get("provider")
+        for event in kernel_events(session)
+        if event["args"].get("provider")
     }
     counts = Counter(name for name, _, _ in ran)
     return Probe(dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))), outputs)
+
+
+def kernel_events(session: Any) -> list[dict[str, Any]]:
+    """What the profiler of a session saw of its nodes' own work, run by run. Ends the profile and deletes its file."""
+    trace = Path(session.end_profiling())
+    events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))
+    trace.unlink()
+    return [e for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
 
 
 def device_of(provider_options: Mapping[str, Any] | None) -> int:

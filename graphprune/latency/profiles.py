@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 import time
@@ -14,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from ..deploy.providers import Provider, runtime
+from ..deploy.providers import Provider
+from ..deploy.sessions import kernel_events, open_session
 
 # Nodes in which the arithmetic of convolutions and matrix products ends up.
 _HEAVY = ("Conv", "Gemm", "MatMul", "Attention")
 # Nodes that only say how a tensor is to be read: their time does not depend on widths.
 _IDLE = frozenset("Reshape Squeeze Unsqueeze Shape Gather Identity Flatten Constant Cast".split())
-# Nodes that change the layout for those before or after them.
-LAYOUT = ("ReorderInput", "ReorderOutput")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,34 +70,25 @@ def profile(
     warmup: int = 2,
 ) -> Profile:
     """Run a file `runs` times under the profiler, one node after the other, all graph optimisations on."""
-    onnxruntime = runtime()
-    with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads
-        settings.inter_op_num_threads = 1
-        settings.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        settings.log_severity_level = 4
-        settings.enable_profiling = True
-        settings.profile_file_prefix = str(Path(folder) / "trace")
-        source = model if isinstance(model, bytes) else os.fspath(model)
-        session = onnxruntime.InferenceSession(
-            source, settings, providers=[(provider.name, dict(options))], enable_fallback=0
-        )
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as name:
+        folder = Path(name)
+        path = folder / "model.onnx" if isinstance(model, bytes) else Path(model)
+        if isinstance(model, bytes):
+            path.write_bytes(model)
+        session = open_session(path, provider, threads=threads, provider_options=options, profile=folder / "trace")
         walls = []
         for _ in range(warmup + runs):
             start = time.perf_counter()
             session.run(None, dict(feeds))
             walls.append(time.perf_counter() - start)
-        text = Path(session.end_profiling()).read_text(encoding="utf-8")
-    return Profile(_nodes(json.loads(text), warmup), float(np.median(walls[warmup:])))
+        events = kernel_events(session)
+    return Profile(_nodes(events, warmup), float(np.median(walls[warmup:])))
 
 
 def _nodes(events: list[dict[str, Any]], warmup: int) -> tuple[NodeTime, ...]:
     found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            found[(event["name"], str(event["args"].get("node_index")))].append(event)
+        found[(event["name"], str(event["args"].get("node_index")))].append(event)
     out = []
     for (name, _), made in found.items():
         about = made[0]["args"]
