@@ -22,21 +22,32 @@ from .importance.layers import check_layer_criterion, layer_scores
 from .plans import Plan, structure_of
 from .surgery import remove_layers, uncounted_tokens
 from .tracing.example import ExampleInput
+from .tracing.names import all_modules, named_tensors
 from .verification import verify_layers
 
 WHOLE = ("layer", "branch", "experts")
 
 
-def wants_whole(granularity: str | Sequence[str]) -> str | None:
-    """Which of these is asked for, if any. Raises GraphPruneError where it is together with something else."""
+def split_granularity(granularity: str | Sequence[str]) -> tuple[str | None, str | Sequence[str] | None]:
+    """What is left out as a whole, if anything, and the granularity of the widths, if any change.
+
+    ["layer", "mlp"] -> ("layer", ["mlp"]), "branch" -> ("branch", None), "auto" -> (None, "auto").
+
+    Raises GraphPruneError for what does not go together.
+    """
     names = [granularity] if isinstance(granularity, str) else list(granularity)
-    for name in WHOLE:
-        if name in names and len(names) > 1:
-            raise GraphPruneError(
-                f"granularity: {name!r} stands alone; prune that first, then the channels of the result: "
-                f"prune(prune(model, x, 0.3, granularity={name!r}), x, 0.3)"
-            )
-    return names[0] if names and names[0] in WHOLE else None
+    whole = [name for name in dict.fromkeys(names) if name in WHOLE]
+    widths = [name for name in names if name not in WHOLE]
+    if not whole:
+        return None, granularity
+    if len(whole) > 1 or ("experts" in whole and widths):
+        raise GraphPruneError(
+            f"granularity: {whole[-1]!r} does not go with {(*whole[:-1], *widths)[0]!r}; prune that first, then the "
+            f"result: prune(prune(model, x, 0.3, granularity={whole[-1]!r}), x, 0.3)"
+        )
+    if not widths:
+        return whole[0], None
+    return whole[0], widths[0] if len(widths) == 1 else widths
 
 
 def plan_layers(
@@ -60,10 +71,40 @@ def plan_layers(
     What is chosen is tried: a layer whose list cannot be shortened (the code counts on its length) becomes a bypass,
     and one that cannot be bypassed either stays, with the reason in `frozen`.
     """
-    ranked = check_layer_criterion(criterion, data, loss_fn, branches)
     if isinstance(ratio, Mapping):
         raise GraphPruneError("ratio: layers take one number; use ignore= for those that must stay")
     example = ExampleInput.of(example_input)
+    scored = rank_layers(
+        model, example, ignore=ignore, criterion=criterion, data=data, loss_fn=loss_fn, branches=branches
+    )
+    refused: dict[str, str] = {}
+    while True:
+        left = [(b, s) for b, s in scored if b.module not in refused]
+        chosen = _chosen(model, example, left, ratio, budget, max_ratio)
+        tried, culprit = working_form(model, example, chosen)
+        if culprit is None:
+            return Plan(
+                removed={},
+                layers=tuple(tried),
+                frozen=refusals(scored, refused, branches),
+                structure=structure_of(model),
+                versions={"graphprune": __version__, "torch": str(torch.__version__)},
+            )
+        refused[culprit[0]] = culprit[1]
+
+
+def rank_layers(
+    model: nn.Module,
+    example: ExampleInput,
+    *,
+    ignore: Iterable[nn.Module | str] | nn.Module | str,
+    criterion: Any,
+    data: Any,
+    loss_fn: Callable[[Any, Any], Any] | None,
+    branches: bool,
+) -> list[tuple[Block, float]]:
+    """The layers (or branches) that can go, in the order in which they run, with their scores; lowest go first."""
+    ranked = check_layer_criterion(criterion, data, loss_fn, branches)
     held = held_modules(ignore, model)
     find = find_branches if branches else find_blocks
     blocks = tuple(b for b in find(model, example) if not any(related(b.module, name) for name in held))
@@ -72,14 +113,7 @@ def plan_layers(
     for block, score in zip(blocks, scores, strict=True):
         if math.isnan(score):
             raise GraphPruneError(f"{ranked}: the score of {block.module} is NaN; check its weights and the data")
-    refused: dict[str, str] = {}
-    while True:
-        left = [(b, s) for b, s in zip(blocks, scores, strict=True) if b.module not in refused]
-        chosen = _chosen(model, example, left, ratio, budget, max_ratio)
-        tried, culprit = _tried(model, example, chosen)
-        if culprit is None:
-            return _plan(model, tried, blocks, refused, branches)
-        refused[culprit[0]] = culprit[1]
+    return list(zip(blocks, scores, strict=True))
 
 
 _NONE = {
@@ -90,35 +124,33 @@ _NONE = {
 }
 
 
-def _plan(
-    model: nn.Module, chosen: Sequence[Block], blocks: Sequence[Block], refused: Mapping[str, str], branches: bool
-) -> Plan:
+def refusals(scored: Sequence[Any], refused: Mapping[str, str], branches: bool) -> tuple[str, ...]:
+    """What cannot be left out, and why, one line each; or that there is nothing that can."""
     reasons = [f"{module} cannot be left out: {reason}" for module, reason in refused.items()]
-    if not blocks:
-        reasons.append(_NONE[branches])
-    return Plan(
-        removed={},
-        layers=tuple(chosen),
-        frozen=tuple(reasons),
-        structure=structure_of(model),
-        versions={"graphprune": __version__, "torch": str(torch.__version__)},
-    )
+    return (*reasons, *(() if scored else (_NONE[branches],)))
 
 
 def held_modules(ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module) -> set[str]:
-    """The paths of ignored modules. Raises GraphPruneError for what matches none."""
-    items = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
-    paths = {id(m): n for n, m in model.named_modules()}
+    """The paths of ignored modules and parameters. Raises GraphPruneError for what matches none."""
+    names = (*all_modules(model), *named_tensors(model))
     held: set[str] = set()
-    for item in items:
-        if isinstance(item, nn.Module) and id(item) not in paths:
-            raise GraphPruneError(f"ignore: {type(item).__name__} is no module of this model")
-        pattern = paths[id(item)] or "*" if isinstance(item, nn.Module) else item
-        found = [n for n in paths.values() if isinstance(pattern, str) and fnmatch.fnmatchcase(n, pattern)]
+    for pattern in ignored_names(ignore, model):
+        found = [n for n in names if isinstance(pattern, str) and fnmatch.fnmatchcase(n, pattern)]
         if not found:
             raise GraphPruneError(f"ignore: no module matches {pattern!r}; see model.named_modules()")
         held.update(found)
     return held
+
+
+def ignored_names(ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module) -> list[str]:
+    """Ignored modules by name, for copies of the model; patterns as they are."""
+    paths = {id(m): n for n, m in all_modules(model).items()}
+    out = []
+    for item in [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore):
+        if isinstance(item, nn.Module) and id(item) not in paths:
+            raise GraphPruneError(f"ignore: {type(item).__name__} is no module of this model")
+        out.append(paths[id(item)] or "*" if isinstance(item, nn.Module) else item)
+    return out
 
 
 def related(a: str, b: str) -> bool:
@@ -158,11 +190,9 @@ def _within(
             raise GraphPruneError(f"budget: {name} is not known for layers; use Budget(macs=...) or Budget(params=...)")
     most_cost = {n: float(v) * totals[n] if v <= 1 else float(v) for n, v in limits.items()}
     saved = [_saved(whole, block) for block, _ in scored]
-    share = [sum(s[n] / max(totals[n], 1) for n in limits) for s in saved]
     cost = {n: float(totals[n]) for n in limits}
-    order = sorted(range(len(scored)), key=lambda i: scored[i][1] / max(share[i], 1e-12))
     gone: list[int] = []
-    for i in order:
+    for i in cheapest_first(whole, scored, list(limits)):
         if all(cost[n] <= most_cost[n] for n in limits) or len(gone) == most:
             break
         gone.append(i)
@@ -180,12 +210,23 @@ def _within(
     return set(gone)
 
 
+def cheapest_first(whole: Count, scored: Sequence[tuple[Block, float]], names: Sequence[str]) -> list[int]:
+    """The order in which layers go for a budget: least importance per share saved of these costs first.
+
+    `names`: of "macs" and "params". `whole`: the count of the network with all its layers.
+    """
+    totals = {"macs": whole.macs, "params": whole.parameters}
+    saved = [_saved(whole, block) for block, _ in scored]
+    share = [sum(s[n] / max(totals[n], 1) for n in names) for s in saved]
+    return sorted(range(len(scored)), key=lambda i: scored[i][1] / max(share[i], 1e-12))
+
+
 def _saved(whole: Count, block: Block) -> dict[str, int]:
     inside = [c for p, c in whole.per_layer.items() if p == block.module or p.startswith(f"{block.module}.")]
     return {"macs": sum(c.macs for c in inside), "params": sum(c.parameters for c in inside)}
 
 
-def _tried(
+def working_form(
     model: nn.Module, example: ExampleInput, chosen: Sequence[Block]
 ) -> tuple[list[Block], tuple[str, str] | None]:
     """The layers in a form that works: deleted, else bypassed. Or the first that works in neither, and why."""
@@ -212,4 +253,14 @@ def _failure(model: nn.Module, example: ExampleInput, blocks: Sequence[Block]) -
     return "; ".join(str(c) for c in report.checks if not c.passed) or uncounted_tokens(model, blocks)
 
 
-__all__ = ["held_modules", "plan_layers", "related", "wants_whole"]
+__all__ = [
+    "cheapest_first",
+    "held_modules",
+    "ignored_names",
+    "plan_layers",
+    "rank_layers",
+    "refusals",
+    "related",
+    "split_granularity",
+    "working_form",
+]

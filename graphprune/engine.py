@@ -19,9 +19,10 @@ from .dependency import DependencyGraph, Frozen
 from .dependency.graph import trace
 from .dependency.sizes import Resolution, gone_on_axis
 from .dependency.temperature import Rescale
-from .depth import plan_layers, wants_whole
+from .depth import ignored_names, plan_layers, split_granularity
 from .errors import GraphPruneError
 from .importance import Criterion, resolve_criterion
+from .joint import JointPlanner, LayerChoice
 from .latency import Target
 from .latency.planning import plan_within, width_step
 from .mixtures import plan_experts
@@ -32,6 +33,7 @@ from .rewriting import Rewrite, Rewriter, check_output
 from .scoring import Scorer
 from .settling import settle
 from .surgery import Fold, effective_folds
+from .tracing.example import ExampleInput
 from .tracing.pause import paused_collector
 from .verification import verify as run_verification
 
@@ -57,6 +59,7 @@ def plan(
     data: Any = None,
     loss_fn: Callable[[Any, Any], Any] | None = None,
     target: Target | None = None,
+    layer_criterion: Any = None,
 ) -> Plan:
     """Decide what to remove from `model`, without changing it.
 
@@ -88,6 +91,11 @@ def plan(
       "branch": the same for residual branches inside layers, attention or MLP alone (default "output"). "experts":
       `ratio` of the experts of every mixture, those that its router gives the least weight on `data` (else on the
       example input); `ignore`, `max_ratio`.
+      A list of "layer" or "branch" and widths, such as ["layer", "auto"] or ["layer", "channels"], takes a `budget` and
+      decides how many layers go and how wide the others stay: of the ways within the budget that one is taken whose
+      outputs are nearest to the model's, on 256 samples of `data` after a repair by least squares, else on the example
+      input. `criterion` ranks channels, `layer_criterion` layers. Names in the plan are those of the whole model.
+    - `layer_criterion`: see "layer" above; for lists of "layer" or "branch" and widths.
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
       while importance still sees the folded, effective filters.
     - `seed`: for the criterion "random".
@@ -110,51 +118,11 @@ def plan(
     Raises GraphPruneError for arguments out of range, unknown names, weights that are NaN, and models that fail on the
     example input. A model with nothing to prune gives a plan that removes nothing and says why, axis by axis.
     """
-    settings = Settings.of(
-        ratio,
-        budget,
-        scope=scope,
-        round_to=round_to,
-        min_channels=min_channels,
-        granularity="auto" if (whole := wants_whole(granularity)) else granularity,
-        max_ratio=max_ratio,
-    )
-    if whole:
-        return _whole(whole, model, example_input, ratio, settings, criterion, ignore, data, loss_fn, target)
-    job = _Job(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn, target)
-    return job.decided()[1]
-
-
-def _whole(
-    what: str,
-    model: nn.Module,
-    example_input: Any,
-    ratio: float | Mapping[str, float] | None,
-    settings: Settings,
-    criterion: Criterionlike | None,
-    ignore: Iterable[nn.Module | str] | nn.Module | str,
-    data: Any,
-    loss_fn: Callable[[Any, Any], Any] | None,
-    target: Target | None,
-) -> Plan:
-    if target is not None:
-        raise GraphPruneError(f"target: it chooses widths, and granularity={what!r} changes none; leave it out")
-    settings.check()
-    with paused_collector():
-        if what == "experts":
-            return plan_experts(model, example_input, settings, ignore=ignore, criterion=criterion, data=data)
-        return plan_layers(
-            model,
-            example_input,
-            ratio,
-            ignore=ignore,
-            criterion=criterion,
-            budget=settings.budget,
-            max_ratio=settings.max_ratio,
-            data=data,
-            loss_fn=loss_fn,
-            branches=what == "branch",
-        )
+    return _Job.of(
+        model, example_input, ratio, budget, granularity, layer_criterion, scope, round_to, min_channels, max_ratio,
+        criterion=criterion, ignore=ignore, fold_bn=fold_bn, seed=seed, output=output, data=data, loss_fn=loss_fn,
+        target=target,
+    ).decided()[1]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +132,9 @@ class _Job:
     model: nn.Module
     example: Any
     settings: Settings
+    whole: str | None  # "layer", "branch" or "experts"
+    widths: bool
+    layer_criterion: Any
     criterion: Criterionlike | None
     ignore: Iterable[nn.Module | str] | nn.Module | str
     fold_bn: bool
@@ -173,20 +144,96 @@ class _Job:
     loss_fn: Callable[[Any, Any], Any] | None
     target: Target | None
 
-    def decided(self) -> tuple[DependencyGraph, Plan]:
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example: Any,
+        ratio: float | Mapping[str, float] | None,
+        budget: Budget | None,
+        granularity: str | Sequence[str],
+        layer_criterion: Any,
+        scope: str,
+        round_to: int,
+        min_channels: int,
+        max_ratio: float,
+        **others: Any,
+    ) -> _Job:
+        whole, widths = split_granularity(granularity)
+        settings = Settings.of(
+            ratio, budget, scope=scope, round_to=round_to, min_channels=min_channels, granularity=widths or "auto",
+            max_ratio=max_ratio,
+        )  # fmt: skip
+        if whole and widths is not None and budget is None:
+            raise GraphPruneError(
+                f"granularity: {whole!r} and widths at once need a budget, such as budget=Budget(macs=0.5), which "
+                f"decides how many go and how wide the others stay; with ratios, prune twice: "
+                f"prune(prune(model, x, 0.3, granularity={whole!r}), x, 0.3)"
+            )
+        if layer_criterion is not None and not (whole and widths is not None):
+            raise GraphPruneError(
+                'layer_criterion: it ranks layers where widths change too, as in granularity=["layer", "channels"]; '
+                "elsewhere use criterion"
+            )
+        return cls(model, example, settings, whole, widths is not None, layer_criterion, **others)
+
+    def decided(self) -> tuple[DependencyGraph | None, Plan]:
         """The graph and the plan made from it. Arguments are checked before the model runs."""
         self.settings.check()
+        if not self.widths:
+            return None, self._whole()
         check_output(self.output)
         chosen = resolve_criterion("l2" if self.criterion is None else self.criterion)
         chosen.check_data(self.data, self.loss_fn)
         target = Target.of(self.target)
         budget = self.settings.budget
         if budget is not None and budget.timed:
-            return plan_within(self.model, self.example, target, budget.seconds, functools.partial(self._made, chosen))
+            return plan_within(self.model, self.example, target, budget.seconds, self._maker(chosen))
         if self.target is None:
-            return self._made(chosen, None)
+            return self._maker(chosen)(None)
         step = math.lcm(self.settings.round_to, width_step(self.model, self.example, target))
-        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, round_to=step))._made(chosen, None)
+        stepped = dataclasses.replace(self, settings=dataclasses.replace(self.settings, round_to=step))
+        return stepped._maker(chosen)(None)
+
+    def _whole(self) -> Plan:
+        """Layers, branches or experts alone."""
+        if self.target is not None:
+            what = f"granularity={self.whole!r}"
+            raise GraphPruneError(f"target: it chooses widths, and {what} changes none; leave it out")
+        options = {"ignore": self.ignore, "criterion": self.criterion, "data": self.data}
+        with paused_collector():
+            if self.whole == "experts":
+                return plan_experts(self.model, self.example, self.settings, **options)
+            return plan_layers(
+                self.model,
+                self.example,
+                self.settings.ratio,
+                budget=self.settings.budget,
+                max_ratio=self.settings.max_ratio,
+                loss_fn=self.loss_fn,
+                branches=self.whole == "branch",
+                **options,
+            )
+
+    def _maker(self, criterion: Criterion) -> Callable[[Any], tuple[DependencyGraph, Plan]]:
+        """What makes a plan of a forecast of latencies, or of None."""
+        if self.whole is None:
+            return functools.partial(self._made, criterion)
+        assert self.settings.budget is not None
+        names = ignored_names(self.ignore, self.model)
+
+        def widths(small: nn.Module, budget: Budget, forecast: Forecasts | None, data: Any) -> Any:
+            settings = dataclasses.replace(self.settings, budget=budget)
+            return dataclasses.replace(self, model=small, settings=settings, ignore=names, data=data)._made(
+                criterion, forecast
+            )
+
+        choice = LayerChoice(
+            self.ignore, self.layer_criterion, self.data, self.loss_fn, self.whole == "branch", self.settings.max_ratio,
+            self.output == "module",
+        )  # fmt: skip
+        example = ExampleInput.of(self.example)
+        return JointPlanner(self.model, example, self.settings.budget, choice, widths)
 
     def _made(self, criterion: Criterion, forecast: Forecasts | None) -> tuple[DependencyGraph, Plan]:
         with paused_collector():
@@ -329,6 +376,7 @@ def prune(
     loss_fn: Callable[[Any, Any], Any] | None = None,
     recover: str | None = None,
     target: Target | None = None,
+    layer_criterion: Any = None,
 ) -> nn.Module:
     """A physically smaller copy of `model`; the model itself is not touched.
 
@@ -345,25 +393,14 @@ def prune(
     >>> small[0].weight.shape, small[2].weight.shape
     (torch.Size([4, 3, 3, 3]), torch.Size([4, 4, 3, 3]))
     """
-    settings = Settings.of(
-        ratio,
-        budget,
-        scope=scope,
-        round_to=round_to,
-        min_channels=min_channels,
-        granularity="auto" if (whole := wants_whole(granularity)) else granularity,
-        max_ratio=max_ratio,
-    )
+    job = _Job.of(
+        model, example_input, ratio, budget, granularity, layer_criterion, scope, round_to, min_channels, max_ratio,
+        criterion=criterion, ignore=ignore, fold_bn=fold_bn, seed=seed, output=output, data=data, loss_fn=loss_fn,
+        target=target,
+    )  # fmt: skip
     check_method(recover, data)
-    if whole:
-        if recover not in (None, "batchnorm"):
-            raise GraphPruneError(f"recover={recover!r} repairs layers that lost inputs; here none has")
-        decided = _whole(whole, model, example_input, ratio, settings, criterion, ignore, data, loss_fn, target)
-        small = decided.apply(model)
-        if verify:
-            run_verification(model, small, decided, example_input).raise_on_failure()
-        return small if recover is None else recover_accuracy(model, decided, example_input, data, recover).model
-    job = _Job(model, example_input, settings, criterion, ignore, fold_bn, seed, output, data, loss_fn, target)
+    if job.whole == "experts" and recover not in (None, "batchnorm"):
+        raise GraphPruneError(f"recover={recover!r} repairs layers that lost inputs; here none has")
     graph, decided = job.decided()
     with paused_collector():
         small = decided.apply(model)

@@ -10,6 +10,7 @@ from torch import nn
 from .allocation import Budget
 from .allocation.selection import check_ratio
 from .counting import count
+from .depth import ignored_names
 from .engine import Criterionlike, plan
 from .errors import GraphPruneError
 from .folding import fold_conv_bn
@@ -17,7 +18,6 @@ from .plans import Plan
 from .recovery import check_method, recover
 from .sparsity.scheduler import Channels
 from .sparsity.schedules import schedule as make_schedule
-from .tracing.names import all_modules
 from .verification import verify as run_verification
 
 Train = Callable[[nn.Module, int], nn.Module | None]
@@ -77,7 +77,7 @@ def prune_gradually(
     check_method(recover, data)
     way = make_schedule(schedule, 0.0, 0.5, steps)
     chosen: dict[str, Any] = {
-        "ignore": _names(ignore, model), "scope": scope, "criterion": criterion, "round_to": round_to,
+        "ignore": ignored_names(ignore, model), "scope": scope, "criterion": criterion, "round_to": round_to,
         "min_channels": min_channels, "granularity": granularity, "seed": seed, "data": data, "loss_fn": loss_fn,
     }  # fmt: skip
     wanted = check_ratio(0.5 if ratio is None else ratio)
@@ -152,14 +152,3 @@ def _trained(train: Train, model: nn.Module, step: int) -> nn.Module:
     if not isinstance(result, nn.Module):
         raise GraphPruneError(f"train: expected it to return a model or None, got {type(result).__name__}")
     return result
-
-
-def _names(ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module) -> list[str]:
-    """Modules by name, as every step has others."""
-    paths = {id(m): n for n, m in all_modules(model).items()}
-    out = []
-    for item in [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore):
-        if isinstance(item, nn.Module) and id(item) not in paths:
-            raise GraphPruneError(f"ignore: {type(item).__name__} is no module of this model")
-        out.append(paths[id(item)] or "*" if isinstance(item, nn.Module) else item)
-    return out

@@ -22,7 +22,15 @@ from .errors import GraphPruneError
 from .history import remember
 from .latency.record import Latency
 from .rewriting import OUTPUTS, Rewrite, replace
-from .surgery import Fold, attribute_at, fold_names, operate, remove_layers, remove_listed_experts
+from .surgery import (
+    Fold,
+    attribute_at,
+    bypass_layers,
+    close_gaps,
+    fold_names,
+    operate,
+    remove_listed_experts,
+)
 from .tracing.names import named_tensors
 
 FORMAT = "graphprune.plan/1"
@@ -64,7 +72,8 @@ class Plan:
     model the plan was made for. `output`: "module", "hybrid" or "graph". `rewrites`: modules that are replaced by
     graphs of their recorded calls. `statistics`: whether something is removed that a norm, softmax or mean runs over.
     `caches`: (module, attribute) of dicts in which the model keeps tensors computed from its parameters; they are
-    emptied. `layers`: layers that are left out; such a plan removes nothing else.
+    emptied. `layers`: layers that are left out; whatever else the plan changes lies outside them, and all names are
+    those of the model with these layers.
     `experts`: mixtures that lose experts; `removed` then cuts routers and stacked weights, and nothing else.
     `latency`: what was asked, predicted and measured, where the budget was one of latency.
     """
@@ -90,6 +99,11 @@ class Plan:
         """Nothing is removed (batch norms may still be folded)."""
         return not self.removed and not self.layers
 
+    @property
+    def changes_widths(self) -> bool:
+        """It does something else than leaving layers out."""
+        return any((self.removed, self.attributes, self.folds, self.rescales, self.rewrites, self.experts))
+
     def apply(self, model: nn.Module) -> nn.Module:
         """A pruned copy of `model`, which must have the names and shapes the plan was made for. The copy remembers the
         plan: `graphprune.save` writes it beside the weights.
@@ -97,12 +111,17 @@ class Plan:
         Raises GraphPruneError, naming the first parameter that differs, when it has not. `model` is never touched.
         """
         self.check(model)
-        if self.layers:
-            return remember(remove_layers(model, self.layers), model, self)
-        attributes = [(a.module, a.name, a.key, a.new) for a in self.attributes]
-        small = operate(model, self.removed, attributes, self.folds, self.rescales, self.caches)
-        remove_listed_experts(small, self.experts)
-        return remember(replace(small, self.rewrites), model, self)
+        return remember(close_gaps(self.operated(model), model, self.layers), model, self)
+
+    def operated(self, model: nn.Module) -> nn.Module:
+        """The pruned copy while the layers that are left out still have their places, and all others their names."""
+        small = bypass_layers(model, self.layers) if self.layers else model
+        if self.changes_widths or not self.layers:
+            attributes = [(a.module, a.name, a.key, a.new) for a in self.attributes]
+            small = operate(small, self.removed, attributes, self.folds, self.rescales, self.caches)
+            remove_listed_experts(small, self.experts)
+            small = replace(small, self.rewrites)
+        return small
 
     def check(self, model: nn.Module) -> None:
         """Raise GraphPruneError unless the plan fits `model`."""
@@ -130,15 +149,15 @@ class Plan:
 
     def summary(self) -> str:
         """What is removed and what is not, for people."""
-        lines = [f"  {block.module}: left out" for block in self.layers]
-        if self.layers:
-            return "\n".join([f"{len(self.layers)} layers left out", *lines, *(f"  {line}" for line in self.frozen)])
+        first = [f"{len(self.layers)} layers left out", *(f"  {block.module}: left out" for block in self.layers)]
+        if self.layers and not self.changes_widths:
+            return "\n".join([*first, *(f"  {line}" for line in self.frozen)])
         lines = [f"  {e.router}: {len(e.gone)} experts left out" for e in self.experts]
         if self.experts:
             head = f"{sum(len(e.gone) for e in self.experts)} experts left out"
             lines += [f"  {text}" for text in (*map(str, self.attributes), *self.frozen)]
             return "\n".join([head, *lines])
-        lines = []
+        lines = first if self.layers else []
         cut = [g for g in self.groups if g.kept < g.size]
         lines.append(f"{len(cut)} of {len(self.groups)} groups pruned, {len(self.folds)} batch norms folded")
         lines += [f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" for g in cut]
@@ -226,12 +245,18 @@ class Plan:
         for e in self.experts:
             if e.router not in self.structure or (e.gone and e.gone[-1] >= self.structure[e.router][0]):
                 raise GraphPruneError(f"the plan leaves out experts of {e.router!r} that it does not describe")
-        others = (self.experts, self.removed, self.folds, self.rescales, self.attributes, self.rewrites)
-        if self.layers and any(others):
-            raise GraphPruneError("a plan that leaves layers out removes nothing else; make a second plan for that")
+        if self.layers and self.experts:
+            raise GraphPruneError("a plan that leaves layers out leaves out no experts; make a second plan for that")
         for block in self.layers:
             if not any(name.startswith(f"{block.module}.") for name in self.structure):
                 raise GraphPruneError(f"the plan leaves out {block.module!r}, which it does not describe")
+        gone = tuple(f"{block.module}." for block in self.layers)
+        modules = [*(a.module for a in self.attributes), *(path for path, _ in self.caches)]
+        modules += [r.module for r in self.rewrites]
+        modules += [name for fold in self.folds for name in (fold.layer, fold.batch_norm)]
+        for name in (*self.removed, *(r.parameter for r in self.rescales), *(f"{m}." for m in modules)):
+            if name.startswith(gone):
+                raise GraphPruneError(f"the plan changes {name.rstrip('.')}, which lies in a layer that it leaves out")
 
     def _check_indices(self) -> None:
         for name, axes in self.removed.items():

@@ -126,9 +126,6 @@ def test_plans_are_files(tmp_path: Path) -> None:
         data = {**bad, "layers": [{**bad["layers"][0], **change}]}
         with pytest.raises(GraphPruneError):
             Plan.from_dict(data)
-    mixed = {**bad, "removed": {"stem.weight": {"0": [1]}}}
-    with pytest.raises(GraphPruneError, match="second plan"):
-        Plan.from_dict(mixed)
     with pytest.raises(GraphPruneError, match="another model"):
         plan.apply(networks()["stages"][0])
 
@@ -137,11 +134,11 @@ def test_layers_then_channels() -> None:
     model, x, _ = networks()["stages"]
     both = graphprune.prune(graphprune.prune(model, x, 0.4, granularity="layer"), x, 0.5)
     assert graphprune.count(both, x).macs < 0.4 * graphprune.count(model, x).macs
-    with pytest.raises(GraphPruneError, match="stands alone"):
+    with pytest.raises(GraphPruneError, match="need a budget"):
         graphprune.prune(model, x, 0.5, granularity=["layer", "channels"])
 
 
-def test_recovery_of_batch_norms_and_the_refused_ones() -> None:
+def test_recovery_of_batch_norms() -> None:
     model, x, _ = networks()["stages"]
     data = torch.randn(16, 3, 6, 6)
     small = graphprune.prune(model, x, 0.4, granularity="layer", data=data, recover="batchnorm")
@@ -150,8 +147,6 @@ def test_recovery_of_batch_norms_and_the_refused_ones() -> None:
     norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].mean((0, 2, 3))))
     small(data)
     torch.testing.assert_close(norm.running_mean, seen[0], atol=1e-4, rtol=1e-4)
-    with pytest.raises(GraphPruneError, match="least_squares"):
-        graphprune.prune(model, x, 0.4, granularity="layer", data=data, recover="least_squares")
 
 
 def test_a_wrong_network_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """How many units of each group stay, and which."""
 
 from .allocate import Allocation, Settings, allocate
-from .budget import Budget, Limit
+from .budget import Budget, Limit, UnreachableBudget
 from .costs import CostModel, mac_costs, parameter_costs
 from .limits import Forecasts, make_limits
 from .selection import ignored_positions, kinds_of, matching_ratios
@@ -13,6 +13,7 @@ __all__ = [
     "Forecasts",
     "Limit",
     "Settings",
+    "UnreachableBudget",
     "allocate",
     "ignored_positions",
     "kinds_of",

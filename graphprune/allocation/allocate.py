@@ -14,7 +14,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 
 from ..dependency import DependencyGraph
 from ..errors import GraphPruneError
-from .budget import Budget, Limit, Widths
+from .budget import Budget, Limit, UnreachableBudget, Widths
 from .selection import apart, chosen_groups, kinds_of, matching_ratios
 from .staircase import StairWidths
 
@@ -182,7 +182,7 @@ def _within(
         scale = min(scale / used, _FREE) if fits == 0 or math.isinf(exceeds) else (fits + exceeds) / 2
     if best is None:
         names = " and ".join(limit.name for limit in limits)
-        raise GraphPruneError(
+        raise UnreachableBudget(
             f"budget: no widths were found that keep {names} within the budget and obey the equal-count constraints of "
             f"this model; raise the budget or lower min_channels"
         )

@@ -14,6 +14,12 @@ from ..errors import GraphPruneError
 from .costs import CostModel, Floats
 
 Ints = npt.NDArray[np.int64]
+
+
+class UnreachableBudget(GraphPruneError):
+    """Not even the least widths allowed keep the budget."""
+
+
 # Steps by which the price of cost is raised, from where nothing goes to where the budget is met.
 _STEPS = 64
 # How much of a limit must be used to be content, to be called met, and how many exchanges are tried to get there.
@@ -88,7 +94,7 @@ def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float], f
         found = limit.cost.value(least)
         if found > m * (1 + 1e-12):
             full = limit.cost.full
-            raise GraphPruneError(
+            raise UnreachableBudget(
                 f"budget: {limit.name} cannot be brought to {m:{form}}: with the least number of channels allowed "
                 f"{found:{form}} remain ({found / full:.1%} of {full:{form}}); raise the budget or max_ratio, lower "
                 f"min_channels, or ignore less"

@@ -53,6 +53,17 @@ class CalibrationData:
         if empty:
             raise GraphPruneError("data: yields no batch; pass at least one")
 
+    def head(self, samples: int) -> list[Any]:
+        """The first items, as they were given, that hold at least this many samples; all if there are fewer."""
+        out: list[Any] = []
+        seen = 0
+        for index, item in enumerate(self._data):
+            out.append(item)
+            seen += next((t.shape[0] for t in self._parts(item, index)[0].tensors() if t.dim()), 1)
+            if seen >= samples:
+                break
+        return out
+
     def inputs(self) -> Iterator[ExampleInput]:
         """The arguments alone."""
         return (inputs for inputs, _ in self)

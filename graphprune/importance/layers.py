@@ -117,18 +117,19 @@ def _output_change(model: nn.Module, blocks: Sequence[Block], batches: Any) -> l
     changes, size = [0.0] * len(blocks), 0.0
     for example, _ in batches:
         with evaluating(model):
-            whole = _outputs(model, example)
+            whole = float_outputs(model, example)
             size += sum(float(t.square().sum()) for t in whole)
             for i, block in enumerate(blocks):
                 with changed(model, [(block, left_out(block))]):
-                    pairs = zip(whole, _outputs(model, example), strict=True)
+                    pairs = zip(whole, float_outputs(model, example), strict=True)
                     changes[i] += sum(float((a - b).square().sum()) for a, b in pairs)
     return [change / max(size, 1e-300) for change in changes]
 
 
-def _outputs(model: nn.Module, example: ExampleInput) -> list[Tensor]:
+def float_outputs(model: nn.Module, example: ExampleInput) -> list[Tensor]:
+    """The floating point outputs of one run, in double precision."""
     found = result_tensors(run_model(model, example.clone(), "data"))
-    return [t.double() for t in found if t.is_floating_point()]
+    return [t.detach().double() for t in found if t.is_floating_point()]
 
 
 def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: _Loss) -> list[float]:

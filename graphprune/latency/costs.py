@@ -60,6 +60,8 @@ class LatencyCosts:
             if hasattr(node.meta.get("val"), "shape"):
                 self._elements.add(_WEIGHT if operator_name(node) in _DEAR else 1.0, axes_of(graph, node))
         heavy = sum(t.factor * float(t.surface(t.unit.sample.lengths)) for t in self._terms)
+        self.heavy, self.elements = heavy, self._elements.full  # what the context's shares are of
+        self.calls = len(units) + len(light)
         scale = (context.wall - context.fixed) / max(heavy + context.light, 1e-12)
         self._terms = [dataclasses.replace(t, factor=scale * t.factor) for t in self._terms]
         self._light = scale * context.light / self._elements.full if self._elements.full else 0.0

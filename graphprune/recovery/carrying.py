@@ -47,7 +47,7 @@ def carry_optimizer(
     names: dict[int, list[str]] = defaultdict(list)
     for name, tensor in before.items():
         names[id(tensor)].append(name)
-    carried = _Carried(plan, after, new_names(plan, model, before))
+    carried = _Carried(plan, after, before, _Moves(plan, model))
     groups: list[list[Tensor]] = []
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     restarted: list[str] = []
@@ -80,42 +80,45 @@ def carry_optimizer(
     return tuple(restarted)
 
 
-def new_names(plan: Plan, model: nn.Module, names: Iterable[str]) -> dict[str, str]:
-    """What parameters are called after the plan: the same, but for layers that move up; without those that go."""
-    if not plan.layers:
-        return {name: name for name in names}
-    modules = all_modules(model)
-    gone: dict[str, set[str]] = defaultdict(set)
-    for block in plan.layers:
-        owner, _, name = block.module.rpartition(".")
-        gone[owner].add(name)
-    listed = {block.module.rpartition(".")[0] for block in plan.layers if block.listed}
-    places: dict[str, dict[str, str]] = {}
-    for owner in listed:
-        items = list(modules[owner]._modules)
-        numbered = items == [str(i) for i in range(len(items))]
-        stay = [name for name in items if name not in gone[owner]]
-        places[owner] = {name: str(i) if numbered else name for i, name in enumerate(stay)}
-    out = {}
-    for name in names:
+class _Moves:
+    """Where names of `model` are found after the plan; None for what lies in a layer that is left out."""
+
+    def __init__(self, plan: Plan, model: nn.Module) -> None:
+        modules = all_modules(model)
+        self._gone: dict[str, set[str]] = defaultdict(set)
+        deleted: dict[str, set[str]] = defaultdict(set)
+        for block in plan.layers:
+            owner, _, name = block.module.rpartition(".")
+            self._gone[owner].add(name)
+            if block.listed:
+                deleted[owner].add(name)
+        self._places: dict[str, dict[str, str]] = {}
+        for owner in deleted:
+            items = list(modules[owner]._modules)
+            numbered = items == [str(i) for i in range(len(items))]
+            stay = [name for name in items if name not in deleted[owner]]
+            self._places[owner] = {name: str(i) if numbered else name for i, name in enumerate(stay)}
+
+    def __call__(self, name: str) -> str | None:
         parts = name.split(".")
         steps = [(".".join(parts[:i]), part) for i, part in enumerate(parts)]
-        if not any(part in gone.get(prefix, ()) for prefix, part in steps):
-            out[name] = ".".join(places.get(prefix, {}).get(part, part) for prefix, part in steps)
-    return out
+        if any(part in self._gone.get(prefix, ()) for prefix, part in steps):
+            return None
+        return ".".join(self._places.get(prefix, {}).get(part, part) for prefix, part in steps)
 
 
 class _Carried:
-    def __init__(self, plan: Plan, after: Mapping[str, Tensor], names: Mapping[str, str]) -> None:
+    def __init__(self, plan: Plan, after: Mapping[str, Tensor], before: Iterable[str], moved: _Moves) -> None:
         self._plan = plan
+        names = {name: new for name in before if (new := moved(name)) is not None}
         self._after = {old: after[new] for old, new in names.items() if new in after}
         for name in names.keys() - self._after.keys():
             if not any(name.startswith(f"{fold.batch_norm}.") for fold in plan.folds):
                 raise GraphPruneError(f"carry_optimizer: {name} is missing after pruning; pass plan.apply(model)")
         self._folded = {n for fold in plan.folds for n in fold_names(fold)}
         # a bias that folding adds belongs where its weight is
-        added = {w: b for w, b in map(fold_names, plan.folds) if b not in plan.structure and b in after}
-        self._added = {weight: after[bias] for weight, bias in added.items()}
+        added = {w: moved(b) or b for w, b in map(fold_names, plan.folds) if b not in plan.structure}
+        self._added = {weight: after[bias] for weight, bias in added.items() if bias in after}
 
     def successor(self, names: Sequence[str]) -> Tensor | None:
         """The parameter of these names in the smaller model."""

@@ -38,7 +38,10 @@ class LayerRecovery:
 
 
 class Refit:
-    """Visits the layers of `small` in order; `dense` is the network whose results are wanted, folded as `small` is."""
+    """Visits the layers of `small` in order; `dense` is the network whose results are wanted, folded as `small` is.
+
+    Both have the names of the plan's model. `unlike`: layers that are folded in `small` alone, and left as they are.
+    """
 
     def __init__(
         self,
@@ -50,11 +53,13 @@ class Refit:
         ridge: float,
         every_layer: bool,
         progress: Callable[[str], None] | None,
+        unlike: frozenset[str] = frozenset(),
     ) -> None:
         self.dense, self.small, self.plan, self.data = dense, small, plan, data
         self.ridge, self.every_layer, self.progress = ridge, every_layer, progress
         trace = record_run(small, example)
-        self.readers = find_readers(trace)
+        self.readers = [r for r in find_readers(trace) if r.weight.rpartition(".")[0] not in unlike]
+        self.behind = _behind_layers(dense, plan, example)
         self.device = next((p.device for p in small.parameters()), torch.device("cpu"))
         norms = {f.layer: f.batch_norm for f in find_folds(small, trace)}
         modules = dict(small.named_modules())
@@ -77,8 +82,9 @@ class Refit:
         return self.report
 
     def _chosen(self, solve: bool) -> list[Reader]:
-        """Layers that lost inputs and, with `every_layer`, all that come after one of them."""
-        cut = {r.weight for r in self.readers if self.plan.removed.get(r.weight, {}).get(r.in_axis)}
+        """Layers that lost inputs or stand behind a layer that is left out and, with `every_layer`, all that come after
+        one of them."""
+        cut = {r.weight for r in self.readers if self.plan.removed.get(r.weight, {}).get(r.in_axis)} | self.behind
         chosen = []
         for reader in self.readers:
             after = self.every_layer and solve and not reader.after.isdisjoint(cut)
@@ -168,6 +174,16 @@ class Refit:
         note = "; ".join(n for n in notes if n)
         after = found.after if constant.possible else found.before
         self.report.append(LayerRecovery(reader.weight, "mean", found.before, after, note))
+
+
+def _behind_layers(dense: nn.Module, plan: Plan, example: ExampleInput) -> set[str]:
+    """The weights of `dense` whose inputs are computed from what layers make that the plan leaves out."""
+    if not plan.layers:
+        return set()
+    readers = find_readers(record_run(dense, example))
+    gone = tuple(f"{block.module}." for block in plan.layers)
+    lost = {r.weight for r in readers if r.weight.startswith(gone)}
+    return {r.weight for r in readers if r.weight not in lost and not r.after.isdisjoint(lost)}
 
 
 class _Shift:

@@ -11,9 +11,11 @@ from torch import nn
 
 from ..calibration import CalibrationData
 from ..errors import GraphPruneError
-from ..plans import Plan, folding
-from ..surgery import apply_folds
+from ..history import remember
+from ..plans import Plan
+from ..surgery import Fold, apply_folds, close_gaps, find_folds
 from ..tracing.example import ExampleInput
+from ..tracing.trace import record_run
 from .batchnorm import reestimate
 from .layers import LayerRecovery, Refit
 
@@ -68,6 +70,9 @@ def recover(
       one, layer after layer (He et al., Channel Pruning, ICCV 2017; design with the residual stream's error in the
       target). `ridge`, times the mean second moment of the inputs, holds the weights to those they had.
 
+    Layers behind one that is left out are corrected as those that lost inputs are: what they should make is what they
+    make in the whole model, so that they make up for the missing layer as far as they can.
+
     Memory is bounded by the moments of the layers fitted at a time (about 1 GiB); layers with more than 12,000 inputs
     per output and transposed convolutions of several groups get the "mean" correction, and the report says so.
 
@@ -85,10 +90,27 @@ def recover(
         raise GraphPruneError("recover: the model is on the meta device and has no values; load its weights first")
     with torch.no_grad():
         if method == "batchnorm":
-            small = dataclasses.replace(plan, folds=()).apply(model)
+            small = dataclasses.replace(plan, folds=()).operated(model)
             reestimate(small, batches)
-            return Recovery(folding(small, plan.folds).apply(small), ())
-        small = plan.apply(model)
-        dense = apply_folds(model, plan.folds)  # a copy, also without folds
-        refit = Refit(dense, small, plan, example, batches, float(ridge), every_layer, progress)
-        return Recovery(small, tuple(refit.run(solve=method == "least_squares")))
+            return Recovery(_closed(apply_folds(small, plan.folds), model, plan), ())
+        small = plan.operated(model)  # with the model's own names
+        folds = _common_folds(model, plan, example)
+        dense = apply_folds(model, folds)  # a copy, also without folds
+        unlike = frozenset(f.layer for f in plan.folds if f not in folds)
+        refit = Refit(dense, small, plan, example, batches, float(ridge), every_layer, progress, unlike)
+        found = tuple(refit.run(solve=method == "least_squares"))
+        return Recovery(_closed(small, model, plan), found)
+
+
+def _closed(small: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
+    """What `plan.apply` makes, from a repaired `plan.operated`."""
+    return remember(close_gaps(small, model, plan.layers), model, plan)
+
+
+def _common_folds(model: nn.Module, plan: Plan, example: ExampleInput) -> tuple[Fold, ...]:
+    """The plan's folds that the model allows too: a batch norm may stand behind a layer that is left out, and behind
+    a convolution only without it."""
+    if not plan.layers or not plan.folds:
+        return plan.folds
+    known = find_folds(model, record_run(model, example))
+    return tuple(fold for fold in plan.folds if fold in known)

@@ -4,13 +4,15 @@ from .attributes import attribute_at
 from .copying import clone_with
 from .cutting import operate
 from .folding import Fold, apply_folds, effective_folds, find_folds, fold_names, folded_tensors
-from .layers import remove_layers, remove_listed_experts, uncounted_tokens
+from .layers import bypass_layers, close_gaps, remove_layers, remove_listed_experts, uncounted_tokens
 
 __all__ = [
     "Fold",
     "apply_folds",
     "attribute_at",
+    "bypass_layers",
     "clone_with",
+    "close_gaps",
     "effective_folds",
     "find_folds",
     "fold_names",

@@ -30,6 +30,14 @@ def remove_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
 
     Raises GraphPruneError where the model has no such layers or cannot be copied.
     """
+    return close_gaps(bypass_layers(model, blocks), model, blocks)
+
+
+def bypass_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
+    """A copy of `model` in which each of the given layers does nothing, those of lists too: all else keeps its name.
+
+    Raises GraphPruneError where the model has no such layers or cannot be copied.
+    """
     try:
         small = copy.deepcopy(model)
     except Exception as error:
@@ -38,19 +46,31 @@ def remove_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
             f"copyable (no open files, locks, or tensors that are results of a computation)"
         ) from error
     modules = all_modules(small)
-    lists: dict[str, set[int]] = {}
     for block in blocks:
         owner, _, name = block.module.rpartition(".")
         if block.module not in modules or not block.module:
             raise GraphPruneError(f"the plan leaves out {block.module or 'the model itself'}, which this model lacks")
-        if not block.listed:
-            modules[owner]._modules[name] = _bypass(modules[block.module], block)
-        elif isinstance(modules[owner], (nn.Sequential, nn.ModuleList)):
-            lists.setdefault(owner, set()).add(list(modules[owner]._modules).index(name))
-        else:
+        if block.listed and not isinstance(modules[owner], (nn.Sequential, nn.ModuleList)):
             raise GraphPruneError(f"the plan shortens {owner}, which is a {type(modules[owner]).__name__}, no list")
+        modules[owner]._modules[name] = _bypass(modules[block.module], block)
+    return small
+
+
+def close_gaps(small: nn.Module, model: nn.Module, blocks: Iterable[Block]) -> nn.Module:
+    """Delete what stands in lists for layers that are left out, in place; returns `small`.
+
+    `model`: the original, which says which integers count layers; `small`: made from it by `bypass_layers`, and cut
+    since or not.
+    """
+    originals, modules = all_modules(model), all_modules(small)
+    lists: dict[str, set[int]] = {}
+    for block in blocks:
+        owner, _, name = block.module.rpartition(".")
+        if block.listed:
+            lists.setdefault(owner, set()).add(list(originals[owner]._modules).index(name))
     for path in sorted(lists, key=lambda p: p.count("."), reverse=True):  # inner ones first: outer ones are renumbered
-        _shorten(small, path, modules[path], sorted(lists[path]))
+        places = _places(list(originals[path]._modules.items()))
+        _shorten(small, path, modules[path], sorted(lists[path]), places)
     return small
 
 
@@ -98,7 +118,8 @@ def remove_listed_experts(small: nn.Module, experts: Iterable[Experts]) -> None:
             owner = modules.get(one.listed)
             if not isinstance(owner, nn.ModuleList) or len(owner) <= one.gone[-1]:
                 raise GraphPruneError(f"the plan shortens {one.listed}, which is no list of that many experts")
-            _shorten(small, one.listed, owner, list(one.gone), recount=False)
+            places = _places(list(owner._modules.items()))
+            _shorten(small, one.listed, owner, list(one.gone), places, recount=False)
 
 
 def _bypass(module: nn.Module, block: Block) -> Bypass:
@@ -110,17 +131,25 @@ def _bypass(module: nn.Module, block: Block) -> Bypass:
     return new
 
 
-def _shorten(model: nn.Module, path: str, owner: nn.Module, gone: list[int], recount: bool = True) -> None:
+def _shorten(
+    model: nn.Module,
+    path: str,
+    owner: nn.Module,
+    gone: list[int],
+    places: Sequence[tuple[str, str]],
+    recount: bool = True,
+) -> None:
+    """`places`: see `_places`, of the list as it was."""
     items = list(owner._modules.items())
     count = len(items)
-    places = _places(items)
     stay = [item for i, item in enumerate(items) if i not in gone]
     numbered = all(name == str(i) for i, (name, _) in enumerate(items))
     owner._modules.clear()
     for i, (name, module) in enumerate(stay):
         owner._modules[str(i) if numbered else name] = module
+        inside = all_modules(module) if module is not None else {}
         for inner, attribute in places:
-            found = module.get_submodule(inner) if module is not None else None
+            found = inside.get(inner)  # none in what stands for a layer that is left out
             if found is not None and isinstance(found.__dict__.get(attribute), int):
                 found.__dict__[attribute] = i
     if recount:

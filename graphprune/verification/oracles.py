@@ -16,7 +16,7 @@ from ..dependency.graph import trace
 from ..errors import GraphPruneError
 from ..plans import Plan
 from ..rewriting import dependency_graph
-from ..surgery import clone_with
+from ..surgery import bypass_layers, clone_with
 from ..tracing.example import ExampleInput, result_tensors
 from ..tracing.names import named_tensors, operator_name
 from ..tracing.state import evaluating
@@ -183,7 +183,9 @@ def verify(
       gives, rounded; the comparisons then use the values that are not rounded.
 
     A plan that leaves out layers or experts is checked against the original in which they are bypassed, or barred from
-    being chosen, instead.
+    being chosen, instead. One that leaves out layers and changes widths too is checked in two steps: the original with
+    these layers replaced by modules that do nothing against the original in which hooks bypass them (*bypass*,
+    *weights*), then `pruned` against the former, as above. `graph`: of the former.
 
     Relative errors above `tolerance` (default 1e-4; half precision models are compared in float32) are measured again
     in float64. Layers, where nothing is computed anew, are held to 1e-5 by default, and not measured again. Costs four
@@ -217,10 +219,16 @@ def _verified(
     tolerance: float | None,
 ) -> VerificationReport:
     limit = {} if tolerance is None else {"tolerance": tolerance}
+    whole = original  # the model that the plan is for
+    first: list[Check] = []
     if plan.layers:
         from .layers import verify_layers  # builds on this module
 
-        return verify_layers(original, pruned, plan.layers, example, **limit)
+        if not plan.changes_widths:
+            return verify_layers(original, pruned, plan.layers, example, **limit)
+        original = bypass_layers(whole, plan.layers)
+        found = verify_layers(whole, original, plan.layers, example, **limit)
+        first = [c for c in found.checks if c.name != "forward"]
     if plan.experts:
         from .experts import verify_experts
 
@@ -230,29 +238,29 @@ def _verified(
         graph = dependency_graph(original, example, plan.output, [r.module for r in plan.rewrites])
     graph = graph or trace(original, example)
     outputs = _run(original, example, "verify (original)"), _run(pruned, example, "verify (pruned)")
-    checks = [_forward_check(*outputs)]
+    checks = [_forward_check(*outputs), *first]
     if any(p.is_meta for p in original.parameters()):
         return VerificationReport(tuple(checks))
     dtype = _dtype_of(original)
     half = dtype in (torch.float16, torch.bfloat16)
     rounded = bool(plan.folds or plan.rescales)  # weights were computed, and rounded to the model's own dtype
     if half and rounded:
-        check, pruned = _unrounded(original, pruned, plan)
+        check, pruned = _unrounded(whole, pruned, plan)
         checks.append(check)
     if half:
-        first = _compare_in(torch.float32, original, pruned, plan, example, graph, tolerance)
+        compared = _compare_in(torch.float32, original, pruned, plan, example, graph, tolerance)
     else:
-        first = _compare(original, outputs, plan, example, graph, tolerance)
-    failed = [c for c in first if not c.passed]
+        compared = _compare(original, outputs, plan, example, graph, tolerance)
+    failed = [c for c in compared if not c.passed]
     if failed and dtype != torch.float64:
         try:
             strict = tolerance if rounded else max(TOLERANCE_64, tolerance * 1e-3)
-            first = _compare_in(torch.float64, original, pruned, plan, example, graph, strict)
+            compared = _compare_in(torch.float64, original, pruned, plan, example, graph, strict)
         except GraphPruneError as error:
             if half:
                 raise
-            first = [dataclasses.replace(c, detail=f"{c.detail} (float64: {error})") for c in first]
-    return VerificationReport((*checks, *first))
+            compared = [dataclasses.replace(c, detail=f"{c.detail} (float64: {error})") for c in compared]
+    return VerificationReport((*checks, *compared))
 
 
 def _unrounded(original: nn.Module, pruned: nn.Module, plan: Plan) -> tuple[Check, nn.Module]:
