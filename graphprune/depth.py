@@ -187,7 +187,10 @@ def _within(
     limits = budget.limits()
     for name in limits:
         if name not in totals:
-            raise GraphPruneError(f"budget: {name} is not known for layers; use Budget(macs=...) or Budget(params=...)")
+            raise GraphPruneError(
+                f"budget: {name} is not known for layers alone; use Budget(macs=...) or Budget(params=...), or let "
+                f'widths change too, as in granularity=["layer", "channels"]'
+            )
     most_cost = {n: float(v) * totals[n] if v <= 1 else float(v) for n, v in limits.items()}
     saved = [_saved(whole, block) for block, _ in scored]
     cost = {n: float(totals[n]) for n in limits}

@@ -8,17 +8,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
-from ._version import __version__
-from .allocation import Allocation, Budget, Forecasts, Settings, ignored_positions, make_limits
+from .allocation import Budget, Forecasts, Settings
 from .calibration.source import CalibrationSource
-from .dependency import DependencyGraph, Frozen
+from .deciding import plan_once
+from .dependency import DependencyGraph
 from .dependency.graph import trace
-from .dependency.sizes import Resolution, gone_on_axis
-from .dependency.temperature import Rescale
 from .depth import ignored_names, plan_layers, split_granularity
 from .errors import GraphPruneError
 from .importance import Criterion, resolve_criterion
@@ -26,13 +22,10 @@ from .joint import JointPlanner, LayerChoice
 from .latency import Target
 from .latency.planning import plan_within, width_step
 from .mixtures import plan_experts
-from .plans import AttributeChange, GroupPlan, Plan, structure_of
+from .plans import Plan
 from .recovery import check_method
 from .recovery import recover as recover_accuracy
-from .rewriting import Rewrite, Rewriter, check_output
-from .scoring import Scorer
-from .settling import settle
-from .surgery import Fold, effective_folds
+from .rewriting import Rewriter, check_output
 from .tracing.example import ExampleInput
 from .tracing.pause import paused_collector
 from .verification import verify as run_verification
@@ -95,7 +88,8 @@ def plan(
       decides how many layers go and how wide the others stay: of the ways within the budget that one is taken whose
       outputs are nearest to the model's, on 256 samples of `data` after a repair by least squares, else on the example
       input. `criterion` ranks channels, `layer_criterion` layers. Names in the plan are those of the whole model.
-    - `layer_criterion`: see "layer" above; for lists of "layer" or "branch" and widths.
+    - `layer_criterion`: how layers are ranked where `granularity` lists "layer" or "branch" and widths too; names and
+      defaults as in "layer" above.
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
       while importance still sees the folded, effective filters.
     - `seed`: for the criterion "random".
@@ -241,7 +235,7 @@ class _Job:
             rewriter = None if self.output == "module" else Rewriter(self.model, self.example, self.output)
             while True:  # every round rewrites one module more, or gives one up
                 graph = trace(self.model, self.example) if rewriter is None else rewriter.graph()
-                found = _plan_once(
+                found = plan_once(
                     self.model,
                     graph,
                     self.settings,
@@ -255,104 +249,6 @@ class _Job:
                 )
                 if found is not None:
                     return graph, dataclasses.replace(found, output=self.output)
-
-
-def plan_from_graph(
-    model: nn.Module,
-    graph: DependencyGraph,
-    settings: Settings,
-    criterion: Criterion,
-    *,
-    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
-    fold_bn: bool = True,
-    seed: int = 0,
-    source: CalibrationSource | None = None,
-) -> Plan:
-    """`plan` for a model that is traced already. The graph is narrowed by what turns out to be blocked."""
-    found = _plan_once(model, graph, settings, criterion, ignore, fold_bn, seed, source, None)
-    assert found is not None
-    return found
-
-
-def _plan_once(
-    model: nn.Module,
-    graph: DependencyGraph,
-    settings: Settings,
-    criterion: Criterion,
-    ignore: Iterable[nn.Module | str] | nn.Module | str,
-    fold_bn: bool,
-    seed: int,
-    source: CalibrationSource | None,
-    rewriter: Rewriter | None,
-    forecast: Forecasts | None = None,
-) -> Plan | None:
-    """The plan on this graph; None where the rewriter has changed its choice of modules, and with it the graph."""
-    held = ignored_positions(ignore, graph, model)
-    if held:
-        graph.freeze_many(held)
-    effective = effective_folds(model, graph.trace)
-    folds = [fold for fold, replaceable in effective if replaceable]
-    compared = settings.scope != "local" or settings.budget is not None
-    normalised = compared and not criterion.comparable
-    calibration = None if source is None else source.calibration(model, folds)
-    scorer = Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised, calibration, compared)
-    kept_folds = folds if fold_bn else []
-    limits = functools.partial(make_limits, settings.budget, graph, model, kept_folds, forecast)
-    settled = settle(graph, settings, scorer, limits, rewriter)
-    if settled is None:
-        return None
-    allocation, resolution, factors = settled
-    rewrites: tuple[Rewrite, ...] | None = ()
-    if rewriter is not None:
-        rewrites = rewriter.rewrites(graph, allocation.gone, resolution.attributes)
-    if rewrites is None:
-        return None
-    if forecast is not None:
-        forecast.predict(graph, allocation.gone)
-    found = assemble(model, graph, allocation, resolution, factors, kept_folds)
-    return dataclasses.replace(found, rewrites=rewrites)
-
-
-def assemble(
-    model: nn.Module,
-    graph: DependencyGraph,
-    allocation: Allocation,
-    resolution: Resolution,
-    factors: list[Rescale],
-    folds: list[Fold],
-) -> Plan:
-    """The plan of an allocation whose sizes are settled."""
-    analysis = graph.analysis
-    removed: dict[str, dict[int, tuple[int, ...]]] = {}
-    for (name, axis), axis_map in analysis.dims.roots.items():
-        length = graph.trace.parameters[name].meta["val"].shape[axis]
-        mask = gone_on_axis(analysis, axis_map, length, allocation.gone)
-        if mask.any():
-            removed.setdefault(name, {})[axis] = tuple(np.nonzero(mask)[0].tolist())
-    touched = [p for e in analysis.effects.values() for p in e.statistics]
-    statistics = any(allocation.gone[analysis.label[p]].any() for p in touched)
-    return Plan(
-        removed=removed,
-        attributes=tuple(
-            AttributeChange(a.module, a.name, a.key, a.value, v)
-            for a, v in sorted(resolution.attributes.items(), key=str)
-        ),
-        folds=tuple(folds),
-        rescales=tuple(factors),
-        groups=tuple(
-            GroupPlan(g.name, g.kind, g.size, g.size - len(allocation.removed.get(g.index, ()))) for g in graph.groups
-        ),
-        frozen=tuple(str(f) for f in graph.frozen if not _expected(f)),
-        structure=structure_of(model),
-        statistics=statistics,
-        caches=graph.trace.caches,
-        versions={"graphprune": __version__, "torch": str(torch.__version__)},
-    )
-
-
-def _expected(frozen: Frozen) -> bool:
-    """Kernel positions and the network's own inputs and outputs: true of every network, and no news."""
-    return all(r.kind in ("kernel", "numbers", "vocabulary") for r in frozen.reasons) and bool(frozen.reasons)
 
 
 def prune(

@@ -80,6 +80,14 @@ ModeOption = Annotated[
 CriterionOption = Annotated[
     str, _option(_PRUNING, "l1, l2, bn_scale, fpgm, lamp, random, or one that the module registers.", "--criterion")
 ]
+LayerCriterionOption = Annotated[
+    str | None,
+    _option(
+        _PRUNING,
+        "How layers are ranked where channels go too: block_influence (default), output, magnitude, latency.",
+        "--layer-criterion",
+    ),
+]
 RoundOption = Annotated[int, _option(_PRUNING, "Keep multiples of this many channels.", "--round-to")]
 LeastOption = Annotated[int, _option(_PRUNING, "Keep at least this many channels.", "--min-channels")]
 GranularityOption = Annotated[
@@ -87,7 +95,7 @@ GranularityOption = Annotated[
     _option(
         _PRUNING,
         "auto (default), heads, 'head features', 'qk features', 'v features', mlp, embedding, channels, filters, "
-        "neurons; layer, branch, experts. Repeatable.",
+        "neurons; layer, branch, experts. Repeatable; layer or branch with others takes a budget.",
         "--granularity",
         metavar="KIND",
     ),

@@ -151,6 +151,20 @@ def test_budgets_reach_the_plan() -> None:
         assert graphprune.Plan.load("pruned.plan.json").removed == expected.removed, arguments
 
 
+def test_layers_and_channels_within_a_budget() -> None:
+    kinds = ["--granularity", "layer", "--granularity", "channels"]
+    data = as_json("prune", "zoo:net", *kinds, "--budget", "macs=0.6", "--layer-criterion", "output")
+    base = load_factory("zoo:net")
+    wanted = graphprune.plan(
+        base.model, base.example, budget=graphprune.Budget(macs=0.6), granularity=["layer", "channels"],
+        layer_criterion="output",
+    )  # fmt: skip
+    found = graphprune.Plan.load("pruned.plan.json")
+    assert (found.removed, found.layers) == (wanted.removed, wanted.layers)
+    assert data["layers"] == [block.module for block in wanted.layers] and data["verification"]["passed"]
+    assert "need a budget" in failed("prune", "zoo:net", *kinds, "--ratio", "0.5")
+
+
 def test_a_latency_table_and_a_plan_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "cache"))
     data = as_json("latency-table", "zoo:net", "table.json", "--provider", "cpu")

@@ -17,8 +17,8 @@ from torch import nn
 
 import graphprune
 from graphprune.allocation import Settings
+from graphprune.deciding import plan_from_graph
 from graphprune.dependency import DependencyGraph
-from graphprune.engine import plan_from_graph
 from graphprune.errors import GraphPruneError
 from graphprune.importance import resolve_criterion
 from graphprune.tracing.example import ExampleInput

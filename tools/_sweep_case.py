@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.allocation import Settings
+from graphprune.deciding import plan_from_graph
 from graphprune.dependency import DependencyGraph
-from graphprune.engine import plan_from_graph
 from graphprune.importance import resolve_criterion
 from graphprune.tracing.example import ExampleInput, flatten_tensors
 from tools._common import build, enliven, example_for, parameters_in, relative_difference

@@ -18,6 +18,7 @@ from ..terminal import (
     GranularityOption,
     IgnoreOption,
     JsonOption,
+    LayerCriterionOption,
     LeastOption,
     ModelArgument,
     ModeOption,
@@ -59,6 +60,7 @@ def prune(
     ignore: IgnoreOption = None,
     scope: ScopeOption = "local",
     criterion: CriterionOption = "l2",
+    layer_criterion: LayerCriterionOption = None,
     round_to: RoundOption = 1,
     min_channels: LeastOption = 1,
     granularity: GranularityOption = None,
@@ -93,6 +95,7 @@ def prune(
             output=output_mode,
             budget=limits,
             target=target,
+            layer_criterion=layer_criterion,
         )
         work.step("cutting")
         small = decided.apply(loaded.model)
@@ -112,6 +115,7 @@ def prune(
         "before": before.to_dict(),
         "after": after.to_dict(),
         "groups": [{"name": g.name, "kind": g.kind, "size": g.size, "kept": g.kept} for g in decided.groups],
+        "layers": [block.module for block in decided.layers],
         "frozen": list(decided.frozen),
         "folded": len(decided.folds),
         "output": decided.output,

@@ -17,11 +17,12 @@ from ..allocation import Settings, allocate, ignored_positions
 from ..allocation.allocate import nearest
 from ..allocation.selection import check_ratio, chosen_groups
 from ..calibration.source import CalibrationSource
+from ..deciding import assemble
 from ..dependency import Group
 from ..dependency.graph import trace
 from ..dependency.sizes import SizeSolver
 from ..dependency.temperature import rescales
-from ..engine import Criterionlike, assemble
+from ..engine import Criterionlike
 from ..errors import GraphPruneError
 from ..importance import resolve_criterion
 from ..plans import Plan

@@ -14,11 +14,11 @@ from rich.table import Table
 from torch import nn
 
 from ..allocation import Settings
+from ..deciding import plan_from_graph
 from ..dependency import DependencyGraph, Reason
 from ..dependency.build import axis_roles
 from ..dependency.graph import trace
 from ..dependency.groups import Ints
-from ..engine import plan_from_graph
 from ..errors import GraphPruneError
 from ..importance import resolve_criterion
 from ..report.tables import Column, render, table

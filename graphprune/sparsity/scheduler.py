@@ -13,9 +13,10 @@ from ..allocation import Settings
 from ..allocation.allocate import nearest
 from ..allocation.selection import chosen_groups
 from ..calibration.source import CalibrationSource
+from ..deciding import plan_from_graph
 from ..dependency import Group
 from ..dependency.graph import trace
-from ..engine import Criterionlike, plan_from_graph
+from ..engine import Criterionlike
 from ..errors import GraphPruneError
 from ..importance import resolve_criterion
 from ..plans import Plan

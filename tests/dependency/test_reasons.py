@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.allocation import Settings
+from graphprune.deciding import plan_from_graph
 from graphprune.dependency import Frozen, Reason
-from graphprune.engine import plan_from_graph
 from graphprune.importance import resolve_criterion
 from graphprune.tracing.example import ExampleInput, result_tensors
 from tests import standins
