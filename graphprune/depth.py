@@ -16,7 +16,7 @@ from .allocation import Budget
 from .calibration import CalibrationData
 from .counting import Count, count
 from .dependency.blocks import Block, find_blocks
-from .dependency.branches import find_branches
+from .dependency.branches import search_branches
 from .errors import GraphPruneError
 from .importance.layers import check_layer_criterion, layer_scores
 from .plans import Plan, structure_of
@@ -74,7 +74,7 @@ def plan_layers(
     if isinstance(ratio, Mapping):
         raise GraphPruneError("ratio: layers take one number; use ignore= for those that must stay")
     example = ExampleInput.of(example_input)
-    scored = rank_layers(
+    scored, unfit = rank_layers(
         model, example, ignore=ignore, criterion=criterion, data=data, loss_fn=loss_fn, branches=branches
     )
     refused: dict[str, str] = {}
@@ -86,7 +86,7 @@ def plan_layers(
             return Plan(
                 removed={},
                 layers=tuple(tried),
-                frozen=refusals(scored, refused, branches),
+                frozen=refusals(scored, refused, unfit, branches),
                 structure=structure_of(model),
                 versions={"graphprune": __version__, "torch": str(torch.__version__)},
             )
@@ -102,18 +102,19 @@ def rank_layers(
     data: Any,
     loss_fn: Callable[[Any, Any], Any] | None,
     branches: bool,
-) -> list[tuple[Block, float]]:
-    """The layers (or branches) that can go, in the order in which they run, with their scores; lowest go first."""
+) -> tuple[list[tuple[Block, float]], tuple[str, ...]]:
+    """The layers (or branches) that can go, in the order in which they run, with their scores - lowest go first - and
+    what has no such form, with the reasons."""
     ranked = check_layer_criterion(criterion, data, loss_fn, branches)
     held = held_modules(ignore, model)
-    find = find_branches if branches else find_blocks
-    blocks = tuple(b for b in find(model, example) if not any(related(b.module, name) for name in held))
+    found, unfit = search_branches(model, example) if branches else (find_blocks(model, example), ())
+    blocks = tuple(b for b in found if not any(related(m, name) for m in b.modules for name in held))
     batches = [(example, None)] if data is None else CalibrationData(data, example, model)
     scores = layer_scores(model, blocks, ranked, batches, loss_fn, example) if blocks else []
     for block, score in zip(blocks, scores, strict=True):
         if math.isnan(score):
             raise GraphPruneError(f"{ranked}: the score of {block.module} is NaN; check its weights and the data")
-    return list(zip(blocks, scores, strict=True))
+    return list(zip(blocks, scores, strict=True)), tuple(unfit)
 
 
 _NONE = {
@@ -124,10 +125,12 @@ _NONE = {
 }
 
 
-def refusals(scored: Sequence[Any], refused: Mapping[str, str], branches: bool) -> tuple[str, ...]:
+def refusals(
+    scored: Sequence[Any], refused: Mapping[str, str], unfit: Sequence[str], branches: bool
+) -> tuple[str, ...]:
     """What cannot be left out, and why, one line each; or that there is nothing that can."""
     reasons = [f"{module} cannot be left out: {reason}" for module, reason in refused.items()]
-    return (*reasons, *(() if scored else (_NONE[branches],)))
+    return (*reasons, *unfit, *(() if scored else (_NONE[branches],)))
 
 
 def held_modules(ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module) -> set[str]:
@@ -225,7 +228,7 @@ def cheapest_first(whole: Count, scored: Sequence[tuple[Block, float]], names: S
 
 
 def _saved(whole: Count, block: Block) -> dict[str, int]:
-    inside = [c for p, c in whole.per_layer.items() if p == block.module or p.startswith(f"{block.module}.")]
+    inside = [c for path, c in whole.per_layer.items() if block.holds(path)]
     return {"macs": sum(c.macs for c in inside), "params": sum(c.parameters for c in inside)}
 
 

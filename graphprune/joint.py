@@ -70,7 +70,7 @@ class JointPlanner:
         self.model, self.example, self.choice, self.widths = model, example, choice, widths
         self.graph = trace(model, example)
         self.budget = _counted(budget, self.graph, model)
-        self.scored = rank_layers(
+        self.scored, self.unfit = rank_layers(
             model, example, ignore=choice.ignore, criterion=choice.criterion, data=choice.data,
             loss_fn=choice.loss_fn, branches=choice.branches,
         )  # fmt: skip
@@ -142,7 +142,7 @@ class JointPlanner:
     def _planned(self, number: int, forecast: Forecast | None, data: Any) -> tuple[DependencyGraph, Plan]:
         small, blocks = self._without(number)
         graph, plan = self.widths(small, self.budget, self._shorter(forecast), data)
-        reasons = refusals(self.scored, self.refused, self.choice.branches)
+        reasons = refusals(self.scored, self.refused, self.unfit, self.choice.branches)
         return graph, dataclasses.replace(
             plan, layers=blocks, structure=structure_of(self.model), frozen=(*reasons, *plan.frozen)
         )

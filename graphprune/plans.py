@@ -149,7 +149,8 @@ class Plan:
 
     def summary(self) -> str:
         """What is removed and what is not, for people."""
-        first = [f"{len(self.layers)} layers left out", *(f"  {block.module}: left out" for block in self.layers)]
+        lines = [f"  {', '.join(block.modules)}: left out" for block in self.layers]
+        first = [f"{len(self.layers)} layers left out", *lines]
         if self.layers and not self.changes_widths:
             return "\n".join([*first, *(f"  {line}" for line in self.frozen)])
         lines = [f"  {e.router}: {len(e.gone)} experts left out" for e in self.experts]
@@ -247,10 +248,11 @@ class Plan:
                 raise GraphPruneError(f"the plan leaves out experts of {e.router!r} that it does not describe")
         if self.layers and self.experts:
             raise GraphPruneError("a plan that leaves layers out leaves out no experts; make a second plan for that")
-        for block in self.layers:
-            if not any(name.startswith(f"{block.module}.") for name in self.structure):
-                raise GraphPruneError(f"the plan leaves out {block.module!r}, which it does not describe")
-        gone = tuple(f"{block.module}." for block in self.layers)
+        paths = [path for block in self.layers for path in block.modules]
+        for path in paths:
+            if not any(name.startswith(f"{path}.") for name in self.structure):
+                raise GraphPruneError(f"the plan leaves out {path!r}, which it does not describe")
+        gone = tuple(f"{path}." for path in paths)
         modules = [*(a.module for a in self.attributes), *(path for path, _ in self.caches)]
         modules += [r.module for r in self.rewrites]
         modules += [name for fold in self.folds for name in (fold.layer, fold.batch_norm)]

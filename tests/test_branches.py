@@ -20,12 +20,13 @@ from graphprune.tracing.example import ExampleInput
 from tests.dependency.test_branches import Network
 from tests.layered_networks import networks
 
+PAIRS = (("mixer", "norm1"), ("mlp", "norm2"))
 X, Y = torch.randn(7, 5, 3, generator=torch.Generator().manual_seed(1)), torch.randint(0, 2, (7, 5))
 
 
-def network() -> Network:
+def network(style: str = "pre-norm") -> Network:
     torch.manual_seed(0)
-    return Network("pre-norm").eval()
+    return Network(style).eval()
 
 
 def loss_fn(output: Tensor, target: Tensor) -> Tensor:
@@ -105,20 +106,57 @@ def test_budgets_ignored_ones_and_other_criteria() -> None:
     assert "no branch can be left out" in graphprune.plan(other, x, 0.5, granularity="branch").frozen[0]
 
 
-def test_exported_and_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("style", ["pre-norm", "norm behind"])
+def test_exported_and_saved(style: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    small = graphprune.prune(network(), X, 0.5, granularity="branch")
+    small = graphprune.prune(network(style), X, 0.5, granularity="branch")
     report = graphprune.export_onnx(small, X, tmp_path / "small.onnx")
     assert report.max_relative_error is not None and report.max_relative_error < 1e-5
     graphprune.save(small, tmp_path / "small.safetensors")
-    assert graphprune.load(tmp_path / "small.safetensors", network())(X).equal(small(X))
+    assert graphprune.load(tmp_path / "small.safetensors", network(style))(X).equal(small(X))
+
+
+def test_a_norm_behind_goes_with_its_branch(tmp_path: Path) -> None:
+    model = network("norm behind")
+    plan = graphprune.plan(model, X, 0.99, granularity="branch", ignore="layers.0.norm2")
+    names = [("layers.0.mixer", "layers.0.norm1"), *((f"layers.1.{a}", f"layers.1.{b}") for a, b in PAIRS)]
+    assert [b.modules for b in plan.layers] == names
+    assert "layers.1.mixer, layers.1.norm1: left out" in plan.summary()
+    assert Plan.load(plan.save(tmp_path / "plan.json")) == plan
+    data = plan.to_dict()
+    for broken in ({"branch": False}, {"parts": [{**data["layers"][0], "branch": True}]}, {"parts": [{"module": "x"}]}):
+        with pytest.raises(GraphPruneError, match="not a plan"):
+            Plan.from_dict({**data, "layers": [{**data["layers"][0], **broken}]})
+    with pytest.raises(GraphPruneError, match="'other', which it does not describe"):
+        part = {**data["layers"][0]["parts"][0], "module": "other"}
+        Plan.from_dict({**data, "layers": [{**data["layers"][0], "parts": [part]}]})
+    small = plan.apply(model)
+    assert graphprune.verify(model, small, plan, X).passed
+    gone = frozenset(b.module for b in plan.layers)
+    torch.testing.assert_close(small(X), model(X, gone))
+    costs, rest = graphprune.count(model, X), graphprune.count(small, X)
+    paths = tuple(f"{path}." for b in plan.layers for path in b.modules)
+    inside = sum(p.numel() for n, p in model.named_parameters() if n.startswith(paths))
+    assert costs.parameters - rest.parameters == inside
+    found = scores(model, "magnitude", 7)
+    parts = [model.layers[0].mixer.linear.weight, model.layers[0].mixer.tokens.weight]  # a norm has no such weight
+    assert found[0] == pytest.approx(float(torch.cat([w.detach().flatten() for w in parts]).abs().mean()))
 
 
 def test_what_counts_tokens_stays() -> None:
     model, x, _ = networks()["decoder"]
-    plan = graphprune.plan(model, x, 0.99, granularity="branch")
+    plan = graphprune.plan(model, x, 0.99, granularity="branch", ignore="*.up")
     assert [b.module for b in plan.layers] == [f"layers.{i}.attention" for i in (1, 2, 3)]
     assert any("layers.0.attention" in line and "cache" in line for line in plan.frozen)
+
+
+def test_what_is_no_decoder_counts_no_tokens() -> None:
+    model, x, _ = networks()["decoder"]
+    for layer in model.layers:  # type: ignore[union-attr]
+        layer.attention.is_decoder = False
+    plan = graphprune.plan(model, x, 0.99, granularity="branch", ignore="*.up")
+    assert [b.module for b in plan.layers] == [f"layers.{i}.attention" for i in range(4)]
+    assert not any("cache" in line for line in plan.frozen)
 
 
 def test_layers_after_branches_leave_something_that_counts_tokens() -> None:

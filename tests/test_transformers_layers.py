@@ -120,13 +120,22 @@ def test_bypasses_in_the_first_place_lose_count_of_tokens() -> None:
         assert bool(uncounted_tokens(model, chosen)) is not torch.allclose(in_two_steps(small), wanted, rtol=1e-3)
 
 
+PARTS = {
+    "gemma2": (("self_attn", "post_attention_layernorm"), ("mlp", "post_feedforward_layernorm")),
+    "bert": (("attention.self", "attention.output.dense"), ("intermediate", "output.dense")),
+}
+
+
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
-@pytest.mark.parametrize("name", ["llama", "gpt2", "vit"])
-def test_branches(name: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "vit", "bert"])
+def test_branches(name: str, tmp_path: Path) -> None:
     model, example = network(name)
     plan = graphprune.plan(model, example, 0.99, granularity="branch")
-    caching = name != "vit"  # the first attention counts the tokens of the cache
+    caching = name in ("llama", "gemma2", "gpt2")  # the first attention counts the tokens of the cache
     assert len(plan.layers) == (7 if caching else 8) and any("cache" in line for line in plan.frozen) == caching
+    if name in PARTS:
+        layer = plan.layers[-1].module.partition(".3.")[0] + ".3."
+        assert [b.modules for b in plan.layers[-2:]] == [tuple(layer + part for part in pair) for pair in PARTS[name]]
     plan = graphprune.plan(model, example, 0.5, granularity="branch", criterion="magnitude")
     small = graphprune.prune(model, example, 0.5, granularity="branch", criterion="magnitude")
     with bypassed(model, plan.layers):
@@ -135,3 +144,15 @@ def test_branches(name: str) -> None:
             last = logits(model, {"input_ids": WORDS})[:, 6:]
             torch.testing.assert_close(in_two_steps(small), last, rtol=1e-4, atol=1e-4 * float(last.abs().max()))
     assert logits(small, example).equal(wanted) and len(plan.layers) == 4
+    assert small.config.num_hidden_layers == 4 and graphprune.verify(model, small, plan, example).passed
+    graphprune.save(small, tmp_path / "small.safetensors")
+    assert logits(graphprune.load(tmp_path / "small.safetensors", network(name)[0]), example).equal(wanted)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "bert"])
+def test_branches_of_several_modules_are_exported(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    model, example = network(name, **({"use_cache": False} if name == "gemma2" else {}))
+    small = graphprune.prune(model, example, 0.5, granularity="branch")
+    report = graphprune.export_onnx(small, example, tmp_path / "small.onnx")
+    assert report.max_relative_error is not None and report.max_relative_error < 1e-4

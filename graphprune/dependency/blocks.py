@@ -30,7 +30,8 @@ class Block:
     where it returns a tensor, else the length of the tuple it returns, whose first item is the stream. `listed`: an
     element of a Sequential or a ModuleList, which gets shorter; other modules become a `graphprune.modules.Bypass`.
     `branch`: what it returns is added to a stream that went around it: it becomes a `graphprune.modules.Silence`, and
-    `stream` is the argument whose shape its zeros have.
+    `stream` is the argument whose shape its zeros have. `parts`: where a branch is more than one module, those that
+    follow, in the order of their runs, each to be replaced in the same way; what the last one returns is added.
     """
 
     module: str
@@ -38,6 +39,21 @@ class Block:
     form: int
     listed: bool
     branch: bool = False
+    parts: tuple[Block, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Block, ...]:
+        """It and its parts, as blocks of one module each."""
+        return (dataclasses.replace(self, parts=()), *self.parts) if self.parts else (self,)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The paths of all its modules."""
+        return (self.module, *(part.module for part in self.parts))
+
+    def holds(self, path: str) -> bool:
+        """Whether a module or parameter goes with it."""
+        return any(path == own or path.startswith(f"{own}.") for own in self.modules)
 
     @classmethod
     def from_dict(cls, data: Any) -> Block:
@@ -46,7 +62,10 @@ class Block:
         place = isinstance(stream, str) or (type(stream) is int and stream >= 0)
         if not isinstance(data["module"], str) or not place or type(form) is not int or not 0 <= form < 1000:
             raise ValueError(f"no layer: {data!r}")
-        return cls(data["module"], stream, form, bool(data["listed"]), bool(data.get("branch", False)))
+        branch, parts = bool(data.get("branch", False)), tuple(map(cls.from_dict, data.get("parts", ())))
+        if parts and not (branch and all(part.branch and not part.parts for part in parts)):
+            raise ValueError(f"no layer: {data!r}")
+        return cls(data["module"], stream, form, bool(data["listed"]), branch, parts)
 
 
 @dataclasses.dataclass
@@ -104,12 +123,12 @@ class Watch:
     def _leaving(self, recorder: Recorder) -> Any:
         def leave(module: nn.Module, args: Any, out: Any) -> None:
             call = self.stack.pop()
-            call.last = next(iter(reversed(recorder.graph.nodes)), None)
             first = out
             if type(out) in (tuple, list) and out:
                 first, call.form, call.extra = out[0], len(out), any(item is not None for item in out[1:])
             if isinstance(first, Tensor) and first.is_floating_point():
                 call.out = recorder.node_of(first)
+            call.last = next(iter(reversed(recorder.graph.nodes)), None)  # after the node of an item of its last result
 
         return leave
 

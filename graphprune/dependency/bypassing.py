@@ -29,9 +29,10 @@ def changed(model: nn.Module, changes: Sequence[tuple[Block, Change]]) -> Iterat
     handles = []
     try:
         for block, change in changes:
-            layer = _Layer(block, change)
-            handles.append(modules[block.module].register_forward_pre_hook(layer.enter, with_kwargs=True))
-            handles.append(modules[block.module].register_forward_hook(layer.leave, with_kwargs=True))
+            last = block.pieces[-1]
+            layer = _Layer(last, change)
+            handles.append(modules[last.module].register_forward_pre_hook(layer.enter, with_kwargs=True))
+            handles.append(modules[last.module].register_forward_hook(layer.leave, with_kwargs=True))
         yield
     finally:
         for handle in handles:

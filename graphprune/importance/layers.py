@@ -72,7 +72,7 @@ def layer_scores(
     if criterion == "output":
         return _output_change(model, blocks, batches)
     if criterion == "magnitude":
-        return [_mean_magnitude(model.get_submodule(block.module)) for block in blocks]
+        return [_mean_magnitude([model.get_submodule(path) for path in block.modules]) for block in blocks]
     if criterion == "latency" or not isinstance(criterion, str):
         given = example if example is not None else next(iter(batches))[0]
         return measured_gains(model, blocks, given, None if isinstance(criterion, str) else criterion)
@@ -87,8 +87,8 @@ def layer_scores(
     return out
 
 
-def _mean_magnitude(module: nn.Module) -> float:
-    weights = [p.detach() for p in module.parameters() if p.dim() > 1]
+def _mean_magnitude(modules: Sequence[nn.Module]) -> float:
+    weights = [p.detach() for module in modules for p in module.parameters() if p.dim() > 1]
     total = sum(float(w.abs().sum(dtype=torch.float64)) for w in weights)
     return total / max(sum(w.numel() for w in weights), 1)
 

@@ -46,7 +46,7 @@ def bypass_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
             f"copyable (no open files, locks, or tensors that are results of a computation)"
         ) from error
     modules = all_modules(small)
-    for block in blocks:
+    for block in (piece for whole in blocks for piece in whole.pieces):
         owner, _, name = block.module.rpartition(".")
         if block.module not in modules or not block.module:
             raise GraphPruneError(f"the plan leaves out {block.module or 'the model itself'}, which this model lacks")
@@ -79,9 +79,10 @@ def uncounted_tokens(model: nn.Module, blocks: Sequence[Block]) -> str:
 
     Layers that hold their place (`layer_idx`) use it to find their part of a cache, and the length of the first part
     is the position of the next token. Where a `Bypass` or `Silence` stands for what writes to that part, it stays
-    empty, which no single run shows.
+    empty, which no single run shows. Modules that say they are no decoder (`is_decoder`) keep no keys.
     """
     modules = all_modules(model)
+    blocks = [piece for block in blocks for piece in block.pieces]
     deleted = {block.module for block in blocks if block.listed}
     replaced = [block.module for block in blocks if not block.listed]
     for path in dict.fromkeys(path for block in blocks for path in _lists_around(modules, block.module)):
@@ -89,7 +90,7 @@ def uncounted_tokens(model: nn.Module, blocks: Sequence[Block]) -> str:
         names = [f"{path}.{name}" if path else name for name, _ in items]
         first = next((name for name in names if name not in deleted), "")
         writers = [f"{first}.{inner}" if inner else first for inner, _ in _places(items)] if first else []
-        for writer in writers:
+        for writer in (w for w in writers if getattr(modules.get(w), "is_decoder", True) is not False):
             if isinstance(modules.get(writer), Bypass) or any(_within(writer, one) for one in replaced):
                 return (
                     f"{writer} holds the number of a layer and would be the first of {path or 'the model'} to do so; "

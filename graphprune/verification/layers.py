@@ -86,8 +86,7 @@ def run(model: nn.Module, example: ExampleInput, what: str) -> Any:
 
 
 def _weights(original: nn.Module, pruned: nn.Module, blocks: Sequence[Block]) -> Check:
-    gone = tuple(f"{b.module}." for b in blocks)
-    stays = [t for n, t in named_tensors(original).items() if not n.startswith(gone)]
+    stays = [t for n, t in named_tensors(original).items() if not any(block.holds(n) for block in blocks)]
     found = list(named_tensors(pruned).values())
     same = len(stays) == len(found) and all(
         a.shape == b.shape and (a.is_meta or bool(torch.equal(a, b))) for a, b in zip(stays, found, strict=True)

@@ -1,19 +1,25 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import graphprune
 from graphprune import GraphPruneError
-from graphprune.dependency.branches import find_branches
+from graphprune.dependency.blocks import Block
+from graphprune.dependency.branches import find_branches, search_branches
 from graphprune.modules import Silence
 from graphprune.surgery import remove_layers
 from graphprune.verification import verify_layers
 from tests.layered_networks import networks
 
-STYLES = ("pre-norm", "scaled", "post-norm", "parallel", "subtracted", "in place")
+STYLES = ("pre-norm", "scaled", "post-norm", "parallel", "subtracted", "in place", "norm behind")
 
 
 class Mlp(nn.Sequential):
@@ -52,6 +58,9 @@ class Layer(nn.Module):
         if self.style == "post-norm":
             x = self.norm1(mixer(x) + x)
             return self.norm2(x + mlp(x))
+        if self.style == "norm behind":  # it goes with its branch: its offset is no zero
+            x = x + (torch.zeros_like(x) if "mixer" in without else self.norm1(mixer(x)))
+            return (torch.zeros_like(x) if "mlp" in without else self.norm2(mlp(x)) * self.scale) + x
         if self.style == "subtracted":
             x = x - mixer(self.norm1(x))
             return mlp(self.norm2(x)) - x
@@ -68,6 +77,9 @@ class Network(nn.Module):
         super().__init__()
         self.stem, self.head = nn.Linear(3, 6), nn.Linear(6, 2)
         self.layers = nn.ModuleList(Layer(6, style) for _ in range(2))
+        for norm in (m for m in self.modules() if isinstance(m, nn.LayerNorm)):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias)
 
     def forward(self, x: Tensor, without: frozenset[str] = frozenset()) -> Tensor:
         x = self.stem(x)
@@ -89,9 +101,99 @@ def test_every_subset_of_branches_adds_nothing(style: str) -> None:
             small = remove_layers(model, chosen)
             torch.testing.assert_close(small(x), model(x, frozenset(b.module for b in chosen)))
             assert verify_layers(model, small, chosen, x).passed
-            assert not any(list(small.get_submodule(b.module).parameters()) for b in chosen)
+            assert not any(list(small.get_submodule(path).parameters()) for b in chosen for path in b.modules)
+            assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
     assert type(small) is Network and all(type(layer) is Layer for layer in small.layers)
     assert isinstance(small.layers[0].mlp, Silence)
+
+
+class Gathered(nn.Module):
+    """What BERT's layers end in: a projection, the sum and a norm in one module."""
+
+    def __init__(self, inner: int, width: int) -> None:
+        super().__init__()
+        self.dense, self.dropout, self.norm = nn.Linear(inner, width), nn.Dropout(0.1), nn.LayerNorm(width)
+
+    def forward(self, hidden: Tensor, x: Tensor, silent: bool) -> Tensor:
+        made = torch.zeros_like(x) if silent else self.dropout(self.dense(hidden))
+        return self.norm(made + x)
+
+
+class Spread(nn.Module):
+    """A network whose branches are several modules that outer ones call. `kinds`, one for each layer:
+
+    - "bert": a mixer and a projection that is in the module which adds and normalises;
+    - "gated": two layers of an MLP side by side and one behind, called from here;
+    - "bottleneck": convolution-like layers with batch norms behind each, narrower inside, and a ReLU after the sum;
+    - "norms": RMS norms before and behind, a scale for each channel.
+    """
+
+    def __init__(self, kinds: Sequence[str], inner: int) -> None:
+        super().__init__()
+        self.kinds = kinds
+        self.layers = nn.ModuleList(nn.ModuleDict() for _ in kinds)
+        for kind, layer in zip(kinds, self.layers, strict=True):
+            if kind == "bert":
+                layer.update({"mixer": Mixer(6), "output": Gathered(6, 6)})
+            elif kind == "gated":
+                layer.update({"gate": nn.Linear(6, inner), "up": nn.Linear(6, inner), "down": nn.Linear(inner, 6)})
+            elif kind == "bottleneck":
+                layer.update({"a": nn.Linear(6, inner), "norm_a": nn.BatchNorm1d(5)})
+                layer.update({"b": nn.Linear(inner, 6), "norm_b": nn.BatchNorm1d(5)})
+            else:
+                layer.update({"before": nn.RMSNorm(6), "mlp": Mlp(6), "behind": nn.RMSNorm(6)})
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            if "norm" in name and tensor.is_floating_point():
+                nn.init.uniform_(tensor, 0.5, 2.0)
+
+    def forward(self, x: Tensor, without: frozenset[int] = frozenset()) -> Tensor:
+        for i, (kind, layer) in enumerate(zip(self.kinds, self.layers, strict=True)):
+            gone = i in without
+            if kind == "bert":
+                x = layer["output"](x if gone else layer["mixer"](stream=x)[0], x, gone)
+            elif kind == "gated":
+                x = x if gone else x + layer["down"](torch.sigmoid(layer["gate"](x)) * layer["up"](x))
+            elif kind == "bottleneck":
+                made = 0.0 if gone else layer["norm_b"](layer["b"](torch.relu(layer["norm_a"](layer["a"](x)))))
+                x = torch.relu(x + made)
+            else:
+                x = x if gone else x + 0.5 * layer["behind"](layer["mlp"](layer["before"](x)))
+        return x
+
+
+MODULES = {
+    "bert": ["mixer", "output.dense"],
+    "gated": ["gate", "up", "down"],
+    "bottleneck": ["a", "norm_a", "b", "norm_b"],
+    "norms": ["mlp", "behind"],
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kinds=st.lists(st.sampled_from(sorted(MODULES)), min_size=1, max_size=4),
+    inner=st.sampled_from([3, 6, 9]),
+    seed=st.integers(0, 10**6),
+    data=st.data(),
+)
+def test_branches_of_several_modules_add_nothing(kinds: list[str], inner: int, seed: int, data: st.DataObject) -> None:
+    torch.manual_seed(seed)
+    model, x = Spread(kinds, inner).eval(), torch.randn(2, 5, 6)
+    branches, reasons = search_branches(model, x)
+    assert [list(b.modules) for b in branches] == [
+        [f"layers.{i}.{name}" for name in MODULES[kind]] for i, kind in enumerate(kinds)
+    ]
+    assert not reasons and all(Block.from_dict(dataclasses.asdict(b)) == b for b in branches)
+    gone = sorted(data.draw(st.sets(st.integers(0, len(kinds) - 1))))
+    chosen = [branches[i] for i in gone]
+    small = remove_layers(model, chosen)
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), model(x, frozenset(gone)), rtol=1e-6, atol=1e-6)
+    assert verify_layers(model, small, chosen, x).passed
+    silent = {path for b in chosen for path in b.modules}
+    assert {n for n, m in small.named_modules() if isinstance(m, Silence)} == silent
+    left = sum(p.numel() for n, p in model.named_parameters() if not any(n.startswith(f"{s}.") for s in silent))
+    assert sum(p.numel() for p in small.parameters()) == left
 
 
 class Other(nn.Module):
@@ -105,8 +207,12 @@ class Other(nn.Module):
         y = self.part(x)
         if self.how == "activated":
             return x + torch.exp(y)
-        if self.how == "followed":
-            return x + self.after(y)
+        if self.how == "normed here":
+            return x + torch.nn.functional.layer_norm(y, (4,), bias=self.after.bias)
+        if self.how == "attention here":
+            return x + self.after((y @ y.mT).softmax(-1) @ x)
+        if self.how == "read inside":
+            return x + self.after(y) + y.abs().sum()
         if self.how == "read twice":
             return x + y + y.abs().sum()
         if self.how == "product":
@@ -120,17 +226,35 @@ class Other(nn.Module):
         return y
 
 
-@pytest.mark.parametrize(
-    "how", ["activated", "followed", "read twice", "product", "after a sum", "divisor", "another stream", "alone"]
-)
+REASONS = {
+    "activated": "a branch of 0 cannot be left out: it ends in exp,",
+    "read twice": "0.part or what it reads is called more than once, is read elsewhere too,",
+    "read inside": "0.after or what it reads is called more than once, is read elsewhere too,",
+    "normed here": "it ends in native_layer_norm, which is no module of its own",
+    "attention here": "a branch of 0 cannot be left out: it computes m",
+    "after a sum": "it ends in add,",
+    "divisor": "it ends in div,",
+    "product": "",
+    "another stream": "",
+    "alone": "",
+}
+
+
+@pytest.mark.parametrize("how", REASONS)
 def test_what_is_no_branch(how: str) -> None:
-    found = find_branches(nn.Sequential(Other(how)).eval(), torch.randn(3, 4))
-    assert [b.module for b in found if b.module != "0.after"] == []
+    """Inline attention too: its last projection alone would leave the rest to be computed for nothing."""
+    model, x = nn.Sequential(Other(how)).eval(), torch.randn(3, 4)
+    found, reasons = search_branches(model, x)
+    assert not found and len(reasons) == bool(REASONS[how])
+    assert all(REASONS[how] in reason for reason in reasons)
+    if reasons:
+        assert set(reasons) <= set(graphprune.plan(model, x, 0.5, granularity="branch").frozen)
 
 
-def test_inline_attention_is_none() -> None:
-    """Its last projection alone would leave the rest to be computed for nothing."""
+def test_layers_of_an_mlp_that_the_layer_calls_itself() -> None:
     model, x, _ = networks()["decoder"]
-    assert [b.module for b in find_branches(model, x)] == [f"layers.{i}.attention" for i in range(4)]
+    found = [b.modules for b in find_branches(model, x)]
+    assert found[::2] == [(f"layers.{i}.attention",) for i in range(4)]
+    assert found[1::2] == [(f"layers.{i}.up", f"layers.{i}.down") for i in range(4)]
     with pytest.raises(GraphPruneError, match=r"torch\.nn\.Module"):
         find_branches("model", x)  # type: ignore[arg-type]
