@@ -107,6 +107,45 @@ def test_no_bypass_comes_first_where_layers_know_their_numbers() -> None:
     assert len(graphprune.plan(model, x, 0.99, granularity="layer").layers) == 4
 
 
+@pytest.mark.parametrize("when", ["when built", "when run"])
+def test_a_scale_that_layers_take_from_their_place_stays_what_it_was(when: str, tmp_path: Path) -> None:
+    """As GPT-2's scale_attn_by_inverse_layer_idx, whose number newer releases work out once and older ones each run."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(*(Scaled(i, when) for i in range(5)))
+
+    model, x = build(), torch.randn(2, 3, 6)
+    with torch.no_grad():
+        for i in (1, 3):
+            for parameter in model[i].inner.parameters():
+                parameter.mul_(1e-3)
+    plan = graphprune.plan(model, x, 0.4, granularity="layer")
+    assert {b.module for b in plan.layers} == {"1", "3"}
+    small = plan.apply(model)
+    assert graphprune.verify(model, small, plan, x).passed
+    expected = x
+    for i in (0, 2, 4):
+        expected = expected + model[i].inner(expected) / (i + 1)
+    torch.testing.assert_close(small(x), expected)
+    assert any(isinstance(m, Bypass) for m in small) == (when == "when run")  # those behind would move up
+    graphprune.save(small, tmp_path / "small.safetensors")
+    torch.testing.assert_close(graphprune.load(tmp_path / "small.safetensors", build())(x), expected)
+
+
+class Scaled(nn.Module):
+    """A residual layer, scaled by its place."""
+
+    def __init__(self, layer_idx: int, when: str) -> None:
+        super().__init__()
+        self.layer_idx, self.when, self.inner = layer_idx, when, nn.Linear(6, 6)
+        self.scaling = 1 / (layer_idx + 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.scaling if self.when == "when built" else 1 / (self.layer_idx + 1)
+        return x + self.inner(x) * scale
+
+
 def test_what_cannot_go_at_all_is_named() -> None:
     model, x, _ = networks()["needed"]
     plan = graphprune.plan(model, x, 0.5, granularity="layer")

@@ -72,6 +72,21 @@ def test_exact_and_saved_and_loaded(name: str, ratio: float, tmp_path: Path) -> 
         assert logits(type(small).from_pretrained(tmp_path).eval(), example).equal(got)
 
 
+def test_scales_by_depth_stay_what_they_were(tmp_path: Path) -> None:
+    options = {"scale_attn_by_inverse_layer_idx": True}
+    model, example = network("gpt2", **options)
+    blocks = [find_blocks(model, example)[i] for i in (0, 2)]
+    small = remove_layers(model, blocks)
+    assert [h.attn.scaling for h in small.transformer.h] == [model.transformer.h[i].attn.scaling for i in (1, 3)]
+    with bypassed(model, blocks):
+        wanted = logits(model, example)
+    torch.testing.assert_close(logits(small, example), wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
+    pruned = graphprune.prune(model, example, 0.5, granularity="layer", criterion="magnitude")
+    graphprune.save(pruned, tmp_path / "small.safetensors")
+    loaded = graphprune.load(tmp_path / "small.safetensors", network("gpt2", **options)[0])
+    assert logits(loaded, example).equal(logits(pruned, example))
+
+
 def in_two_steps(model: Any) -> Tensor:
     """Logits of the last three tokens; the others come from the cache of keys and values."""
     with torch.no_grad():

@@ -28,6 +28,9 @@ def remove_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
     layers there are (`num_hidden_layers`), or hold one item for each, are brought in line. Other layers are replaced
     by a `graphprune.modules.Bypass`, branches by a `graphprune.modules.Silence`.
 
+    Other numbers that a layer got from its place when it was built (GPT-2's scale by inverse depth) stay what they
+    were. A configuration cannot say so: `graphprune.load` restores them, the model's own `from_pretrained` does not.
+
     Raises GraphPruneError where the model has no such layers or cannot be copied.
     """
     return close_gaps(bypass_layers(model, blocks), model, blocks)
