@@ -6,6 +6,7 @@
 The digits are those of scikit-learn: 1,000 for training, 400 on which the settings were chosen, 397 for the figures
 here. The network is 64-100-50-10 with ReLU, trained for 300 steps of 60 images with Adam (0.0012). ResNet-20 and
 ResNet-56 on CIFAR-10 are trained networks of the shared data folder; they are masked and not trained further.
+Sparse ResNet-20 trained further, and its lottery tickets: [tickets.md](tickets.md).
 """
 
 from __future__ import annotations
