@@ -19,7 +19,7 @@ _SUMS = frozenset(("add", "add_", "sub", "sub_"))
 # Zeros go through these as zeros: products, and what moves or keeps values.
 _ZERO_STAYS = frozenset(
     "mul mul_ div div_ neg clone alias detach _to_copy contiguous native_dropout view _unsafe_view reshape flatten "
-    "unflatten squeeze unsqueeze transpose permute t".split()
+    "unflatten squeeze unsqueeze transpose permute t roll slice".split()
 )
 
 
@@ -172,7 +172,8 @@ class _Branches(Search):
         place = f"a branch of {owner.path if owner and owner.path else 'the model'} cannot be left out: "
         while operator_name(made) in _ZERO_STAYS and (back := [a for a in made.all_input_nodes[:1] if a in inner]):
             made = back[0]
-        makers = [call for call in self.calls.values() if call.path and call.out is made]
+        calls = (call for call in self.calls.values() if call.path and call.out is made)
+        makers = [call for call in calls if all(node is not made for _, node in call.inputs)]
         if not makers:
             name = operator_name(made.all_input_nodes[0] if operator_name(made) == "getitem" else made)
             return f"{place}it ends in {name}, which is no module of its own and may make more than zeros"

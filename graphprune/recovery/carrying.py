@@ -87,7 +87,7 @@ class _Moves:
         modules = all_modules(model)
         self._gone: dict[str, set[str]] = defaultdict(set)
         deleted: dict[str, set[str]] = defaultdict(set)
-        for block in plan.layers:
+        for block in (piece for whole in plan.layers for piece in whole.pieces):
             owner, _, name = block.module.rpartition(".")
             self._gone[owner].add(name)
             if block.listed:

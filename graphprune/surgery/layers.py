@@ -56,6 +56,8 @@ def bypass_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
         if block.listed and not isinstance(modules[owner], (nn.Sequential, nn.ModuleList)):
             raise GraphPruneError(f"the plan shortens {owner}, which is a {type(modules[owner]).__name__}, no list")
         modules[owner]._modules[name] = _bypass(modules[block.module], block)
+        if not block.listed:
+            _forbid_fused_paths(modules, owner)
     return small
 
 
@@ -104,10 +106,7 @@ def uncounted_tokens(model: nn.Module, blocks: Sequence[Block]) -> str:
 
 def _lists_around(modules: Mapping[str, nn.Module], path: str) -> list[str]:
     """The lists that a module is in, at whatever depth."""
-    owners = [path.rpartition(".")[0]]
-    while owners[-1]:
-        owners.append(owners[-1].rpartition(".")[0])
-    return [owner for owner in owners if isinstance(modules.get(owner), (nn.Sequential, nn.ModuleList))]
+    return [owner for owner in _outer(path) if isinstance(modules.get(owner), (nn.Sequential, nn.ModuleList))]
 
 
 def _within(path: str, outer: str) -> bool:
@@ -132,7 +131,28 @@ def _bypass(module: nn.Module, block: Block) -> Bypass:
     for name, value in module.__dict__.items():  # what the code around it may look at (`layer.attention_type`)
         if not name.startswith("_") and isinstance(value, (bool, int, float, str)) and not hasattr(new, name):
             setattr(new, name, value)
+    for name in module._parameters:  # code that asks `attention.in_proj_bias is None`
+        if not hasattr(new, name):
+            new.register_parameter(name, None)
     return new
+
+
+def _forbid_fused_paths(modules: Mapping[str, nn.Module], path: str) -> None:
+    """Torch's encoder reads the weights of its parts where it runs as one fused operation; they are gone."""
+    for outer in (path, *_outer(path)):
+        module = modules[outer]
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # what torch sets for activations that it cannot fuse
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
+
+
+def _outer(path: str) -> list[str]:
+    """The paths of the modules that a path lies in, from the inside to the model."""
+    owners = [path.rpartition(".")[0]]
+    while owners[-1]:
+        owners.append(owners[-1].rpartition(".")[0])
+    return owners
 
 
 def _shorten(
@@ -178,9 +198,7 @@ def _places(items: Sequence[tuple[str, nn.Module | None]]) -> list[tuple[str, st
 
 def _recount(model: nn.Module, path: str, count: int, gone: list[int]) -> None:
     """Depths in the owner of the list, and in configuration objects of it, of the model and of what is between."""
-    owners = [path.rpartition(".")[0]]
-    while owners[-1]:
-        owners.append(owners[-1].rpartition(".")[0])
+    owners = _outer(path)
     seen: set[int] = set()
     for place in owners:
         module = model.get_submodule(place)

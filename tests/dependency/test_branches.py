@@ -16,7 +16,7 @@ from graphprune.dependency.blocks import Block
 from graphprune.dependency.branches import find_branches, search_branches
 from graphprune.modules import Silence
 from graphprune.surgery import remove_layers
-from graphprune.verification import verify_layers
+from graphprune.verification import bypassed, verify_layers
 from tests.layered_networks import networks
 
 STYLES = ("pre-norm", "scaled", "post-norm", "parallel", "subtracted", "in place", "norm behind")
@@ -194,6 +194,52 @@ def test_branches_of_several_modules_add_nothing(kinds: list[str], inner: int, s
     assert {n for n, m in small.named_modules() if isinstance(m, Silence)} == silent
     left = sum(p.numel() for n, p in model.named_parameters() if not any(n.startswith(f"{s}.") for s in silent))
     assert sum(p.numel() for p in small.parameters()) == left
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_torchs_own_encoder_and_its_fused_path(norm_first: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
+    model, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 8)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    padding = torch.tensor([[False] * 5, [False, False, False, True, True]])
+    branches = find_branches(model, x)
+    pair = [("self_attn",), ("linear1", "linear2")]
+    assert [b.modules for b in branches] == [tuple(f"layers.{i}.{n}" for n in names) for i in (0, 1) for names in pair]
+    for k in range(1, 5):
+        for chosen in itertools.combinations(branches, k):
+            small = remove_layers(model, chosen)
+            assert verify_layers(model, small, chosen, x).passed
+            with torch.no_grad(), bypassed(model, chosen):
+                wanted = model(x, src_key_padding_mask=padding)
+            with torch.no_grad():
+                got = small(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(got[~padding], wanted[~padding], rtol=1e-5, atol=1e-5)
+
+
+class Added(nn.Module):
+    """Adds to its branch in place, and works in place inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 5, 1), nn.BatchNorm2d(5), nn.Conv2d(5, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made = self.b(torch.relu_(self.norm(self.a(x))))
+        made += x
+        return torch.relu_(made)
+
+
+def test_zeros_may_be_written_into() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Added(), Added()).eval(), torch.randn(2, 3, 4, 4)
+    branches = find_branches(model, x)
+    assert [b.modules for b in branches] == [tuple(f"{i}.{n}" for n in ("a", "norm", "b")) for i in (0, 1)]
+    small = remove_layers(model, branches[:1])
+    assert verify_layers(model, small, branches[:1], x).passed
+    torch.testing.assert_close(small(x), model[1](torch.relu(x)))
 
 
 class Other(nn.Module):
