@@ -1,4 +1,4 @@
-"""Layers left out one by one: exactness, accuracy and latency after each; and layers together with channels.
+"""Layers and branches left out one by one: exactness, accuracy, latency after each; and layers together with channels.
 
     python -m tools.bench_layers                       # everything, then docs/layers.md
     python -m tools.bench_layers --models vit llama    # some of it
@@ -8,8 +8,8 @@ Rows are stored as they are made; a run goes on where the last one stopped, and 
 
 Networks: CIFAR-10 ResNet-56 of the shared data folder (GRAPHPRUNE_SHARED_DATA, else ../shared/data beside the
 checkout), a vision transformer on scikit-learn's digits, and a byte-level decoder built as Llama is, on the source of
-two of Python's modules; the last two are trained here. At each step the layer without which the loss on training data
-is lowest goes (criterion "loss"), from the network that the step before left. No training afterwards.
+two of Python's modules; the last two are trained here. At each step the layer (or branch) without which the loss on
+training data is lowest goes (criterion "loss"), from the network that the step before left. No training afterwards.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ import torch
 from torch import nn
 
 import graphprune
-from graphprune.dependency.blocks import find_blocks
+from graphprune.dependency.blocks import Block, find_blocks
+from graphprune.dependency.branches import find_branches
 from graphprune.surgery import remove_layers
 from tools._common import machine_line, markdown_table, versions_line, write
 from tools._layer_networks import TASKS, Task
@@ -34,6 +35,7 @@ OUTPUT = Path("docs/layers.md")
 FILES = Path("build/layers")
 HALF = 0.5
 COMBINED = {"resnet56": (0, 2, 4, 1), "vit": (0, 1, 2), "llama": (0, 1, 2)}
+BRANCHES, FIRST_BRANCH = {"vit": 6, "llama": 6}, 200  # how many go, and the number of their row 0
 
 
 class Store:
@@ -45,8 +47,12 @@ class Store:
 
     def find(self, name: str, step: int) -> dict[str, Any] | None:
         """The row of a step, if it is there and its network too."""
-        found = [r for r in self.rows if (r["model"], r["step"]) == (name, step) and (FILES / r["file"]).is_file()]
-        return found[0] if found else None
+        row = self.stored(name, step)
+        return row if row is not None and (FILES / row["file"]).is_file() else None
+
+    def stored(self, name: str, step: int) -> dict[str, Any] | None:
+        """The row of a step, if it is there."""
+        return next((r for r in self.rows if (r["model"], r["step"]) == (name, step)), None)
 
     def keep(self, row: dict[str, Any]) -> None:
         """Add a row in its place, or replace the one that was there."""
@@ -64,10 +70,10 @@ def one_by_one(name: str, task: Task, store: Store) -> list[nn.Module]:
     """A row for the dense network and one for every layer less. Returns these networks."""
     networks = [task.model]
     for step in range(task.steps + 1):
-        known = store.find(name, step)
+        known = store.stored(name, step) if task.given else store.find(name, step)
         if known is None:
             if step:
-                layer, small, error = _one_less(networks[-1], task)
+                layer, small, error = _one_less(networks[-1], task, "layer", find_blocks)
                 networks.append(small)
                 store.keep(_row(name, task, step, layer, small, error))
             else:
@@ -75,14 +81,32 @@ def one_by_one(name: str, task: Task, store: Store) -> list[nn.Module]:
         elif step:
             blocks = [b for b in find_blocks(networks[-1], task.example) if b.module == known["layer"]]
             networks.append(remove_layers(networks[-1], blocks))
+        if not (FILES / f"{name}-{step}.onnx").is_file():
+            _export(networks[-1], task, f"{name}-{step}.onnx")
     return networks
 
 
-def _one_less(model: nn.Module, task: Task) -> tuple[str, nn.Module, float]:
-    """The layer that went, the network without it, and its largest relative difference to the bypassed one."""
-    share = 1 / len(find_blocks(model, task.example))
+def branches(name: str, task: Task, store: Store) -> None:
+    """A row for every branch less."""
+    model = task.model
+    for step in range(1, BRANCHES.get(name, 0) + 1):
+        known = store.find(name, FIRST_BRANCH + step)
+        if known is None:
+            branch, model, error = _one_less(model, task, "branch", find_branches)
+            row = _row(name, task, FIRST_BRANCH + step, branch, model, error)
+            store.keep({**row, "branches": step})
+        else:
+            gone = [b for b in find_branches(model, task.example) if b.module == known["layer"]]
+            model = remove_layers(model, gone)
+
+
+def _one_less(
+    model: nn.Module, task: Task, granularity: str, find: Callable[[nn.Module, Any], Sequence[Block]]
+) -> tuple[str, nn.Module, float]:
+    """What went, the network without it, and its largest relative difference to the bypassed one."""
+    share = 1 / len(find(model, task.example))
     plan = graphprune.plan(
-        model, task.example, share, granularity="layer", criterion="loss", data=task.data, loss_fn=task.loss_fn
+        model, task.example, share, granularity=granularity, criterion="loss", data=task.data, loss_fn=task.loss_fn
     )
     small = plan.apply(model)
     report = graphprune.verify(model, small, plan, task.example)
@@ -91,9 +115,8 @@ def _one_less(model: nn.Module, task: Task) -> tuple[str, nn.Module, float]:
 
 
 def _row(name: str, task: Task, step: int, layer: str, model: nn.Module, error: float) -> dict[str, Any]:
-    FILES.mkdir(parents=True, exist_ok=True)
-    path = FILES / f"{name}-{step}.onnx"
-    graphprune.export_onnx(copy.deepcopy(model), task.example, path)
+    file = f"{name}-{step}.onnx"
+    _export(model, task, file)
     normed = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
     row = {
         "model": name,
@@ -105,10 +128,15 @@ def _row(name: str, task: Task, step: int, layer: str, model: nn.Module, error: 
         "macs": graphprune.count(model, task.example).macs,
         "parameters": sum(p.numel() for p in model.parameters()),
         "unit": task.unit,
-        "file": path.name,
+        "file": file,
     }
     print({k: v for k, v in row.items() if k not in ("unit", "file")}, flush=True)
     return row
+
+
+def _export(model: nn.Module, task: Task, file: str) -> None:
+    FILES.mkdir(parents=True, exist_ok=True)
+    graphprune.export_onnx(copy.deepcopy(model), task.example, FILES / file)
 
 
 def _reestimated(model: nn.Module, task: Task) -> nn.Module:
@@ -159,7 +187,11 @@ def page(rows: list[dict[str, Any]]) -> str:
     ]
     for name in dict.fromkeys(row["model"] for row in rows):
         mine = [row for row in rows if row["model"] == name]
-        parts += [f"## {name}", "", _steps([r for r in mine if "combined" not in r]), ""]
+        parts += [f"## {name}", "", _steps([r for r in mine if not {"combined", "branches"} & r.keys()]), ""]
+        fewer = [r for r in mine if "branches" in r]
+        if fewer:
+            parts += ["Branches left out one by one: attention or the MLP of a layer alone.", ""]
+            parts += [_steps([mine[0], *fewer], "branches"), ""]
         both = [r for r in mine if "combined" in r]
         if both:
             parts += [
@@ -178,14 +210,15 @@ def _merit(row: dict[str, Any], key: str = "merit") -> str:
     return "" if value is None else f"{value:.2f}" if "%" in row["unit"] else f"{value:.3f}"
 
 
-def _steps(rows: list[dict[str, Any]]) -> str:
+def _steps(rows: list[dict[str, Any]], what: str = "layers") -> str:
     normed = any(row["recovered"] is not None for row in rows)
-    headings = ["layers less", "the one that went", "exact", rows[0]["unit"]]
+    headings = [f"{what} less", "the one that went", "exact", rows[0]["unit"]]
     headings += ["batch norms measured again"] if normed else []
     headings += ["MACs", "parameters", "ms", "speed-up"]
     cells = []
     for row in rows:
-        cell = [str(row["step"]), row["layer"], f"{row['error']:.0e}" if row["step"] else "", _merit(row)]
+        cell = [str(row.get("branches", row["step"])), row["layer"]]
+        cell += [f"{row['error']:.0e}" if row["step"] else "", _merit(row)]
         cell += [_merit(row, "recovered")] if normed else []
         cell += [f"{row['macs'] / rows[0]['macs']:.0%}", f"{row['parameters'] / rows[0]['parameters']:.0%}"]
         cell += [f"{row['ms']:.2f}", f"{row['speedup']:.2f}"] if "ms" in row else ["", ""]
@@ -224,6 +257,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not options.latency:
         for name, task in tasks.items():
             together(name, task, one_by_one(name, task, store), store)
+            branches(name, task, store)
     if not options.rows:
         measure_latency(store.rows, tasks)
         store.write()
