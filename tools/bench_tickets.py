@@ -350,8 +350,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         cifar = Cifar(loaders())
         for seed in range(options.seeds):
             tickets(cifar, rows, seed)
-        for seed in range(min(options.seeds, FEW)):
-            tune(cifar, rows, seed)
+            if seed < FEW:
+                tune(cifar, rows, seed)
     write(options.output, page(rows, options.output.parent))
     print(f"written: {options.output}")
 
