@@ -14,8 +14,8 @@ from .kernels import Kernel
 from .profiles import profile
 from .stairs import ChainMeter
 
-# Lengths beside the one that varies, and spatial size.
-_BESIDE, _SIDE, _ROWS, _RUNS = 64, 14, 196, 12
+# Lengths beside the one that varies, spatial size, rows of products; calls in a row, rounds.
+_BESIDE, _SIDE, _ROWS, _RUNS, _ROUNDS = 64, 14, 196, 10, 5
 KINDS = ("conv", "pointwise", "depthwise", "linear", "matmul")
 
 
@@ -35,19 +35,21 @@ class _Chain:
 
 
 def make_chain_meter(provider: Provider, threads: int, options: dict[str, str]) -> ChainMeter:
-    """Measures chains in ONNX Runtime, one file per width; the lowest of a few runs, alternated."""
+    """Measures chains in ONNX Runtime, one file per width: the lowest of a few rounds over all widths, so that what
+    slows the machine down for a while does not look like a stair. On a CPU with one thread: stairs are registers and
+    tiles, and threads that wait for each other only hide them."""
+    threads = 1 if provider.device == "cpu" else threads
 
     def measure(kind: str, widths: Sequence[int]) -> list[float]:
-        return [_seconds(_model(kind, int(w)), provider, threads, options) for w in widths]
+        models = [_model(kind, int(w)) for w in widths]
+        rounds = [[_seconds(made, provider, threads, options) for made in models] for _ in range(_ROUNDS)]
+        return [min(times) for times in zip(*rounds, strict=True)]
 
     return measure
 
 
 def _seconds(made: tuple[bytes, dict[str, np.ndarray]], provider: Provider, threads: int, options: Any) -> float:
-    found = profile(made[0], made[1], provider, threads=threads, options=options, runs=_RUNS)
-    inner = sum(node.seconds for node in found.nodes)
-    # a device that runs beside its caller has no node times to add up
-    return inner if provider.device == "cpu" else found.wall
+    return profile(made[0], made[1], provider, threads=threads, options=options, runs=_RUNS).fastest
 
 
 def _model(kind: str, width: int) -> tuple[bytes, dict[str, np.ndarray]]:

@@ -17,10 +17,12 @@ from ..errors import GraphPruneError
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-# Widths are scanned over two periods and a little more, so that the last of them have larger ones beside them.
+# Widths are scanned over two periods and a little more.
 PERIOD, _TAIL = 64, 16
-# How much faster a width must be than every larger one, against noise.
-_TOLERANCE = 0.02
+_PERIODS = (1, 2, 4, 8, 16, 32, 64)
+# How much cheaper a step is than the next one, against noise; how much dearer than a larger one no step is; how much
+# worse a simpler pattern may fit.
+_TOLERANCE, _DEAR, _SIMPLER = 0.012, 0.05, 1.2
 
 
 def scan_widths() -> Ints:
@@ -28,11 +30,47 @@ def scan_widths() -> Ints:
     return np.arange(PERIOD + 1, 3 * PERIOD + _TAIL + 1, dtype=np.int64)
 
 
-def undominated(seconds: Floats, tolerance: float) -> npt.NDArray[np.bool_]:
-    """Which entries are lower, by this share, than all entries after them."""
-    rest = np.minimum.accumulate(np.append(seconds[1:], np.inf)[::-1])[::-1]
-    found: npt.NDArray[np.bool_] = seconds < rest * (1 - tolerance)
-    return found
+def cheapest_above(seconds: Floats) -> Floats:
+    """The least time of each width and all larger ones."""
+    return np.minimum.accumulate(seconds[::-1])[::-1]
+
+
+def period_of(numbers: Floats) -> int:
+    """The shortest period (one of `_PERIODS`) after which numbers, one for each of `scan_widths()`, repeat but for
+    a smooth trend.
+
+    A longer one must say more about numbers that are left out of it, so that noise has no period.
+    """
+    errors = [_left_out(numbers - trend_of(numbers, p)[0], p) for p in _PERIODS]
+    good = _SIMPLER * min(errors) + 1e-9 * float(np.abs(numbers).max())
+    return next(p for p, e in zip(_PERIODS, errors, strict=True) if e <= good)
+
+
+def trend_of(numbers: Floats, period: int) -> tuple[Floats, float]:
+    """The least squares parabola over the width, zero and with the returned slope in the middle, where each remainder
+    modulo `period` has a level of its own."""
+    away = scan_widths() - scan_widths().mean()
+    basis = np.stack([away, away**2], 1)
+    at = scan_widths() % period
+    inside = [np.concatenate([v[at == r] - v[at == r].mean(0) for r in range(period)]) for v in (basis, numbers)]
+    slope, bend = np.linalg.lstsq(inside[0], inside[1], rcond=None)[0].tolist()
+    return slope * away + bend * away**2, slope
+
+
+def _left_out(numbers: Floats, period: int) -> float:
+    """Mean distance of each number from the median of the others a multiple of `period` away."""
+    at = scan_widths() % period
+    total = 0.0
+    for r in range(period):
+        own = numbers[at == r]
+        total += sum(abs(own[i] - np.median(np.delete(own, i))) for i in range(len(own)))
+    return float(total) / len(numbers)
+
+
+def _medians(values: Floats, period: int) -> Floats:
+    """One number per remainder modulo `PERIOD`: the median of what lies a multiple of `period` away."""
+    at = scan_widths() % period
+    return np.tile([np.median(values[at == r]) for r in range(period)], PERIOD // period)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +88,24 @@ class Stairs:
 
     @classmethod
     def found(cls, seconds: Sequence[float]) -> Stairs:
-        """From the times at `scan_widths()`: steps are remainders that are undominated in both periods."""
-        times = np.asarray(seconds, np.float64)
-        good = undominated(times, _TOLERANCE)[: 2 * PERIOD].reshape(2, PERIOD).all(0)
-        remainders = scan_widths()[:PERIOD] % PERIOD
-        steps = sorted(int(r) for r in remainders[good]) or [0]
-        made = cls(tuple(steps), (1.0,) * PERIOD)
-        first = times[: 2 * PERIOD].reshape(2, PERIOD)
-        above = made.up(scan_widths()[: 2 * PERIOD]) - (PERIOD + 1)
-        ratios = (first.reshape(-1) / times[np.minimum(above, len(times) - 1)]).reshape(2, PERIOD).mean(0)
-        penalty = np.ones(PERIOD)
-        penalty[remainders] = np.clip(ratios, 0.5, 5)
-        penalty[steps] = 1
-        return cls(tuple(steps), tuple(float(p) for p in penalty))
+        """From the times at `scan_widths()`. What departs from a line in no regular way is noise; where nothing does,
+        every width is a step."""
+        times, widths = np.asarray(seconds, np.float64), scan_widths()
+        least = cheapest_above(times)
+        cheap = times <= least * (1 + _DEAR)  # no larger one costs clearly less
+        regular = period_of(cheap.astype(np.float64))
+        period = max(period_of(least), regular)
+        trend, growth = trend_of(least, period)
+        if period == 1 and growth > 0:
+            return SMOOTH
+        off = np.where(_medians(cheap, period) > 0.5, _medians(times - trend, period), np.inf)
+        steps = _steps(off / float(np.median(least)), max(0.0, growth) / float(np.median(least)))
+        made = cls(steps, (1.0,) * PERIOD)
+        above = np.minimum(made.up(widths) - widths[0], len(times) - 1)
+        regular = max(regular, next(p for p in _PERIODS if {(s + p) % PERIOD for s in steps} == set(steps)))
+        penalty = np.clip(_medians(times / times[above], regular), 0.5, 5)
+        penalty[list(steps)] = 1
+        return cls(steps, tuple(float(p) for p in penalty))
 
     @property
     def step(self) -> int:
@@ -89,6 +132,21 @@ class Stairs:
     @functools.cached_property
     def _penalty(self) -> Floats:
         return np.asarray(self.penalty, np.float64)
+
+
+def _steps(level: Floats, growth: float) -> tuple[int, ...]:
+    """Remainders of the widths that are cheaper than the next step: `level` by remainder, about 1, infinite where it is
+    out of the question; `growth` by a width."""
+    rising = np.tile(level, 4) + growth * (np.arange(4 * PERIOD) - 2 * PERIOD)
+    # the first: the width that all larger ones exceed by most
+    possible = [w for w in range(2 * PERIOD, 3 * PERIOD) if np.isfinite(rising[w])]
+    above = max(possible, key=lambda w: float(rising[w + 1 : w + PERIOD + 1].min() / rising[w]))
+    found = {above % PERIOD}
+    for w in range(above - 1, above - PERIOD, -1):
+        if rising[w] < rising[above] - _TOLERANCE:
+            found.add(w % PERIOD)
+            above = w
+    return tuple(sorted(found))
 
 
 SMOOTH = Stairs(tuple(range(PERIOD)), (1.0,) * PERIOD)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from graphprune import GraphPruneError
-from graphprune.latency.stairs import PERIOD, SMOOTH, Stairs, scan_widths, undominated
+from graphprune.latency.stairs import PERIOD, SMOOTH, Stairs, cheapest_above, period_of, scan_widths
 
 
 def times(step: int, noise: float = 0.0) -> list[float]:
@@ -46,12 +46,42 @@ def test_the_step_is_the_least_whose_multiples_are_steps(steps: tuple[int, ...],
     assert Stairs(steps, (1.0,) * PERIOD).step == step
 
 
-def test_undominated_is_what_every_larger_width_exceeds() -> None:
+def test_cheapest_above_is_the_least_of_what_is_not_narrower() -> None:
     rng = np.random.default_rng(1)
     for _ in range(50):
         t = rng.uniform(1, 2, 12)
-        slow = [all(t[i] < 0.98 * t[j] for j in range(i + 1, 12)) for i in range(12)]
-        assert undominated(t, 0.02).tolist() == slow
+        assert cheapest_above(t).tolist() == [min(t[i:]) for i in range(12)]
+
+
+@pytest.mark.parametrize("period", [1, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_the_period_is_found_where_there_is_one(period: int, noise: float) -> None:
+    rng = np.random.default_rng(period)
+    ratios = 1 + 0.1 * (scan_widths() % period) / max(1, period - 1)
+    assert period_of(ratios * (1 + noise * rng.uniform(-1, 1, len(ratios)))) == period
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_noise_on_a_line_makes_no_stairs(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    seconds = (scan_widths() + 20.0) * (1 + 0.03 * rng.uniform(-1, 1, len(scan_widths())))
+    assert Stairs.found(seconds.tolist()) == SMOOTH
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("step, even", [(16, 4), (8, 4), (32, 8), (4, 4), (16, 16)])
+def test_stairs_that_only_some_widths_follow(seed: int, step: int, even: int) -> None:
+    """Blocks of `step` channels for multiples of `even`, something else, far dearer and with a slope of its own, for
+    all other widths; slow spells of the machine."""
+    rng = np.random.default_rng(seed)
+    widths = scan_widths()
+    seconds = np.where(widths % even == 0, np.ceil(widths / step) * step + 20.0, 1.5 * widths + 10)
+    seconds = seconds * (1 + 0.01 * rng.uniform(-1, 1, len(widths)))
+    seconds[40:45] *= 1.3
+    stairs = Stairs.found(seconds.tolist())
+    assert stairs.steps == tuple(range(0, PERIOD, step))
+    assert (stairs.factor([1, 2, 3, 65]) > 1.1).all() == (even > 1)
+    assert stairs.factor(np.arange(0, 256, even)) == pytest.approx(1, abs=0.02)
 
 
 def test_smooth_has_every_width() -> None:
