@@ -98,7 +98,7 @@ class Stairs:
         trend, growth = trend_of(least, period)
         if period == 1 and growth > 0:
             return SMOOTH
-        off = np.where(_medians(cheap, period) > 0.5, _medians(times - trend, period), np.inf)
+        off = np.where(_medians(cheap.astype(np.float64), period) > 0.5, _medians(times - trend, period), np.inf)
         steps = _steps(off / float(np.median(least)), max(0.0, growth) / float(np.median(least)))
         made = cls(steps, (1.0,) * PERIOD)
         above = np.minimum(made.up(widths) - widths[0], len(times) - 1)
