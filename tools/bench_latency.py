@@ -18,6 +18,7 @@ import contextlib
 import copy
 import json
 import statistics
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,10 +64,26 @@ def network(name: str) -> tuple[nn.Module, Any]:
     return model.requires_grad_(True).eval(), torch.randn(1, 3, 320, 320)
 
 
-def milliseconds(models: dict[str, nn.Module], example: Any, threads: int) -> dict[str, float]:
-    """Medians of alternated calls, measured apart from anything the plans measured."""
-    report = graphprune.benchmark(models, example, provider="cpu", threads=threads, check=False)
-    return {row.model: row.median_ms for row in report.rows}
+class Timer:
+    """Times networks in turns with one dense network, which is exported once."""
+
+    def __init__(self, dense: nn.Module, example: Any, threads: int) -> None:
+        self.example, self.threads = example, threads
+        self._folder = tempfile.TemporaryDirectory(prefix="graphprune-")
+        self._count = 0
+        self._dense = self._export(dense)
+
+    def __call__(self, **models: nn.Module) -> dict[str, float]:
+        """Median milliseconds of alternated calls, of the dense one too; measured apart from what plans measured."""
+        files = {"dense": self._dense, **{name: self._export(model) for name, model in models.items()}}
+        report = graphprune.benchmark(files, self.example, provider="cpu", threads=self.threads)
+        return {row.model: row.median_ms for row in report.rows}
+
+    def _export(self, model: nn.Module) -> Path:
+        self._count += 1
+        path = Path(self._folder.name) / f"{self._count}.onnx"
+        graphprune.export_onnx(model, self.example, path, dynamic_batch=False, check=False)
+        return path
 
 
 class Importance:
@@ -94,7 +111,7 @@ def budget(name: str, threads: int, speedup: float) -> Row:
     plan, row = _planned(model, example, threads, speedup)
     small = plan.apply(model)
     graphprune.verify(model, small, plan, example).raise_on_failure()
-    found = milliseconds({"dense": model, "small": small}, example, threads)
+    found = Timer(model, example, threads)(small=small)
     counts = [graphprune.count(m, example).macs for m in (model, small)]
     return {**row, "dense": found["dense"], "reached": found["dense"] / found["small"], "macs": counts[1] / counts[0]}
 
@@ -107,9 +124,7 @@ def _planned(model: nn.Module, example: Any, threads: int, speedup: float, **mor
     return plan, {"attempts": attempts, "chosen": plan.latency.chosen}
 
 
-def as_fast(
-    make: Callable[[float], nn.Module], dense: nn.Module, example: Any, threads: int, wanted: float
-) -> tuple[float, float]:
+def as_fast(make: Callable[[float], nn.Module], timer: Timer, wanted: float) -> tuple[float, float]:
     """The fraction of multiply-accumulates at which a network is `wanted` times as fast as the dense one, and its
     measured speed-up: the fraction that comes nearest, by bisection."""
     low, high = 0.02, 1.0
@@ -117,7 +132,7 @@ def as_fast(
     for _ in range(TRIES):
         fraction = (low + high) / 2
         try:
-            found = milliseconds({"dense": dense, "small": make(fraction)}, example, threads)
+            found = timer(small=make(fraction))
         except graphprune.GraphPruneError:  # below the least that can stay
             low = fraction
             continue
@@ -135,7 +150,8 @@ def macs(name: str, threads: int, speedup: float) -> Row:
     model, example = network(name)
     importance = Importance(model, example)
     plan, _ = _planned(model, example, threads, speedup)
-    found = milliseconds({"dense": model, "small": plan.apply(model)}, example, threads)
+    timer = Timer(model, example, threads)
+    found = timer(small=plan.apply(model))
     wanted = found["dense"] / found["small"]
     plans: dict[float, graphprune.Plan] = {}
 
@@ -143,7 +159,7 @@ def macs(name: str, threads: int, speedup: float) -> Row:
         plans[fraction] = graphprune.plan(model, example, budget=graphprune.Budget(macs=fraction))
         return plans[fraction].apply(model)
 
-    fraction, reached = as_fast(make, model, example, threads, wanted)
+    fraction, reached = as_fast(make, timer, wanted)
     other = importance.kept(plans[fraction]) if fraction in plans else 1.0
     return {"latency": [wanted, importance.kept(plan)], "macs": [reached, other], "fraction": fraction}
 
@@ -156,7 +172,7 @@ def ratio(name: str, threads: int, share: float) -> Row:
     ours = graphprune.prune(model, example, share, round_to=int(steps.max()))
     theirs = copy.deepcopy(model)
     _peer.prune_in_place(theirs, example, share, [n for n, m in model.named_modules() if m is classifier_of(model)])
-    found = milliseconds({"dense": model, "ours": ours, "theirs": theirs}, example, threads)
+    found = Timer(model, example, threads)(ours=ours, theirs=theirs)
     parameters = {k: sum(p.numel() for p in m.parameters()) for k, m in (("ours", ours), ("theirs", theirs))}
     return {**found, "step": int(steps.max()), "parameters": [parameters["ours"], parameters["theirs"]]}
 
@@ -168,7 +184,8 @@ def accuracy(name: str, threads: int, speedup: float) -> Row:
     made = task(name, 1500, False)
     chosen: dict[str, Any] = {"criterion": "reconstruction", "data": made.data[:1]}
     plan, row = _planned(made.model, made.example, threads, speedup, **chosen)
-    found = milliseconds({"dense": made.model, "small": plan.apply(made.model)}, made.example, threads)
+    timer = Timer(made.model, made.example, threads)
+    found = timer(small=plan.apply(made.model))
     wanted = found["dense"] / found["small"]
     plans: dict[float, graphprune.Plan] = {}
 
@@ -177,7 +194,7 @@ def accuracy(name: str, threads: int, speedup: float) -> Row:
         plans[fraction] = graphprune.plan(made.model, made.example, budget=limit, **chosen)
         return plans[fraction].apply(made.model)
 
-    fraction, reached = as_fast(make, made.model, made.example, threads, wanted)
+    fraction, reached = as_fast(make, timer, wanted)
     out: Row = {**row, "fraction": fraction, "dense": found["dense"]}
     for key, value, speed in (("latency", plan, wanted), ("macs", plans[fraction], reached)):
         repaired = graphprune.recover(made.model, value, made.example, made.data).model

@@ -159,6 +159,7 @@ def _within(
         floors.append(least if chosen[group.index] and group.index not in forced else ceilings[-1])
     chooser = StairWidths if any(limit.stairs is not None for limit in limits) else Widths
     widths = chooser([scores[g.index] for g in groups], floors, ceilings, settings.round_to)
+    stairs = chooser is StairWidths
     best: tuple[float, Allocation] | None = None
     scale, fits, exceeds = 1.0, 0.0, math.inf
     for _ in range(_ROUNDS):
@@ -173,9 +174,12 @@ def _within(
         used = max(limit.cost.exact(made.gone) / limit.most for limit in limits)
         if used <= 1 + 1e-12:
             fits = scale
-            if best is None or used > best[0]:
-                best = (used, made)
-            if used >= _NEAR or scale >= _FREE:
+            worth = -sum(float(scores[g][lost].sum()) for g, lost in made.removed.items()) if stairs else used
+            if best is None or worth > best[0]:
+                best = (worth, made)
+            # between two stairs there may be no way to use more
+            exact = stairs and all(g.size - len(made.removed.get(g.index, ())) == wanted[g.index] for g in groups)
+            if used >= _NEAR or scale >= _FREE or exact:
                 break
         else:
             exceeds = scale

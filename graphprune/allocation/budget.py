@@ -17,7 +17,12 @@ Ints = npt.NDArray[np.int64]
 
 
 class UnreachableBudget(GraphPruneError):
-    """Not even the least widths allowed keep the budget."""
+    """Not even the least widths allowed keep the budget. `limit`: which is exceeded; `least`: what they cost; None
+    where no single limit is to blame."""
+
+    def __init__(self, message: str, limit: Limit | None = None, least: float | None = None) -> None:
+        super().__init__(message)
+        self.limit, self.least = limit, least
 
 
 # Steps by which the price of cost is raised, from where nothing goes to where the budget is met.
@@ -89,7 +94,7 @@ class Limit:
 
 
 def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float], form: str) -> None:
-    """Raise GraphPruneError, with costs in this format, if the least fractions that may stay cost more than `most`."""
+    """Raise UnreachableBudget, with costs in this format, if the least fractions that may stay cost more than `most`."""
     for limit, m in zip(limits, most, strict=True):
         found = limit.cost.value(least)
         if found > m * (1 + 1e-12):
@@ -97,7 +102,9 @@ def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float], f
             raise UnreachableBudget(
                 f"budget: {limit.name} cannot be brought to {m:{form}}: with the least number of channels allowed "
                 f"{found:{form}} remain ({found / full:.1%} of {full:{form}}); raise the budget or max_ratio, lower "
-                f"min_channels, or ignore less"
+                f"min_channels, or ignore less",
+                limit,
+                found,
             )
 
 
@@ -124,6 +131,14 @@ class Widths:
         Raises GraphPruneError when even the floors cost more.
         """
         most = [limit.most * scale for limit in limits]
+        keep = self.rough(limits, scale)
+        if (keep == self.ceilings).all():
+            return keep
+        return self._exchanged(self._filled(keep, limits, most), limits, most)
+
+    def rough(self, limits: Sequence[Limit], scale: float = 1.0) -> Ints:
+        """`choose` without filling what room is left."""
+        most = [limit.most * scale for limit in limits]
         check_least(self.fraction(self.floors), limits, most, ",.0f")
         keep = self.ceilings.copy()
         if self._fits(keep, limits, most):
@@ -132,12 +147,9 @@ class Widths:
         for price in np.geomspace(low, high, _STEPS):
             new = self._at(price, keep, limits, most)
             if self._fits(new, limits, most):
-                keep = self._between(keep, new, lambda k: self._fits(k, limits, most))
-                break
+                return self._between(keep, new, lambda k: self._fits(k, limits, most))
             keep = new
-        else:
-            keep = self._between(keep, self.floors.copy(), lambda k: self._fits(k, limits, most))
-        return self._exchanged(self._filled(keep, limits, most), limits, most)
+        return self._between(keep, self.floors.copy(), lambda k: self._fits(k, limits, most))
 
     def fraction(self, keep: Ints) -> Floats:
         return keep / np.maximum(self.sizes, 1)

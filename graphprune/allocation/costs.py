@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any, Protocol
 
 import numpy as np
@@ -46,6 +46,9 @@ class CostModel(Protocol):
 
     def curve(self, group: int, kept: Floats, fractions: Floats) -> Floats:
         """The part of the cost that depends on this group, at each of these fractions; the others as in `kept`."""
+
+    def partners(self, group: int) -> Set[int]:
+        """The groups whose widths change `curve` of this one."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,7 +121,8 @@ class ProductCosts:
     def __init__(self, graph: DependencyGraph, axes: Axes | None = None) -> None:
         self.graph = graph
         self.axes = axes or Axes(graph)
-        self._terms: list[tuple[float, tuple[Axis, ...]]] = []
+        self._factors: dict[tuple[int, ...], float] = {}
+        self._free: dict[tuple[int, ...], tuple[Axis, ...]] = {}
         self.constant = 0.0
 
     def add(self, factor: float, axes: Sequence[tuple[AxisMap, int]]) -> None:
@@ -127,9 +131,15 @@ class ProductCosts:
         free = tuple(a for a in found if a.groups)
         factor *= math.prod(a.length for a in found if a not in free)
         if free:
-            self._terms.append((factor, free))
+            key = tuple(sorted(id(a) for a in free))
+            self._free[key] = free
+            self._factors[key] = self._factors.get(key, 0.0) + factor
         else:
             self.constant += factor
+
+    @functools.cached_property
+    def _terms(self) -> list[tuple[float, tuple[Axis, ...]]]:
+        return [(factor, self._free[key]) for key, factor in self._factors.items()]
 
     @functools.cached_property
     def _used(self) -> list[Axis]:
@@ -158,6 +168,10 @@ class ProductCosts:
         for factor, axes in self._by_group.get(group, ()):
             out += factor * math.prod(a.value(varied) for a in axes)
         return out
+
+    def partners(self, group: int) -> Set[int]:
+        axes = [a for _, axes in self._by_group.get(group, ()) for a in axes]
+        return frozenset[int]().union(*(a.groups for a in axes)) - {group}
 
     def slopes(self, kept: Floats) -> Floats:
         out = np.zeros(len(self.graph.groups))

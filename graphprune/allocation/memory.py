@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,10 @@ class MemoryCosts:
         activations = self._activations({k: a.value(varied) for k, a in self._varying.items()}, len(fractions))
         total: Floats = self._bytes * self._weights.curve(group, kept, fractions) + activations.max(0, initial=0.0)
         return total
+
+    def partners(self, group: int) -> Set[int]:
+        """All: any of them can be alive at the highest moment."""
+        return frozenset(range(len(self._axes.graph.groups))) - {group}
 
     def slopes(self, kept: Floats) -> Floats:
         """At the moment when most is alive."""

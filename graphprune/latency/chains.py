@@ -15,7 +15,7 @@ from .profiles import profile
 from .stairs import ChainMeter
 
 # Lengths beside the one that varies, spatial size, rows of products; calls in a row, rounds.
-_BESIDE, _SIDE, _ROWS, _RUNS, _ROUNDS = 64, 14, 196, 10, 5
+_BESIDE, _SIDE, _ROWS, _RUNS, _ROUNDS = 64, 14, 196, 10, 8
 KINDS = ("conv", "pointwise", "depthwise", "linear", "matmul")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,8 @@ class LatencyCosts:
                 self._by_group.setdefault(g, []).append(term)
         self._values: dict[tuple[Any, ...], float] = {}
         self._curves: dict[tuple[Any, ...], Floats] = {}
+        self._whole_curves: dict[tuple[Any, ...], Floats] = {}
+        self._partners: dict[int, list[int]] = {}
 
     @property
     def full(self) -> float:
@@ -96,7 +99,21 @@ class LatencyCosts:
         return self.constant + heavy + self._light * self._elements.exact(gone)
 
     def curve(self, group: int, kept: Floats, fractions: Floats) -> Floats:
-        return self.stairs(group, kept, fractions) + self._light * self._elements.curve(group, kept, fractions)
+        key = (group, kept[self._beside(group)].tobytes(), fractions.tobytes())
+        if key not in self._whole_curves:
+            elements = self._light * self._elements.curve(group, kept, fractions)
+            self._whole_curves[key] = self.stairs(group, kept, fractions) + elements
+        return self._whole_curves[key]
+
+    def partners(self, group: int) -> Set[int]:
+        return frozenset(self._beside(group))
+
+    def _beside(self, group: int) -> list[int]:
+        if group not in self._partners:
+            terms = self._by_group.get(group, ())
+            found = self._elements.partners(group) | frozenset[int]().union(*(t.unit.groups for t in terms))
+            self._partners[group] = sorted(found - {group})
+        return self._partners[group]
 
     def stairs(self, group: int, kept: Floats, fractions: Floats) -> Floats:
         """The part of `curve` that computations take: where it does not fall, a width is not worth having, though

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
+from ..allocation.budget import UnreachableBudget
 from ..dependency import DependencyGraph, trace
 from ..errors import GraphPruneError
 from ..plans import Plan, structural_hash
@@ -43,40 +44,133 @@ def plan_within(
     table = own_table(provider, target.threads, options)
     with Bench(model, example, provider, target.threads, options) as bench:
         graph = trace(model, example)
-        forecast = Forecast(table, measured_context(graph, table, bench.profile()))
-        seen: list[tuple[DependencyGraph, Plan]] = []
-        attempts: list[Attempt] = []
-        for _ in range(max(1, target.attempts)):
-            dense = forecast.dense
-            try:
-                made = decide(forecast)
-            except GraphPruneError:
-                if not seen:
-                    raise
-                break  # the correction asks for more than can go; what was seen is nearest
-            limit, predicted = requested(dense) / forecast.correction, forecast.predicted * forecast.correction
-            measured = None
-            if target.attempts:
-                now, measured = bench.compare(made[1].apply(model))
-                if not seen and abs(now / dense - 1) > _STEADY:  # the first look was at a busy machine
-                    again = measured_context(graph, table, bench.profile())
-                    forecast = Forecast(table, dataclasses.replace(again, wall=min(again.wall, now)))
-                    dense, made = forecast.dense, decide(forecast)
-                    limit, predicted = requested(dense), forecast.predicted
-                    now, measured = bench.compare(made[1].apply(model))
-                measured *= dense / now  # what slowed both down is taken out
-            seen.append(made)
-            attempts.append(Attempt(1e3 * limit, 1e3 * predicted, None if measured is None else 1e3 * measured))
-            if measured is None or _NEAR <= measured / requested(dense) <= _OVER or made[1].empty:
-                break
-            if any(a.limit_ms == attempts[-1].limit_ms for a in attempts[:-1]):
-                break
-            forecast.correction = measured / max(forecast.predicted, 1e-12)
+        search = _Search(model, bench, graph, table, requested, decide)
+        search.run(target.attempts)
     keep(table)
-    chosen = _best(attempts, 1e3 * requested(dense))
-    record = Latency(1e3 * requested(dense), 1e3 * dense, tuple(attempts), chosen, dict(table.about))
-    graph, plan = seen[chosen]
-    return graph, dataclasses.replace(plan, latency=record)
+    return search.result()
+
+
+class _Search:
+    """Plans that were tried, each nearer to the request than the one before, it is hoped."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bench: Bench,
+        graph: DependencyGraph,
+        table: LatencyTable,
+        requested: Callable[[float], float],
+        decide: Callable[[Forecast], tuple[DependencyGraph, Plan]],
+    ) -> None:
+        self.model, self.bench, self.graph, self.table = model, bench, graph, table
+        self._requested, self.decide = requested, decide
+        self.forecast = Forecast(table, measured_context(graph, table, bench.profile()))
+        self.seen: list[tuple[DependencyGraph, Plan]] = []
+        self.attempts: list[Attempt] = []
+        self.raw: list[float] = []  # predictions without corrections, in seconds
+
+    @property
+    def requested(self) -> float:
+        """Seconds allowed."""
+        return self._requested(self.forecast.dense)
+
+    def run(self, count: int) -> None:
+        """Try up to `count` plans; with none, one that is not measured."""
+        if not count:
+            self._note(self.decide(self.forecast), None)
+            return
+        for _ in range(count):
+            made = self._decided()
+            if made is None:
+                return
+            measured = self._measured(made)
+            if not self.seen and measured is None:  # the first look was at a busy machine
+                made = self._decided()
+                assert made is not None
+                measured = self._measured(made, again=False)
+            assert measured is not None
+            same = any(made[1].removed == plan.removed for _, plan in self.seen)
+            self._note(made, measured)
+            if _NEAR <= measured / self.requested <= _OVER or made[1].empty or same:
+                return
+            wanted = aimed(self.raw, [1e-3 * a.measured_ms for a in self.attempts if a.measured_ms], self.requested)
+            self.forecast.correction = self.requested / wanted
+            limit = 1e3 * self.requested / self.forecast.correction
+            if any(abs(a.limit_ms / limit - 1) < 1e-9 for a in self.attempts):
+                return
+
+    def result(self) -> tuple[DependencyGraph, Plan]:
+        chosen = _best(self.attempts, 1e3 * self.requested)
+        dense = 1e3 * self.forecast.dense
+        record = Latency(1e3 * self.requested, dense, tuple(self.attempts), chosen, dict(self.table.about))
+        graph, plan = self.seen[chosen]
+        return graph, dataclasses.replace(plan, latency=record)
+
+    def _decided(self) -> tuple[DependencyGraph, Plan] | None:
+        """The plan for the forecast as it is; where that expects too much of even the smallest network, the smallest
+        one. None where nothing new can be tried. What the table says is no reason to refuse: the smallest network is
+        measured first."""
+        try:
+            return self.decide(self.forecast)
+        except UnreachableBudget as error:
+            if error.limit is None or error.limit.stairs is None:
+                raise
+            return self._smallest(error)
+
+    def _smallest(self, error: UnreachableBudget) -> tuple[DependencyGraph, Plan] | None:
+        assert error.least is not None
+        asked = self.forecast.correction
+        self.forecast.correction = self.requested / (error.least * (1 + 1e-6))
+        try:
+            made = self.decide(self.forecast)
+        except GraphPruneError:
+            self.forecast.correction = asked
+            if self.seen:
+                return None  # what was seen is nearest
+            raise error from None
+        if self.seen:
+            return made
+        measured = self._measured(made, again=False)
+        assert measured is not None
+        if measured > self.requested * _OVER:
+            raise GraphPruneError(
+                f"budget: latency cannot be brought to {1e3 * self.requested:.4g} ms of {1e3 * self.forecast.dense:.4g}"
+                f" ms: the smallest network allowed is expected to take {1e3 * self.forecast.predicted:.4g} ms, and "
+                f"took {1e3 * measured:.4g} ms when it was measured; raise the budget or max_ratio, lower "
+                f"min_channels, ignore less, or let whole layers go (granularity)"
+            ) from error
+        return made
+
+    def _measured(self, made: tuple[DependencyGraph, Plan], again: bool = True) -> float | None:
+        """Seconds of a plan's network, had the machine been as it was at the first look at it. With `again`, where that
+        look was far off, None, and a new look is taken."""
+        now, measured = self.bench.compare(made[1].apply(self.model))
+        if again and not self.seen and abs(now / self.forecast.dense - 1) > _STEADY:
+            context = measured_context(self.graph, self.table, self.bench.profile())
+            self.forecast = Forecast(self.table, dataclasses.replace(context, wall=min(context.wall, now)))
+            return None
+        return measured * self.forecast.dense / now
+
+    def _note(self, made: tuple[DependencyGraph, Plan], measured: float | None) -> None:
+        forecast = self.forecast
+        limit, predicted = 1e3 * self.requested / forecast.correction, 1e3 * forecast.predicted * forecast.correction
+        self.seen.append(made)
+        self.raw.append(forecast.predicted)
+        self.attempts.append(Attempt(limit, predicted, None if measured is None else 1e3 * measured))
+
+
+def aimed(predicted: Sequence[float], measured: Sequence[float], requested: float) -> float:
+    """The prediction to ask for so that the measurement becomes what is requested: between the nearest measurements on
+    both sides of the middle of what is near enough, on the line through them; else in proportion to the nearest one."""
+    aim = requested * (_NEAR + _OVER) / 2
+    pairs = [(m, p) for m, p in zip(measured, predicted, strict=True)]
+    below, above = [x for x in pairs if x[0] <= aim], [x for x in pairs if x[0] > aim]
+    if below and above:
+        (m0, p0), (m1, p1) = max(below), min(above)
+        if p0 < p1:
+            return p0 + (aim - m0) * (p1 - p0) / (m1 - m0)
+    m, p = min(pairs, key=lambda x: abs(x[0] / aim - 1))
+    return p * aim / max(m, 1e-12)
 
 
 def _best(attempts: list[Attempt], limit: float) -> int:

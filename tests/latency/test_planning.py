@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch import nn
 import graphprune
 from graphprune import Budget, GraphPruneError, Target
 from graphprune.latency.forecast import Forecast, measured_context
+from graphprune.latency.planning import aimed
 
 from .law import net, planned, run_of, seconds_of, table
 
@@ -59,10 +61,60 @@ def test_max_ratio_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(g.kept >= g.size * 0.5 for g in plan.groups)
 
 
-def test_an_impossible_budget_says_what_remains(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_budget_says_what_was_predicted_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = net()
-    with pytest.raises(GraphPruneError, match=r"latency.*remain.*raise the budget"):
+    with pytest.raises(GraphPruneError, match=r"latency cannot be .* expected to take .* took .* raise the budget"):
         planned(monkeypatch, model, x, budget=Budget(latency=0.001))
+
+
+def test_with_a_table_alone_an_impossible_budget_says_what_remains() -> None:
+    model, x = net()
+    made = table()
+    graph = graphprune.trace(model, x)
+    context = measured_context(graph, made, run_of(model, x))
+    Forecast(made, context).cost(graph)
+    made.contexts[graphprune.plan(model, x, 0.5).structural_hash] = context
+    with pytest.raises(GraphPruneError, match=r"latency.*remain.*raise the budget"):
+        graphprune.plan(model, x, budget=Budget(latency=0.001), target=Target(table=made))
+
+
+def test_a_table_that_expects_too_much_is_no_reason_to_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network is a good deal faster than foreseen: small ones take the third power of their share."""
+    model, x = net()
+    dense = seconds_of(model, x)
+    least = min(
+        seconds_of(planned(monkeypatch, model, x, budget=Budget(latency=f)).apply(model), x) / dense
+        for f in (0.5, 0.3, 0.2)
+    )
+    fraction = 0.5 * least
+    with pytest.raises(GraphPruneError, match="took"):
+        planned(monkeypatch, model, x, budget=Budget(latency=0.3 * fraction), max_ratio=0.5)
+    plan = planned(monkeypatch, model, x, 1, 3.0, budget=Budget(latency=fraction), max_ratio=0.5)
+    reached = (seconds_of(plan.apply(model), x) / dense) ** 3
+    assert reached <= fraction * 1.004
+    assert all(g.kept >= 0.5 * g.size for g in plan.groups)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_aiming_finds_the_request_on_any_rising_curve(seed: int) -> None:
+    """Against bisection: measurements that are some rising function of the predictions."""
+    rng = np.random.default_rng(seed)
+    power, factor, jump = rng.uniform(0.5, 2.0), rng.uniform(0.7, 1.4), rng.uniform(0.2, 0.8)
+
+    def measure(predicted: float) -> float:
+        return float(factor * predicted**power + (0.1 if predicted > jump else 0.0))
+
+    requested = float(rng.uniform(0.2, 0.9))
+    predicted, measured = [requested], [measure(requested)]
+    for _ in range(12):
+        predicted.append(aimed(predicted, measured, requested))
+        measured.append(measure(predicted[-1]))
+    low, high = 0.0, 10.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if measure(middle) <= requested else (low, middle)
+    nearest = max(m for m in measured if m <= requested)
+    assert nearest >= 0.95 * measure(low) - 0.001
 
 
 def test_a_budget_that_is_met_already_removes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
