@@ -94,7 +94,7 @@ class Limit:
 
 
 def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float], form: str) -> None:
-    """Raise UnreachableBudget, with costs in this format, if the least fractions that may stay cost more than `most`."""
+    """Raise UnreachableBudget, with costs in this format, if the least fractions that may stay cost above `most`."""
     for limit, m in zip(limits, most, strict=True):
         found = limit.cost.value(least)
         if found > m * (1 + 1e-12):
