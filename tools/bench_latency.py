@@ -280,8 +280,8 @@ def page(rows: Sequence[Row]) -> str:
         heads = "network|latency plan, speed-up|MACs plan, speed-up|importance kept by latency|by MACs|difference"
         text = (
             "The MACs budget whose network is nearest in time. Time jumps from one budget to the next, because of "
-            "widths that the machine does not like, so some are faster than the latency plan, and keep less for that too. "
-            "*None is as fast*: fewer multiply-accumulates only made it slower."
+            "widths that the machine does not like, so some are faster than the latency plan, and keep less for that "
+            "too. *None is as fast*: fewer multiply-accumulates only made it slower."
         )
         title = "## Latency plan against MACs plan, as nearly equal in time as can be"
         parts += [title, markdown_table(heads.split("|"), lines), text]
