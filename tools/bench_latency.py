@@ -7,8 +7,9 @@
 Parts: "budget" prunes to a requested speed-up and measures anew; "macs" looks for the budget of multiply-accumulates
 whose network is as fast as that one, and compares how much importance the two keep; "ratio" measures networks pruned by
 the same ratio by graphprune and by Torch-Pruning, by turns; "accuracy" compares latency and MACs plans of the trained
-CIFAR-10 ResNet-56 (shared data folder) at equal measured latency, both repaired by least squares, no training. All
-other weights are random: latency does not depend on them. YOLOv8n needs ultralytics.
+CIFAR-10 ResNet-56 (shared data folder) at equal measured latency, both repaired by least squares, no training;
+"layers" does so with a latency plan that leaves layers out too. All other weights are random: latency does not depend
+on them. YOLOv8n needs ultralytics.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from tools._common import all_networks, build, classifier_of, example_for, machi
 from tools._common import write as write_file
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0", "vit_s", "yolov8n")
-PARTS = ("budget", "macs", "ratio", "accuracy")
+PARTS = ("budget", "macs", "ratio", "accuracy", "layers")
 SPEEDUPS, RATIOS, COMPARED = (1.5, 2.0), (0.3, 0.4, 0.5), ("resnet50", "mobilenet_v2")
 RESULTS, OUTPUT = Path("docs/latency.json"), Path("docs/latency.md")
 # A budget of multiply-accumulates is accepted when its network is this near to the other in time.
@@ -177,13 +178,14 @@ def ratio(name: str, threads: int, share: float) -> Row:
     return {**found, "step": int(steps.max()), "parameters": [parameters["ours"], parameters["theirs"]]}
 
 
-def accuracy(name: str, threads: int, speedup: float) -> Row:
-    """Top-1 of the trained ResNet-56, pruned to a latency and to equally fast multiply-accumulates."""
+def accuracy(name: str, threads: int, speedup: float, granularity: Sequence[str] | str = "auto") -> Row:
+    """Top-1 of the trained ResNet-56, pruned to a latency and to multiply-accumulates (widths alone) as fast as that,
+    or as near as they come."""
     from tools.bench_accuracy import task
 
     made = task(name, 1500, False)
-    chosen: dict[str, Any] = {"criterion": "reconstruction", "data": made.data[:1]}
-    plan, row = _planned(made.model, made.example, threads, speedup, **chosen)
+    chosen: dict[str, Any] = {"criterion": "reconstruction", "data": list(made.data[0].split(25))}
+    plan, row = _planned(made.model, made.example, threads, speedup, granularity=granularity, **chosen)
     timer = Timer(made.model, made.example, threads)
     found = timer(small=plan.apply(made.model))
     wanted = found["dense"] / found["small"]
@@ -195,11 +197,16 @@ def accuracy(name: str, threads: int, speedup: float) -> Row:
         return plans[fraction].apply(made.model)
 
     fraction, reached = as_fast(make, timer, wanted)
-    out: Row = {**row, "fraction": fraction, "dense": found["dense"]}
+    out: Row = {**row, "fraction": fraction, "dense": found["dense"], "layers": len(plan.layers)}
     for key, value, speed in (("latency", plan, wanted), ("macs", plans[fraction], reached)):
         repaired = graphprune.recover(made.model, value, made.example, made.data).model
         out[key] = [speed, made.measure(repaired)]
     return out
+
+
+def layers(name: str, threads: int, speedup: float) -> Row:
+    """`accuracy` with a latency plan that leaves layers out too."""
+    return accuracy(name, threads, speedup, ["layer", "channels"])
 
 
 def jobs(options: argparse.Namespace) -> list[tuple[str, str, int, float]]:
@@ -213,6 +220,7 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, str, int, float]]:
                 out += [("ratio", name, 1, r) for r in RATIOS if name in COMPARED]
     if 1 in options.threads:
         out += [("accuracy", "resnet56", 1, s) for s in SPEEDUPS]
+        out.append(("layers", "resnet56", 1, SPEEDUPS[-1]))
     return [job for job in out if job[0] in options.parts]
 
 
@@ -292,6 +300,19 @@ def page(rows: Sequence[Row]) -> str:
         ]
         columns = ["asked", "latency plan: reached, top-1", "MACs plan: reached, top-1"]
         parts += ["ResNet-56 on CIFAR-10, whole test set, no training:", markdown_table(columns, lines)]
+    if by["layers"]:
+        lines = [
+            [
+                f"{r['value']:g}x",
+                str(r["layers"]),
+                *(f"{v[0]:.2f}x: {v[1]:.2f} %" for v in (r["latency"], r["macs"])),
+                f"{r['fraction']:.0%}",
+            ]
+            for r in by["layers"]
+        ]
+        heads = "asked|layers left out|latency plan: reached, top-1|nearest MACs plan of widths: reached, top-1"
+        text = "The same, where the latency plan may leave out layers (of 27 blocks) besides narrowing the others:"
+        parts += [text, markdown_table([*heads.split("|"), "its MACs budget"], lines)]
     if by["ratio"]:
         lines = [
             [
@@ -321,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows: list[Row] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else []
-    work = {"budget": budget, "macs": macs, "ratio": ratio, "accuracy": accuracy}
+    work = {"budget": budget, "macs": macs, "ratio": ratio, "accuracy": accuracy, "layers": layers}
     for part, name, threads, value in [] if options.report else jobs(options):
         key = {"part": part, "network": name, "threads": threads, "value": value}
         old = [r for r in rows if all(r[k] == v for k, v in key.items())]
