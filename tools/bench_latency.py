@@ -192,13 +192,19 @@ def ratio(name: str, threads: int, share: float) -> Row:
     return {**found, "step": int(steps.max()), "parameters": [parameters["ours"], parameters["theirs"]]}
 
 
-def accuracy(name: str, threads: int, speedup: float, granularity: Sequence[str] | str = "auto") -> Row:
+def accuracy(
+    name: str,
+    threads: int,
+    speedup: float,
+    criterion: str = "reconstruction",
+    granularity: Sequence[str] | str = "auto",
+) -> Row:
     """Top-1 of the trained ResNet-56, pruned to a latency and to multiply-accumulates (widths alone) as fast as that,
     or as near as they come."""
     from tools.bench_accuracy import task
 
     made = task(name, 1500, False)
-    chosen: dict[str, Any] = {"criterion": "reconstruction", "data": list(made.data[0].split(25))}
+    chosen: dict[str, Any] = {"criterion": criterion, "data": list(made.data[0].split(25))}
     plan, row = _planned(made.model, made.example, threads, speedup, granularity=granularity, **chosen)
     timer = Timer(made.model, made.example, threads)
     found = timer(small=plan.apply(made.model))
@@ -219,8 +225,9 @@ def accuracy(name: str, threads: int, speedup: float, granularity: Sequence[str]
 
 
 def layers(name: str, threads: int, speedup: float) -> Row:
-    """`accuracy` with a latency plan that leaves layers out too."""
-    return accuracy(name, threads, speedup, ["layer", "channels"])
+    """`accuracy` with a latency plan that leaves layers out too. Channels go by "l2" in both: reconstruction would
+    score every number of layers anew, for seconds each, while the machine is kept free for timing."""
+    return accuracy(name, threads, speedup, "l2", ["layer", "channels"])
 
 
 def jobs(options: argparse.Namespace) -> list[tuple[str, str, int, float]]:
@@ -325,7 +332,10 @@ def page(rows: Sequence[Row]) -> str:
             for r in by["layers"]
         ]
         heads = "asked|layers left out|latency plan: reached, top-1|nearest MACs plan of widths: reached, top-1"
-        text = "The same, where the latency plan may leave out layers (of 27 blocks) besides narrowing the others:"
+        text = (
+            "The same where the latency plan may leave out layers (of 27 blocks) besides narrowing the others; "
+            "channels by their L2 norm in both plans:"
+        )
         parts += [text, markdown_table([*heads.split("|"), "its MACs budget"], lines)]
     if by["ratio"]:
         lines = [

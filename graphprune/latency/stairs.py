@@ -23,6 +23,7 @@ _PERIODS = (1, 2, 4, 8, 16, 32, 64)
 # How much cheaper a step is than the next one, against noise; how much dearer than a larger one no step is; how much
 # worse a simpler pattern may fit.
 _TOLERANCE, _DEAR, _SIMPLER = 0.012, 0.05, 1.2
+_SCANS = 5
 
 
 def scan_widths() -> Ints:
@@ -152,3 +153,17 @@ def _steps(level: Floats, growth: float) -> tuple[int, ...]:
 SMOOTH = Stairs(tuple(range(PERIOD)), (1.0,) * PERIOD)
 # Seconds of two computations in a row with a width between them, for each of these widths.
 ChainMeter = Callable[[str, Sequence[int]], list[float]]
+
+
+def scan(meter: ChainMeter, kind: str) -> Stairs:
+    """The stairs of a kind of computation: widths are timed again, each at the lowest that was seen of it, until the
+    same steps are found twice in a row, so that one scan of a busy machine does not settle it."""
+    widths = scan_widths().tolist()
+    lowest = np.asarray(meter(kind, widths), np.float64)
+    found = Stairs.found(lowest.tolist())
+    for _ in range(_SCANS - 1):
+        before, lowest = found, np.minimum(lowest, meter(kind, widths))
+        found = Stairs.found(lowest.tolist())
+        if found.steps == before.steps:
+            break
+    return found

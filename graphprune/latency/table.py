@@ -21,7 +21,7 @@ from .chains import KINDS, kind_of
 from .context import Context
 from .kernels import Kernel, Sample
 from .meters import Meter
-from .stairs import PERIOD, SMOOTH, ChainMeter, Stairs, scan_widths
+from .stairs import PERIOD, SMOOTH, ChainMeter, Stairs, scan
 
 Floats = npt.NDArray[np.float64]
 FORMAT = "graphprune.latency/1"
@@ -77,7 +77,7 @@ class LatencyTable:
         if kind not in self.stairs:
             if self.chain_meter is None:
                 raise GraphPruneError(f"latency table: it holds no stairs of kind {kind!r}; make it on its machine")
-            self.stairs[kind] = Stairs.found(self.chain_meter(kind, scan_widths().tolist()))
+            self.stairs[kind] = scan(self.chain_meter, kind)
         return self.stairs[kind]
 
     def surface(self, kernel: Kernel, full: tuple[int, ...], free: tuple[bool, ...]) -> Surface:

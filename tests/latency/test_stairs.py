@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
 from graphprune import GraphPruneError
-from graphprune.latency.stairs import PERIOD, SMOOTH, Stairs, cheapest_above, period_of, scan_widths
+from graphprune.latency.stairs import PERIOD, SMOOTH, Stairs, cheapest_above, period_of, scan, scan_widths
 
 
 def times(step: int, noise: float = 0.0) -> list[float]:
@@ -95,3 +97,20 @@ ONES = (1.0,) * 64
 def test_nonsense_is_refused(steps: tuple[int, ...], penalty: tuple[float, ...]) -> None:
     with pytest.raises(GraphPruneError, match="stairs"):
         Stairs(steps, penalty)
+
+
+def test_a_scan_of_a_busy_machine_does_not_settle_the_steps() -> None:
+    quiet, rng = np.asarray(times(16, 0.004)), np.random.default_rng(0)
+    busy = quiet * (1.1 + 0.5 * rng.random(len(quiet)))
+    scans = [busy, quiet, quiet * 1.02]
+    asked: list[str] = []
+
+    def meter(kind: str, widths: Sequence[int]) -> list[float]:
+        assert list(widths) == scan_widths().tolist()
+        asked.append(kind)
+        found: list[float] = scans[len(asked) - 1].tolist()
+        return found
+
+    assert Stairs.found(busy.tolist()).steps != (0, 16, 32, 48)
+    assert scan(meter, "conv").steps == (0, 16, 32, 48)
+    assert asked == ["conv"] * 3
