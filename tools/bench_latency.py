@@ -31,6 +31,7 @@ from torch import nn
 
 import graphprune
 from graphprune.importance import resolve_criterion
+from graphprune.latency.planning import width_step
 from graphprune.scoring import Scorer
 from graphprune.surgery import effective_folds
 from tools import _peer
@@ -182,14 +183,14 @@ def macs(name: str, threads: int, speedup: float) -> Row:
 def ratio(name: str, threads: int, share: float) -> Row:
     """Networks of both libraries at one ratio: ours with widths on the machine's stairs."""
     model, example = network(name)
-    table = graphprune.latency_table(model, example, graphprune.Target(provider="cpu", threads=threads))
-    steps = np.diff([*table.stairs["pointwise"].steps, 64 + table.stairs["pointwise"].steps[0]])
-    ours = graphprune.prune(model, example, share, round_to=int(steps.max()))
+    target = graphprune.Target(provider="cpu", threads=threads)
+    ours = graphprune.prune(model, example, share, target=target)
     theirs = copy.deepcopy(model)
     _peer.prune_in_place(theirs, example, share, [n for n, m in model.named_modules() if m is classifier_of(model)])
     found = Timer(model, example, threads)(ours=ours, theirs=theirs)
     parameters = {k: sum(p.numel() for p in m.parameters()) for k, m in (("ours", ours), ("theirs", theirs))}
-    return {**found, "step": int(steps.max()), "parameters": [parameters["ours"], parameters["theirs"]]}
+    step = width_step(model, example, target)
+    return {**found, "step": step, "parameters": [parameters["ours"], parameters["theirs"]]}
 
 
 def accuracy(
