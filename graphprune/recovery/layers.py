@@ -181,8 +181,7 @@ def _behind_layers(dense: nn.Module, plan: Plan, example: ExampleInput) -> set[s
     if not plan.layers:
         return set()
     readers = find_readers(record_run(dense, example))
-    gone = tuple(f"{path}." for block in plan.layers for path in block.modules)
-    lost = {r.weight for r in readers if r.weight.startswith(gone)}
+    lost = {r.weight for r in readers if any(block.holds(r.weight) for block in plan.layers)}
     return {r.weight for r in readers if r.weight not in lost and not r.after.isdisjoint(lost)}
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import graphprune
 from graphprune import Budget, GraphPruneError, Target
+from graphprune.latency import LatencyTable
 from graphprune.latency.forecast import Forecast, measured_context
 from graphprune.latency.planning import aimed
 
@@ -61,6 +62,16 @@ def test_max_ratio_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(g.kept >= g.size * 0.5 for g in plan.groups)
 
 
+def table_for(model: nn.Module, x: torch.Tensor) -> LatencyTable:
+    """A table that holds everything that planning for this model looks up."""
+    made = table()
+    graph = graphprune.trace(model, x)
+    context = measured_context(graph, made, run_of(model, x))
+    Forecast(made, context).cost(graph)
+    made.contexts[graphprune.plan(model, x, 0.5).structural_hash] = context
+    return made
+
+
 def test_an_impossible_budget_says_what_was_predicted_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = net()
     with pytest.raises(GraphPruneError, match=r"latency cannot be .* expected to take .* took .* raise the budget"):
@@ -69,11 +80,7 @@ def test_an_impossible_budget_says_what_was_predicted_and_measured(monkeypatch: 
 
 def test_with_a_table_alone_an_impossible_budget_says_what_remains() -> None:
     model, x = net()
-    made = table()
-    graph = graphprune.trace(model, x)
-    context = measured_context(graph, made, run_of(model, x))
-    Forecast(made, context).cost(graph)
-    made.contexts[graphprune.plan(model, x, 0.5).structural_hash] = context
+    made = table_for(model, x)
     with pytest.raises(GraphPruneError, match=r"latency.*remain.*raise the budget"):
         graphprune.plan(model, x, budget=Budget(latency=0.001), target=Target(table=made))
 
@@ -144,11 +151,7 @@ def test_a_damaged_record_is_no_plan(monkeypatch: pytest.MonkeyPatch, change: di
 
 def test_a_table_from_another_machine(tmp_path: Path) -> None:
     model, x = net()
-    made = table()
-    graph = graphprune.trace(model, x)
-    context = measured_context(graph, made, run_of(model, x))
-    Forecast(made, context).cost(graph)
-    made.contexts[graphprune.plan(model, x, 0.5).structural_hash] = context
+    made = table_for(model, x)
     path = made.save(tmp_path / "phone.json")
     plan = graphprune.plan(model, x, budget=Budget(latency=0.5), target=Target(table=path))
     assert plan.latency is not None and plan.latency.measured_ms is None
