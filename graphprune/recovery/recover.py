@@ -18,6 +18,7 @@ from ..tracing.example import ExampleInput
 from ..tracing.trace import record_run
 from .batchnorm import reestimate
 from .layers import LayerRecovery, Refit
+from .norms import kept_folds, take_apart
 
 METHODS = ("mean", "batchnorm", "least_squares")
 
@@ -70,6 +71,9 @@ def recover(
       one, layer after layer (He et al., Channel Pruning, ICCV 2017; design with the residual stream's error in the
       target). `ridge`, times the mean second moment of the inputs, holds the weights to those they had.
 
+    Batch norms that the plan keeps (`fold_bn=False`) are fitted as if they were folded, so the result is the same
+    function: filters keep their norms, running statistics become those of `data`, scale and shift make up for it.
+
     Layers behind one that is left out are corrected as those that lost inputs are: what they should make is what they
     make in the whole model, so that they make up for the missing layer as far as they can.
 
@@ -97,8 +101,14 @@ def recover(
         folds = _common_folds(model, plan, example)
         dense = apply_folds(model, folds)  # a copy, also without folds
         unlike = frozenset(f.layer for f in plan.folds if f not in folds)
-        refit = Refit(dense, small, plan, example, batches, float(ridge), every_layer, progress, unlike)
+        kept = () if plan.folds else kept_folds(dense, small, example)
+        fitted = apply_folds(small, kept) if kept else small
+        refit = Refit(
+            apply_folds(dense, kept), fitted, plan, example, batches, float(ridge), every_layer, progress, unlike
+        )
         found = tuple(refit.run(solve=method == "least_squares"))
+        if kept:
+            take_apart(small, fitted, kept, batches)
         return Recovery(_closed(small, model, plan), found)
 
 

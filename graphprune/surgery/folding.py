@@ -154,12 +154,13 @@ def folded_tensors(model: nn.Module, folds: list[Fold]) -> dict[str, Tensor]:
             if layer.bias is not None:
                 shift = shift + layer.bias.detach().to(dtype) * scale
             weight_name, bias_name = fold_names(fold)
-            out[weight_name] = _scaled(weight, scale, fold.axis, layer).to(weight.dtype)
+            out[weight_name] = scale_filters(weight, scale, fold.axis, layer).to(weight.dtype)
             out[bias_name] = shift.to(weight.dtype)
     return out
 
 
-def _scaled(weight: Tensor, scale: Tensor, axis: int, layer: nn.Module) -> Tensor:
+def scale_filters(weight: Tensor, scale: Tensor, axis: int, layer: nn.Module) -> Tensor:
+    """The weight of `layer` with output channels, along `axis` of its weight, multiplied by `scale`."""
     view = [1] * weight.dim()
     view[axis] = -1
     if axis == 0:
