@@ -4,7 +4,8 @@
 
 CIFAR-10 ResNet-56. Ours: "reconstruction" and least squares on training images, batch norms kept. Theirs: the uniform
 ratio that reaches the same multiply-accumulates, with the criterion that does best without training. Both are then
-trained by the same `graphprune.finetune` call: the same images in the same order, optimizer, schedule and teacher.
+trained by the same `graphprune.finetune` call: the same images in the same order, optimizer, schedule and teacher,
+whose block outputs and logits they learn from.
 Reads the shared networks and data as `tools.bench_accuracy` does; writes docs/finetune.md and docs/finetune.json.
 `--held-out 4000` keeps the last training images out, measures on them and writes nothing: for choosing the options.
 """
@@ -77,6 +78,11 @@ def theirs(made: Task, speedup: float, criterion: str) -> tuple[nn.Module, str]:
     return torch_pruning_result(made, ratio, _importances()[criterion]), f"Torch-Pruning, {criterion}"
 
 
+def blocks(model: nn.Module) -> tuple[str, ...]:
+    """Every third residual block: neither side narrows what they return."""
+    return tuple(name for name, _ in model.named_modules() if name.startswith("layer") and name.count(".") == 1)[2::3]
+
+
 def measure(side: str, speedup: float, options: argparse.Namespace) -> dict[str, Any]:
     """One row: prune, measure, train, measure."""
     made = task("resnet56", 1500, False)
@@ -96,8 +102,11 @@ def measure(side: str, speedup: float, options: argparse.Namespace) -> dict[str,
         epochs=options.epochs,
         lr=options.lr,
         amp=True,
-        teacher=made.model.to(memory_format=CHANNELS_LAST),
-        distillation=graphprune.Distillation(temperature=options.temperature, weight=options.weight),
+        teacher=graphprune.fold_conv_bn(made.model, made.example).to(memory_format=CHANNELS_LAST),
+        distillation=graphprune.Distillation(
+            temperature=options.temperature, weight=options.weight, features=blocks(made.model), feature_loss="mse",
+            feature_weight=options.feature_weight,
+        ),
         checkpoint=options.checkpoint and f"{options.checkpoint}-{side}-{speedup:g}.safetensors",
         on_epoch=lambda epoch, _: print(epoch, flush=True),
     )
@@ -114,8 +123,9 @@ HEADER = """# Accuracy after a short training
 CIFAR-10 ResNet-56 (dense {dense:.2f} % on the whole test set), pruned to a budget of multiply-accumulates and trained
 for {epochs} epochs on the training images: top-1 before and after. Both sides get the same call of
 `graphprune.finetune` (batch {batch}, SGD with Nesterov momentum, peak rate {lr:g}, cosine; mirrored and shifted
-images; distillation from the dense network, temperature {temperature:g}, weight {weight:g}; bfloat16 where autocast
-allows). Torch-Pruning: its best criterion before training.
+images; distillation from the dense network, temperature {temperature:g}, weight {weight:g}, and the relative squared
+error of every third block's output, weight {feature_weight:g}; bfloat16 where autocast allows). Torch-Pruning: its best
+criterion before training.
 
 Written by `python -m tools.bench_finetune` ({machine}; {versions}). Seconds: the training, on a machine shared with
 other work.
@@ -141,17 +151,19 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=["ours", "peers"], default=["ours", "peers"])
     parser.add_argument("--peer-criterion", default="L1", help="Torch-Pruning's criterion")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--temperature", type=float, default=4.0)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=0.03)
+    parser.add_argument("--temperature", type=float, default=16.0)
     parser.add_argument("--weight", type=float, default=0.9, help="of the teacher in the loss")
+    parser.add_argument("--feature-weight", type=float, default=1000.0, help="of the distance of block outputs")
     parser.add_argument("--images", type=int, default=50000, help="training images")
     parser.add_argument("--held-out", type=int, default=0, help="measure on this many training images left out")
     parser.add_argument("--checkpoint", help="beginning of the names of files that a stopped run goes on from")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     target = Path(DOCS / "finetune.json")
-    about = {k: getattr(options, k) for k in ("epochs", "batch", "lr", "temperature", "weight")} | {"dense": 93.39}
+    told = ("epochs", "batch", "lr", "temperature", "weight", "feature_weight")
+    about = {name: getattr(options, name) for name in told} | {"dense": 93.39}
     for speedup in options.speedups:
         for side in options.sides:
             row = measure(side, speedup, options)
