@@ -50,8 +50,8 @@ def finetune(
       largest norm of all gradients together (default 5), None for no clipping.
     - `amp`: "auto" (default) for mixed precision on GPUs (bfloat16, or float16 with loss scaling where the GPU has no
       bfloat16), True for it everywhere, False for none.
-    - `teacher`: a network to learn from, usually the dense one; `distillation`: how, see `Distillation`. With a teacher
-      data need no targets.
+    - `teacher`: a network to learn from, usually the dense one, faster with `graphprune.fold_conv_bn`; `distillation`:
+      how, see `Distillation`. With a teacher data need no targets.
     - `evaluate`: a function (model) -> number, higher is better, or data (inputs, targets) for top-1 accuracy; see
       `Evaluation` for other metrics. It is asked before and after every epoch. `patience`: stop after this many epochs
       in a row without a better score, and return the best weights instead of the last.
