@@ -98,9 +98,11 @@ def theirs(made: Task, speedup: float, criterion: str) -> tuple[nn.Module, str]:
     return torch_pruning_result(made, ratio, _importances()[criterion]), f"Torch-Pruning, {criterion}"
 
 
-def blocks(model: nn.Module) -> tuple[str, ...]:
-    """Every third residual block: neither side narrows what they return."""
-    return tuple(name for name, _ in model.named_modules() if name.startswith("layer") and name.count(".") == 1)[2::3]
+def blocks(small: nn.Module, dense: nn.Module) -> tuple[str, ...]:
+    """Every third residual block, of those whose results are as wide as in the dense network."""
+    names = [name for name, _ in dense.named_modules() if name.startswith("layer") and name.count(".") == 1][2::3]
+    wide = ([net.get_submodule(n + ".conv2").out_channels for n in names] for net in (small, dense))
+    return tuple(name for name, own, wanted in zip(names, *wide, strict=True) if own == wanted)
 
 
 def measure(side: str, speedup: float, options: argparse.Namespace) -> dict[str, Any]:
@@ -126,8 +128,8 @@ def measure(side: str, speedup: float, options: argparse.Namespace) -> dict[str,
         amp=True,
         teacher=graphprune.fold_conv_bn(made.model, made.example).to(memory_format=CHANNELS_LAST),
         distillation=graphprune.Distillation(
-            temperature=options.temperature, weight=options.weight, features=blocks(made.model), feature_loss="mse",
-            feature_weight=options.feature_weight,
+            temperature=options.temperature, weight=options.weight, features=blocks(model, made.model),
+            feature_loss="mse", feature_weight=options.feature_weight,
         ),
         checkpoint=options.checkpoint and f"{options.checkpoint}-{side}-{speedup:g}.safetensors",
         on_epoch=lambda epoch, _: print(epoch, flush=True),
