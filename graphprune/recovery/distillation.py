@@ -28,7 +28,9 @@ class Distillation:
       Mori, 2019), for outputs of any width. "attention": maps of mean squares over the channels (Zagoruyko and
       Komodakis, 2017), for (batch, channels, ...) outputs of any number of channels. "mse": the mean squared error
       over the teacher's mean square, for outputs of equal shape.
-    - `feature_weight`: factor of the mean over `features`, at least 0.
+    - `feature_weight`: factor of the mean over `features`, at least 0. For a short training of a network that was cut
+      out of its teacher try "mse" on block outputs with a weight that rules the loss (hundreds) and a temperature of 8
+      to 16: every batch then says far more than its class probabilities do (docs/finetune.md).
 
     Raises GraphPruneError for values out of range.
     """
