@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..calibration import CalibrationData
-from ..surgery import Fold, find_folds, fold_names, scale_filters
+from ..surgery import Fold, find_folds, fold_names
+from ..surgery.folding import scale_filters
 from ..tracing.example import ExampleInput
 from ..tracing.names import named_tensors
 from ..tracing.state import evaluating

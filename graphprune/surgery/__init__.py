@@ -3,7 +3,7 @@
 from .attributes import attribute_at
 from .copying import clone_with
 from .cutting import operate
-from .folding import Fold, apply_folds, effective_folds, find_folds, fold_names, folded_tensors, scale_filters
+from .folding import Fold, apply_folds, effective_folds, find_folds, fold_names, folded_tensors
 from .layers import bypass_layers, close_gaps, remove_layers, remove_listed_experts, uncounted_tokens
 
 __all__ = [
@@ -20,6 +20,5 @@ __all__ = [
     "operate",
     "remove_layers",
     "remove_listed_experts",
-    "scale_filters",
     "uncounted_tokens",
 ]
