@@ -6,6 +6,7 @@ Only then can a layer see what its batch norm is added to, and the fit is the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,13 @@ from ..tracing.names import named_tensors
 from ..tracing.state import evaluating
 from ..tracing.trace import record_run, run_model
 
+Statistics = tuple[Tensor, Tensor]
+
 
 def kept_folds(dense: nn.Module, small: nn.Module, example: ExampleInput) -> tuple[Fold, ...]:
     """What could be folded in both networks, of batch norms that can express any scale and shift."""
+    if not any(isinstance(module, _BatchNorm) for module in small.modules()):
+        return ()  # nothing to run the networks for
     known = set(find_folds(dense, record_run(dense, example)))
     found = find_folds(small, record_run(small, example))
     return tuple(fold for fold in found if fold in known and _complete(small.get_submodule(fold.batch_norm)))
@@ -44,19 +49,12 @@ def take_apart(small: nn.Module, fitted: nn.Module, folds: Sequence[Fold], data:
             own[name].data.copy_(new[name])
         else:  # a bias that the fit has added
             path, _, last = name.rpartition(".")
-            small.get_submodule(path).register_parameter(last, nn.Parameter(new[name].detach().clone()))
-    slopes = {fold: _put_filters(small, fold, new) for fold in folds}
-    for fold, slope in slopes.items():
-        _put_norm(small, fold, slope, new)
-    _measure([_norm(small, fold) for fold in folds], small, data)
-    for fold, slope in slopes.items():
-        _put_norm(small, fold, slope, new)
-
-
-def _norm(small: nn.Module, fold: Fold) -> _BatchNorm:
-    norm = small.get_submodule(fold.batch_norm)
-    assert isinstance(norm, _BatchNorm)
-    return norm
+            added = new[name]
+            assert isinstance(added, nn.Parameter)
+            small.get_submodule(path).register_parameter(last, added)
+    measured = _measure(fitted, folds, data)
+    for fold in folds:
+        _put_norm(small, fold, _put_filters(small, fold, new), new[fold_names(fold)[1]], measured.get(fold))
 
 
 def _put_filters(small: nn.Module, fold: Fold, new: dict[str, Tensor]) -> Tensor:
@@ -66,7 +64,8 @@ def _put_filters(small: nn.Module, fold: Fold, new: dict[str, Tensor]) -> Tensor
     wanted = new[fold_names(fold)[0]].detach().double()
     was, now = (_filter_norms(w, fold, layer) for w in (weight.detach().double(), wanted))
     factor = torch.where((was > 0) & (now > 0), was / now.clamp_min(1e-300), 1.0)
-    factor = torch.where(_norm(small, fold).weight.detach() < 0, -factor, factor)
+    scale: Tensor = small.get_submodule(fold.batch_norm).weight  # type: ignore[assignment]
+    factor = torch.where(scale.detach() < 0, -factor, factor)
     weight.data.copy_(scale_filters(wanted, factor, fold.axis, layer))
     return 1 / factor
 
@@ -81,39 +80,44 @@ def _filter_norms(weight: Tensor, fold: Fold, layer: nn.Module) -> Tensor:
     return rows.square().sum(1).sqrt()
 
 
-def _put_norm(small: nn.Module, fold: Fold, slope: Tensor, new: dict[str, Tensor]) -> None:
-    """(z - mean) / sigma * scale + shift = slope * (z - bias of the layer) + fitted bias."""
-    norm, layer = _norm(small, fold), small.get_submodule(fold.layer)
-    assert norm.running_mean is not None and norm.running_var is not None
-    sigma = (norm.running_var.double() + norm.eps).sqrt()
+def _put_norm(small: nn.Module, fold: Fold, slope: Tensor, fitted_bias: Tensor, measured: Statistics | None) -> None:
+    """(z - mean) / sigma * scale + shift = slope * (z - bias of the layer) + fitted bias, where the layer makes z;
+    `measured`: mean and variance of that result."""
+    norm, layer = small.get_submodule(fold.batch_norm), small.get_submodule(fold.layer)
+    assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+    wanted = fitted_bias.detach().double()
     bias = layer.bias.detach().double() if isinstance(layer.bias, Tensor) else 0.0
-    shift = new[fold_names(fold)[1]].detach().double() + slope * (norm.running_mean.double() - bias)
-    norm.weight.data.copy_(slope * sigma)
-    norm.bias.data.copy_(shift)
+    if measured is not None:
+        norm.running_mean.copy_((measured[0] - wanted) / slope + bias)
+        norm.running_var.copy_(measured[1] / slope.square())
+    norm.weight.data.copy_(slope * (norm.running_var.double() + norm.eps).sqrt())
+    norm.bias.data.copy_(wanted + slope * (norm.running_mean.double() - bias))
 
 
-def _measure(norms: Sequence[_BatchNorm], model: nn.Module, data: CalibrationData) -> None:
-    """Replace running statistics by those of all data in eval mode; norms that do not run keep theirs."""
-    sums: dict[_BatchNorm, list[Tensor]] = {}
+def _measure(fitted: nn.Module, folds: Sequence[Fold], data: CalibrationData) -> dict[Fold, Statistics]:
+    """Mean and variance over all data of what comes to where these batch norms were; none where nothing does."""
+    sums: dict[Fold, list[Any]] = {}
 
-    def see(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(norm, _BatchNorm)
-        z = inputs[0].detach().movedim(1, -1).flatten(0, -2).double()
-        new = [torch.tensor(float(len(z))), z.sum(0), z.square().sum(0)]
-        sums[norm] = [a + b for a, b in zip(sums[norm], new, strict=True)] if norm in sums else new
+    def see(fold: Fold, inputs: tuple[Tensor, ...]) -> None:
+        y = inputs[0].detach().movedim(1, -1).flatten(0, -2).double()
+        new = [len(y), y.sum(0), y.square().sum(0)]
+        sums[fold] = [a + b for a, b in zip(sums[fold], new, strict=True)] if fold in sums else new
 
-    handles = [norm.register_forward_pre_hook(see) for norm in norms]
+    handles = [
+        fitted.get_submodule(fold.batch_norm).register_forward_pre_hook(lambda _, inputs, fold=fold: see(fold, inputs))
+        for fold in folds
+    ]
     try:
-        with evaluating(model):
+        with evaluating(fitted):
             for example in data.inputs():
-                run_model(model, example.clone(), "data")
+                run_model(fitted, example.clone(), "data")
     finally:
         for handle in handles:
             handle.remove()
-    for norm, (rows, total, squares) in sums.items():
-        mean = total / rows.to(total.device)
-        variance = (squares - total * mean).clamp_min(0) / max(float(rows) - 1, 1.0)
+    found = {}
+    for fold, (rows, total, squares) in sums.items():
+        mean = total / rows
+        variance = (squares - total * mean).clamp_min(0) / max(rows - 1, 1)
         if bool(torch.isfinite(mean).all() and torch.isfinite(variance).all()):
-            assert norm.running_mean is not None and norm.running_var is not None
-            norm.running_mean.copy_(mean)
-            norm.running_var.copy_(variance)
+            found[fold] = mean, variance
+    return found

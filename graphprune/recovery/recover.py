@@ -99,13 +99,11 @@ def recover(
             return Recovery(_closed(apply_folds(small, plan.folds), model, plan), ())
         small = plan.operated(model)  # with the model's own names
         folds = _common_folds(model, plan, example)
-        dense = apply_folds(model, folds)  # a copy, also without folds
-        unlike = frozenset(f.layer for f in plan.folds if f not in folds)
-        kept = () if plan.folds else kept_folds(dense, small, example)
+        kept = () if plan.folds else kept_folds(model, small, example)
+        dense = apply_folds(model, (*folds, *kept))  # a copy, also without folds
         fitted = apply_folds(small, kept) if kept else small
-        refit = Refit(
-            apply_folds(dense, kept), fitted, plan, example, batches, float(ridge), every_layer, progress, unlike
-        )
+        unlike = frozenset(f.layer for f in plan.folds if f not in folds)
+        refit = Refit(dense, fitted, plan, example, batches, float(ridge), every_layer, progress, unlike)
         found = tuple(refit.run(solve=method == "least_squares"))
         if kept:
             take_apart(small, fitted, kept, batches)
