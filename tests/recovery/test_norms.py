@@ -130,3 +130,22 @@ def test_norms_with_hooks_are_left_in_place() -> None:
     with torch.no_grad():
         wanted, cut, got = net(x), plan.apply(net)(x), found(x)
     assert (got - wanted).norm() < (cut - wanted).norm()
+
+
+def test_a_bias_that_the_fit_adds_is_there_and_frozen_like_its_layer() -> None:
+    torch.manual_seed(4)
+    x = torch.randn(200, 3, 6, 6)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False), nn.Flatten(),
+        nn.Linear(16, 2),
+    )  # fmt: skip
+    trained(net, x).requires_grad_(False)
+    plan = graphprune.plan(net, x[:2], 0.5, ignore=["3"], fold_bn=False)
+    assert plan.removed["3.weight"].get(1)
+    found = graphprune.recover(net, plan, x[:2], [x[:100], x[100:]]).model
+    assert bool(found[3].bias.any()) and not any(p.requires_grad for p in found.parameters())  # type: ignore[index, union-attr]
+    with torch.no_grad():
+        wanted, got = (net(x).mean(0), found(x).mean(0))
+        results = [m[:4](x).mean((0, 2, 3)) for m in (net, found)]  # type: ignore[index]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-3, atol=1e-4)  # what a constant term is for
+    torch.testing.assert_close(got, wanted, rtol=1e-2, atol=1e-3)
