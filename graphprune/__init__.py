@@ -7,28 +7,29 @@ graphprune.benchmark({"dense": model, "small": small}, example_input)
 
 from . import sparsity
 from ._version import __version__
-from .allocation import Budget
-from .configs import ConfigFit, fit_config
-from .counting import Count, LayerCount, count
-from .curves import Curve, Sensitivity, sensitivity
 from .dependency import DependencyGraph, Frozen, Group, Member, trace
-from .deploy import benchmark, export_onnx
-from .diagnosis import Advice, Blocker, Doctor, Prunable, advise, doctor
-from .engine import plan, prune
 from .errors import GraphPruneError
-from .folding import fold_conv_bn
-from .gradual import prune_gradually
 from .importance import criterion
-from .kernels import plan_kernels, shrink_kernels
-from .latency import Attempt, Latency, LatencyTable, Target
-from .latency.planning import latency_table
-from .pipelines import PipelineResult, pipeline
-from .plans import Plan
+from .planning.allocation import Budget
+from .planning.kernels import plan_kernels, shrink_kernels
+from .planning.request import plan, prune
+from .planning.within_latency import latency_table
+from .plans.folding import fold_conv_bn
+from .plans.latency import Attempt, Latency
+from .plans.plan import Plan
+from .plans.storage import load, save
+from .plans.verification import VerificationReport, verify
 from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
-from .report.summary import Point, Report, report
 from .rules import rule
-from .storage import load, save
-from .verification import VerificationReport, verify
+from .runtimes import benchmark, export_onnx
+from .runtimes.latency import LatencyTable, Target
+from .tracing.counting import Count, LayerCount, count
+from .workflows.configs import ConfigFit, fit_config
+from .workflows.curves import Curve, Sensitivity, sensitivity
+from .workflows.diagnosis import Advice, Blocker, Doctor, Prunable, advise, doctor
+from .workflows.gradual import prune_gradually
+from .workflows.pipelines import PipelineResult, pipeline
+from .workflows.reporting.summary import Point, Report, report
 
 __all__ = [
     "Advice",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import graphprune
-from graphprune.verification.oracles import permutable
+from graphprune.plans.verification.oracles import permutable
 from tests import oracles
 from tests.networks import random_network
 

@@ -15,8 +15,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from graphprune.deploy.machine import cpu_model, usable_cores
-from graphprune.report.files import replacing
+from graphprune.runtimes.machine import cpu_model, usable_cores
+from graphprune.support.files import replacing
 from graphprune.tracing.example import ExampleInput
 
 CLASSES = 1000

@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 import graphprune
-from graphprune.allocation import Settings
-from graphprune.deciding import plan_from_graph
 from graphprune.dependency import DependencyGraph
 from graphprune.errors import GraphPruneError
 from graphprune.importance import resolve_criterion
+from graphprune.planning.allocation import Settings
+from graphprune.planning.widths import plan_from_graph
+from graphprune.plans.verification.results import relative_error
 from graphprune.tracing.example import ExampleInput
-from graphprune.verification.oracles import relative_error
 from tools import _peer
 from tools._common import enliven, parameters_in
 from tools._sweep_case import attempt, frozen_share, removed_parameters

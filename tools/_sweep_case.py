@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.allocation import Settings
-from graphprune.deciding import plan_from_graph
 from graphprune.dependency import DependencyGraph
 from graphprune.importance import resolve_criterion
+from graphprune.planning.allocation import Settings
+from graphprune.planning.widths import plan_from_graph
 from graphprune.tracing.example import ExampleInput, flatten_tensors
 from tools._common import build, enliven, example_for, parameters_in, relative_difference
 from tools._peer import examine as examine_peer

@@ -22,7 +22,7 @@ import torch
 from rich.progress import track
 
 import graphprune
-from graphprune.deploy import BenchmarkReport, ExportReport
+from graphprune.runtimes import BenchmarkReport, ExportReport
 from tools._common import all_networks, build, enliven, example_for, markdown_table, write
 
 NETWORKS = ("resnet18", "resnet50", "mobilenet_v2")

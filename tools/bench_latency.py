@@ -31,9 +31,9 @@ from torch import nn
 
 import graphprune
 from graphprune.importance import resolve_criterion
-from graphprune.latency.planning import width_step
-from graphprune.scoring import Scorer
-from graphprune.surgery import effective_folds
+from graphprune.importance.scorer import Scorer
+from graphprune.planning.within_latency import width_step
+from graphprune.plans.surgery import effective_folds
 from tools import _peer
 from tools._common import all_networks, build, classifier_of, example_for, machine_line, markdown_table, versions_line
 from tools._common import write as write_file

@@ -25,9 +25,9 @@ import torch
 from torch import nn
 
 import graphprune
-from graphprune.dependency.blocks import Block, find_blocks
-from graphprune.dependency.branches import find_branches
-from graphprune.surgery import remove_layers
+from graphprune.dependency.whole.blocks import Block, find_blocks
+from graphprune.dependency.whole.branches import find_branches
+from graphprune.plans.surgery import remove_layers
 from tools._common import machine_line, markdown_table, versions_line, write
 from tools._layer_networks import TASKS, Task
 

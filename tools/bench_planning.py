@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.deploy.statistics import speedup_interval
+from graphprune.runtimes.statistics import speedup_interval
 from tools._common import all_networks, build, example_for, machine_line, markdown_table, versions_line, write
 from tools._peer import prune_in_place
 

@@ -34,7 +34,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from graphprune import sparsity
-from graphprune.report.plots import new_figure, save_figure
+from graphprune.support.plots import new_figure, save_figure
 from tools._common import machine_line, markdown_table, versions_line, write
 
 OUTPUT = Path("docs/sparsity.md")

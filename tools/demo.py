@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import graphprune
-from graphprune.deploy import BenchmarkReport, BenchmarkRow, ExportReport
-from graphprune.report.plots import save_figure
+from graphprune.runtimes import BenchmarkReport, BenchmarkRow, ExportReport
+from graphprune.support.plots import save_figure
 from models import digits_resnet
 
 RATIOS = (0.25, 0.5, 0.7, 0.85)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.rewriting import OUTPUTS
+from graphprune.plans.rewriting import OUTPUTS
 from tests.examination import Demands, Outcome, examine
 from tests.networks.registry import settle
 

@@ -1,7 +1,7 @@
 """The command line: `graphprune inspect | doctor | advise | prune | pipeline | export | bench |
 latency-table`.
 
-Models are named `module:function`; see `graphprune.factories.load_factory`. Results go to standard output, everything
+Models are named `module:function`; see `factories.load_factory`. Results go to standard output, everything
 else (progress, warnings, errors, what a model prints) to standard error.
 """
 

@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ..deploy import benchmark, export_onnx
-from ..engine import plan as make_plan
-from ..factories import Loaded, common_input, load_factory
-from ..plans import Plan
-from ..report.files import check_target
-from ..storage import load
-from ..terminal import (
+from ..planning.request import plan as make_plan
+from ..plans.plan import Plan
+from ..plans.storage import load
+from ..runtimes import benchmark, export_onnx
+from ..support.files import check_target
+from .factories import Loaded, common_input, load_factory
+from .proof import proof_of
+from .terminal import (
     JsonOption,
     ModelArgument,
     PlanOption,
@@ -31,7 +32,6 @@ from ..terminal import (
     show,
     working,
 )
-from .proof import proof_of
 
 
 def export(

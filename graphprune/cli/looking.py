@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
-from ..counting import count
 from ..dependency import DependencyGraph, trace
-from ..diagnosis import advise as recommend
-from ..diagnosis import doctor as look
-from ..factories import load_data, load_factory
-from ..report.tables import Column, table
-from ..terminal import (
+from ..support.tables import Column, table
+from ..tracing.counting import count
+from ..workflows.diagnosis import advise as recommend
+from ..workflows.diagnosis import doctor as look
+from .factories import load_data, load_factory
+from .terminal import (
     DrawOption,
     ExplainOption,
     JsonOption,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..factories import Loaded
-from ..plans import Plan
-from ..verification import VerificationReport, verify
+from ..plans.plan import Plan
+from ..plans.verification import VerificationReport, verify
+from .factories import Loaded
 
 
 def proof_of(loaded: Loaded, small: Any, decided: Plan, example: Any) -> VerificationReport:

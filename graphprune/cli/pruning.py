@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ..counting import count
-from ..engine import plan as make_plan
-from ..factories import load_factory
-from ..storage import save
-from ..terminal import (
+from ..planning.request import plan as make_plan
+from ..plans.storage import save
+from ..tracing.counting import count
+from .factories import load_factory
+from .proof import proof_of
+from .terminal import (
     BudgetOption,
     CriterionOption,
     FoldOption,
@@ -40,7 +41,6 @@ from ..terminal import (
     show,
     working,
 )
-from .proof import proof_of
 
 
 def prune(

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ..factories import load_factory
-from ..latency import Target
-from ..latency.planning import latency_table
-from ..report.files import check_target
-from ..terminal import JsonOption, ModelArgument, SeedOption, ShapeOption, WeightsOption, show, working
+from ..planning.within_latency import latency_table
+from ..runtimes.latency import Target
+from ..support.files import check_target
+from .factories import load_factory
+from .terminal import JsonOption, ModelArgument, SeedOption, ShapeOption, WeightsOption, show, working
 
 
 def write_table(

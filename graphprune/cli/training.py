@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from ..allocation import Budget
 from ..errors import GraphPruneError
-from ..factories import load_data, load_factory
-from ..pipelines import PipelineResult, pipeline
-from ..report.files import check_target
-from ..storage import save
-from ..terminal import JsonOption, ModelArgument, SeedOption, ShapeOption, WeightsOption, parse_options, show, working
+from ..planning.allocation import Budget
+from ..plans.storage import save
+from ..support.files import check_target
+from ..workflows.pipelines import PipelineResult, pipeline
+from .factories import load_data, load_factory
+from .terminal import JsonOption, ModelArgument, SeedOption, ShapeOption, WeightsOption, parse_options, show, working
 
 _TRAINING = "Training"
 _PRUNING = "How to prune"

@@ -15,7 +15,7 @@ from ..tracing.names import operator_name
 from .analysis import Analysis
 from .dims import Root
 from .groups import Group, Ints, Member, Role
-from .streams import ChannelUses
+from .whole.streams import ChannelUses
 
 # The most specific name wins where Dims of several kinds are tied.
 _KIND_ORDER = ("head", "head feature", "qk feature", "v feature", "conv group", "group channel", "channel")

@@ -19,6 +19,7 @@ from ..tracing.trace import Trace, record_run
 from .analysis import Analysis, analyse
 from .build import axis_roles, build_groups
 from .dims import Root
+from .drawing import as_dot, draw_dependencies
 from .effects import Reason
 from .groups import Group, Ints
 from .state import multiplicity
@@ -277,27 +278,11 @@ class DependencyGraph:
 
     def to_dot(self) -> str:
         """The ties in Graphviz form, one cluster per group."""
-        lines = ["graph graphprune {", '  node [shape=box, fontname="sans-serif", fontsize=10];']
-        graph = self.to_networkx()
-        for group in self._groups:
-            lines.append(f"  subgraph cluster_{group.index} {{")
-            lines.append(f'    label="group {group.index}: {group.size} {group.kind}s";')
-            for m in group.members:
-                lines.append(f'    "{m.parameter}[{m.axis}]";')
-            lines.append("  }")
-        for name, data in graph.nodes(data=True):
-            if data["frozen"]:
-                lines.append(f'  "{name}" [style=filled, fillcolor=lightgrey];')
-        for a, b, data in graph.edges(data=True):
-            lines.append(f'  "{a}" -- "{b}" [label="{data["operation"]}"];')
-        lines.append("}")
-        return "\n".join(lines)
+        return as_dot(self._groups, self.to_networkx())
 
     def draw(self, path: str | Path) -> Path:
         """Write a picture: `.dot` as text, anything matplotlib writes (`.svg`, `.png`, `.pdf`) as a drawing."""
-        from ..report.drawing import draw_dependencies
-
-        return draw_dependencies(self, path)
+        return draw_dependencies(self._groups, self.to_networkx(), path)
 
     def __repr__(self) -> str:
         return f"DependencyGraph({len(self._groups)} groups, {len(self.trace.parameters)} parameters)"

@@ -12,7 +12,8 @@ from . import (  # noqa: F401  (importing them registers their criteria)
     reconstruction,
 )
 from .context import BatchNormLink, ImportanceContext
-from .registry import Criterion, criterion, known_criteria, normalise, resolve_criterion, with_options
+from .registry import Criterion, criterion, known_criteria, normalise
+from .resolving import resolve_criterion, with_options
 
 __all__ = [
     "BatchNormLink",

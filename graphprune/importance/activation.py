@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..calibration.activations import ChannelStatistics, channel_statistics
-from ..calibration.layers import Reader
-from ..calibration.statistics import Calibration
 from ..dependency.groups import Group
+from .calibration.activations import ChannelStatistics, channel_statistics
+from .calibration.layers import Reader
+from .calibration.statistics import Calibration
 from .context import Floats, ImportanceContext
 from .gradient import by_units
 from .magnitude import mean_norm, over_members

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..calibration import Calibration
 from ..dependency.groups import Group, Member, Role
 from ..errors import GraphPruneError
+from .calibration import Calibration
 
 Floats = npt.NDArray[np.float64]
 

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration.gradients import gate_products, squared_gradients, weight_gradients
 from ..dependency.groups import Group, Member
+from .calibration.gradients import gate_products, squared_gradients, weight_gradients
 from .context import Floats, ImportanceContext
 from .magnitude import judged_members, mean_norm, over_members
 from .registry import criterion

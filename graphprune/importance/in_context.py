@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..calibration import Calibration, Reader, as_weight
 from ..tracing.example import ExampleInput, flatten_tensors
 from ..tracing.state import evaluating, unfused
 from ..tracing.trace import run_model
+from .calibration import Calibration, Reader, as_weight
 
 # The shares of a group that are taken away for a measurement, all but one unit at the end, and how many samples all
 # measurements of a network run together; each runs at least 8 and at most 64.

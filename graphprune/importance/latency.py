@@ -10,9 +10,9 @@ from pathlib import Path
 
 from torch import nn
 
-from ..dependency.blocks import Block
+from ..dependency.whole.blocks import Block
 from ..errors import GraphPruneError
-from ..surgery import remove_layers
+from ..plans.surgery import remove_layers
 from ..tracing.example import ExampleInput
 from ..tracing.state import evaluating
 from ..tracing.trace import run_model
@@ -26,7 +26,7 @@ def milliseconds(models: Iterable[nn.Module], example: ExampleInput) -> list[flo
     Networks are exported one after the other, so that one copy is in memory at a time, and measured alternated. Their
     files lie in a temporary folder together: as much disk as the networks have bytes.
     """
-    from ..deploy import benchmark, export_onnx  # an optional dependency
+    from ..runtimes import benchmark, export_onnx  # an optional dependency
 
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, nn.Module | Path] = {}

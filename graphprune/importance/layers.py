@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..calibration import CalibrationData
-from ..dependency.blocks import Block
-from ..dependency.bypassing import Change, changed, left_out
+from ..dependency.whole.blocks import Block
+from ..dependency.whole.bypassing import Change, changed, left_out
 from ..errors import GraphPruneError
 from ..tracing.example import ExampleInput, result_tensors
 from ..tracing.state import evaluating
 from ..tracing.trace import run_model
+from .calibration import CalibrationData
 from .latency import Cost, measured_gains
 
 LAYER_CRITERIA = ("block_influence", "output", "taylor", "loss", "magnitude", "latency")

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..calibration import Moments, weight_matrix
-from ..calibration.gradients import sensitivities
 from ..dependency.groups import Group, Member
+from .calibration import Moments, weight_matrix
+from .calibration.gradients import sensitivities
 from .context import Floats, ImportanceContext
 from .in_context import Reading, measured_costs
 from .magnitude import mean_norm

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import difflib
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -146,72 +144,9 @@ def criterion(name: str, *, comparable: bool = False, needs: Needs = None) -> Ca
     return register
 
 
-def with_options(
-    criterion: Any, *, reduction: Reduction | None = None, normaliser: How | Literal["none"] | None = None
-) -> Criterion:
-    """The same criterion with another way to join the members of a group, or to compare groups.
-
-    `reduction`: how the scores of several layers that make (or read) the same channels become one: "mean" (of most
-    criteria the default), "sum", "max", "min", "prod" or "first" (the first layer alone). Criteria that sum by their
-    definition ("taylor_gate", "fisher", "reconstruction") are not affected. `normaliser`: how groups are brought to one
-    scale before they are ranked together: "mean", "max" or "sum" (see `normalise`), or "none". Default of both: as is.
-
-    >>> from graphprune.importance import with_options
-    >>> with_options("l2", reduction="max", normaliser="sum").reduction
-    'max'
-
-    Raises GraphPruneError for unknown criteria and options.
-    """
-    found = resolve_criterion(criterion)
-    if reduction is not None:
-        if reduction not in _REDUCTIONS:
-            raise GraphPruneError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
-        found = dataclasses.replace(found, reduction=reduction)
-    if normaliser is not None:
-        if normaliser not in ("mean", "max", "sum", "none"):
-            raise GraphPruneError(f"normaliser: expected 'mean', 'max', 'sum' or 'none', got {normaliser!r}")
-        how: How | None = None if normaliser == "none" else normaliser
-        found = dataclasses.replace(found, comparable=how is None, normaliser=how)
-    return found
-
-
 def known_criteria() -> tuple[str, ...]:
     """Registered names, sorted."""
     return tuple(sorted(_REGISTRY))
-
-
-def resolve_criterion(criterion: Any) -> Criterion:
-    """The criterion meant by a registered name, a function `(context, group) -> scores`, or an object of
-    `torch_pruning.importance`; a `Criterion` is returned as it is.
-
-    Raises GraphPruneError for an unknown name, with the known ones and the nearest, and for anything else.
-    """
-    if isinstance(criterion, Criterion):
-        return criterion
-    if isinstance(criterion, str):
-        found = _REGISTRY.get(criterion)
-        if found is None:
-            near = difflib.get_close_matches(criterion.lower(), known_criteria(), n=1, cutoff=0.4)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise GraphPruneError(f"unknown criterion '{criterion}'.{hint} Known: {', '.join(known_criteria())}")
-        return found
-    if isinstance(criterion, type):
-        name = criterion.__name__
-        raise GraphPruneError(f"criterion: got the class {name}; pass an instance, {name}()")
-    if _is_torch_pruning_importance(criterion):
-        from .torch_pruning import TorchPruningCriterion
-
-        # That library normalises inside and compares groups by what comes out.
-        return Criterion(f"torch_pruning.{type(criterion).__name__}", TorchPruningCriterion(criterion), comparable=True)
-    for known in _REGISTRY.values():
-        if known.function is criterion:
-            return known
-    if callable(criterion):
-        return Criterion(getattr(criterion, "__name__", type(criterion).__name__), criterion)
-    raise GraphPruneError(
-        f"criterion: expected one of {', '.join(known_criteria())}, a function (context, group) -> scores, or a "
-        f"torch_pruning importance object; got {type(criterion).__name__}"
-    )
 
 
 def normalise(scores: npt.ArrayLike, how: How | None = "mean") -> Floats:
@@ -255,12 +190,6 @@ def _as_vector(result: Any) -> Floats | None:
         result = [float(item) if isinstance(item, Tensor) else item for item in result]
     array = np.asarray(result)
     return array.astype(np.float64) if array.dtype.kind in "fiub" else None
-
-
-def _is_torch_pruning_importance(value: object) -> bool:
-    # An instance can only exist if its module was imported: no need to import it here.
-    module = sys.modules.get("torch_pruning.pruner.importance")
-    return module is not None and isinstance(value, module.Importance)
 
 
 def _origin(function: object) -> tuple[str, str]:

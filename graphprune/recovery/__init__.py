@@ -1,13 +1,13 @@
 """Recovery without training (mean compensation, batch norm re-estimation, least squares against the dense network) and
 with it (fine-tuning, distillation)."""
 
-from .carrying import carry_optimizer
-from .distillation import Distillation
-from .evaluation import Evaluation
-from .finetune import finetune
-from .layers import LayerRecovery
-from .recover import METHODS, Recovery, check_method, recover
-from .runs import Epoch, Finetuning
+from .repair.layers import LayerRecovery
+from .repair.methods import METHODS, Recovery, check_method, recover
+from .training.carrying import carry_optimizer
+from .training.distillation import Distillation
+from .training.evaluation import Evaluation
+from .training.runs import Epoch, Finetuning
+from .training.tuning import finetune
 
 __all__ = [
     "METHODS",

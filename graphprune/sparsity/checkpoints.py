@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import GraphPruneError
-from ..report.files import replacing
+from ..support.files import replacing
 
 _KEY = "graphprune.lottery/1"
 _PARTS = ("initial", "rewound", "masks", "trained")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import GraphPruneError
-from ..report.files import replacing
+from ..support.files import replacing
 from .encoding import DamagedError, Entry, entry_from_list, entry_to_list, inflate
 
 MAGIC = b"\x89GPSPARSE\x01\r\n"

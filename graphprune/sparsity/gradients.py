@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
-from ..surgery.copying import clone_with
+from ..plans.surgery.copying import clone_with
 from ..tracing.example import ExampleInput
 from .masks import make_plain, put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest

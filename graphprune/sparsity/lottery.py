@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
-from ..surgery.copying import clone_with
+from ..plans.surgery.copying import clone_with
 from .checkpoints import Progress, read_progress, write_progress
 from .magnitudes import magnitude
 from .masks import masks as masks_of

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..allocation.allocate import nearest
 from ..errors import GraphPruneError
+from ..planning.allocation.allocate import nearest
 
 Scope = Literal["global", "layer"]
 Array = npt.NDArray[Any]

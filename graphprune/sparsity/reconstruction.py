@@ -9,11 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import CalibrationData, Call, Moments, Reader, as_weight, find_readers, rows_of, weight_matrix
 from ..errors import GraphPruneError
-from ..recovery import walk
-from ..recovery.solve import masked_ridge_solution
-from ..surgery import find_folds
+from ..importance.calibration import (
+    CalibrationData,
+    Call,
+    Moments,
+    Reader,
+    as_weight,
+    find_readers,
+    rows_of,
+    weight_matrix,
+)
+from ..plans.surgery import find_folds
+from ..recovery.repair import walk
+from ..recovery.repair.solve import masked_ridge_solution
 from ..tracing.example import ExampleInput
 from ..tracing.names import named_tensors
 from ..tracing.trace import record_run

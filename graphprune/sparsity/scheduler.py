@@ -9,19 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..allocation import Settings
-from ..allocation.allocate import nearest
-from ..allocation.selection import chosen_groups
-from ..calibration.source import CalibrationSource
-from ..deciding import plan_from_graph
 from ..dependency import Group
 from ..dependency.graph import trace
-from ..engine import Criterionlike
 from ..errors import GraphPruneError
 from ..importance import resolve_criterion
-from ..plans import Plan
+from ..importance.calibration.source import CalibrationSource
+from ..planning.allocation import Settings
+from ..planning.allocation.allocate import nearest
+from ..planning.allocation.selection import chosen_groups
+from ..planning.request import Criterionlike
+from ..planning.widths import plan_from_graph
+from ..plans.plan import Plan
+from ..plans.verification import verify as run_verification
 from ..recovery import carry_optimizer
-from ..verification import verify as run_verification
 from .magnitudes import magnitude
 from .ranking import check_sparsity
 

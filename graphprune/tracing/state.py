@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..modules.attention import recorded_openly
+from .attention import recorded_openly
 from .origin import traced_sqrt
 from .overrides import python_functions_stay_visible
 

@@ -20,10 +20,10 @@ import torchvision
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.allocation import Settings
-from graphprune.deciding import plan_from_graph
 from graphprune.dependency import Frozen, Reason
 from graphprune.importance import resolve_criterion
+from graphprune.planning.allocation import Settings
+from graphprune.planning.widths import plan_from_graph
 from graphprune.tracing.example import ExampleInput, result_tensors
 from tests import standins
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.dependency.sizes import SizeSolver
-from graphprune.surgery import operate
+from graphprune.plans.surgery import operate
 from tests import oracles
 
 WIDTH = 6

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import GraphPruneError
-from graphprune.calibration.gradients import sensitivities
-from graphprune.calibration.source import CalibrationSource
 from graphprune.importance import ImportanceContext, resolve_criterion
-from graphprune.surgery import find_folds, folded_tensors
+from graphprune.importance.calibration.gradients import sensitivities
+from graphprune.importance.calibration.source import CalibrationSource
+from graphprune.plans.surgery import find_folds, folded_tensors
 from graphprune.tracing.names import named_tensors
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.calibration import Calibration
-from graphprune.calibration.source import CalibrationSource
 from graphprune.importance import ImportanceContext
 from graphprune.importance import reconstruction as module
+from graphprune.importance.calibration import Calibration
+from graphprune.importance.calibration.source import CalibrationSource
 from graphprune.importance.in_context import SHARES, measured_costs, output_error
 from graphprune.importance.reconstruction import RIDGE, _reading, reconstruction
 

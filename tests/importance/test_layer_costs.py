@@ -11,7 +11,7 @@ from torch import nn
 
 import graphprune
 from graphprune import GraphPruneError
-from graphprune.dependency.blocks import find_blocks
+from graphprune.dependency.whole.blocks import find_blocks
 from graphprune.importance import latency
 from graphprune.importance.layers import layer_scores
 from graphprune.tracing.example import ExampleInput

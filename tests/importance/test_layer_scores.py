@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphprune import GraphPruneError
-from graphprune.calibration import CalibrationData
-from graphprune.dependency.blocks import find_blocks
+from graphprune.dependency.whole.blocks import find_blocks
+from graphprune.importance.calibration import CalibrationData
 from graphprune.importance.layers import check_layer_criterion, layer_scores
 from graphprune.tracing.example import ExampleInput
 from tests.layered_networks import Decoder, networks

@@ -1,0 +1,307 @@
+"""What the commands share: options, progress on standard error, results on standard output, parsing of lists."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ..errors import GraphPruneError
+from ..planning.allocation import Budget
+from ..plans.verification import VerificationReport
+from ..runtimes.latency import Target
+from ..support.tables import Column, render, table
+from ..tracing.counting import Count
+from .factories import InputShape
+
+_MODEL = "Model"
+_PRUNING = "How to prune"
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:FUNCTION",
+        help="Function without arguments that returns a model, or (model, example input). The current directory is "
+        "searched first.",
+        show_default=False,
+    ),
+]
+
+
+def _option(panel: str, help: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, **more)
+
+
+ShapeOption = Annotated[
+    list[InputShape] | None,
+    _option(
+        _MODEL,
+        "Shape of the example input, such as 1,3,224,224 (random numbers) or 1,128:int64 (zeros). Repeat it for "
+        "several inputs.",
+        "--input-shape",
+        parser=InputShape.parse,
+        metavar="SHAPE",
+    ),
+]
+WeightsOption = Annotated[Path | None, _option(_MODEL, "Safetensors file to load first.", "--weights", metavar="FILE")]
+SeedOption = Annotated[int, _option(_MODEL, "Of random weights, inputs and the criterion 'random'.", "--seed", min=0)]
+RatioOption = Annotated[
+    list[str] | None,
+    _option(
+        _PRUNING,
+        "Fraction of the channels to remove: 0.5, or name=0.5 for a module, parameter or pattern (repeat it, or "
+        "separate by commas; what no name matches stays whole). prune takes 0.5 if not told.",
+        "--ratio",
+        metavar="RATIO",
+    ),
+]
+IgnoreOption = Annotated[
+    list[str] | None,
+    _option(_PRUNING, "Module, parameter or pattern whose outputs stay. Repeatable.", "--ignore", metavar="NAME"),
+]
+ScopeOption = Annotated[str, _option(_PRUNING, "Rank channels local, global or isomorphic.", "--scope")]
+ModeOption = Annotated[
+    str,
+    _option(
+        _PRUNING,
+        "Where a size written in code blocks: module (keep it), hybrid (that module becomes a graph) or graph (all).",
+        "--output-mode",
+    ),
+]
+CriterionOption = Annotated[
+    str, _option(_PRUNING, "l1, l2, bn_scale, fpgm, lamp, random, or one that the module registers.", "--criterion")
+]
+LayerCriterionOption = Annotated[
+    str | None,
+    _option(
+        _PRUNING,
+        "How layers are ranked where channels go too: block_influence (default), output, magnitude, latency.",
+        "--layer-criterion",
+    ),
+]
+RoundOption = Annotated[int, _option(_PRUNING, "Keep multiples of this many channels.", "--round-to")]
+LeastOption = Annotated[int, _option(_PRUNING, "Keep at least this many channels.", "--min-channels")]
+GranularityOption = Annotated[
+    list[str] | None,
+    _option(
+        _PRUNING,
+        "auto (default), heads, 'head features', 'qk features', 'v features', mlp, embedding, channels, filters, "
+        "neurons; layer, branch, experts. Repeatable; layer or branch with others takes a budget.",
+        "--granularity",
+        metavar="KIND",
+    ),
+]
+BudgetOption = Annotated[
+    list[str] | None,
+    _option(
+        _PRUNING,
+        "Instead of a ratio, a limit for the whole network: macs=0.5, params=0.5, memory=0.5 (a fraction, or a count), "
+        "latency=0.5 or latency_ms=3. Repeat it, or separate by commas.",
+        "--budget",
+        metavar="LIMIT",
+    ),
+]
+ProviderOption = Annotated[
+    str | None, _option(_PRUNING, "Where latency counts: auto (default), cpu, cuda or a full name.", "--provider")
+]
+ThreadsOption = Annotated[int | None, _option(_PRUNING, "Threads that latency is for (default 1).", "--threads", min=1)]
+TableOption = Annotated[
+    Path | None,
+    _option(_PRUNING, "A file of the command latency-table: nothing is measured here.", "--latency-table"),
+]
+FoldOption = Annotated[
+    bool, _option(_PRUNING, "Merge batch norms into layers, or keep them for training.", "--fold-bn/--keep-bn")
+]
+VerifyOption = Annotated[bool, _option(_PRUNING, "Prove the pruned model.", "--verify/--no-verify")]
+PlanOption = Annotated[
+    Path | None, _option(_PRUNING, "A plan that the command prune wrote.", "--plan", metavar="FILE")
+]
+PrunedOption = Annotated[
+    Path | None,
+    _option(
+        _PRUNING, "A pruned model that the command prune or graphprune.save wrote.", "--pruned", metavar="FILE"
+    ),
+]
+ExplainOption = Annotated[
+    list[str] | None,
+    typer.Option("--explain", metavar="NAME", help="What a parameter is tied to, or why it stays. Repeatable."),
+]
+DrawOption = Annotated[
+    list[Path] | None,
+    typer.Option("--draw", "--dot", "--svg", metavar="FILE", help="Draw as .dot, .svg, .png or .pdf. Repeatable."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+class Work:
+    """Progress of one command on standard error."""
+
+    def __init__(self, bar: Progress, steps: int) -> None:
+        self._bar = bar
+        self._task = bar.add_task("", total=steps)
+        self._begun = False
+
+    def step(self, text: str) -> None:
+        """Say what begins now; what was going on before is done."""
+        self._bar.update(self._task, description=text, advance=1 if self._begun else 0)
+        self._begun = True
+
+    def stop(self) -> None:
+        """Give the terminal to another progress bar."""
+        self._bar.stop()
+
+
+@contextlib.contextmanager
+def working(steps: int) -> Iterator[Work]:
+    """Progress while inside; models print to standard error; errors of the user end the program with status 1."""
+    columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
+    try:
+        console = Console(stderr=True)
+        bar = Progress(
+            *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
+        )
+        with bar, contextlib.redirect_stdout(sys.stderr):
+            yield Work(bar, steps)
+    except (GraphPruneError, OSError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        typer.echo("error: " + " | ".join(lines), err=True)
+        raise typer.Exit(1) from None
+
+
+def show(as_json: bool, data: dict[str, Any], *text: Any) -> None:
+    """Print the result: `data` as JSON, or the tables and strings."""
+    if as_json:
+        typer.echo(json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        typer.echo(render(*text))
+
+
+def parse_budget(given: Sequence[str] | None) -> Budget | None:
+    """The budget of `--budget` options; None without any."""
+    if not given:
+        return None
+    names = [field.name for field in dataclasses.fields(Budget)]
+    limits: dict[str, float] = {}
+    for part in (p.strip() for text in given for p in text.split(",")):
+        name, equals, value = part.partition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not equals or name not in names or name in limits or math.isnan(number):
+            raise typer.BadParameter(
+                f"{part!r}: expected one of {', '.join(names)}, each once, as in macs=0.5", param_hint="--budget"
+            )
+        limits[name] = number
+    try:
+        return Budget(**limits)
+    except GraphPruneError as error:
+        raise typer.BadParameter(str(error), param_hint="--budget") from None
+
+
+def parse_target(provider: str | None, threads: int | None, table: Path | None) -> Target | None:
+    """The target of these options; None without any."""
+    if provider is None and threads is None and table is None:
+        return None
+    return Target(provider or "auto", threads or 1, table=table)
+
+
+def parse_ratio(texts: list[str] | None) -> float | dict[str, float]:
+    """0.5, or a dict from names."""
+    items = [item.strip() for text in texts or ["0.5"] for item in text.split(",") if item.strip()]
+    named: dict[str, float] = {}
+    try:
+        if len(items) == 1 and "=" not in items[0]:
+            return float(items[0])
+        for item in items:
+            name, sign, value = item.rpartition("=")
+            if not sign or not name or name in named:
+                raise ValueError
+            named[name] = float(value)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{' '.join(texts or [])!r} is neither a number nor a list of name=number with each name once",
+            param_hint="--ratio",
+        ) from None
+    if not named:
+        raise typer.BadParameter("expected a number or name=number", param_hint="--ratio")
+    return named
+
+
+def parse_options(texts: list[str] | None) -> dict[str, Any]:
+    """["scope=global", "round_to=8"] as a dict; values are read as JSON where they are JSON, else as text."""
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        name, sign, value = text.partition("=")
+        if not sign or not name or name in found:
+            raise typer.BadParameter(f"{text!r} is not NAME=VALUE with each name once", param_hint="--option")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def named_models(specs: list[str]) -> dict[str, str]:
+    """A name for each: the one given, the function or the file without its ending; the whole where that is taken."""
+    named: dict[str, str] = {}
+    for text in specs:
+        name, sign, spec = text.partition("=")
+        if not sign:
+            name, spec = "", text
+        if not spec or (not spec.endswith(".onnx") and ":" not in spec):
+            raise typer.BadParameter(f"{spec!r} is neither MODULE:FUNCTION nor an .onnx file", param_hint="MODEL")
+        if not name:
+            name = Path(spec).stem if spec.endswith(".onnx") else spec.rpartition(":")[2]
+            name = spec if name in named else name
+        if name in named:
+            raise typer.BadParameter(f"two models are called {name!r}; write name=...", param_hint="MODEL")
+        named[name] = spec
+    return named
+
+
+def parse_integers(texts: list[str] | None) -> list[int] | None:
+    """["1,8", "16"] as [1, 8, 16]; None stays None."""
+    if texts is None:
+        return None
+    try:
+        return [int(item) for text in texts for item in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{' '.join(texts)!r} is no list of integers", param_hint="--batch") from None
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def checks_as_data(report: VerificationReport | None) -> dict[str, Any] | None:
+    """A verification for JSON, which has no NaN."""
+    if report is None:
+        return None
+    checks = [
+        {"name": c.name, "passed": c.passed, "error": _finite(c.error), "detail": c.detail} for c in report.checks
+    ]
+    return {"passed": report.passed, "checks": checks}
+
+
+def comparison(before: Count, after: Count) -> Table:
+    """Parameters and MACs before and after, and what share is gone."""
+    rows = [("parameters", before.parameters, after.parameters)]
+    batch = "" if before.batch_size is None else f" at batch size {before.batch_size}"
+    rows.append((f"MACs{batch}", before.macs, after.macs))
+    columns = [
+        Column("", 0, justify="left"),
+        Column("before", 1, ","),
+        Column("after", 2, ","),
+        Column("removed", lambda row: 1 - row[2] / row[1] if row[1] else 0.0, ".1%"),
+    ]
+    return table(rows, columns)

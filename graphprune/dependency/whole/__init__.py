@@ -1,0 +1,1 @@
+"""What can go as a whole: layers, branches inside them, experts of mixtures."""

@@ -1,0 +1,109 @@
+"""Calibration batches: whatever the user's loader yields, as arguments of one call and, if there are any, targets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import GraphPruneError
+from ...tracing.example import ExampleInput, flatten_tensors
+
+# Length of the batches a plain tensor is cut into.
+_BATCH = 64
+
+
+class CalibrationData:
+    """Batches that can be read more than once, on the model's device.
+
+    `data`: a DataLoader, a list or any other object that can be iterated repeatedly; or a single tensor, which is read
+    in batches of 64. Each item is what the model is called with - a tensor, a dict of keyword arguments, or a tuple of
+    as many positional arguments as `example` has - or a pair (inputs, targets) of that and anything.
+
+    Raises GraphPruneError, naming `data`, for what cannot be iterated, can be iterated only once, is empty, or yields
+    something else.
+    """
+
+    def __init__(self, data: Any, example: ExampleInput, model: nn.Module) -> None:
+        if isinstance(data, Tensor):
+            data = list(data.split(_BATCH)) if data.dim() else data
+        if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable) or not _iterable(data):
+            raise GraphPruneError(
+                f"data: expected a DataLoader, a list of batches or another iterable of inputs, got "
+                f"{type(data).__name__}"
+            )
+        if isinstance(data, Iterator):
+            raise GraphPruneError(
+                f"data: got a {type(data).__name__}, which can be read only once; several passes are made, so pass a "
+                f"DataLoader or a list of batches"
+            )
+        self._data = data
+        self._positional = len(example.args)
+        self._device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+    def __iter__(self) -> Iterator[tuple[ExampleInput, Any]]:
+        """Pairs of arguments and targets (None without)."""
+        empty = True
+        for index, item in enumerate(self._data):
+            empty = False
+            inputs, targets = self._parts(item, index)
+            yield inputs.to(self._device), _to(targets, self._device)
+        if empty:
+            raise GraphPruneError("data: yields no batch; pass at least one")
+
+    def head(self, samples: int) -> list[Any]:
+        """The first items, as they were given, that hold at least this many samples; all if there are fewer."""
+        out: list[Any] = []
+        seen = 0
+        for index, item in enumerate(self._data):
+            out.append(item)
+            seen += next((t.shape[0] for t in self._parts(item, index)[0].tensors() if t.dim()), 1)
+            if seen >= samples:
+                break
+        return out
+
+    def inputs(self) -> Iterator[ExampleInput]:
+        """The arguments alone."""
+        return (inputs for inputs, _ in self)
+
+    def _parts(self, item: Any, index: int) -> tuple[ExampleInput, Any]:
+        if isinstance(item, (Tensor, Mapping)):
+            return _example(item, index), None
+        if isinstance(item, (tuple, list)) and item:
+            nested = isinstance(item[0], (tuple, list, Mapping))
+            if len(item) == self._positional and not (nested and len(item) == 2):
+                return _example(tuple(item), index), None
+            if len(item) == 1:
+                return _example(item[0], index), None
+            if len(item) == 2:
+                return _example(item[0], index), item[1]
+        raise GraphPruneError(
+            f"data: batch {index} is a {type(item).__name__}{_length(item)}; expected inputs (a tensor, a dict of "
+            f"keyword arguments, a tuple of {self._positional} positional arguments) or a pair (inputs, targets)"
+        )
+
+
+def _example(value: Any, index: int) -> ExampleInput:
+    try:
+        return ExampleInput.of(value)
+    except GraphPruneError as error:
+        raise GraphPruneError(f"data: batch {index}: {str(error).replace('example_input', 'inputs')}") from error
+
+
+def _iterable(data: Any) -> bool:
+    return not (isinstance(data, Tensor) and data.dim() == 0)
+
+
+def _length(item: Any) -> str:
+    return f" of length {len(item)}" if isinstance(item, (tuple, list)) else ""
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    tensors = flatten_tensors(value)
+    if not tensors or all(t.device == device for t in tensors):
+        return value
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return ExampleInput((value,), {}).to(device).args[0]

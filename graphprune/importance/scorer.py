@@ -1,0 +1,57 @@
+"""Scores of all groups of one model: the criterion, what it looks at, and what it said before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from ..dependency import DependencyGraph
+from ..plans.surgery import Fold, fold_names, folded_tensors
+from ..tracing.names import all_modules, named_tensors
+from . import BatchNormLink, Criterion, ImportanceContext, normalise
+from .calibration import Calibration
+
+
+class Scorer:
+    """Scores of groups, computed once per set of members even when groups are rebuilt."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        folds: list[Fold],
+        criterion: Criterion,
+        seed: int,
+        normalised: bool,
+        calibration: Calibration | None,
+        compared: bool = False,
+    ) -> None:
+        tensors = {n: t.detach() for n, t in named_tensors(model).items()}
+        self.meta = any(t.is_meta for t in tensors.values())
+        links = {}
+        if folds and not self.meta:
+            tensors.update(folded_tensors(model, folds))
+            modules = all_modules(model)
+            for fold in folds:
+                norm = modules[fold.batch_norm]
+                if isinstance(norm.weight, Tensor):
+                    links[fold_names(fold)[0]] = BatchNormLink(norm.weight.detach(), fold.axis, fold.batch_norm)
+        options: dict[str, Any] = {"bn": links, "seed": seed, "calibration": calibration, "compared": compared}
+        self.context = ImportanceContext(model, tensors, **options)
+        self.criterion = criterion
+        self.normalised = normalised
+        self.cache: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def __call__(self, graph: DependencyGraph) -> dict[int, np.ndarray]:
+        out = {}
+        for group in graph.groups:
+            key = tuple((m.parameter, m.axis, m.positions.tobytes()) for m in group.members)
+            if key not in self.cache:
+                if self.meta:  # no weights to look at: keep the first ones
+                    scores = np.arange(group.size, 0, -1, dtype=np.float64)
+                else:
+                    scores = self.criterion(self.context, group)
+                self.cache[key] = normalise(scores, self.criterion.normaliser) if self.normalised else scores
+            out[group.index] = self.cache[key]
+        return out

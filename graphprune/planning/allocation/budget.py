@@ -1,0 +1,278 @@
+"""Budgets: how wide every group may be so that the whole network costs no more than asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...dependency.axes import Floats
+from ...errors import GraphPruneError
+from .costs import CostModel
+
+Ints = npt.NDArray[np.int64]
+
+
+class UnreachableBudget(GraphPruneError):
+    """Not even the least widths allowed keep the budget. `limit`: which is exceeded; `least`: what they cost; None
+    where no single limit is to blame."""
+
+    def __init__(self, message: str, limit: Limit | None = None, least: float | None = None) -> None:
+        super().__init__(message)
+        self.limit, self.least = limit, least
+
+
+# Steps by which the price of cost is raised, from where nothing goes to where the budget is met.
+_STEPS = 64
+# How much of a limit must be used to be content, to be called met, and how many exchanges are tried to get there.
+_FULL, _NEAR, _EXCHANGES = 0.995, 0.99, 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """Upper limits for the pruned network, one or several at once.
+
+    `macs`: multiply-accumulates on the example input; `params`: elements of all parameters; `memory`: bytes of weights
+    and of the activations that are alive at the same time, at their highest, on the example input. A number up to 1 is
+    a fraction of what the original has, a larger one a count. These are never exceeded, and met within 1 % where the
+    numbers of channels allow.
+
+    `latency`: a fraction, in (0, 1], of the time that a call of the original takes; `latency_ms`: milliseconds. Both
+    are about the `target` of `plan`, and what is measured there counts: see `graphprune.Target`.
+    """
+
+    macs: float | None = None
+    params: float | None = None
+    memory: float | None = None
+    latency: float | None = None
+    latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.limits().items():
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < value < math.inf:
+                raise GraphPruneError(
+                    f"budget: {name} must be a fraction of the original in (0, 1] or a count, got {value!r}"
+                )
+        if not self.limits():
+            raise GraphPruneError("budget: name at least one limit, such as Budget(macs=0.5) or Budget(params=0.5)")
+        if self.latency is not None and self.latency > 1:
+            raise GraphPruneError(
+                f"budget: latency is a fraction of the original's time in (0, 1], got {self.latency!r}; for "
+                f"milliseconds use latency_ms"
+            )
+        if self.latency is not None and self.latency_ms is not None:
+            raise GraphPruneError("budget: latency and latency_ms exclude each other")
+
+    @property
+    def timed(self) -> bool:
+        """Whether latency is limited."""
+        return self.latency is not None or self.latency_ms is not None
+
+    def seconds(self, dense: float) -> float:
+        """The time allowed for a call, where one of the original takes `dense` seconds."""
+        if self.latency_ms is not None:
+            return self.latency_ms / 1000
+        return dense if self.latency is None else self.latency * dense
+
+    def limits(self) -> dict[str, Any]:
+        """The limits that are set, by name."""
+        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    """One cost and the most it may be. `name` is for messages. `stairs`: of a cost that jumps at some widths, the part
+    that does, with arguments as those of `CostModel.curve`."""
+
+    name: str
+    cost: CostModel
+    most: float
+    stairs: Callable[[int, Floats, Floats], Floats] | None = None
+
+
+def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float], form: str) -> None:
+    """Raise UnreachableBudget, with costs in this format, if the least fractions that may stay cost above `most`."""
+    for limit, m in zip(limits, most, strict=True):
+        found = limit.cost.value(least)
+        if found > m * (1 + 1e-12):
+            full = limit.cost.full
+            raise UnreachableBudget(
+                f"budget: {limit.name} cannot be brought to {m:{form}}: with the least number of channels allowed "
+                f"{found:{form}} remain ({found / full:.1%} of {full:{form}}); raise the budget or max_ratio, lower "
+                f"min_channels, or ignore less",
+                limit,
+                found,
+            )
+
+
+class Widths:
+    """Chooses how many units of each group stay, least score lost per cost saved first.
+
+    `scores`: per group, one per unit. `floors`, `ceilings`: the least and the most that each group keeps. `step`: what
+    a group loses is chosen so that its width is a multiple of it.
+    """
+
+    def __init__(self, scores: Sequence[Floats], floors: Sequence[int], ceilings: Sequence[int], step: int) -> None:
+        self.ascending = [np.sort(np.asarray(s, np.float64)) for s in scores]
+        self.sizes = np.array([len(s) for s in scores], np.int64)
+        self.ceilings = np.minimum(np.asarray(ceilings, np.int64), self.sizes)
+        self.floors = np.minimum(np.asarray(floors, np.int64), self.ceilings)
+        self.step = step
+
+    def choose(self, limits: Sequence[Limit], scale: float = 1.0) -> Ints:
+        """The widths for limits multiplied by `scale`.
+
+        The price of cost rises step by step; a unit goes when it is worth less than it costs at the widths reached so
+        far (the cost of a layer depends on the groups on both sides). Then what room is left is filled again.
+
+        Raises GraphPruneError when even the floors cost more.
+        """
+        most = [limit.most * scale for limit in limits]
+        keep = self.rough(limits, scale)
+        if (keep == self.ceilings).all():
+            return keep
+        return self._exchanged(self._filled(keep, limits, most), limits, most)
+
+    def rough(self, limits: Sequence[Limit], scale: float = 1.0) -> Ints:
+        """`choose` without filling what room is left."""
+        most = [limit.most * scale for limit in limits]
+        check_least(self.fraction(self.floors), limits, most, ",.0f")
+        keep = self.ceilings.copy()
+        if self._fits(keep, limits, most):
+            return keep
+        low, high = self._prices(limits, most)
+        for price in np.geomspace(low, high, _STEPS):
+            new = self._at(price, keep, limits, most)
+            if self._fits(new, limits, most):
+                return self._between(keep, new, lambda k: self._fits(k, limits, most))
+            keep = new
+        return self._between(keep, self.floors.copy(), lambda k: self._fits(k, limits, most))
+
+    def fraction(self, keep: Ints) -> Floats:
+        return keep / np.maximum(self.sizes, 1)
+
+    def _fits(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> bool:
+        kept = self.fraction(keep)
+        return all(limit.cost.value(kept) <= m * (1 + 1e-12) for limit, m in zip(limits, most, strict=True))
+
+    def _unit_costs(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> Floats:
+        """What one unit of each group costs now, as a share of the limits that are exceeded."""
+        kept = self.fraction(keep)
+        out = np.zeros(len(keep))
+        for limit, m in zip(limits, most, strict=True):
+            if limit.cost.value(kept) > m:
+                out += limit.cost.slopes(kept) / m
+        return out / np.maximum(self.sizes, 1)
+
+    def _prices(self, limits: Sequence[Limit], most: Sequence[float]) -> tuple[float, float]:
+        """Between the price at which the first unit goes and the one at which none is worth its cost."""
+        unit = self._unit_costs(self.sizes, limits, most)
+        ratios = [s[s > 0] / u for s, u in zip(self.ascending, unit, strict=True) if u > 0 and len(s)]
+        values = np.concatenate(ratios) if ratios else np.ones(1)
+        if not len(values):
+            return 1.0, 1.0
+        return float(values.min()) * 0.5, float(values.max()) * 64
+
+    def _at(self, price: float, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> Ints:
+        unit = self._unit_costs(keep, limits, most) * price
+        wanted = np.array([len(s) - np.searchsorted(s, u) for s, u in zip(self.ascending, unit, strict=True)], np.int64)
+        wanted = np.minimum(wanted, keep)
+        if self.step > 1:
+            cut = wanted < self.sizes
+            wanted = np.where(cut, -(-wanted // self.step) * self.step, wanted)
+        return np.minimum(np.maximum(wanted, self.floors), keep)
+
+    def _between(self, wide: Ints, narrow: Ints, fits: Callable[[Ints], bool]) -> Ints:
+        """The widest widths on the way from `wide`, which does not fit, to `narrow`, which does."""
+        low, high = 0.0, 1.0
+        best = narrow
+        for _ in range(24):
+            middle = (low + high) / 2
+            keep = (wide - np.ceil((wide - narrow) * middle).astype(np.int64)) // self.step * self.step
+            keep = np.minimum(np.maximum(keep, narrow), wide)
+            if fits(keep):
+                best, high = keep, middle
+            else:
+                low = middle
+        return best
+
+    def _filled(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> Ints:
+        """Add units back, the best per cost first, as long as one fits."""
+        keep = keep.copy()
+        blocked = keep >= self.ceilings
+        while not blocked.all():
+            unit = self._all_unit_costs(keep, limits, most)
+            gain = np.array([self._next(g, keep) for g in range(len(keep))])
+            g = int(np.where(blocked, -np.inf, gain / unit).argmax())
+            new = self._wider(keep, g)
+            if self._fits(new, limits, most):
+                keep = new
+                blocked[g] = keep[g] >= self.ceilings[g]
+            else:
+                blocked[g] = True
+        return keep
+
+    def _exchanged(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> Ints:
+        """Where room is left that no single unit fits into: widen one group and narrow others for it, while that keeps
+        more of the score or fills a limit that is not met within 1 %."""
+        for _ in range(_EXCHANGES):
+            used = self._used(keep, limits, most)
+            if used >= _FULL:
+                break
+            unit = self._all_unit_costs(keep, limits, most)
+            gain = np.array([self._next(g, keep) if keep[g] < self.ceilings[g] else -np.inf for g in range(len(keep))])
+            candidates = [int(g) for g in np.argsort(-gain / unit, kind="stable")[:_EXCHANGES] if gain[g] > -np.inf]
+            options = [o for g in candidates if (o := self._made_room(keep, g, limits, most)) is not None]
+            near = [o for o in options if self._used(o, limits, most) >= _NEAR]
+            best = max(near or options, key=self._kept_score, default=keep)
+            if self._kept_score(best) <= self._kept_score(keep) and not (near and used < _NEAR):
+                break
+            keep = best
+        return keep
+
+    def _used(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> float:
+        kept = self.fraction(keep)
+        return max(limit.cost.value(kept) / m for limit, m in zip(limits, most, strict=True))
+
+    def _made_room(self, keep: Ints, g: int, limits: Sequence[Limit], most: Sequence[float]) -> Ints | None:
+        """`keep` with group g one step wider and others narrower, the least score per cost first; None if they
+        cannot be."""
+        keep = self._wider(keep, g)
+        while not self._fits(keep, limits, most):
+            unit = self._unit_costs(keep, limits, most)
+            loss = np.array([s[n - k] for s, n, k in zip(self.ascending, self.sizes, keep, strict=True)])
+            possible = (keep > self.floors) & (unit > 0)
+            possible[g] = False
+            if not possible.any():
+                return None
+            rest = unit * self.step - (self._used(keep, limits, most) - 1)  # room left when a step of one group goes
+            last = possible & (rest >= 0) & (rest <= 1 - _NEAR)
+            h = int(np.where(last, loss, np.inf).argmin())
+            if not last.any():
+                h = int(np.where(possible, loss / np.maximum(unit, 1e-300), np.inf).argmin())
+            keep[h] = max(self.floors[h], (keep[h] - 1) // self.step * self.step)
+        return self._filled(keep, limits, most)
+
+    def _all_unit_costs(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> Floats:
+        """What one unit of each group costs, as a share of all limits together."""
+        kept = self.fraction(keep)
+        slopes = sum((c.cost.slopes(kept) / m for c, m in zip(limits, most, strict=True)), np.zeros(len(keep)))
+        unit: Floats = np.maximum(slopes / np.maximum(self.sizes, 1), 1e-30)
+        return unit
+
+    def _next(self, g: int, keep: Ints) -> float:
+        """The score of the next unit that would stay."""
+        index = self.sizes[g] - keep[g] - 1
+        return float(self.ascending[g][index]) if index >= 0 else 0.0
+
+    def _wider(self, keep: Ints, g: int) -> Ints:
+        new = keep.copy()
+        new[g] = min((keep[g] // self.step + 1) * self.step, self.ceilings[g])
+        return new
+
+    def _kept_score(self, keep: Ints) -> float:
+        return sum(float(s[n - k :].sum()) for s, n, k in zip(self.ascending, self.sizes, keep, strict=True))

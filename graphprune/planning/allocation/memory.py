@@ -1,0 +1,131 @@
+"""Memory as a cost of widths: weights, and the activations that are alive at the same time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence, Set
+from typing import Any
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from torch import fx, nn
+
+from ...dependency import DependencyGraph
+from ...dependency.axes import Axes, Axis, Floats
+from ...dependency.sizes import Mask
+from ...plans.surgery import Fold
+from ...tracing.names import named_tensors, operator_name
+from ...tracing.recorder import TensorMeta
+from .costs import parameter_costs
+
+# Results that are another way to look at an operand.
+_VIEWS = frozenset(
+    "view _unsafe_view reshape transpose permute t expand slice select unsqueeze squeeze detach alias split "
+    "split_with_sizes chunk unbind as_strided narrow unflatten flatten movedim real imag diagonal unfold view_as_real "
+    "view_as_complex lift_fresh".split()
+)
+
+
+class MemoryCosts:
+    """Bytes of the parameters and of the activations of a run that frees every tensor after its last use, at their
+    highest. Views cost nothing; what an operator needs for itself is not counted. Buffers count as they are."""
+
+    def __init__(self, graph: DependencyGraph, model: nn.Module, folds: Sequence[Fold]) -> None:
+        self._axes = Axes(graph)
+        self._weights = parameter_costs(graph, model, folds)
+        tensors = named_tensors(model)
+        self._bytes = max((p.element_size() for p in model.parameters()), default=4)
+        parameters = {id(p) for p in model.parameters()}
+        self._fixed = float(sum(t.numel() * t.element_size() for t in tensors.values() if id(t) not in parameters))
+        owners, alive = _lifetimes(graph.trace.graph)
+        self._alive = alive
+        self._shapes: list[tuple[float, tuple[Axis, ...]]] = []
+        for node in owners:
+            meta = node.meta["val"]
+            axes = self._axes.of(node)
+            free = tuple(a for a in axes if a.groups)
+            rest = math.prod(a.length for a in axes if not a.groups)
+            self._shapes.append((float(rest * meta.dtype.itemsize), free))
+        self._varying = {id(a): a for _, axes in self._shapes for a in axes}
+
+    @property
+    def full(self) -> float:
+        return self.value(np.ones(len(self._axes.graph.groups)))
+
+    def value(self, kept: Floats) -> float:
+        activations = self._activations({k: float(a.value(kept)) for k, a in self._varying.items()})
+        return self._fixed + self._bytes * self._weights.value(kept) + float(activations.max(initial=0.0))
+
+    def exact(self, gone: Mask) -> float:
+        activations = self._activations({k: self._axes.exact(a, gone) for k, a in self._varying.items()})
+        return self._fixed + self._bytes * self._weights.exact(gone) + float(activations.max(initial=0.0))
+
+    def curve(self, group: int, kept: Floats, fractions: Floats) -> Floats:
+        varied: list[Any] = list(kept)
+        varied[group] = fractions
+        activations = self._activations({k: a.value(varied) for k, a in self._varying.items()}, len(fractions))
+        total: Floats = self._bytes * self._weights.curve(group, kept, fractions) + activations.max(0, initial=0.0)
+        return total
+
+    def partners(self, group: int) -> Set[int]:
+        """All: any of them can be alive at the highest moment."""
+        return frozenset(range(len(self._axes.graph.groups))) - {group}
+
+    def slopes(self, kept: Floats) -> Floats:
+        """At the moment when most is alive."""
+        lengths = {k: float(a.value(kept)) for k, a in self._varying.items()}
+        out: Floats = self._bytes * self._weights.slopes(kept)
+        if not self._shapes:
+            return out
+        moment = int(self._activations(lengths).argmax())
+        for i in self._alive[moment].indices:
+            factor, axes = self._shapes[i]
+            for j, axis in enumerate(axes):
+                rest = factor * math.prod(lengths[id(b)] for k, b in enumerate(axes) if k != j)
+                for g, slope in axis.slope(kept).items():
+                    out[g] += rest * slope
+        return out
+
+    def _activations(self, lengths: dict[int, Any], columns: int | None = None) -> Floats:
+        """Bytes alive at every moment; with lengths that are arrays, in as many columns."""
+        sizes = [factor * math.prod(lengths[id(a)] for a in axes) for factor, axes in self._shapes]
+        if columns is not None:
+            sizes = [np.broadcast_to(s, (columns,)) for s in sizes]
+        found: Floats = self._alive @ np.array(sizes, np.float64).reshape(len(sizes), *([columns] if columns else []))
+        return found
+
+
+def _lifetimes(graph: fx.Graph) -> tuple[list[fx.Node], csr_matrix]:
+    """The calls that make new tensors, and which of these are alive at each call (a row per call)."""
+    owner: dict[fx.Node, fx.Node] = {}
+    born: dict[fx.Node, int] = {}
+    last: dict[fx.Node, int] = {}
+    time = -1
+    for time, node in enumerate(graph.nodes):
+        for operand in node.all_input_nodes:
+            if operand in owner:
+                last[owner[operand]] = time
+        if node.op != "call_function":
+            continue
+        source = _looked_at(node)
+        if source is not None:
+            if source in owner:
+                owner[node] = owner[source]
+        elif isinstance(node.meta.get("val"), TensorMeta) and not node.meta.get("constant_value"):
+            owner[node], born[node], last[node] = node, time, time
+    owners = list(born)
+    rows = [t for n in owners for t in range(born[n], last[n] + 1)]
+    columns = [i for i, n in enumerate(owners) for _ in range(born[n], last[n] + 1)]
+    return owners, csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(time + 1, len(owners)))
+
+
+def _looked_at(node: fx.Node) -> fx.Node | None:
+    """The operand whose memory a call's result lies in."""
+    name = operator_name(node)
+    first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if first is None:
+        return None
+    if name == "getitem":
+        return first if operator_name(first) in _VIEWS else None
+    in_place = name.endswith("_") and not name.startswith("_")
+    return first if name in _VIEWS or in_place else None

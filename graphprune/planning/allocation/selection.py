@@ -1,0 +1,239 @@
+"""Which groups a request speaks of: ratios by name or pattern, ignored modules, granularity."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ...dependency import DependencyGraph, Group, Reason
+from ...errors import GraphPruneError
+
+_CHANNELS = ("channel", "mlp channel", "residual channel", "embedding channel", "conv group", "group channel")
+_FEATURES = ("head feature", "qk feature", "v feature")
+GRANULARITIES: dict[str, tuple[str, ...]] = {
+    "channels": _CHANNELS,
+    "mlp": ("mlp channel",),
+    "embedding": ("residual channel", "embedding channel"),
+    "heads": ("head",),
+    "head features": _FEATURES,
+    "qk features": ("qk feature",),
+    "v features": ("v feature",),
+}
+_ALIASES = {"channel": "channels", "head": "heads", "head feature": "head features"}
+
+# Textbook names for channels by what makes them: rows of 2-D weights, filters of weights with kernels.
+_PRODUCERS = {"neuron": (2, 2), "neurons": (2, 2), "filter": (3, 5), "filters": (3, 5)}
+
+
+def module_of(parameter: str) -> str:
+    """The path of the module that holds a parameter."""
+    return parameter.rpartition(".")[0]
+
+
+def check_ratio(value: Any, where: str = "ratio") -> float:
+    """A fraction of channels to remove, in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= float(value) < 1:
+        raise GraphPruneError(
+            f"{where}: expected a number in [0, 1), the fraction of channels to remove; got {value!r}"
+        )
+    return float(value)
+
+
+def _matches(pattern: str, parameter: str) -> bool:
+    return (
+        pattern in ("", "*")
+        or parameter == pattern
+        or parameter.startswith(pattern + ".")
+        or fnmatch.fnmatchcase(parameter, pattern)
+        or fnmatch.fnmatchcase(module_of(parameter), pattern)
+        or any(fnmatch.fnmatchcase(prefix, pattern) for prefix in _prefixes(parameter))
+    )
+
+
+def _prefixes(parameter: str) -> Iterable[str]:
+    parts = parameter.split(".")
+    return (".".join(parts[:i]) for i in range(1, len(parts)))
+
+
+def _check_known(pattern: str, graph: DependencyGraph, where: str) -> None:
+    names = [*graph.trace.aliases, *graph.trace.modules]
+    if not any(_matches(pattern, name) or name == pattern for name in names):
+        close = difflib.get_close_matches(pattern, names, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else "; see model.named_modules() and model.named_parameters()"
+        raise GraphPruneError(f"{where}: no module or parameter matches {pattern!r}{hint}")
+
+
+def matching_ratios(ratio: float | Mapping[str, float], graph: DependencyGraph) -> list[float]:
+    """The ratio of every group: the longest pattern that matches a parameter producing it wins; 0 where none does."""
+    if not isinstance(ratio, Mapping):
+        return [check_ratio(ratio)] * len(graph.groups)
+    patterns = {str(p): check_ratio(r, f"ratio[{p!r}]") for p, r in ratio.items()}
+    if not patterns:
+        raise GraphPruneError("ratio: the dict is empty; map names of modules, or patterns, to fractions")
+    for pattern in patterns:
+        _check_known(pattern, graph, "ratio")
+    aliases = _aliases(graph)
+    return [_group_ratio(group, patterns, aliases) for group in graph.groups]
+
+
+def _aliases(graph: DependencyGraph) -> dict[str, list[str]]:
+    out: dict[str, list[str]] = {}
+    for name, first in graph.trace.aliases.items():
+        out.setdefault(first, []).append(name)
+    return out
+
+
+def _group_ratio(group: Group, patterns: dict[str, float], aliases: dict[str, list[str]]) -> float:
+    producers = [m for m in group.members if m.role == "out"] or list(group.members)
+    names = [n for m in producers for n in aliases.get(m.parameter, [m.parameter])]
+    best, found = -1, 0.0
+    for pattern, value in patterns.items():
+        if len(pattern) > best and any(_matches(pattern, name) for name in names):
+            best, found = len(pattern), value
+    return found
+
+
+def ignored_positions(
+    ignore: Iterable[nn.Module | str] | nn.Module | str, graph: DependencyGraph, model: nn.Module
+) -> list[tuple[Any, Reason]]:
+    """The outputs of ignored modules and parameters, as positions to freeze."""
+    items: Sequence[Any] = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
+    if not items:
+        return []
+    paths = {id(m): n for n, m in model.named_modules()}
+    analysis, roles = graph.analysis, graph.roles
+    out = []
+    for item in items:
+        if isinstance(item, nn.Module):
+            if id(item) not in paths:
+                raise GraphPruneError(f"ignore: {type(item).__name__} is no module of this model")
+            pattern = paths[id(item)]
+            if pattern == "":
+                pattern = "*"
+        elif isinstance(item, str):
+            pattern = item
+            _check_known(pattern, graph, "ignore")
+        else:
+            raise GraphPruneError(f"ignore: expected modules, names or patterns, got {type(item).__name__}")
+        for name, first in graph.trace.aliases.items():
+            if first not in graph.trace.parameters or not _matches(pattern, name):
+                continue
+            for axis in range(len(graph.trace.parameters[first].meta["val"].shape)):
+                if (first, axis) in analysis.dims.roots and roles[(first, axis)] != "in":
+                    for d in analysis.dims.roots[(first, axis)]:
+                        out.append(
+                            (
+                                analysis.dims.positions(d),
+                                Reason("ignored", f"{item if isinstance(item, str) else name} is ignored"),
+                            )
+                        )
+    return out
+
+
+def kinds_of(granularity: str | Sequence[str]) -> frozenset[str] | None:
+    """The kinds of groups that a granularity speaks of; None for "auto"."""
+    if granularity == "auto":
+        return None
+    kinds: set[str] = set()
+    for name in [granularity] if isinstance(granularity, str) else granularity:
+        plain = str(name).replace("_", " ")
+        found = _CHANNELS if name in _PRODUCERS else GRANULARITIES.get(_ALIASES.get(plain, plain))
+        if found is None:
+            known = ", ".join(map(repr, (*GRANULARITIES, "filters", "neurons")))
+            raise GraphPruneError(f"granularity: {name!r} is unknown; expected 'auto' or any of {known}")
+        kinds.update(found)
+    if kinds.issuperset(("qk feature", "v feature")):
+        kinds.add("head feature")
+    return frozenset(kinds)
+
+
+def apart(granularity: str | Sequence[str]) -> bool:
+    """Whether the features of queries and keys, or those of values, are asked for without the others: then they need
+    not stay equally wide."""
+    kinds = kinds_of(granularity)
+    return kinds is not None and "head feature" not in kinds and len(kinds & set(_FEATURES)) == 1
+
+
+def chosen_groups(
+    graph: DependencyGraph, granularity: str | Sequence[str], loses: Sequence[bool] | None = None
+) -> list[bool]:
+    """Which groups a granularity speaks of.
+
+    "filters" are channels made by convolutions alone, "neurons" those made by linear layers alone; a stream that both
+    write is neither. "auto" (the default) cuts every axis along one of its factors: whole heads where they are free,
+    else head features; channels inside the groups of a grouped convolution where there are at least four, else whole
+    groups. `loses` says which groups would lose a unit if they were chosen: where no whole head would go, head features
+    do. So they do where a mean over the heads would change (attention weights in the output), unless a norm runs over
+    the features too.
+    """
+    groups = graph.groups
+    if granularity != "auto":
+        names = [granularity] if isinstance(granularity, str) else list(granularity)
+        kinds = kinds_of([name for name in names if name not in _PRODUCERS]) or frozenset()
+        made = [_made_by(graph, *_PRODUCERS[name]) for name in names if name in _PRODUCERS]
+        return [g.kind in kinds or any(m[i] for m in made) for i, g in enumerate(groups)]
+    # An axis that only one group lies on needs no looking at: only one of several groups can meet another.
+    shared: dict[tuple[str, int], int] = {}
+    for group in groups:
+        for m in group.members:
+            shared[(m.parameter, m.axis)] = shared.get((m.parameter, m.axis), 0) + 1
+    taken: dict[tuple[str, int], np.ndarray] = {}
+    chosen = [False] * len(groups)
+    harmless = _harmless(graph)
+
+    def order(group: Group) -> tuple[int, int]:
+        return _preference(group, loses is None or loses[group.index], harmless[group.index]), group.index
+
+    for group in sorted(groups, key=order):
+        members = [m for m in group.members if shared[(m.parameter, m.axis)] > 1]
+        for m in members:
+            if (m.parameter, m.axis) not in taken:
+                length = graph.trace.parameters[m.parameter].meta["val"].shape[m.axis]
+                taken[(m.parameter, m.axis)] = np.zeros(length, bool)
+        if not any(taken[(m.parameter, m.axis)][m.positions].any() for m in members):
+            chosen[group.index] = True
+            for m in members:
+                taken[(m.parameter, m.axis)][m.positions] = True
+    return chosen
+
+
+def _made_by(graph: DependencyGraph, least: int, most: int) -> list[bool]:
+    """Which channels, of those that "auto" cuts, are made only by weights with that many axes."""
+    chosen = []
+    for group, auto in zip(graph.groups, chosen_groups(graph, "auto"), strict=True):
+        axes = [len(graph.trace.parameters[m.parameter].meta["val"].shape) for m in group.members if m.role == "out"]
+        producers = [n for n in axes if n > 1]
+        fits = bool(producers) and all(least <= n <= most for n in producers)
+        chosen.append(auto and fits and group.kind in _CHANNELS)
+    return chosen
+
+
+def _harmless(graph: DependencyGraph) -> list[bool]:
+    """Which groups no mean, norm or softmax runs over; and heads where one runs over their features anyway."""
+    averaged = np.zeros(int(graph.analysis.label.max()) + 1, bool)
+    for effects in graph.analysis.effects.values():
+        for positions in effects.statistics:
+            averaged[graph.analysis.label[positions]] = True
+    touched = [bool(averaged[graph.units(group)].any()) for group in graph.groups]
+    normed = {
+        (m.parameter, m.axis) for g in graph.groups if g.kind in _FEATURES and touched[g.index] for m in g.members
+    }
+    return [
+        not touched[g.index] or (g.kind == "head" and any((m.parameter, m.axis) in normed for m in g.members))
+        for g in graph.groups
+    ]
+
+
+def _preference(group: Group, loses: bool, harmless: bool) -> int:
+    if group.kind == "head":
+        return (0 if harmless else 2) if loses else 4
+    if group.kind in _FEATURES:
+        return 1 if harmless else 3
+    if group.kind == "group channel":
+        return 0 if group.size >= 4 else 2
+    return 1 if group.kind == "conv group" else 0

@@ -1,0 +1,152 @@
+"""Plans that leave out experts: find the mixtures, see whom the routers choose, cut, and try before promising."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from .._version import __version__
+from ..dependency.whole.experts import Experts, Mixture, find_mixtures
+from ..errors import GraphPruneError
+from ..importance.calibration import CalibrationData
+from ..plans.plan import AttributeChange, Plan, structure_of
+from ..plans.verification import RouterWatch, verify_experts
+from ..tracing.example import ExampleInput
+from ..tracing.names import all_modules
+from ..tracing.state import configurations, evaluating
+from ..tracing.trace import run_model
+from .allocation import Settings
+from .allocation.allocate import nearest
+from .layers import held_modules, related
+
+NAME = "experts"
+_COUNT = re.compile("expert", re.IGNORECASE)
+_OTHER = re.compile("per_tok|top|shared|active|activated|selected|group|capacity", re.IGNORECASE)
+
+
+def plan_experts(
+    model: nn.Module,
+    example_input: Any,
+    settings: Settings,
+    *,
+    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    criterion: Any = None,
+    data: Any = None,
+) -> Plan:
+    """The plan that leaves out a share of the experts of every mixture, rounded to nearest.
+
+    Those go that the router gives the least weight: the mean over tokens of the softmax of its outputs, measured on
+    `data`, or on the example input without it. As many stay as a token gets, at least. A mixture whose code needs all
+    of its experts stays, with the reason in `frozen`.
+
+    Raises GraphPruneError for ratios by name, budgets and criteria, which experts do not take.
+    """
+    if isinstance(settings.ratio, Mapping) or settings.budget is not None:
+        raise GraphPruneError(f"granularity={NAME!r} takes one ratio, neither ratios by name nor a budget")
+    if criterion not in (None, "routing"):
+        raise GraphPruneError(f"criterion: experts are ranked by 'routing', got {criterion!r}")
+    example = ExampleInput.of(example_input)
+    held = held_modules(ignore, model)
+    mixtures = [m for m in find_mixtures(model, example) if not any(related(m.block, name) for name in held)]
+    scores = _scores(model, mixtures, example, data)
+    refused: dict[str, str] = {}
+    chosen = [m for m in (_cut(m, scores[m.experts.router], settings) for m in mixtures) if m.experts.gone]
+    made = _plan(model, chosen, mixtures, refused)
+    if chosen and _failure(model, made, example):
+        sound: list[Mixture] = []
+        for mixture in chosen:  # which of them is it?
+            reason = _failure(model, _plan(model, [*sound, mixture], mixtures, {}), example)
+            if reason:
+                refused[mixture.experts.router] = reason
+            else:
+                sound.append(mixture)
+        made = _plan(model, sound, mixtures, refused)
+    if not mixtures:
+        made = dataclasses.replace(made, frozen=("no mixture of experts: no router's outputs are ranked by a top-k",))
+    return made
+
+
+def _scores(
+    model: nn.Module, mixtures: Sequence[Mixture], example: ExampleInput, data: Any
+) -> dict[str, np.ndarray[Any, np.dtype[np.float64]]]:
+    batches = [(example, None)] if data is None else CalibrationData(data, example, model)
+    sums = {m.experts.router: torch.zeros(m.number, dtype=torch.float64) for m in mixtures}
+    if not mixtures:
+        return {}
+    for inputs, _ in batches:
+        watch = RouterWatch(model, [m.experts for m in mixtures], bar=False)
+        with evaluating(model), watch:
+            run_model(model, inputs.clone(), "data")
+        for m in mixtures:
+            for logits in watch.logits[m.experts.router]:
+                sums[m.experts.router] += torch.softmax(logits.double().flatten(0, -2), -1).sum(0).cpu()
+    out = {name: total.numpy() for name, total in sums.items()}
+    for name, values in out.items():
+        if not np.isfinite(values).all():
+            raise GraphPruneError(f"{name}: the router's outputs are NaN on the data; check its weights")
+    return out
+
+
+def _cut(mixture: Mixture, scores: Any, settings: Settings) -> Mixture:
+    ratio = float(settings.ratio) if not isinstance(settings.ratio, Mapping) else 0.0
+    most = math.floor(settings.max_ratio * mixture.number + 1e-9)
+    number = min(nearest(ratio * mixture.number), most, mixture.number - max(mixture.chosen, settings.min_channels))
+    gone = np.argsort(scores, kind="stable")[: max(number, 0)]
+    return dataclasses.replace(
+        mixture, experts=dataclasses.replace(mixture.experts, gone=tuple(sorted(int(i) for i in gone)))
+    )
+
+
+def _plan(model: nn.Module, chosen: Sequence[Mixture], mixtures: Sequence[Mixture], refused: Mapping[str, str]) -> Plan:
+    return Plan(
+        removed={name: {0: m.experts.gone} for m in chosen for name in m.stacked},
+        attributes=tuple(_attributes(model, chosen, mixtures)),
+        experts=tuple(m.experts for m in chosen),
+        frozen=tuple(f"the experts of {router} stay: {reason}" for router, reason in refused.items()),
+        structure=structure_of(model),
+        versions={"graphprune": __version__, "torch": str(torch.__version__)},
+    )
+
+
+def _attributes(model: nn.Module, chosen: Sequence[Mixture], mixtures: Sequence[Mixture]) -> list[AttributeChange]:
+    """What counts experts in the modules of a mixture, and in settings where all mixtures lose as many."""
+    modules = all_modules(model)
+    out = []
+    for m in chosen:
+        left = m.number - len(m.experts.gone)
+        for path, module in modules.items():
+            if path == m.block or path.startswith(f"{m.block}." if m.block else ""):
+                for name, value in module.__dict__.items():
+                    if type(value) is int and value == m.number and _counts(name):
+                        out.append(AttributeChange(path, name, (), value, left))
+    gone = {m.experts.router: len(m.experts.gone) for m in chosen}
+    widths = {(m.number, m.number - gone.get(m.experts.router, 0)) for m in mixtures}
+    if len(widths) == 1:
+        ((number, left),) = widths
+        for path, name, settings in configurations(modules).values():
+            for key, value in settings.__dict__.items():
+                if type(value) is int and value == number and _counts(key):
+                    out.append(AttributeChange(path, name, (key,), value, left))
+    return out
+
+
+def _counts(name: str) -> bool:
+    return bool(_COUNT.search(name)) and not _OTHER.search(name)
+
+
+def _failure(model: nn.Module, plan: Plan, example: ExampleInput) -> str:
+    try:
+        report = verify_experts(model, plan.apply(model), plan.experts, example)
+    except GraphPruneError as error:
+        return str(error).splitlines()[0]
+    return "; ".join(str(c) for c in report.checks if not c.passed)
+
+
+__all__ = ["Experts", "plan_experts"]

@@ -1,0 +1,272 @@
+"""Plans that leave whole layers out: find them, rank them, choose, and try before promising."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._version import __version__
+from ..dependency.whole.blocks import Block, find_blocks
+from ..dependency.whole.branches import search_branches
+from ..errors import GraphPruneError
+from ..importance.calibration import CalibrationData
+from ..importance.layers import check_layer_criterion, layer_scores
+from ..plans.plan import Plan, structure_of
+from ..plans.surgery import remove_layers, uncounted_tokens
+from ..plans.verification import verify_layers
+from ..tracing.counting import Count, count
+from ..tracing.example import ExampleInput
+from ..tracing.names import all_modules, named_tensors
+from .allocation import Budget
+
+WHOLE = ("layer", "branch", "experts")
+
+
+def split_granularity(granularity: str | Sequence[str]) -> tuple[str | None, str | Sequence[str] | None]:
+    """What is left out as a whole, if anything, and the granularity of the widths, if any change.
+
+    ["layer", "mlp"] -> ("layer", ["mlp"]), "branch" -> ("branch", None), "auto" -> (None, "auto").
+
+    Raises GraphPruneError for what does not go together.
+    """
+    names = [granularity] if isinstance(granularity, str) else list(granularity)
+    whole = [name for name in dict.fromkeys(names) if name in WHOLE]
+    widths = [name for name in names if name not in WHOLE]
+    if not whole:
+        return None, granularity
+    if len(whole) > 1 or ("experts" in whole and widths):
+        raise GraphPruneError(
+            f"granularity: {whole[-1]!r} does not go with {(*whole[:-1], *widths)[0]!r}; prune that first, then the "
+            f"result: prune(prune(model, x, 0.3, granularity={whole[-1]!r}), x, 0.3)"
+        )
+    if not widths:
+        return whole[0], None
+    return whole[0], widths[0] if len(widths) == 1 else widths
+
+
+def plan_layers(
+    model: nn.Module,
+    example_input: Any,
+    ratio: float | Mapping[str, float] | None,
+    *,
+    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    criterion: Any = None,
+    budget: Budget | None = None,
+    max_ratio: float = 1.0,
+    data: Any = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    branches: bool = False,
+) -> Plan:
+    """The plan that leaves out `ratio` of the layers that can go, rounded to nearest, or as many as `budget` demands.
+
+    `branches`: of the residual branches inside layers.
+
+    `criterion`: see `graphprune.importance.layers.layer_scores`; without `data` layers are ranked on the example input.
+    What is chosen is tried: a layer whose list cannot be shortened (the code counts on its length) becomes a bypass,
+    and one that cannot be bypassed either stays, with the reason in `frozen`.
+    """
+    if isinstance(ratio, Mapping):
+        raise GraphPruneError("ratio: layers take one number; use ignore= for those that must stay")
+    example = ExampleInput.of(example_input)
+    scored, unfit = rank_layers(
+        model, example, ignore=ignore, criterion=criterion, data=data, loss_fn=loss_fn, branches=branches
+    )
+    refused: dict[str, str] = {}
+    while True:
+        left = [(b, s) for b, s in scored if b.module not in refused]
+        chosen = _chosen(model, example, left, ratio, budget, max_ratio)
+        tried, culprit = working_form(model, example, chosen)
+        if culprit is None:
+            return Plan(
+                removed={},
+                layers=tuple(tried),
+                frozen=refusals(scored, refused, unfit, branches),
+                structure=structure_of(model),
+                versions={"graphprune": __version__, "torch": str(torch.__version__)},
+            )
+        refused[culprit[0]] = culprit[1]
+
+
+def rank_layers(
+    model: nn.Module,
+    example: ExampleInput,
+    *,
+    ignore: Iterable[nn.Module | str] | nn.Module | str,
+    criterion: Any,
+    data: Any,
+    loss_fn: Callable[[Any, Any], Any] | None,
+    branches: bool,
+) -> tuple[list[tuple[Block, float]], tuple[str, ...]]:
+    """The layers (or branches) that can go, in the order in which they run, with their scores - lowest go first - and
+    what has no such form, with the reasons."""
+    ranked = check_layer_criterion(criterion, data, loss_fn, branches)
+    held = held_modules(ignore, model)
+    found, unfit = search_branches(model, example) if branches else (find_blocks(model, example), ())
+    blocks = tuple(b for b in found if not any(related(m, name) for m in b.modules for name in held))
+    batches = [(example, None)] if data is None else CalibrationData(data, example, model)
+    scores = layer_scores(model, blocks, ranked, batches, loss_fn, example) if blocks else []
+    for block, score in zip(blocks, scores, strict=True):
+        if math.isnan(score):
+            raise GraphPruneError(f"{ranked}: the score of {block.module} is NaN; check its weights and the data")
+    return list(zip(blocks, scores, strict=True)), tuple(unfit)
+
+
+_NONE = {
+    False: "no layer can be left out: none is called once, reads one stream, returns a tensor of its shape, and is no "
+    "branch of a residual connection",
+    True: "no branch can be left out: there is no module, called once, whose result is only added to what it was "
+    "computed from",
+}
+
+
+def refusals(
+    scored: Sequence[Any], refused: Mapping[str, str], unfit: Sequence[str], branches: bool
+) -> tuple[str, ...]:
+    """What cannot be left out, and why, one line each; or that there is nothing that can."""
+    reasons = [f"{module} cannot be left out: {reason}" for module, reason in refused.items()]
+    return (*reasons, *unfit, *(() if scored else (_NONE[branches],)))
+
+
+def held_modules(ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module) -> set[str]:
+    """The paths of ignored modules and parameters. Raises GraphPruneError for what matches none."""
+    names = (*all_modules(model), *named_tensors(model))
+    held: set[str] = set()
+    for pattern in ignored_names(ignore, model):
+        found = [n for n in names if isinstance(pattern, str) and fnmatch.fnmatchcase(n, pattern)]
+        if not found:
+            raise GraphPruneError(f"ignore: no module matches {pattern!r}; see model.named_modules()")
+        held.update(found)
+    return held
+
+
+def ignored_names(ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module) -> list[str]:
+    """Ignored modules by name, for copies of the model; patterns as they are."""
+    paths = {id(m): n for n, m in all_modules(model).items()}
+    out = []
+    for item in [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore):
+        if isinstance(item, nn.Module) and id(item) not in paths:
+            raise GraphPruneError(f"ignore: {type(item).__name__} is no module of this model")
+        out.append(paths[id(item)] or "*" if isinstance(item, nn.Module) else item)
+    return out
+
+
+def related(a: str, b: str) -> bool:
+    """One is the other or lies in it; "" is the model."""
+    return a == b or not b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
+
+
+def _chosen(
+    model: nn.Module,
+    example: ExampleInput,
+    scored: Sequence[tuple[Block, float]],
+    ratio: float | None,
+    budget: Budget | None,
+    max_ratio: float,
+) -> list[Block]:
+    """The least important layers, in the order in which they run."""
+    most = math.floor(max_ratio * len(scored) + 1e-9)
+    if budget is not None:
+        gone = _within(model, example, scored, budget, most)
+    else:
+        share = 0.5 if ratio is None else float(ratio)
+        number = min(math.floor(share * len(scored) + 0.5), most)
+        order = sorted(range(len(scored)), key=lambda i: scored[i][1])
+        gone = set(order[:number])
+    return [block for i, (block, _) in enumerate(scored) if i in gone]
+
+
+def _within(
+    model: nn.Module, example: ExampleInput, scored: Sequence[tuple[Block, float]], budget: Budget, most: int
+) -> set[int]:
+    """Which layers go to meet the budget: least importance per cost saved first; then what still fits returns."""
+    whole = count(model, example)
+    totals = {"macs": whole.macs, "params": whole.parameters}
+    limits = budget.limits()
+    for name in limits:
+        if name not in totals:
+            raise GraphPruneError(
+                f"budget: {name} is not known for layers alone; use Budget(macs=...) or Budget(params=...), or let "
+                f'widths change too, as in granularity=["layer", "channels"]'
+            )
+    most_cost = {n: float(v) * totals[n] if v <= 1 else float(v) for n, v in limits.items()}
+    saved = [_saved(whole, block) for block, _ in scored]
+    cost = {n: float(totals[n]) for n in limits}
+    gone: list[int] = []
+    for i in cheapest_first(whole, scored, list(limits)):
+        if all(cost[n] <= most_cost[n] for n in limits) or len(gone) == most:
+            break
+        gone.append(i)
+        cost = {n: cost[n] - saved[i][n] for n in limits}
+    for n in limits:
+        if cost[n] > most_cost[n]:
+            raise GraphPruneError(
+                f"budget: {n} cannot be brought to {most_cost[n]:,.0f} by leaving out layers: {cost[n]:,.0f} remain "
+                f"without the {len(gone)} that can go; raise the budget, or prune channels too"
+            )
+    for i in sorted(gone, key=lambda i: scored[i][1], reverse=True):
+        if all(cost[n] + saved[i][n] <= most_cost[n] for n in limits):
+            gone.remove(i)
+            cost = {n: cost[n] + saved[i][n] for n in limits}
+    return set(gone)
+
+
+def cheapest_first(whole: Count, scored: Sequence[tuple[Block, float]], names: Sequence[str]) -> list[int]:
+    """The order in which layers go for a budget: least importance per share saved of these costs first.
+
+    `names`: of "macs" and "params". `whole`: the count of the network with all its layers.
+    """
+    totals = {"macs": whole.macs, "params": whole.parameters}
+    saved = [_saved(whole, block) for block, _ in scored]
+    share = [sum(s[n] / max(totals[n], 1) for n in names) for s in saved]
+    return sorted(range(len(scored)), key=lambda i: scored[i][1] / max(share[i], 1e-12))
+
+
+def _saved(whole: Count, block: Block) -> dict[str, int]:
+    inside = [c for path, c in whole.per_layer.items() if block.holds(path)]
+    return {"macs": sum(c.macs for c in inside), "params": sum(c.parameters for c in inside)}
+
+
+def working_form(
+    model: nn.Module, example: ExampleInput, chosen: Sequence[Block]
+) -> tuple[list[Block], tuple[str, str] | None]:
+    """The layers in a form that works: deleted, else bypassed. Or the first that works in neither, and why."""
+    if not chosen or not _failure(model, example, chosen):
+        return list(chosen), None
+    out: list[Block] = []
+    for block in chosen:
+        reason = _failure(model, example, [*out, block])
+        if reason and block.listed:
+            block = dataclasses.replace(block, listed=False)
+            reason = _failure(model, example, [*out, block])
+        if reason:
+            return [], (block.module, reason)
+        out.append(block)
+    return out, None
+
+
+def _failure(model: nn.Module, example: ExampleInput, blocks: Sequence[Block]) -> str:
+    """Why the model without these layers is not what it should be; empty when it is."""
+    try:
+        report = verify_layers(model, remove_layers(model, blocks), blocks, example)
+    except GraphPruneError as error:
+        return str(error).splitlines()[0]
+    return "; ".join(str(c) for c in report.checks if not c.passed) or uncounted_tokens(model, blocks)
+
+
+__all__ = [
+    "cheapest_first",
+    "held_modules",
+    "ignored_names",
+    "plan_layers",
+    "rank_layers",
+    "refusals",
+    "related",
+    "split_granularity",
+    "working_form",
+]

@@ -1,0 +1,308 @@
+"""plan() and prune(): the stages in order. trace -> dependency graph -> importance -> allocation -> plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..dependency import DependencyGraph
+from ..dependency.graph import trace
+from ..errors import GraphPruneError
+from ..importance import Criterion, resolve_criterion
+from ..importance.calibration.source import CalibrationSource
+from ..plans.plan import Plan
+from ..plans.rewriting import Rewriter, check_output
+from ..plans.verification import verify as run_verification
+from ..recovery import check_method
+from ..recovery import recover as recover_accuracy
+from ..runtimes.latency import Target
+from ..tracing.example import ExampleInput
+from ..tracing.pause import paused_collector
+from .allocation import Budget, Forecasts, Settings
+from .experts import plan_experts
+from .layers import ignored_names, plan_layers, split_granularity
+from .layers_and_widths import JointPlanner, LayerChoice
+from .widths import plan_once
+from .within_latency import plan_within, width_step
+
+Criterionlike = str | Callable[..., Any]
+
+
+def plan(
+    model: nn.Module,
+    example_input: Any,
+    ratio: float | Mapping[str, float] | None = None,
+    *,
+    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    scope: str = "local",
+    criterion: Criterionlike | None = None,
+    round_to: int = 1,
+    min_channels: int = 1,
+    granularity: str | Sequence[str] = "auto",
+    fold_bn: bool = True,
+    seed: int = 0,
+    output: str = "module",
+    budget: Budget | None = None,
+    max_ratio: float = 1.0,
+    data: Any = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    target: Target | None = None,
+    layer_criterion: Any = None,
+) -> Plan:
+    """Decide what to remove from `model`, without changing it.
+
+    - `ratio`: fraction of each group's channels to remove, in [0, 1). A number, or a dict from module names,
+      parameter names or patterns (`"layer3.*"`) to numbers; the longest match wins and what matches nothing stays.
+      Default 0.5, unless there is a budget.
+    - `budget`: instead of a ratio, a `graphprune.Budget` for the whole network, such as `Budget(macs=0.5)`; the widths
+      of the groups are chosen so that the least importance is lost for it.
+      `Budget(latency=0.5)` is about the time of a call on the `target`; see below.
+    - `max_ratio`: the largest fraction that any group may lose, in (0, 1]. Default 1: all units but one.
+    - `ignore`: modules, names or patterns whose outputs stay. The network's inputs and outputs always stay.
+    - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
+      structure (Fang et al., ECCV 2024).
+    - `criterion`: "l1", "l2" (default), "bn_scale", "fpgm", "lamp", "random"; with `data` "reconstruction",
+      "activation_mean", "activation_variance", "apoz", "wanda", "hrank", "chip"; with `data` and `loss_fn` "taylor",
+      "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or an
+      importance object of the torch_pruning library.
+    - `round_to`: keep multiples of this many channels. `min_channels`: keep at least this many.
+    - `granularity`: what goes. Any of "heads", "head features" (those of queries and keys, and those of values;
+      equally many where both are free), "qk features", "v features" (one of the two without the other), "mlp" (hidden
+      widths between linear layers), "embedding" (widths of residual streams and embeddings), "channels" (every width
+      but heads and their features), "filters" (channels that convolutions make), "neurons" (rows of linear layers).
+      Nothing else is touched: where sizes in the code tie it to something else, it stays and the plan says so.
+      Default "auto": every width, whole heads where the ratio takes at least one, else head features. "layer":
+      `ratio` of the layers that can be left out as a whole go (residual blocks, transformer layers, convolutions that
+      keep their shape), ranked by `criterion` "block_influence" (default), "taylor", "loss", "magnitude" (mean |w|,
+      no data), "output" (change of the outputs), "latency" (milliseconds gained in ONNX Runtime), or a function that
+      says what a network costs; of the other options `ignore`, `budget`, `max_ratio`, `data` and `loss_fn` apply.
+      "branch": the same for residual branches inside layers, attention or MLP alone (default "output"). "experts":
+      `ratio` of the experts of every mixture, those that its router gives the least weight on `data` (else on the
+      example input); `ignore`, `max_ratio`.
+      A list of "layer" or "branch" and widths, such as ["layer", "auto"] or ["layer", "channels"], takes a `budget` and
+      decides how many layers go and how wide the others stay: of the ways within the budget that one is taken whose
+      outputs are nearest to the model's, on 256 samples of `data` after a repair by least squares, else on the example
+      input. `criterion` ranks channels, `layer_criterion` layers. Names in the plan are those of the whole model.
+    - `layer_criterion`: how layers are ranked where `granularity` lists "layer" or "branch" and widths too; names and
+      defaults as in "layer" above.
+    - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
+      while importance still sees the folded, effective filters.
+    - `seed`: for the criterion "random".
+    - `data`: calibration batches for criteria that need them: a DataLoader or a list that yields inputs, or (inputs,
+      targets) for those that need a loss. `loss_fn(output, targets)`: that loss, a scalar.
+    - `output`: what happens where a size written in the user's code blocks. "module" (default): those channels stay,
+      and the plan names the line. "hybrid": the smallest module whose own code blocks is replaced by a
+      `torch.fx.GraphModule` of its recorded calls, sizes rewritten; everything else keeps its class. "graph": the whole
+      network becomes one graph. Both keep parameter names, train, and take the batch sizes, resolutions and lengths
+      that the code took; where the code would have done something else than recorded, they raise GraphPruneError.
+
+    - `target`: where latency budgets hold, a `graphprune.Target` (default: ONNX Runtime here, CUDA if it loads, one
+      thread). Times are looked up in a table measured there, the widths are those that this machine likes, and the plan
+      is exported, measured against the dense network and corrected a few times; `plan.latency` says what came of it.
+      Needs real weights and a model that exports. With a ratio or another budget, widths are rounded to the steps that
+      were found on the target (see `round_to`), since others may be no faster than the next larger step.
+
+    Numbers are rounded to nearest (0.34 of 10 removes 3); ties between equal scores keep the lower index.
+
+    Raises GraphPruneError for arguments out of range, unknown names, weights that are NaN, and models that fail on the
+    example input. A model with nothing to prune gives a plan that removes nothing and says why, axis by axis.
+    """
+    return _Job.of(
+        model, example_input, ratio, budget, granularity, layer_criterion, scope, round_to, min_channels, max_ratio,
+        criterion=criterion, ignore=ignore, fold_bn=fold_bn, seed=seed, output=output, data=data, loss_fn=loss_fn,
+        target=target,
+    ).decided()[1]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """The arguments of `plan`, and how they become a plan."""
+
+    model: nn.Module
+    example: Any
+    settings: Settings
+    whole: str | None  # "layer", "branch" or "experts"
+    widths: bool
+    layer_criterion: Any
+    criterion: Criterionlike | None
+    ignore: Iterable[nn.Module | str] | nn.Module | str
+    fold_bn: bool
+    seed: int
+    output: str
+    data: Any
+    loss_fn: Callable[[Any, Any], Any] | None
+    target: Target | None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        example: Any,
+        ratio: float | Mapping[str, float] | None,
+        budget: Budget | None,
+        granularity: str | Sequence[str],
+        layer_criterion: Any,
+        scope: str,
+        round_to: int,
+        min_channels: int,
+        max_ratio: float,
+        **others: Any,
+    ) -> _Job:
+        whole, widths = split_granularity(granularity)
+        settings = Settings.of(
+            ratio, budget, scope=scope, round_to=round_to, min_channels=min_channels, granularity=widths or "auto",
+            max_ratio=max_ratio,
+        )  # fmt: skip
+        if whole and widths is not None and budget is None:
+            raise GraphPruneError(
+                f"granularity: {whole!r} and widths at once need a budget, such as budget=Budget(macs=0.5), which "
+                f"decides how many go and how wide the others stay; with ratios, prune twice: "
+                f"prune(prune(model, x, 0.3, granularity={whole!r}), x, 0.3)"
+            )
+        if layer_criterion is not None and not (whole and widths is not None):
+            raise GraphPruneError(
+                'layer_criterion: it ranks layers where widths change too, as in granularity=["layer", "channels"]; '
+                "elsewhere use criterion"
+            )
+        return cls(model, example, settings, whole, widths is not None, layer_criterion, **others)
+
+    def decided(self) -> tuple[DependencyGraph | None, Plan]:
+        """The graph and the plan made from it. Arguments are checked before the model runs."""
+        self.settings.check()
+        if not self.widths:
+            return None, self._whole()
+        check_output(self.output)
+        chosen = resolve_criterion("l2" if self.criterion is None else self.criterion)
+        chosen.check_data(self.data, self.loss_fn)
+        target = Target.of(self.target)
+        budget = self.settings.budget
+        if budget is not None and budget.timed:
+            return plan_within(self.model, self.example, target, budget.seconds, self._maker(chosen))
+        if self.target is None:
+            return self._maker(chosen)(None)
+        step = math.lcm(self.settings.round_to, width_step(self.model, self.example, target))
+        stepped = dataclasses.replace(self, settings=dataclasses.replace(self.settings, round_to=step))
+        return stepped._maker(chosen)(None)
+
+    def _whole(self) -> Plan:
+        """Layers, branches or experts alone."""
+        if self.target is not None:
+            what = f"granularity={self.whole!r}"
+            raise GraphPruneError(f"target: it chooses widths, and {what} changes none; leave it out")
+        options = {"ignore": self.ignore, "criterion": self.criterion, "data": self.data}
+        with paused_collector():
+            if self.whole == "experts":
+                return plan_experts(self.model, self.example, self.settings, **options)
+            return plan_layers(
+                self.model,
+                self.example,
+                self.settings.ratio,
+                budget=self.settings.budget,
+                max_ratio=self.settings.max_ratio,
+                loss_fn=self.loss_fn,
+                branches=self.whole == "branch",
+                **options,
+            )
+
+    def _maker(self, criterion: Criterion) -> Callable[[Any], tuple[DependencyGraph, Plan]]:
+        """What makes a plan of a forecast of latencies, or of None."""
+        if self.whole is None:
+            return functools.partial(self._made, criterion)
+        assert self.settings.budget is not None
+        names = ignored_names(self.ignore, self.model)
+
+        def widths(small: nn.Module, budget: Budget, forecast: Forecasts | None, data: Any) -> Any:
+            settings = dataclasses.replace(self.settings, budget=budget)
+            return dataclasses.replace(self, model=small, settings=settings, ignore=names, data=data)._made(
+                criterion, forecast
+            )
+
+        choice = LayerChoice(
+            self.ignore, self.layer_criterion, self.data, self.loss_fn, self.whole == "branch", self.settings.max_ratio,
+            self.output == "module",
+        )  # fmt: skip
+        example = ExampleInput.of(self.example)
+        return JointPlanner(self.model, example, self.settings.budget, choice, widths)
+
+    def _made(self, criterion: Criterion, forecast: Forecasts | None) -> tuple[DependencyGraph, Plan]:
+        with paused_collector():
+            source = CalibrationSource.of(self.model, self.example, self.data, self.loss_fn)
+            rewriter = None if self.output == "module" else Rewriter(self.model, self.example, self.output)
+            while True:  # every round rewrites one module more, or gives one up
+                graph = trace(self.model, self.example) if rewriter is None else rewriter.graph()
+                found = plan_once(
+                    self.model,
+                    graph,
+                    self.settings,
+                    criterion,
+                    self.ignore,
+                    self.fold_bn,
+                    self.seed,
+                    source,
+                    rewriter,
+                    forecast,
+                )
+                if found is not None:
+                    return graph, dataclasses.replace(found, output=self.output)
+
+
+def prune(
+    model: nn.Module,
+    example_input: Any,
+    ratio: float | Mapping[str, float] | None = None,
+    *,
+    verify: bool = True,
+    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    scope: str = "local",
+    criterion: Criterionlike | None = None,
+    round_to: int = 1,
+    min_channels: int = 1,
+    granularity: str | Sequence[str] = "auto",
+    fold_bn: bool = True,
+    seed: int = 0,
+    output: str = "module",
+    budget: Budget | None = None,
+    max_ratio: float = 1.0,
+    data: Any = None,
+    loss_fn: Callable[[Any, Any], Any] | None = None,
+    recover: str | None = None,
+    target: Target | None = None,
+    layer_criterion: Any = None,
+) -> nn.Module:
+    """A physically smaller copy of `model`; the model itself is not touched.
+
+    The same as `plan(...).apply(model)`, followed by `verify` unless `verify=False`. All other arguments are those of
+    `plan`. Verification costs four forward passes and two copies of the model; it raises GraphPruneError if the pruned
+    network is not what the plan says.
+
+    `recover`: None (default), "mean", "batchnorm" or "least_squares": repair what was lost from the inputs in `data`,
+    without labels or training, after verification; see `graphprune.recover`.
+
+    >>> import torch, graphprune
+    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
+    >>> small = graphprune.prune(net, torch.randn(1, 3, 8, 8), 0.5)
+    >>> small[0].weight.shape, small[2].weight.shape
+    (torch.Size([4, 3, 3, 3]), torch.Size([4, 4, 3, 3]))
+    """
+    job = _Job.of(
+        model, example_input, ratio, budget, granularity, layer_criterion, scope, round_to, min_channels, max_ratio,
+        criterion=criterion, ignore=ignore, fold_bn=fold_bn, seed=seed, output=output, data=data, loss_fn=loss_fn,
+        target=target,
+    )  # fmt: skip
+    check_method(recover, data)
+    if job.whole == "experts" and recover not in (None, "batchnorm"):
+        raise GraphPruneError(f"recover={recover!r} repairs layers that lost inputs; here none has")
+    graph, decided = job.decided()
+    with paused_collector():
+        small = decided.apply(model)
+    if verify:
+        report = run_verification(model, small, decided, example_input, graph=graph)
+        report.raise_on_failure()
+    if recover is not None:
+        small = recover_accuracy(model, decided, example_input, data, recover).model
+    return small

@@ -1,0 +1,134 @@
+"""Agree on widths: allocate, check every size in the user's code, adjust or hold what does not come out right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ..dependency import DependencyGraph, Group, Reason
+from ..dependency.sizes import Conflict, Resolution, SizeSolver, positions_of
+from ..dependency.temperature import Rescale, rescales
+from ..errors import GraphPruneError
+from ..importance.scorer import Scorer
+from ..plans.rewriting import Rewriter
+from .allocation import Allocation, Limit, Settings, allocate, kinds_of
+
+# Each round freezes or fixes at least one group, so the number of groups bounds it; this is only a safety net.
+_MAX_ROUNDS = 400
+
+
+def settle(
+    graph: DependencyGraph,
+    settings: Settings,
+    scorer: Scorer,
+    limits: Callable[[], list[Limit]],
+    rewriter: Rewriter | None,
+) -> tuple[Allocation, Resolution, list[Rescale]] | None:
+    """Allocate, check every size in the user's code, adjust or hold what does not come out right, and repeat.
+
+    None where what does not come out right is to be rewritten instead: another graph is needed."""
+    forced: dict[int, int] = {}
+    tried: set[tuple[int, int]] = set()
+    for _ in range(_MAX_ROUNDS):
+        allocation = allocate(graph, scorer(graph), settings, _by_index(graph, forced), limits())
+        solver = SizeSolver(graph.analysis, allocation.gone)
+        resolution = solver.resolve()
+        factors, blocked = rescales(graph.analysis, solver)
+        conflicts = resolution.conflicts + blocked
+        if not conflicts:
+            if rewriter is not None and rewriter.release(graph, allocation.gone):
+                solver = SizeSolver(graph.analysis, allocation.gone)
+                resolution = solver.resolve()
+                factors = rescales(graph.analysis, solver)[0]
+            return allocation, resolution, factors
+        adjusted = _adjustments(graph, conflicts, allocation, tried, kinds_of(settings.granularity))
+        if adjusted:
+            forced.update(adjusted)
+        elif rewriter is not None and rewriter.extend(conflicts):
+            return None
+        else:
+            _hold(graph, conflicts, allocation)
+    raise GraphPruneError("planning did not settle on this model; please report it")
+
+
+def _by_index(graph: DependencyGraph, forced: Mapping[int, int]) -> dict[int, int]:
+    """Forced counts are remembered by a position, as groups are renumbered when they are rebuilt."""
+    label = graph.analysis.label
+    component = {int(label[position]): keep for position, keep in forced.items()}
+    out = {}
+    for group in graph.groups:
+        keep = component.get(int(graph.units(group)[0]))
+        if keep is not None:
+            out[group.index] = min(keep, group.size)
+    return out
+
+
+def _groups_on(graph: DependencyGraph, conflict: Conflict) -> list[Group]:
+    analysis = graph.analysis
+    labels = np.unique(analysis.label[positions_of(analysis, conflict.axis_map)])
+    return [g for g in graph.groups if np.isin(graph.units(g), labels).any()]
+
+
+def _adjustments(
+    graph: DependencyGraph,
+    conflicts: list[Conflict],
+    allocation: Allocation,
+    tried: set[tuple[int, int]],
+    kinds: frozenset[str] | None,
+) -> dict[int, int]:
+    """Numbers of units to keep instead, where that makes the user's sizes right. Only groups of these kinds change.
+
+    A width that many sizes are read from goes first and alone: once it is right, most other conflicts are gone.
+    """
+    for conflict in conflicts:
+        if conflict.instead is not None:
+            found = _adjust_axis(graph, conflict.instead, allocation, tried, kinds)
+            if found:
+                return found
+    out: dict[int, int] = {}
+    for conflict in conflicts:
+        out.update(_adjust_axis(graph, conflict, allocation, tried, kinds))
+    return out
+
+
+def _adjust_axis(
+    graph: DependencyGraph,
+    conflict: Conflict,
+    allocation: Allocation,
+    tried: set[tuple[int, int]],
+    kinds: frozenset[str] | None,
+) -> dict[int, int]:
+    if conflict.wanted is None or not 1 <= conflict.wanted < conflict.length:
+        return {}
+    groups = _groups_on(graph, conflict)
+    for group in sorted(groups, key=lambda g: (g.kind == "head", g.index)):
+        keep = group.size - len(allocation.removed.get(group.index, ()))
+        new, rest = divmod(keep * conflict.wanted, conflict.survivors)
+        position = int(np.nonzero(graph.analysis.label == graph.units(group)[0])[0][0])
+        if rest or not 1 <= new <= group.size or new == keep or (position, new) in tried:
+            continue
+        if group.kind == "head" and new == group.size:
+            continue  # the module may be rewritten instead, or their features may go
+        if kinds is not None and group.kind not in kinds:
+            continue
+        if len(groups) > 1 and group.kind.endswith("channel") and group.kind != "group channel":
+            continue  # several groups laid side by side: which of them should give way is not determined
+        tried.add((position, new))
+        return {position: new}
+    return {}
+
+
+def _hold(graph: DependencyGraph, conflicts: list[Conflict], allocation: Allocation) -> None:
+    """Freeze what the cheapest conflicts are about (of a product, the factor that goes); others may vanish with it."""
+    analysis = graph.analysis
+    costs = [sum(m.positions.size for g in _groups_on(graph, c) for m in g.members) for c in conflicts]
+    limit = 2 * min((c for c in costs if c), default=0)
+    freezes = []
+    for conflict, cost in zip(conflicts, costs, strict=True):
+        if cost <= limit:
+            reason = Reason("size", conflict.text, conflict.node, conflict.source)
+            label, axes = analysis.label, conflict.axis_map.items()
+            parts = {d: v for d, v in axes if allocation.gone[label[analysis.dims.positions(d, v)]].any()}
+            freezes.append((positions_of(analysis, parts or conflict.axis_map), reason))
+    graph.freeze_many(freezes)

@@ -1,0 +1,125 @@
+"""From the recorded graph of one network to its plan: importance, allocation, sizes, rewritten modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from .._version import __version__
+from ..dependency import DependencyGraph, Frozen
+from ..dependency.sizes import Resolution, gone_on_axis
+from ..dependency.temperature import Rescale
+from ..importance import Criterion
+from ..importance.calibration.source import CalibrationSource
+from ..importance.scorer import Scorer
+from ..plans.plan import AttributeChange, GroupPlan, Plan, structure_of
+from ..plans.rewriting import Rewrite, Rewriter
+from ..plans.surgery import Fold, effective_folds
+from .allocation import Allocation, Forecasts, Settings, ignored_positions, make_limits
+from .settling import settle
+
+
+def plan_from_graph(
+    model: nn.Module,
+    graph: DependencyGraph,
+    settings: Settings,
+    criterion: Criterion,
+    *,
+    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    fold_bn: bool = True,
+    seed: int = 0,
+    source: CalibrationSource | None = None,
+) -> Plan:
+    """`plan` for a model that is traced already. The graph is narrowed by what turns out to be blocked."""
+    found = plan_once(model, graph, settings, criterion, ignore, fold_bn, seed, source, None)
+    assert found is not None
+    return found
+
+
+def plan_once(
+    model: nn.Module,
+    graph: DependencyGraph,
+    settings: Settings,
+    criterion: Criterion,
+    ignore: Iterable[nn.Module | str] | nn.Module | str,
+    fold_bn: bool,
+    seed: int,
+    source: CalibrationSource | None,
+    rewriter: Rewriter | None,
+    forecast: Forecasts | None = None,
+) -> Plan | None:
+    """The plan on this graph; None where the rewriter has changed its choice of modules, and with it the graph."""
+    held = ignored_positions(ignore, graph, model)
+    if held:
+        graph.freeze_many(held)
+    effective = effective_folds(model, graph.trace)
+    folds = [fold for fold, replaceable in effective if replaceable]
+    compared = settings.scope != "local" or settings.budget is not None
+    normalised = compared and not criterion.comparable
+    calibration = None if source is None else source.calibration(model, folds)
+    scorer = Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised, calibration, compared)
+    kept_folds = folds if fold_bn else []
+    limits = functools.partial(make_limits, settings.budget, graph, model, kept_folds, forecast)
+    settled = settle(graph, settings, scorer, limits, rewriter)
+    if settled is None:
+        return None
+    allocation, resolution, factors = settled
+    rewrites: tuple[Rewrite, ...] | None = ()
+    if rewriter is not None:
+        rewrites = rewriter.rewrites(graph, allocation.gone, resolution.attributes)
+    if rewrites is None:
+        return None
+    if forecast is not None:
+        forecast.predict(graph, allocation.gone)
+    found = assemble(model, graph, allocation, resolution, factors, kept_folds)
+    return dataclasses.replace(found, rewrites=rewrites)
+
+
+def assemble(
+    model: nn.Module,
+    graph: DependencyGraph,
+    allocation: Allocation,
+    resolution: Resolution,
+    factors: list[Rescale],
+    folds: list[Fold],
+) -> Plan:
+    """The plan of an allocation whose sizes are settled."""
+    analysis = graph.analysis
+    removed: dict[str, dict[int, tuple[int, ...]]] = {}
+    for (name, axis), axis_map in analysis.dims.roots.items():
+        length = graph.trace.parameters[name].meta["val"].shape[axis]
+        mask = gone_on_axis(analysis, axis_map, length, allocation.gone)
+        if mask.any():
+            removed.setdefault(name, {})[axis] = tuple(np.nonzero(mask)[0].tolist())
+    touched = [p for e in analysis.effects.values() for p in e.statistics]
+    statistics = any(allocation.gone[analysis.label[p]].any() for p in touched)
+    return Plan(
+        removed=removed,
+        attributes=tuple(
+            AttributeChange(a.module, a.name, a.key, a.value, v)
+            for a, v in sorted(resolution.attributes.items(), key=str)
+        ),
+        folds=tuple(folds),
+        rescales=tuple(factors),
+        groups=tuple(
+            GroupPlan(g.name, g.kind, g.size, g.size - len(allocation.removed.get(g.index, ()))) for g in graph.groups
+        ),
+        frozen=tuple(str(f) for f in graph.frozen if not _expected(f)),
+        structure=structure_of(model),
+        statistics=statistics,
+        caches=graph.trace.caches,
+        versions={"graphprune": __version__, "torch": str(torch.__version__)},
+    )
+
+
+def _expected(frozen: Frozen) -> bool:
+    """Kernel positions and the network's own inputs and outputs: true of every network, and no news."""
+    return all(r.kind in ("kernel", "numbers", "vocabulary") for r in frozen.reasons) and bool(frozen.reasons)
+
+
+__all__ = ["assemble", "plan_from_graph", "plan_once"]

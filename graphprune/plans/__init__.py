@@ -1,0 +1,1 @@
+"""The plan as data, and everything that is done with one: surgery, proof, storage, history."""

@@ -1,0 +1,100 @@
+"""What was done to a module, remembered by the module itself: the plans that were applied to it, in order.
+
+The memory is one entry in the module's own `__dict__`. Copies, pickles, `to()` and later prunings carry it along; the
+state dict does not show it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..tracing.names import all_modules, named_tensors
+
+_KEY = "_graphprune_history"
+
+
+class Applied(Protocol):
+    """What is remembered: a plan, of which this is what can be done with it later.
+
+    A protocol, since surgery carries histories along, and `Plan` is made of what surgery does.
+    """
+
+    @property
+    def removed(self) -> Mapping[str, Mapping[int, tuple[int, ...]]]: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+    def check(self, model: nn.Module) -> None: ...
+
+    def apply(self, model: nn.Module) -> nn.Module: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """`plans`: in the order in which they were applied. `structure`: names and shapes after the last of them."""
+
+    plans: tuple[Applied, ...]
+    structure: Mapping[str, tuple[int, ...]]
+
+    def __copy__(self) -> History:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> History:
+        return self
+
+
+def history_of(module: nn.Module) -> History | None:
+    """The history of `module` itself, not of its parts; None if no plan was applied to it."""
+    found = module.__dict__.get(_KEY)
+    return found if isinstance(found, History) else None
+
+
+def histories(model: nn.Module) -> dict[str, History]:
+    """The histories in `model` by module path; that of a module with several paths once."""
+    seen: set[int] = set()
+    out = {}
+    for path, module in all_modules(model).items():
+        found = history_of(module)
+        if found is not None and id(module) not in seen:
+            seen.add(id(module))
+            out[path] = found
+    return out
+
+
+def remember(pruned: nn.Module, original: nn.Module, plan: Applied) -> nn.Module:
+    """Note in `pruned` that it is `original` after `plan`; returns it."""
+    before = history_of(original)
+    structure = {name: tuple(tensor.shape) for name, tensor in named_tensors(pruned).items()}
+    pruned.__dict__[_KEY] = History((*(before.plans if before else ()), plan), structure)
+    return pruned
+
+
+def carry(old: nn.Module, new: nn.Module) -> None:
+    """`new` takes the place of `old`: it remembers the same."""
+    found = history_of(old)
+    if found is not None:
+        new.__dict__[_KEY] = found
+
+
+def changed_since(model: nn.Module) -> str:
+    """What has been done to the tensors' names and shapes since plans were applied, in words; "" if nothing has.
+
+    Where a part was pruned by itself and with the whole, the later of the two plans is the one that still holds. A bias
+    that a layer was given (by recovery) is no change: its place was there.
+    """
+    now = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    found = {f"{path}." if path else "": history.structure for path, history in histories(model).items()}
+    covered = [name for name in now if name.startswith(tuple(found))]
+    for name in dict.fromkeys([*(prefix + name for prefix, names in found.items() for name in names), *covered]):
+        known = [names.get(name.removeprefix(prefix)) for prefix, names in found.items() if name.startswith(prefix)]
+        shape = now.get(name)
+        if shape in known or (shape is not None and not any(known) and name.rpartition(".")[2] == "bias"):
+            continue
+        if shape is None:
+            return f"{name} is gone"
+        return f"{name} has shape {shape} instead of {known[-1]}" if any(known) else f"{name} was added"
+    return ""

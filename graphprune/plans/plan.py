@@ -1,0 +1,328 @@
+"""The plan: what goes, as data. Can be read, compared, edited, stored as JSON and applied to a copy of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..dependency.temperature import Rescale
+from ..dependency.whole.blocks import Block
+from ..dependency.whole.experts import Experts
+from ..errors import GraphPruneError
+from ..tracing.names import named_tensors
+from .history import remember
+from .latency import Latency
+from .rewriting import OUTPUTS, Rewrite, replace
+from .surgery import Fold, attribute_at, bypass_layers, close_gaps, fold_names, operate, remove_listed_experts
+
+FORMAT = "graphprune.plan/1"
+
+
+@dataclasses.dataclass(frozen=True)
+class AttributeChange:
+    """`model.<module>.<name>[key...]` goes from `old` to `new`."""
+
+    module: str
+    name: str
+    key: tuple[int | str, ...]
+    old: int
+    new: int
+
+    def __str__(self) -> str:
+        path = f"{self.module}.{self.name}" if self.module else self.name
+        return path + "".join(f"[{k!r}]" for k in self.key) + f": {self.old} -> {self.new}"
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupPlan:
+    """One group in the plan: how many of its units stay."""
+
+    name: str
+    kind: str
+    size: int
+    kept: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which indices of which parameter axes go, and everything that must change with them.
+
+    `removed`: parameter or buffer name -> {axis: sorted removed indices, in the original numbering}.
+    `attributes`: integer attributes of modules that must change. `folds`: Conv-BN pairs that are merged first.
+    `rescales`: rows multiplied by a factor, so that attention keeps its temperature. `groups`: every group, with how
+    much of it stays. `frozen`: what could not be removed, and why, one line each. `structure`: names and shapes of the
+    model the plan was made for. `output`: "module", "hybrid" or "graph". `rewrites`: modules that are replaced by
+    graphs of their recorded calls. `statistics`: whether something is removed that a norm, softmax or mean runs over.
+    `caches`: (module, attribute) of dicts in which the model keeps tensors computed from its parameters; they are
+    emptied. `layers`: layers that are left out; whatever else the plan changes lies outside them, and all names are
+    those of the model with these layers.
+    `experts`: mixtures that lose experts; `removed` then cuts routers and stacked weights, and nothing else.
+    `latency`: what was asked, predicted and measured, where the budget was one of latency.
+    """
+
+    removed: Mapping[str, Mapping[int, tuple[int, ...]]]
+    attributes: tuple[AttributeChange, ...] = ()
+    folds: tuple[Fold, ...] = ()
+    rescales: tuple[Rescale, ...] = ()
+    groups: tuple[GroupPlan, ...] = ()
+    frozen: tuple[str, ...] = ()
+    structure: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    statistics: bool = False
+    caches: tuple[tuple[str, str], ...] = ()
+    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    output: str = "module"
+    rewrites: tuple[Rewrite, ...] = ()
+    layers: tuple[Block, ...] = ()
+    experts: tuple[Experts, ...] = ()
+    latency: Latency | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Nothing is removed (batch norms may still be folded)."""
+        return not self.removed and not self.layers
+
+    @property
+    def changes_widths(self) -> bool:
+        """It does something else than leaving layers out."""
+        return any((self.removed, self.attributes, self.folds, self.rescales, self.rewrites, self.experts))
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """A pruned copy of `model`, which must have the names and shapes the plan was made for. The copy remembers the
+        plan: `graphprune.save` writes it beside the weights.
+
+        Raises GraphPruneError, naming the first parameter that differs, when it has not. `model` is never touched.
+        """
+        self.check(model)
+        return remember(close_gaps(self.operated(model), model, self.layers), model, self)
+
+    def operated(self, model: nn.Module) -> nn.Module:
+        """The pruned copy while the layers that are left out still have their places, and all others their names."""
+        small = bypass_layers(model, self.layers) if self.layers else model
+        if self.changes_widths or not self.layers:
+            attributes = [(a.module, a.name, a.key, a.new) for a in self.attributes]
+            small = operate(small, self.removed, attributes, self.folds, self.rescales, self.caches)
+            remove_listed_experts(small, self.experts)
+            small = replace(small, self.rewrites)
+        return small
+
+    def check(self, model: nn.Module) -> None:
+        """Raise GraphPruneError unless the plan fits `model`."""
+        found = structure_of(model)
+        for name, shape in self.structure.items():
+            if name not in found:
+                raise GraphPruneError(f"the plan was made for another model: this one has no {name}")
+            if found[name] != tuple(shape):
+                raise GraphPruneError(
+                    f"the plan was made for another model: {name} has shape {found[name]}, "
+                    f"the plan expects {tuple(shape)}"
+                )
+        extra = [n for n in found if n not in self.structure]
+        if extra:
+            raise GraphPruneError(f"the plan was made for another model: it knows no {extra[0]}")
+        for a in self.attributes:
+            value = attribute_at(model, a.module, a.name, a.key)
+            if value != a.old:
+                raise GraphPruneError(f"the plan was made for another model: expected {a}, found {value!r}")
+
+    @property
+    def structural_hash(self) -> str:
+        """A hash of the names and shapes of the model the plan was made for."""
+        return _hash_of(self.structure)
+
+    def summary(self) -> str:
+        """What is removed and what is not, for people."""
+        lines = [f"  {', '.join(block.modules)}: left out" for block in self.layers]
+        first = [f"{len(self.layers)} layers left out", *lines]
+        if self.layers and not self.changes_widths:
+            return "\n".join([*first, *(f"  {line}" for line in self.frozen)])
+        lines = [f"  {e.router}: {len(e.gone)} experts left out" for e in self.experts]
+        if self.experts:
+            head = f"{sum(len(e.gone) for e in self.experts)} experts left out"
+            lines += [f"  {text}" for text in (*map(str, self.attributes), *self.frozen)]
+            return "\n".join([head, *lines])
+        lines = first if self.layers else []
+        cut = [g for g in self.groups if g.kept < g.size]
+        lines.append(f"{len(cut)} of {len(self.groups)} groups pruned, {len(self.folds)} batch norms folded")
+        lines += [f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" for g in cut]
+        lines += [f"  {change}" for change in self.attributes]
+        lines += [f"  {r.module or 'the model'} becomes a graph of its recorded calls" for r in self.rewrites]
+        if self.latency is not None:
+            lines.append(f"  {self.latency}")
+        if self.frozen:
+            lines.append("cannot be removed:")
+            lines += [f"  {line}" for line in self.frozen]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    # -- as JSON
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return {
+            "format": FORMAT,
+            "structural_hash": self.structural_hash,
+            "versions": dict(self.versions),
+            "structure": {k: list(v) for k, v in self.structure.items()},
+            "removed": {n: {str(a): list(i) for a, i in axes.items()} for n, axes in self.removed.items()},
+            "attributes": [{**dataclasses.asdict(a), "key": list(a.key)} for a in self.attributes],
+            "folds": [dataclasses.asdict(f) for f in self.folds],
+            "rescales": [{**dataclasses.asdict(r), "indices": list(r.indices)} for r in self.rescales],
+            "groups": [dataclasses.asdict(g) for g in self.groups],
+            "frozen": list(self.frozen),
+            "statistics": self.statistics,
+            "output": self.output,
+            "rewrites": [r.to_dict() for r in self.rewrites],
+            "caches": [list(c) for c in self.caches],
+            "layers": [dataclasses.asdict(block) for block in self.layers],
+            "experts": [{**dataclasses.asdict(e), "gone": list(e.gone)} for e in self.experts],
+            "latency": None if self.latency is None else self.latency.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Plan:
+        """The inverse of `to_dict`. Raises GraphPruneError for anything that is not a plan."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise GraphPruneError(f"not a plan: expected format {FORMAT!r}, found {found!r}")
+        try:
+            plan = cls(
+                removed={
+                    str(n): {int(a): tuple(int(i) for i in idx) for a, idx in axes.items()}
+                    for n, axes in data["removed"].items()
+                },
+                attributes=tuple(
+                    AttributeChange(a["module"], a["name"], tuple(a["key"]), int(a["old"]), int(a["new"]))
+                    for a in data["attributes"]
+                ),
+                folds=tuple(Fold(f["layer"], f["batch_norm"], int(f["axis"])) for f in data["folds"]),
+                rescales=tuple(
+                    Rescale(r["parameter"], int(r["axis"]), tuple(int(i) for i in r["indices"]), float(r["factor"]))
+                    for r in data["rescales"]
+                ),
+                groups=tuple(GroupPlan(g["name"], g["kind"], int(g["size"]), int(g["kept"])) for g in data["groups"]),
+                frozen=tuple(map(str, data["frozen"])),
+                structure={str(k): tuple(int(n) for n in v) for k, v in data["structure"].items()},
+                statistics=bool(data["statistics"]),
+                caches=tuple((str(path), str(name)) for path, name in data.get("caches", ())),
+                output=str(data.get("output", "module")),
+                rewrites=tuple(Rewrite.from_dict(r) for r in data.get("rewrites", ())),
+                layers=tuple(Block.from_dict(b) for b in data.get("layers", ())),
+                experts=tuple(Experts.from_dict(e) for e in data.get("experts", ())),
+                latency=None if data.get("latency") is None else Latency.from_dict(data["latency"]),
+                versions={str(k): str(v) for k, v in data["versions"].items()},
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise GraphPruneError(f"not a plan: {type(error).__name__}: {error}") from error
+        if plan.output not in OUTPUTS:
+            raise GraphPruneError(f"not a plan: output is {plan.output!r}, expected one of {', '.join(OUTPUTS)}")
+        if data.get("structural_hash", plan.structural_hash) != plan.structural_hash:
+            raise GraphPruneError("not a plan: its structural hash is not that of the structure it describes")
+        plan._check_indices()
+        plan._check_layers()
+        plan._check_factors()
+        return plan
+
+    def _check_layers(self) -> None:
+        for e in self.experts:
+            if e.router not in self.structure or (e.gone and e.gone[-1] >= self.structure[e.router][0]):
+                raise GraphPruneError(f"the plan leaves out experts of {e.router!r} that it does not describe")
+        if self.layers and self.experts:
+            raise GraphPruneError("a plan that leaves layers out leaves out no experts; make a second plan for that")
+        paths = [path for block in self.layers for path in block.modules]
+        for path in paths:
+            if not any(name.startswith(f"{path}.") for name in self.structure):
+                raise GraphPruneError(f"the plan leaves out {path!r}, which it does not describe")
+        gone = tuple(f"{path}." for path in paths)
+        modules = [*(a.module for a in self.attributes), *(path for path, _ in self.caches)]
+        modules += [r.module for r in self.rewrites]
+        modules += [name for fold in self.folds for name in (fold.layer, fold.batch_norm)]
+        for name in (*self.removed, *(r.parameter for r in self.rescales), *(f"{m}." for m in modules)):
+            if name.startswith(gone):
+                raise GraphPruneError(f"the plan changes {name.rstrip('.')}, which lies in a layer that it leaves out")
+
+    def _check_indices(self) -> None:
+        for name, axes in self.removed.items():
+            shape = self.structure.get(name)
+            for axis, indices in axes.items():
+                if shape is None or not 0 <= axis < len(shape):
+                    raise GraphPruneError(f"the plan removes from axis {axis} of {name}, which it does not describe")
+                ordered = all(a < b for a, b in itertools.pairwise(indices))
+                if not ordered or (indices and not 0 <= indices[0] <= indices[-1] < shape[axis]):
+                    raise GraphPruneError(
+                        f"the plan's indices for axis {axis} of {name} must be increasing and lie in [0, {shape[axis]})"
+                    )
+                if len(indices) >= shape[axis]:
+                    raise GraphPruneError(f"the plan removes all of axis {axis} of {name}; at least one must stay")
+
+    def _check_factors(self) -> None:
+        """Folds and rescales name what the plan describes."""
+        for fold in self.folds:
+            layer, norm = fold_names(fold)[0], f"{fold.batch_norm}.running_mean"
+            if layer not in self.structure or norm not in self.structure:
+                raise GraphPruneError(f"the plan folds {fold.batch_norm} into {fold.layer}, which it does not describe")
+        for scale in self.rescales:
+            shape = self.structure.get(scale.parameter, ())
+            inside = 0 <= scale.axis < len(shape) and all(0 <= i < shape[scale.axis] for i in scale.indices)
+            if not inside or not math.isfinite(scale.factor):
+                raise GraphPruneError(
+                    f"the plan rescales axis {scale.axis} of {scale.parameter} by {scale.factor}, which cannot be"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the plan as JSON, to a temporary name first. Raises GraphPruneError when the path cannot be written."""
+        target = Path(path)
+        try:
+            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        except OSError as error:
+            raise GraphPruneError(f"the plan cannot be written to {target}: {error.strerror}") from error
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump(self.to_dict(), file)
+            os.replace(temporary, target)
+        except OSError as error:
+            Path(temporary).unlink(missing_ok=True)
+            raise GraphPruneError(f"the plan cannot be written to {target}: {error.strerror}") from error
+        return target
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan written by `save`. Raises GraphPruneError when there is none or it is damaged."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise GraphPruneError(f"the plan {path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise GraphPruneError(f"the plan {path} is no JSON: {error}") from error
+        return cls.from_dict(data)
+
+
+def folding(model: nn.Module, folds: Sequence[Fold]) -> Plan:
+    """The plan that removes nothing and merges these batch norms into their layers."""
+    return Plan(removed={}, folds=tuple(folds), structure=structure_of(model))
+
+
+def structural_hash(model: nn.Module) -> str:
+    """A hash of the names and shapes of a model, equal to that of the plans made for it."""
+    return _hash_of(structure_of(model))
+
+
+def _hash_of(structure: Mapping[str, tuple[int, ...]]) -> str:
+    text = json.dumps({k: list(v) for k, v in sorted(structure.items())})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def structure_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters and buffers."""
+    return {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}

@@ -1,0 +1,117 @@
+"""What the file says beside the weights: a JSON document in the metadata of a safetensors file, and its checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..._version import __version__
+from ...errors import GraphPruneError
+from ..history import Applied
+from ..plan import Plan
+
+FORMAT = "graphprune.model/1"
+KEY = "graphprune"
+# Readers of safetensors refuse headers of 100 MB and more; names, shapes and this document share it.
+LARGEST = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """`histories`: module path -> the plans that were applied to it, in order. `aliases`: name -> the name under which
+    the same tensor is stored. `transient`: buffers that are in no state dict -> their type."""
+
+    histories: Mapping[str, tuple[Applied, ...]]
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    transient: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """The document as text. Raises GraphPruneError when it is too long for a header."""
+        indices: dict[tuple[int, ...], int] = {}
+        history = [
+            {"module": path, "plans": [_compact(plan, indices) for plan in plans]}
+            for path, plans in self.histories.items()
+        ]
+        text = json.dumps(
+            {
+                "format": FORMAT,
+                "versions": {"graphprune": __version__, "torch": str(torch.__version__)},
+                "aliases": dict(self.aliases),
+                "transient": {name: str(dtype).removeprefix("torch.") for name, dtype in self.transient.items()},
+                "indices": [list(found) for found in indices],
+                "history": history,
+            },
+            separators=(",", ":"),
+        )
+        if len(text) > LARGEST:
+            raise GraphPruneError(f"the plans of the model take {len(text)} bytes, more than the {LARGEST} of a header")
+        return text
+
+    @classmethod
+    def from_json(cls, text: str) -> Document:
+        """The inverse of `to_json`. Raises GraphPruneError for anything that is not one."""
+        if len(text) > LARGEST:
+            raise GraphPruneError(f"its description takes {len(text)} bytes, more than {LARGEST}")
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise GraphPruneError(f"its description is no JSON ({type(error).__name__})") from error
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        if found != FORMAT:
+            raise GraphPruneError(f"its description has the format {str(found)[:60]!r}, expected {FORMAT!r}")
+        try:
+            indices = [[_integer(i) for i in found] for found in data["indices"]]
+            entries = [(_text(e["module"]), tuple(_plan(p, indices) for p in e["plans"])) for e in data["history"]]
+            aliases = {_text(name): _text(of) for name, of in data["aliases"].items()}
+            transient = {_text(name): _dtype(dtype) for name, dtype in data["transient"].items()}
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+            raise GraphPruneError(f"its description is damaged ({type(error).__name__}: {str(error)[:80]})") from error
+        if len(dict(entries)) != len(entries):
+            raise GraphPruneError("its description is damaged (a module has two histories)")
+        return cls(dict(entries), aliases, transient)
+
+
+def _compact(plan: Applied, indices: dict[tuple[int, ...], int]) -> dict[str, Any]:
+    """A plan without what is for people only; the same indices, which many axes lose, are listed once."""
+    data = {**plan.to_dict(), "frozen": [], "groups": []}
+    data["removed"] = {
+        name: {str(axis): indices.setdefault(tuple(gone), len(indices)) for axis, gone in axes.items()}
+        for name, axes in plan.removed.items()
+    }
+    return data
+
+
+def _plan(data: Any, indices: list[list[int]]) -> Plan:
+    removed = {
+        name: {axis: indices[_index(number)] for axis, number in axes.items()} for name, axes in data["removed"].items()
+    }
+    return Plan.from_dict({**data, "removed": removed})
+
+
+def _integer(value: Any) -> int:
+    if type(value) is not int:
+        raise ValueError(f"{str(value)[:40]!r} is no whole number")
+    return value
+
+
+def _index(value: Any) -> int:
+    if _integer(value) < 0:
+        raise ValueError(f"{value} is no place in a list")
+    return int(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{str(value)[:40]!r} is no name")
+    return value
+
+
+def _dtype(value: Any) -> torch.dtype:
+    found = getattr(torch, _text(value), None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{value[:40]!r} is no data type")
+    return found

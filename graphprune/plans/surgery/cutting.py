@@ -1,0 +1,112 @@
+"""Apply a decision to a copy of a model: fold, cut, rescale, set attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...dependency.temperature import Rescale
+from ...errors import GraphPruneError
+from ...tracing.names import all_modules, named_tensors
+from ..history import carry
+from ..modules.recurrent import replacement_of
+from .attributes import refresh, set_attribute
+from .copying import clone_with
+from .folding import Fold, fold_names, folded_tensors
+
+Removed = Mapping[str, Mapping[int, Sequence[int]]]
+
+
+def keep_indices(length: int, removed: Sequence[int]) -> np.ndarray:
+    """The indices that stay."""
+    mask = np.ones(length, bool)
+    mask[np.asarray(removed, np.int64)] = False
+    return np.nonzero(mask)[0]
+
+
+def cut_tensor(tensor: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:
+    """`tensor` without the given indices of its axes; shortest result first, so that little is copied twice."""
+    order = sorted(axes, key=lambda a: len(axes[a]) / tensor.shape[a], reverse=True)
+    out = tensor.detach()
+    for axis in order:
+        kept = torch.from_numpy(keep_indices(tensor.shape[axis], axes[axis])).to(tensor.device)
+        out = out.index_select(axis, kept)
+    return out
+
+
+def operate(
+    model: nn.Module,
+    removed: Removed,
+    attributes: Sequence[tuple[str, str, tuple[int | str, ...], int]],
+    folds: Sequence[Fold],
+    rescales: Sequence[Rescale],
+    caches: Sequence[tuple[str, str]] = (),
+) -> nn.Module:
+    """A pruned copy. `model` is not touched, and nothing is returned unless every step succeeded."""
+    gone = {f"{f.batch_norm}.{p}" for f in folds for p in ("weight", "bias", "running_mean", "running_var")}
+    named = named_tensors(model)
+    new = folded_tensors(model, list(folds))
+    cuts: dict[str, Mapping[int, Sequence[int]]] = {n: a for n, a in removed.items() if n not in gone}
+    for fold in folds:
+        weight, bias = fold_names(fold)
+        if bias not in named:
+            lost = _output_cut(model, fold, cuts.get(weight, {}), removed)
+            if len(lost):
+                cuts[bias] = {0: lost}
+    with torch.no_grad():
+        for scale in rescales:
+            tensor = new.get(scale.parameter, named[scale.parameter])
+            factor = torch.ones(tensor.shape[scale.axis], dtype=torch.promote_types(tensor.dtype, torch.float32))
+            factor[list(scale.indices)] = scale.factor
+            view = [1] * tensor.dim()
+            view[scale.axis] = -1
+            factor = factor.to(tensor.device).reshape(view)
+            new[scale.parameter] = (tensor.detach().to(factor.dtype) * factor).to(tensor.dtype)
+        for name, axes in cuts.items():
+            try:
+                new[name] = cut_tensor(new[name] if name in new else named[name], axes)
+            except IndexError as error:
+                raise GraphPruneError(f"the plan removes from {name} what it does not have: {error}") from error
+    out = clone_with(model, new, {fold.batch_norm: nn.Identity() for fold in folds}, caches)
+    out = with_free_widths(out, new)
+    for module, attribute, key, value in attributes:
+        set_attribute(out, module, attribute, key, value)
+    changed = {id(named[n]) for n in new if n in named}
+    tied = {n for n, t in named.items() if id(t) in changed}  # under all their names
+    touched = {n.rpartition(".")[0] for n in tied | new.keys()}
+    touched |= {path.rpartition(".")[0] for path in touched}
+    refresh([module for path, module in all_modules(out).items() if path in touched])
+    return out
+
+
+def with_free_widths(model: nn.Module, touched: Iterable[str]) -> nn.Module:
+    """`model` with modules of ours where torch's cannot express the widths that its tensors `touched` have now."""
+    modules = all_modules(model)
+    made = {}
+    for path in {name.rpartition(".")[0] for name in touched}:
+        new = replacement_of(modules[path]) if path in modules else None
+        if new is not None:
+            carry(modules[path], new)
+            made[id(modules[path])] = new
+    for parent in modules.values() if made else ():
+        for name, child in parent._modules.items():
+            if id(child) in made:
+                parent._modules[name] = made[id(child)]
+    return made.get(id(model), model)
+
+
+def _output_cut(
+    model: nn.Module, fold: Fold, weight_cut: Mapping[int, Sequence[int]], removed: Removed
+) -> Sequence[int]:
+    """Which outputs of the layer go: what its batch norm loses (a grouped transposed weight does not say)."""
+    norm = f"{fold.batch_norm}.running_mean"
+    if norm in removed:
+        return removed[norm].get(0, ())
+    if not weight_cut:
+        return ()
+    if fold.axis == 0:
+        return weight_cut.get(0, ())
+    raise GraphPruneError(f"the plan has no entry for {norm}, which is folded into {fold.layer}")

@@ -1,0 +1,80 @@
+"""The oracle of expert pruning: the original whose router gives the removed experts no chance."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ...dependency.whole.experts import Experts
+from ...errors import GraphPruneError
+from ...tracing.example import ExampleInput
+from ...tracing.names import named_tensors
+from .layers import examples_for, run, same_shapes
+from .results import TOLERANCE, Check, VerificationReport, relative_error
+
+_PRODUCTS = frozenset(("linear", "matmul", "mm", "addmm", "__matmul__", "__rmatmul__"))
+_TURNED = frozenset(("t", "transpose", "__get__", "swapaxes", "permute", "to", "float"))
+
+
+class RouterWatch(TorchFunctionMode):
+    """Looks at the outputs of routers while a model runs, and can bar experts: their logits become -inf."""
+
+    def __init__(self, model: nn.Module, experts: Sequence[Experts], bar: bool) -> None:
+        super().__init__()
+        named = named_tensors(model)
+        self.known: dict[int, Experts] = {id(named[e.router]): e for e in experts}
+        self.kept: list[Tensor] = list(named.values())  # ids stay theirs
+        self.bar = bar
+        self.logits: dict[str, list[Tensor]] = {e.router: [] for e in experts}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        mine = next((self.known[id(a)] for a in (*args, *(kwargs or {}).values()) if id(a) in self.known), None)
+        if mine is None or not isinstance(out, Tensor):
+            return out
+        if name in _PRODUCTS:
+            self.logits[mine.router].append(out.detach())
+            if self.bar and mine.gone:
+                barred = torch.tensor(mine.gone, device=out.device)
+                return out.index_fill(-1, barred, -math.inf)
+        elif name in _TURNED:
+            self.known[id(out)] = mine
+            self.kept.append(out)
+        return out
+
+
+def verify_experts(
+    original: nn.Module,
+    pruned: nn.Module,
+    experts: Sequence[Experts],
+    example_input: Any,
+    tolerance: float = TOLERANCE,
+) -> VerificationReport:
+    """Check that `pruned` is `original` without these experts.
+
+    - *forward*: it runs and its outputs have the original's shapes.
+    - *barred experts*: on the example input, and on noise where all inputs are floating point, it computes what the
+      original does when its router's outputs for the removed experts are set to -inf.
+    """
+    checks = []
+    for number, example in enumerate(examples_for(ExampleInput.of(example_input))):
+        got = run(pruned, example, "verify (pruned)")
+        if not number:
+            checks.append(same_shapes(got, run(original, example, "verify (original)")))
+        watch = RouterWatch(original, experts, bar=True)
+        with watch:
+            wanted = run(original, example, "verify (barred experts)")
+        missed = [router for router, seen in watch.logits.items() if not seen]
+        if missed:
+            raise GraphPruneError(f"verify: the product with {missed[0]} was not seen; its experts cannot be proven")
+        if any(p.is_meta for p in original.parameters()):
+            continue
+        error = relative_error(got, wanted)
+        checks.append(Check("barred experts" if not number else "barred experts, noise", error <= tolerance, error))
+    return VerificationReport(tuple(checks))

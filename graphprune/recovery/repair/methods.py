@@ -1,0 +1,124 @@
+"""`recover`: give a pruned network its accuracy back, without labels and without training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import GraphPruneError
+from ...importance.calibration import CalibrationData
+from ...plans.history import remember
+from ...plans.plan import Plan
+from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds
+from ...tracing.example import ExampleInput
+from ...tracing.trace import record_run
+from .batchnorm import reestimate
+from .layers import LayerRecovery, Refit
+from .norms import kept_folds, take_apart
+
+METHODS = ("mean", "batchnorm", "least_squares")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recovery:
+    """`model`: the recovered network. `layers`: what was done, layer by layer, in order (empty for "batchnorm")."""
+
+    model: nn.Module
+    layers: tuple[LayerRecovery, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.layers))
+
+
+def check_method(method: Any, data: Any) -> None:
+    """Raise GraphPruneError unless `method` is None or known, and has the data it needs."""
+    if method is None:
+        return
+    if method not in METHODS:
+        known = ", ".join(map(repr, METHODS))
+        raise GraphPruneError(f"recover: expected None or one of {known}, got {method!r}")
+    if data is None:
+        raise GraphPruneError(f"recover={method!r} needs inputs to measure on: pass data=, a loader or list of batches")
+
+
+def recover(
+    model: nn.Module,
+    plan: Plan,
+    example_input: Any,
+    data: Any,
+    method: str = "least_squares",
+    *,
+    ridge: float = 1e-3,
+    every_layer: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> Recovery:
+    """Apply `plan` to a copy of `model` and repair the copy so that it does what `model` does on `data`.
+
+    `data` yields inputs, or (inputs, targets) whose targets are not used; it is read several times, a batch at a time.
+    `method`:
+
+    - "mean": the constant term (bias) of every layer that lost inputs is moved so that its mean result is the dense
+      network's. Exact for removed channels that are constant, except at the border of padded convolutions, where the
+      report says so.
+    - "batchnorm": batch norm statistics are estimated again on the pruned network (before folding), as cumulative
+      averages over the batches.
+    - "least_squares": every linear layer and convolution that lost inputs, and with `every_layer` those behind it, is
+      refitted by ridge regression: inputs from the already repaired part of the pruned network, targets from the dense
+      one, layer after layer (He et al., Channel Pruning, ICCV 2017; design with the residual stream's error in the
+      target). `ridge`, times the mean second moment of the inputs, holds the weights to those they had.
+
+    Batch norms that the plan keeps (`fold_bn=False`) are fitted as if they were folded, so the result is the same
+    function: filters keep their norms, running statistics become those of `data`, scale and shift make up for it.
+
+    Layers behind one that is left out are corrected as those that lost inputs are: what they should make is what they
+    make in the whole model, so that they make up for the missing layer as far as they can.
+
+    Memory is bounded by the moments of the layers fitted at a time (about 1 GiB); layers with more than 12,000 inputs
+    per output and transposed convolutions of several groups get the "mean" correction, and the report says so.
+
+    Raises GraphPruneError for unknown methods, for data that cannot be read twice or that the model fails on, and for
+    plans of another model. `model` is not touched.
+    """
+    if method is None:
+        raise GraphPruneError(f"recover: expected one of {', '.join(map(repr, METHODS))}, got None")
+    check_method(method, data)
+    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
+        raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
+    example = ExampleInput.of(example_input)
+    batches = CalibrationData(data, example, model)
+    if any(p.is_meta for p in model.parameters()):
+        raise GraphPruneError("recover: the model is on the meta device and has no values; load its weights first")
+    with torch.no_grad():
+        if method == "batchnorm":
+            small = dataclasses.replace(plan, folds=()).operated(model)
+            reestimate(small, batches)
+            return Recovery(_closed(apply_folds(small, plan.folds), model, plan), ())
+        small = plan.operated(model)  # with the model's own names
+        folds = _common_folds(model, plan, example)
+        kept = () if plan.folds else kept_folds(model, small, example)
+        dense = apply_folds(model, (*folds, *kept))  # a copy, also without folds
+        fitted = apply_folds(small, kept) if kept else small
+        unlike = frozenset(f.layer for f in plan.folds if f not in folds)
+        refit = Refit(dense, fitted, plan, example, batches, float(ridge), every_layer, progress, unlike)
+        found = tuple(refit.run(solve=method == "least_squares"))
+        if kept:
+            take_apart(small, fitted, kept, batches)
+        return Recovery(_closed(small, model, plan), found)
+
+
+def _closed(small: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
+    """What `plan.apply` makes, from a repaired `plan.operated`."""
+    return remember(close_gaps(small, model, plan.layers), model, plan)
+
+
+def _common_folds(model: nn.Module, plan: Plan, example: ExampleInput) -> tuple[Fold, ...]:
+    """The plan's folds that the model allows too: a batch norm may stand behind a layer that is left out, and behind
+    a convolution only without it."""
+    if not plan.layers or not plan.folds:
+        return plan.folds
+    known = find_folds(model, record_run(model, example))
+    return tuple(fold for fold in plan.folds if fold in known)

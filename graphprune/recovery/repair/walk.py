@@ -1,0 +1,210 @@
+"""Walk the layers of a pruned network in order and refit each to what the dense network makes at that place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from ...errors import GraphPruneError
+from ...importance.calibration import CalibrationData, Call, Moments, Reader, observe, rows_of
+from ...importance.calibration.replay import Replay
+from ...importance.calibration.statistics import MAX_FEATURES, MEMORY
+from ...plans.plan import Plan
+from ...plans.surgery.cutting import keep_indices
+from ...tracing.example import ExampleInput
+from ...tracing.names import named_tensors
+
+# Intermediate results held between passes, so that nothing is computed twice; beyond this, everything is.
+CACHE = 2 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What becomes of one layer of the dense network: which of its outputs stay, and factors they are multiplied by."""
+
+    kept: Tensor
+    factors: Tensor | None
+
+    def of(self, y: Tensor, axis: int) -> Tensor:
+        """The wanted results, from those of the dense layer."""
+        if len(self.kept) != y.shape[axis]:
+            y = y.index_select(axis, self.kept)
+        if self.factors is None:
+            return y
+        view = [1] * y.dim()
+        view[axis] = -1
+        return y * self.factors.to(y.dtype).reshape(view)
+
+
+def target_of(plan: Plan, reader: Reader, device: torch.device) -> Target:
+    """See `Target`; outputs are those of the whole weight."""
+    if not reader.separable:  # the weight counts outputs inside one group, the bias all of them
+        removed = plan.removed.get(reader.bias, {}).get(0, ())
+        return Target(torch.from_numpy(keep_indices(plan.structure[reader.bias][0], removed)).to(device), None)
+    length = plan.structure[reader.weight][reader.out_axis]
+    removed = plan.removed.get(reader.weight, {}).get(reader.out_axis, ())
+    kept = torch.from_numpy(keep_indices(length, removed)).to(device)
+    factors = np.ones(length)
+    for scale in plan.rescales:
+        if scale.parameter == reader.weight and scale.axis == reader.out_axis:
+            factors[list(scale.indices)] *= scale.factor
+    return Target(kept, torch.from_numpy(factors).to(device)[kept] if (factors != 1).any() else None)
+
+
+def waves(readers: Sequence[Reader], needed: Callable[[Reader], int]) -> list[list[Reader]]:
+    """Readers that can be fitted at the same time: none depends on another of its wave. In order.
+
+    `needed`: bytes of one reader's moments; a wave that needs more than `MEMORY` is cut.
+    """
+    level: dict[str, int] = {}
+    for reader in readers:
+        level[reader.weight] = 1 + max((level[w] for w in reader.after if w in level), default=-1)
+    out: list[list[Reader]] = []
+    for number in range(1 + max(level.values(), default=-1)):
+        used = 0
+        out.append([])
+        for reader in (r for r in readers if level[r.weight] == number):
+            if out[-1] and used + needed(reader) > MEMORY:
+                out.append([])
+                used = 0
+            out[-1].append(reader)
+            used += needed(reader)
+    return out
+
+
+class Pair:
+    """The dense and the pruned network, run side by side on every batch, wave after wave of readers."""
+
+    def __init__(
+        self, dense: nn.Module, small: nn.Module, data: CalibrationData, order: Sequence[Sequence[Reader]]
+    ) -> None:
+        self.dense, self.small, self.data = dense, small, data
+        self.levels = {r.weight: i for i, wave in enumerate(order) for r in wave}
+        self.names = [
+            {id(t): n for n, t in named_tensors(net).items() if n in self.levels} for net in (dense, small)
+        ]
+        self.memories: list[tuple[Replay, Replay]] = []
+        self.prints: list[tuple[Any, ...]] = []
+        self.remember = True
+
+    def gather(
+        self,
+        wave: Sequence[Reader],
+        targets: dict[str, Target],
+        take: Callable[[Reader, Call, Tensor, int], None],
+    ) -> None:
+        """One pass over the data: `take(reader, call of the pruned network, wanted results, samples seen before)`.
+
+        Wanted is what the dense layer makes. Where its result is added to another tensor (a residual stream), wanted
+        is what makes the sum right: the error that this tensor has collected so far is part of the target.
+        """
+        seen = 0
+        for index, example in enumerate(self.data.inputs()):
+            memory = self._memory(index, example, wave)
+            options: dict[str, Any] = {"outputs": True, "additions": True}
+            wanted = observe(self.dense, wave, example, **options, replay=memory[0])
+            found = observe(self.small, wave, example, **options, inputs=True, replay=memory[1])
+            for reader in wave:
+                if len(wanted[reader.weight]) != len(found[reader.weight]):
+                    raise GraphPruneError(
+                        f"recover: {reader.weight} is called {len(wanted[reader.weight])} times in the model and "
+                        f"{len(found[reader.weight])} times in the pruned one on batch {index} of data; use another "
+                        f"recover method, or data that take the same way through both"
+                    )
+                for theirs, mine in zip(wanted[reader.weight], found[reader.weight], strict=True):
+                    take(reader, mine, self._target(reader, targets[reader.weight], theirs, mine), seen)
+            seen += next((t.shape[0] for t in example.tensors() if t.dim()), 1)
+
+    def _target(self, reader: Reader, target: Target, theirs: Call, mine: Call) -> Tensor:
+        assert theirs.y is not None and mine.y is not None
+        axis = channel_axis(reader, mine.y, self.small)
+        y = target.of(theirs.y, axis)
+        if theirs.other is not None and mine.other is not None and mine.other.shape == y.shape:
+            y = y + target.of(theirs.other, axis) - mine.other
+        return y
+
+    def _memory(self, index: int, example: ExampleInput, wave: Sequence[Reader]) -> tuple[Replay | None, Replay | None]:
+        """The batch's memories, begun for this wave; none where the data are not the same again, or take too much."""
+        if not self.remember:
+            return None, None
+        if index == len(self.memories):
+            made = Replay(self.levels, self.names[0]), Replay(self.levels, self.names[1])
+            self.memories.append(made)
+            self.prints.append(_print(example))
+        elif self.prints[index] != _print(example) or self._held() > CACHE:
+            self.remember, self.memories = False, []
+            return None, None
+        pair = self.memories[index]
+        for memory in pair:
+            memory.start(self.levels[wave[0].weight], frozenset(r.weight for r in wave))
+        return pair
+
+    def _held(self) -> int:
+        return sum(m.bytes_held for pair in self.memories for m in pair)
+
+
+def _print(example: ExampleInput) -> tuple[Any, ...]:
+    """Tells whether a loader yields the same batch again (it may shuffle or augment)."""
+    return tuple((tuple(t.shape), float(t.double().sum()), float(t.double().abs().max())) for t in example.tensors())
+
+
+def channel_axis(reader: Reader, y: Tensor, model: nn.Module) -> int:
+    """The axis of a layer's result that counts its outputs."""
+    if not reader.convolution:
+        return y.dim() - 1
+    kernel = named_tensors(model)[reader.weight].dim() - 2
+    return y.dim() - kernel - 1
+
+
+class Constant:
+    """Where a change of a layer's constant term goes: its bias, a new bias, or the mean of the batch norm behind it."""
+
+    def __init__(self, small: nn.Module, reader: Reader, batch_norm: nn.Module | None) -> None:
+        named = named_tensors(small)
+        path, _, last = reader.weight.rpartition(".")
+        owner = small.get_submodule(path)
+        self.bias = named[reader.bias] if reader.bias else None
+        self.mean = getattr(batch_norm, "running_mean", None) if self.bias is None else None
+        plain = isinstance(owner, (nn.Linear, _ConvNd)) and last == "weight" and owner.bias is None
+        usual = type(owner).forward.__module__.startswith("torch.nn")
+        self.owner = owner if self.bias is None and self.mean is None and plain and usual else None
+
+    @property
+    def possible(self) -> bool:
+        return self.bias is not None or self.mean is not None or self.owner is not None
+
+    def add(self, change: Tensor) -> None:
+        """Add `change`, one number per output."""
+        if self.bias is not None:
+            self.bias.data.copy_((self.bias.detach().double() + change).to(self.bias.dtype))
+        elif self.mean is not None:  # y = (z - mean) * scale + shift
+            self.mean.data.copy_((self.mean.detach().double() - change).to(self.mean.dtype))
+        elif self.owner is not None:
+            weight: Tensor = self.owner.weight  # type: ignore[assignment]
+            bias = nn.Parameter(change.to(weight.dtype), requires_grad=weight.requires_grad)
+            self.owner.register_parameter("bias", bias)
+
+
+def bytes_needed(reader: Reader, weight: Tensor) -> int:
+    """Memory of a reader's moments."""
+    outputs = weight.shape[reader.out_axis] // reader.groups
+    return Moments.bytes_needed(reader.groups, weight.numel() // (outputs * reader.groups), outputs)
+
+
+__all__ = [
+    "MAX_FEATURES",
+    "Constant",
+    "Pair",
+    "Target",
+    "bytes_needed",
+    "channel_axis",
+    "rows_of",
+    "target_of",
+    "waves",
+]

@@ -1,0 +1,119 @@
+"""How far a training has come, as a safetensors file: no pickle, written to another name first."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ...errors import GraphPruneError
+from ...support.files import replacing
+from ...tracing.names import named_tensors
+
+_KEY = "graphprune.training/1"
+
+
+def write_checkpoint(path: str | os.PathLike[str], about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Replace the file by one of this state. Raises GraphPruneError when it cannot be written."""
+    plain = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(plain, str(temporary), {_KEY: json.dumps(about)})
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str], settings: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """What `write_checkpoint` wrote, None where there is no file.
+
+    Raises GraphPruneError if the file is damaged, or of a run with other settings, naming one.
+    """
+    if not os.path.exists(path):
+        return None
+    try:
+        with safe_open(str(path), "pt") as file:
+            about = json.loads((file.metadata() or {})[_KEY])
+            found = dict(about["settings"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise GraphPruneError(
+            f"the checkpoint {path} cannot be read ({type(error).__name__}: {error}); delete it to start again"
+        ) from error
+    for name, value in json.loads(json.dumps(settings)).items():
+        if found.get(name) != value:
+            what = "names or shapes" if name == "shapes" else f"{name} {found.get(name)!r} instead of {value!r}"
+            raise GraphPruneError(f"the checkpoint {path} is of another run, with {what}; delete it to start again")
+    return about, tensors
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, persistent or not, each once under its first name."""
+    out: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in named_tensors(model).items():
+        out.setdefault(id(tensor), (name, tensor))
+    return dict(out.values())
+
+
+def model_state(model: nn.Module, part: str = "model") -> dict[str, Tensor]:
+    """The tensors of a model, by `part` and name."""
+    return {f"{part}/{name}": tensor for name, tensor in own_tensors(model).items()}
+
+
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor], what: str, part: str = "model") -> None:
+    """Copy tensors into the model's own. Raises GraphPruneError, changing nothing, where they do not fit."""
+    own = own_tensors(model)
+    stored = {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
+    for name in own.keys() | stored.keys():
+        fits = name in own and name in stored and own[name].shape == stored[name].shape
+        if not fits or own[name].dtype != stored[name].dtype:
+            raise GraphPruneError(f"{what} is damaged or of another model: {name} does not fit")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(stored[name])
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module
+) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
+    """The state of every parameter by name: plain values, and tensors as "optimizer/<parameter>/<key>"."""
+    names = {id(tensor): name for name, tensor in own_tensors(model).items()}
+    plain: dict[str, dict[str, Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    for parameter, state in optimizer.state.items():
+        name = names[id(parameter)]
+        values = plain.setdefault(name, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+            elif value is None or isinstance(value, (bool, int, float, str)):
+                values[key] = value
+            else:
+                raise GraphPruneError(
+                    f"checkpoint: {type(optimizer).__name__} keeps a {type(value).__name__} as {key!r}, which cannot "
+                    f"be stored; train without checkpoint, or with another optimizer"
+                )
+    return plain, tensors
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer,
+    model: nn.Module,
+    plain: Mapping[str, Mapping[str, Any]],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """The inverse of `optimizer_state`; options of the parameter groups stay as they are."""
+    names = {id(tensor): name for name, tensor in own_tensors(model).items()}
+    stored: dict[str, dict[str, Any]] = {name: dict(values) for name, values in plain.items()}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer/"):
+            name, _, what = key.removeprefix("optimizer/").rpartition("/")
+            stored.setdefault(name, {})[what] = tensor
+    packed = optimizer.state_dict()
+    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    packed["state"] = {i: stored[names[id(p)]] for i, p in enumerate(order) if names[id(p)] in stored}
+    optimizer.load_state_dict(packed)

@@ -1,0 +1,223 @@
+"""The training loop: one epoch at a time, on a model and an optimizer that a pruning step may replace in between."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from ...errors import GraphPruneError
+from ...importance.calibration import CalibrationData
+from ...plans.plan import Plan
+from .carrying import carry_optimizer
+from .checkpoints import load_model, load_optimizer, model_state, optimizer_state
+from .evaluation import ONE_INPUT
+from .objective import Objective
+from .randomness import seed_epoch
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+_RATES = {"sgd": 0.02, "adam": 1e-3, "adamw": 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Options of a training; see `graphprune.finetune`."""
+
+    epochs: int
+    optimizer: str | MakeOptimizer = "sgd"
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warmup: float = 0.05
+    clip: float | None = 5.0
+    amp: bool | str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_integer("epochs", self.epochs, 0)
+        _check_integer("seed", self.seed, 0)
+        if not callable(self.optimizer) and self.optimizer not in _RATES:
+            known = ", ".join(map(repr, _RATES))
+            raise GraphPruneError(
+                f"optimizer: expected one of {known} or a function (model) -> torch.optim.Optimizer, got "
+                f"{self.optimizer!r}"
+            )
+        if callable(self.optimizer) and self.lr is not None:
+            raise GraphPruneError("lr: the optimizer that your function makes has its own; leave lr out")
+        _check_number("lr", self.lr, 0.0, math.inf, optional=True)
+        _check_number("momentum", self.momentum, 0.0, 1.0)
+        _check_number("weight_decay", self.weight_decay, 0.0, math.inf)
+        _check_number("warmup", self.warmup, 0.0, 1.0)
+        _check_number("clip", self.clip, 0.0, math.inf, optional=True)
+        if self.clip == 0 or self.lr == 0:
+            raise GraphPruneError(f"{'clip' if self.clip == 0 else 'lr'}: must be above 0, got 0")
+        if self.amp not in (True, False, "auto"):
+            raise GraphPruneError(f"amp: expected True, False or 'auto', got {self.amp!r}")
+
+    def make(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The optimizer of the parameters that want gradients."""
+        trained = [p for p in model.parameters() if p.requires_grad]
+        if not trained:
+            raise GraphPruneError("the model has no parameter with requires_grad; there is nothing to train")
+        if callable(self.optimizer):
+            made = self.optimizer(model)
+            if not isinstance(made, torch.optim.Optimizer):
+                raise GraphPruneError(f"optimizer: the function returned a {type(made).__name__}, no optimizer")
+            return made
+        rate = _RATES[self.optimizer] if self.lr is None else self.lr
+        if self.optimizer == "sgd":
+            nesterov = self.momentum > 0
+            return torch.optim.SGD(trained, rate, self.momentum, weight_decay=self.weight_decay, nesterov=nesterov)
+        kind = torch.optim.Adam if self.optimizer == "adam" else torch.optim.AdamW
+        return kind(trained, rate, weight_decay=self.weight_decay)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What must be the same for a run to be the same, as JSON; a function cannot be compared."""
+        return {**dataclasses.asdict(self), "optimizer": self.optimizer if isinstance(self.optimizer, str) else "own"}
+
+
+def _check_integer(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise GraphPruneError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _check_number(name: str, value: Any, low: float, high: float, optional: bool = False) -> None:
+    if optional and value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        limit = f"of at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
+        raise GraphPruneError(f"{name}: expected a number {limit}{' or None' if optional else ''}, got {value!r}")
+
+
+def rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Of the learning rate, at step 0, 1, ..., steps - 1: a linear rise over the first `warmup` of them to 1, then half
+    a cosine that would reach 0 at `steps` (Loshchilov and Hutter, 2017)."""
+    rise = min(round(warmup * steps), steps - 1)
+    if step < rise:
+        return (step + 1) / (rise + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+
+
+def mixed_precision(amp: bool | str, device: torch.device) -> torch.dtype | None:
+    """The data type of automatic mixed precision: with "auto" on accelerators that have one, None for none."""
+    if amp is False or (amp == "auto" and device.type not in ("cuda", "xpu")):
+        return None
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+class Trainer:
+    """A model in training. `model` and `optimizer` may be replaced by `prune`; `step` counts optimizer steps."""
+
+    def __init__(self, model: nn.Module, data: Any, objective: Objective, options: Training) -> None:
+        self.model = model
+        self.options = options
+        self.optimizer = options.make(model)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        self._data = data
+        self._objective = objective
+        device = next(p.device for p in model.parameters())
+        self._dtype = mixed_precision(options.amp, device)
+        self._device = device.type
+        self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype is torch.float16)
+        self.steps = self._count_steps()
+
+    def _count_steps(self) -> int:
+        """Batches in an epoch; loaders that do not say are read once."""
+        data = CalibrationData(self._data, ONE_INPUT, self.model)  # checks the form
+        if isinstance(self._data, Tensor):
+            return sum(1 for _ in data)
+        try:
+            return len(self._data)
+        except TypeError:
+            seed_epoch(self.options.seed, 0, self._data)
+            return sum(1 for _ in self._data)
+
+    def epoch(self, number: int, tick: Callable[[], None]) -> tuple[float, float]:
+        """Train epoch `number` (from 0); the mean loss and the last learning rate. Calls `tick` after every batch."""
+        seed_epoch(self.options.seed, number, self._data)
+        self.model.train()
+        total, rate, seen = 0.0, 0.0, 0
+        with self._objective.watching(self.model):
+            for inputs, targets in CalibrationData(self._data, ONE_INPUT, self.model):
+                rate = self._set_rates(number * self.steps + min(seen, self.steps - 1))
+                loss = self._step(inputs, targets)
+                if not math.isfinite(loss):
+                    raise GraphPruneError(
+                        f"training: the loss is {loss} in batch {seen} of epoch {number + 1}; lower lr (now {rate:g}) "
+                        f"or clip, or look for inputs that are not finite"
+                    )
+                total, seen = total + loss, seen + 1
+                tick()
+        return total / seen, rate
+
+    def _set_rates(self, step: int) -> float:
+        factor = rate_factor(step, self.options.epochs * self.steps, self.options.warmup)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        return float(self.rates[0] * factor)
+
+    def _step(self, inputs: Any, targets: Any) -> float:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
+            loss = self._objective(self.model, inputs, targets)
+        if not loss.requires_grad:
+            raise GraphPruneError("training: the loss does not depend on any parameter that wants gradients")
+        self._scaler.scale(loss).backward()
+        if self.options.clip is not None:
+            self._scaler.unscale_(self.optimizer)
+            trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, self.options.clip)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        return float(loss.detach())
+
+    def prune(self, small: nn.Module, plan: Plan | None) -> tuple[str, ...]:
+        """Go on with `small`, made from the model by `plan`; see `carry_optimizer`. The model itself, masked: as is."""
+        if small is self.model:
+            return ()
+        if plan is None:
+            raise GraphPruneError("the method returned another model and no plan; the optimizer cannot follow it")
+        restarted = carry_optimizer(self.optimizer, self.model, small, plan)
+        self.model = small
+        return restarted
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """All that the next epoch depends on: plain values, and tensors by name."""
+        plain, tensors = optimizer_state(self.optimizer, self.model)
+        about = {"optimizer": plain, "scaler": self._scaler.state_dict()}
+        return about, {**model_state(self.model), **tensors}
+
+    def load(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
+        """Go on from a `state`. The model must have its structure already."""
+        load_model(self.model, tensors, what)
+        try:
+            load_optimizer(self.optimizer, self.model, about["optimizer"], tensors)
+            if about["scaler"]:
+                self._scaler.load_state_dict(about["scaler"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GraphPruneError(f"{what} is damaged: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def progress_bar(text: str | None, steps: int, done: int = 0) -> Iterator[Callable[..., None]]:
+    """A bar on standard error where that is a terminal and `text` not None; yields a function that advances it, or
+    with `note` adds that to the text."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=text is None or not console.is_terminal) as bar:
+        task = bar.add_task(text or "", total=steps, completed=done)
+
+        def advance(note: str | None = None) -> None:
+            bar.update(task, advance=1 if note is None else 0, description=None if note is None else f"{text}{note}")
+
+        yield advance

@@ -1,0 +1,81 @@
+"""`finetune`: give a pruned network its accuracy back by training it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from .distillation import Distillation
+from .evaluation import evaluator
+from .loop import MakeOptimizer, Training
+from .objective import LossFunction, Objective
+from .randomness import random_state_kept
+from .runs import Epoch, Finetuning, Run
+
+
+def finetune(
+    model: nn.Module,
+    data: Any,
+    *,
+    epochs: int = 3,
+    loss_fn: LossFunction | None = None,
+    optimizer: str | MakeOptimizer = "sgd",
+    lr: float | None = None,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    warmup: float = 0.05,
+    clip: float | None = 5.0,
+    amp: bool | str = "auto",
+    teacher: nn.Module | None = None,
+    distillation: Distillation | None = None,
+    evaluate: Any = None,
+    patience: int | None = None,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
+) -> Finetuning:
+    """Train a copy of `model`; the model itself is not touched. A plain loop: use your own trainer if you have one.
+
+    - `data`: a DataLoader or list of batches (inputs, targets), read once an epoch. Inputs are a tensor, a tuple of
+      positional arguments, or a dict of keyword arguments. Batches go to the model's device.
+    - `epochs`: how many. `loss_fn(output, targets)`: a scalar; default cross-entropy of logits and class numbers, or,
+      without targets, the loss that the model returns itself (`output.loss`).
+    - `optimizer`: "sgd" (Nesterov, with `momentum`), "adam", "adamw", or a function (model) -> torch optimizer with its
+      own options. `lr`: peak learning rate, default 0.02 for "sgd", 0.001 for the others. `weight_decay`: 5e-4.
+    - The rate rises linearly over the fraction `warmup` of all steps and falls to zero along half a cosine. `clip`:
+      largest norm of all gradients together (default 5), None for no clipping.
+    - `amp`: "auto" (default) for mixed precision on GPUs (bfloat16, or float16 with loss scaling where the GPU has no
+      bfloat16), True for it everywhere, False for none.
+    - `teacher`: a network to learn from, usually the dense one, faster with `graphprune.fold_conv_bn`; `distillation`:
+      how, see `Distillation`. With a teacher data need no targets.
+    - `evaluate`: a function (model) -> number, higher is better, or data (inputs, targets) for top-1 accuracy; see
+      `Evaluation` for other metrics. It is asked before and after every epoch. `patience`: stop after this many epochs
+      in a row without a better score, and return the best weights instead of the last.
+    - `seed`: all randomness of an epoch (order of batches, dropout, augmentation drawn from torch, numpy or python's
+      random) follows from the seed and the epoch's number alone. On one machine the same call gives the same
+      weights, bit for bit, as far as torch's operators are deterministic on the device.
+    - `checkpoint`: a file (safetensors) that is written after every epoch and read first where it exists: a run that
+      was stopped at any moment goes on with the epoch that was under way and ends with the same weights. `epochs` and
+      the other numbers must be the same.
+    - `on_epoch(epoch, model)`: called after every epoch. `progress`: a bar on standard error if that is a terminal.
+
+    Masks of `graphprune.sparsity` stay in force.
+
+    Raises GraphPruneError for arguments out of range, data in another form, a loss that is not finite, a checkpoint
+    of another run, and errors of the model.
+
+    >>> import torch, graphprune
+    >>> x, y = torch.randn(64, 4), torch.randint(0, 2, (64,))
+    >>> done = graphprune.finetune(torch.nn.Linear(4, 2), list(zip(x.split(16), y.split(16))), epochs=2)
+    >>> len(done.history)
+    2
+    """
+    options = Training(epochs, optimizer, lr, momentum, weight_decay, warmup, clip, amp, seed)
+    objective = Objective(loss_fn, teacher, distillation)
+    run = Run(model, data, options, objective, evaluator(evaluate), patience, checkpoint, on_epoch)
+    with random_state_kept(data):
+        return run.finish("fine-tuning" if progress else None)

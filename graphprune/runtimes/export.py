@@ -1,0 +1,216 @@
+"""ONNX files that are known to compute what the model computes before they get their name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import GraphPruneError
+from ..support.files import check_target, move_into_place, workspace
+from ..support.unwrapping import unwrapped
+from .arguments import FlatArguments, named_outputs
+from .capture import capture, inference_state, optimise, quiet, run_model
+from .initializers import Initializers, Removal, check_captured, check_file, planned_shapes
+from .parity import check_parity, default_tolerance
+
+# A protobuf message ends at 2 GiB; the graph around the weights needs some of it.
+_LARGE = 2**31 - 2**27
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What `export_onnx` wrote. Can be used wherever a path can.
+
+    `inputs`, `outputs`: the names in the file. `dynamic_batch`: whether the first dimension of the inputs that share
+    the batch is free. `batch_size`: that of the example. `nodes`: in the graph, before ONNX Runtime optimises it.
+    `size`: bytes on disk, `external_data` (the file beside `path` with the weights, None if they are inside) included.
+    `max_relative_error`: max|onnx - torch| / max|torch|, the largest over outputs and `checked_batch_sizes`; None with
+    check=False. `initializers`: where the parameters went. `notes`: what weakens the parity check, if anything does.
+    """
+
+    path: Path
+    opset: int
+    dynamic_batch: bool
+    batch_size: int | None
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: int
+    size: int
+    external_data: Path | None
+    max_relative_error: float | None
+    tolerance: float
+    checked_batch_sizes: tuple[int | None, ...]
+    initializers: Initializers
+    notes: tuple[str, ...] = ()
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        batch = "dynamic batch" if self.dynamic_batch else f"batch size {self.batch_size}"
+        if self.max_relative_error is None:
+            parity = "parity not checked"
+        else:
+            sizes = ", ".join(str(size) for size in self.checked_batch_sizes if size is not None)
+            parity = f"relative error {self.max_relative_error:.2g} (allowed {self.tolerance:.2g})"
+            parity += f" at batch size {sizes}" if sizes else ""
+        facts = [f"opset {self.opset}", batch, f"{self.nodes} nodes", f"{self.size / 2**20:.2f} MiB", parity]
+        return f"{self.path}: {', '.join(facts)}" + "".join(f"; {note}" for note in self.notes)
+
+
+def export_onnx(
+    model: nn.Module,
+    example_input: Any,
+    path: str | os.PathLike[str],
+    *,
+    opset: int | None = None,
+    dynamic_batch: bool = True,
+    plan: Removal | None = None,
+    check: bool = True,
+    tolerance: float | None = None,
+    provider: str = "cpu",
+    external_data: bool | None = None,
+) -> ExportReport:
+    """Write `model` as an ONNX file, and prove it in ONNX Runtime before the file gets its name.
+
+    The model is exported in eval mode (`torch.onnx.export(dynamo=True)`, constants folded); its training flags and the
+    random state are as before afterwards, also after an error. Inputs get the names of the model's own arguments,
+    outputs the keys of a dict or dataclass, or "output", "output_0"...; None and numbers in the result are left out.
+    Until all checks have passed the file lies in a temporary folder beside `path`; after an error nothing is left
+    behind and a file that was already there is untouched.
+
+    Args:
+        example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments, on the model's device.
+            Values that are no tensors are constants of the file.
+        opset: the ONNX operator set; the exporter's own choice if None. 18 or later always works.
+        dynamic_batch: the first dimension of every tensor that is as long as that of the first one is free. A model
+            whose code fixes it is an error, not a file that works for one size only: pass False for such a file.
+        plan: the plan that the model was pruned by; parameters and initializers must have the shapes it leaves.
+        check: compare with the model in ONNX Runtime at the example's batch size and, if dynamic, at another one.
+            Costs two or three forward passes.
+        tolerance: largest allowed relative error, max|onnx - torch| / max|torch| of each output; integer outputs
+            must be equal. None: 1e-4, or 1e-2 where float16 and 5e-2 where bfloat16 is involved.
+        provider: where to check, "cpu" unless said (see `resolve_provider`). Half precision may need "cuda".
+        external_data: put the weights into a second file, `path` + ".data". None: only where a single file would be
+            larger than the 2 GiB that the format allows.
+
+    Raises:
+        GraphPruneError: the path cannot be written; the model does not run, cannot be captured or has an operator
+            without an ONNX form; the batch cannot be dynamic; the opset cannot be reached; a shape is not the plan's;
+            ONNX Runtime cannot run the file or computes something else.
+    """
+    target = check_target(path)
+    model = _check_arguments(model, opset, tolerance)
+    planned = {} if plan is None else planned_shapes(model, plan)
+    arguments = FlatArguments.of(example_input, model)
+    if dynamic_batch and arguments.batch_size is None:
+        raise GraphPruneError("no tensor of example_input has a batch dimension; pass dynamic_batch=False")
+
+    with workspace(target) as folder:
+        with inference_state(model):
+            first_outputs = run_model(model, arguments)
+            taken = [*arguments.names, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))]
+            output_names, output_tensors = named_outputs(first_outputs, taken)
+            # A batch of 1 means more than a size to torch (it broadcasts), so another one is traced.
+            traced = arguments.resized(2) if dynamic_batch and arguments.batch_size == 1 else arguments
+            if traced is not arguments:
+                run_model(model, traced)
+            program = capture(model, traced, output_names, opset=opset, dynamic_batch=dynamic_batch)
+            used = check_captured(program, model, planned)
+            optimise(program, type(model).__name__)
+            temporary = folder / target.name
+            data = _save(program, temporary, external_data)
+        found, nodes, written_opset = _inspect(temporary, [*arguments.names], output_names)
+        initializers = check_file(found, model, used, planned)
+        if tolerance is None:
+            tolerance = default_tolerance([*arguments.tensors, *output_tensors, *model.parameters()])
+        error: float | None = None
+        notes: list[str] = []
+        sizes = _batch_sizes(arguments.batch_size, dynamic_batch) if check else ()
+        if check:
+            error, notes = check_parity(temporary, model, arguments, sizes, tolerance=tolerance, provider=provider)
+        size = sum(file.stat().st_size for file in (temporary, data) if file is not None)
+        moves = [(temporary, target)]
+        if data is not None:
+            moves.insert(0, (data, target.with_name(data.name)))
+        move_into_place(moves)
+    return ExportReport(
+        path=target,
+        opset=written_opset,
+        dynamic_batch=dynamic_batch,
+        batch_size=arguments.batch_size,
+        inputs=arguments.names,
+        outputs=tuple(output_names),
+        nodes=nodes,
+        size=size,
+        external_data=None if data is None else target.with_name(data.name),
+        max_relative_error=error,
+        tolerance=tolerance,
+        checked_batch_sizes=sizes,
+        initializers=initializers,
+        notes=tuple(notes),
+    )
+
+
+def _check_arguments(model: nn.Module, opset: int | None, tolerance: float | None) -> nn.Module:
+    """The module to export: `model` itself, or the one inside `torch.compile`'s or a data-parallel wrapper."""
+    if not isinstance(model, nn.Module):
+        raise GraphPruneError(f"expected a torch.nn.Module to export, got {type(model).__name__}")
+    model = unwrapped(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta":
+            raise GraphPruneError(f"{name!r} is on the meta device and has no values; load the weights first")
+    if opset is not None:
+        import onnx
+
+        newest = onnx.defs.onnx_opset_version()
+        if isinstance(opset, bool) or not isinstance(opset, int) or not 1 <= opset <= newest:
+            raise GraphPruneError(
+                f"opset must be an integer up to {newest} (what onnx {onnx.__version__} knows), got {opset!r}"
+            )
+    if tolerance is not None and not (tolerance >= 0 and math.isfinite(tolerance)):
+        raise GraphPruneError(f"tolerance must be a finite number of at least 0, got {tolerance!r}")
+    return model
+
+
+def _batch_sizes(own: int | None, dynamic_batch: bool) -> tuple[int | None, ...]:
+    """The example's batch size and, if it is free, one that was not traced either."""
+    if not dynamic_batch or own is None:
+        return (own,)
+    return (own, 3 if own == 1 else own + 1)
+
+
+def _save(program: Any, path: Path, external_data: bool | None) -> Path | None:
+    """Write the program; the file of external data, if there is one."""
+    if external_data is None:
+        weights = program.model.graph.initializers.values()
+        external_data = sum(v.const_value.nbytes for v in weights if v.const_value is not None) > _LARGE
+    try:
+        with quiet():
+            program.save(path, external_data=external_data)
+    except OSError as error:
+        raise GraphPruneError(f"cannot write {path.name}: {error.strerror or error}") from error
+    others = sorted(file for file in path.parent.iterdir() if file != path)
+    return others[0] if others else None
+
+
+def _inspect(path: Path, inputs: list[str], outputs: list[str]) -> tuple[dict[str, tuple[int, ...]], int, int]:
+    """Shapes of the initializers, number of nodes and opset of a file that passes ONNX's own checker."""
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path))
+    except onnx.checker.ValidationError as error:
+        raise GraphPruneError(f"the exporter made an invalid file: {str(error).splitlines()[0]}") from error
+    proto = onnx.load(str(path), load_external_data=False)
+    written = [[value.name for value in values] for values in (proto.graph.input, proto.graph.output)]
+    if written != [inputs, outputs]:
+        raise GraphPruneError(f"the exporter wrote other inputs and outputs {written} than {[inputs, outputs]}")
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+    opset = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    return shapes, len(proto.graph.node), opset

@@ -1,0 +1,80 @@
+"""Whole networks in ONNX Runtime: exported, profiled once, and timed by turns."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from ..arguments import FlatArguments
+from ..export import export_onnx
+from ..measure import Settings, alternate
+from ..providers import CPU, Provider
+from ..sessions import BoundSession, device_of, match_inputs, open_session
+from .profiles import Profile, profile
+
+_ROUNDS, _WARMUP, _MIN_TIME, _RUNS = 40, 5, 0.01, 20
+
+
+class Bench:
+    """The dense network and its pruned candidates, exported to a folder that is gone afterwards."""
+
+    def __init__(
+        self, model: nn.Module, example: Any, provider: Provider, threads: int, options: dict[str, str]
+    ) -> None:
+        self.example, self.provider, self.threads, self.options = example, provider, threads, options
+        self.arguments = FlatArguments.of(example, model)
+        self._folder = tempfile.TemporaryDirectory(prefix="graphprune-")
+        self._count = 0
+        try:
+            self._dense = self._export(model)
+            self._session = self._open(self._dense)
+        except BaseException:
+            self._folder.cleanup()
+            raise
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._session
+        self._folder.cleanup()
+
+    def profile(self) -> Profile:
+        """The dense network's nodes, and what a call of it takes as `compare` measures it."""
+        session = open_session(self._dense, self.provider, threads=1)
+        feeds = {name: tensor.detach().cpu().numpy() for name, tensor in match_inputs(session, self.arguments)}
+        found = profile(self._dense, feeds, self.provider, threads=self.threads, options=self.options, runs=_RUNS)
+        nodes = found.nodes if self.provider.name == CPU else ()
+        return Profile(nodes, min(self._times([self._session])[0] for _ in range(2)))
+
+    def compare(self, small: nn.Module) -> tuple[float, float]:
+        """Median seconds of a call of the dense and of this network, by turns."""
+        path = self._export(small)
+        try:
+            dense, pruned = self._times([self._session, self._open(path)])
+        finally:
+            path.unlink(missing_ok=True)
+        return dense, pruned
+
+    def _export(self, model: nn.Module) -> Path:
+        self._count += 1
+        path = Path(self._folder.name) / f"{self._count}.onnx"
+        export_onnx(model, self.example, path, dynamic_batch=False, check=False)
+        return path
+
+    def _open(self, path: Path) -> BoundSession:
+        session = open_session(path, self.provider, threads=self.threads, provider_options=self.options)
+        return BoundSession(session, self.arguments, self.provider, device_of(self.options))
+
+    def _times(self, sessions: Sequence[BoundSession]) -> list[float]:
+        settings = Settings(self.provider, self.options, self.threads, False, _WARMUP, _ROUNDS, _MIN_TIME, 0)
+        _, samples = alternate([s.run for s in sessions], settings, lambda: None)
+        return [float(np.median(s)) for s in samples]

@@ -1,0 +1,1 @@
+"""Whole ways and whole answers: pipelines, gradual pruning, reports, diagnosis, sensitivity."""

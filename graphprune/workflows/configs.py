@@ -1,0 +1,261 @@
+"""Configurations of Hugging Face models: which numbers in them say what a pruned model is, if any can.
+
+`from_pretrained` builds a model from its configuration and loads the weights. A pruned model comes back that way only
+where every layer has the width that the configuration states for all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import GraphPruneError
+from ..plans.rewriting import RewrittenModule
+from ..plans.verification.results import relative_error
+from ..tracing.example import ExampleInput
+from ..tracing.names import all_modules, named_tensors
+from ..tracing.origin import Attribute, Expr, TracedInt, evaluate, is_traced, leaves
+from ..tracing.state import evaluating
+
+_LARGEST_GUESS = 4096
+Key = tuple[int | str, ...]
+Field = tuple[str, ...]  # a path of attribute names, from the model's configuration
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFit:
+    """`changes`: field of the configuration ("text_config.hidden_size") -> (old, new). `reason`: why no configuration
+    can express the model, or ""; nothing was changed then."""
+
+    changes: Mapping[str, tuple[int | None, int]]
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+    def __str__(self) -> str:
+        return self.reason or "\n".join(f"{name}: {old} -> {new}" for name, (old, new) in self.changes.items())
+
+
+class _FieldInt(TracedInt):
+    """A traced number that survives the copies that models make of their configurations."""
+
+    def __deepcopy__(self, memo: Any) -> int:
+        return self
+
+
+def fit_config(model: nn.Module, example_input: Any, *, tolerance: float = 1e-6) -> ConfigFit:
+    """Bring `model.config` in line with the pruned `model`, so that `save_pretrained` and `from_pretrained` return it.
+
+    The fields are found by building the model anew from its configuration, on the meta device, and following where each
+    number in it ends up. The result is proven: a model built from the new configuration, with the weights of `model`,
+    must compute what `model` computes on `example_input`, to `tolerance` (relative, in double precision).
+
+    Where layers have different widths, where a size follows from others in the class's code (BERT's head width is
+    hidden_size / num_attention_heads), where batch norms were folded or modules became graphs, no configuration can
+    express the model: `reason` says so, and nothing is changed. `graphprune.save` stores any pruned model.
+
+    `model`: has a `config` and is built by `type(model)(config)`, as all of Hugging Face's are. Only `model`'s own
+    configuration is changed; the model it was pruned from keeps its own.
+
+    Raises GraphPruneError for models without a configuration, or that cannot be built from it.
+    """
+    config = getattr(model, "config", None)
+    if not _is_config(config):
+        raise GraphPruneError(f"fit_config: {type(model).__name__} has no configuration object in .config")
+    for path, module in all_modules(model).items():
+        if isinstance(module, RewrittenModule):
+            return ConfigFit({}, f"{path or 'the model'} became a graph, which no configuration describes")
+    guesses, reason = _demands(model, config)
+    if reason:
+        return ConfigFit({}, reason)
+    attempts = [_completed(model, config, guess) for guess in guesses]
+    wanted, reason = min(attempts, key=lambda attempt: bool(attempt[1]))
+    if reason:
+        return ConfigFit({}, reason)
+    changes = {".".join(field): (_get(config, field), value) for field, value in wanted.items()}
+    reason = _proof(model, config, wanted, ExampleInput.of(example_input), tolerance)
+    return ConfigFit({} if reason else changes, reason)
+
+
+def _is_config(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value)
+
+
+def _fields(config: Any, depth: int = 0) -> Iterator[tuple[Field, int | None]]:
+    """Numbers, and empty fields, of a configuration and of those inside it."""
+    for name, value in vars(config).items():
+        if name.startswith("_"):
+            continue
+        if type(value) is int or value is None:
+            yield (name,), value
+        elif depth < 2 and _is_config(value):
+            for field, inner in _fields(value, depth + 1):
+                yield (name, *field), inner
+
+
+def _get(config: Any, field: Field) -> Any:
+    for name in field:
+        config = vars(config)[name]
+    return config
+
+
+def _set(config: Any, field: Field, value: Any) -> None:
+    vars(_get(config, field[:-1]))[field[-1]] = value
+
+
+def _with(config: Any, values: Mapping[Field, Any]) -> Any:
+    new = copy.deepcopy(config)
+    for field, value in values.items():
+        _set(new, field, value)
+    return new
+
+
+def _build(model: nn.Module, config: Any, device: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]), torch.device(device), contextlib.redirect_stdout(None):
+        made: nn.Module = type(model)(config)
+    return made
+
+
+def _demands(model: nn.Module, config: Any) -> tuple[list[dict[Field, int]], str]:
+    """What each field has to be, by the numbers that modules keep: guesses, as what a module keeps may be out of date
+    where its code does not read it; or why two of them contradict."""
+    traced = {f: _FieldInt(v, Attribute("", "config", f, v)) for f, v in _fields(config) if v is not None}
+    try:
+        built = _build(model, _with(config, traced), "meta")
+    except Exception as error:
+        raise GraphPruneError(
+            f"fit_config: {type(model).__name__}(config) failed: {type(error).__name__}: {error}"
+        ) from error
+    modules = all_modules(model)
+    changed: dict[Expr, dict[int, str]] = defaultdict(dict)
+    kept: dict[Expr, int] = {}
+    for path, module in all_modules(built).items():
+        if path not in modules:
+            return [], f"the model has no {path}, which its configuration makes (a folded batch norm, a removed layer)"
+        for name, value in vars(module).items():
+            now = vars(modules[path]).get(name)
+            if not is_traced(value) or type(now) is not int:
+                continue
+            if now != int.__int__(value):
+                changed[value.origin].setdefault(now, f"{path}.{name}")
+            else:
+                kept[value.origin] = now
+    for expr, values in changed.items():
+        if len(values) > 1:
+            (a, first), (b, second) = list(values.items())[:2]
+            return [], f"{expr_text(expr)} cannot be {a} and {b} at once (for {first} and {second})"
+    targets = {expr: next(iter(values)) for expr, values in changed.items()}
+    known = {e.key: t for e, t in targets.items() if isinstance(e, Attribute)}
+    unchanged = {e.key for e in kept if isinstance(e, Attribute)}
+    return [_solved({**kept, **targets}, known, believed) for believed in ([set(), unchanged], [unchanged])], ""
+
+
+def expr_text(expr: Expr) -> str:
+    """An expression over configuration fields, for people."""
+    if isinstance(expr, Attribute):
+        return "config." + ".".join(map(str, expr.key))
+    return str(expr)
+
+
+def _solved(targets: Mapping[Expr, int], known: Mapping[Key, int], staying: list[set[Key]]) -> dict[Field, int]:
+    """The fields, from those known and from expressions that come out right for one value of one more field. Rounds
+    differ in which fields are believed to stay."""
+    wanted = dict(known)
+    for believed, (expr, target) in itertools.product(staying, targets.items()):
+        fields = {leaf.key: leaf for leaf in leaves(expr) if isinstance(leaf, Attribute)}
+        unknown = [leaf for key, leaf in fields.items() if key not in wanted and key not in believed]
+        if isinstance(expr, Attribute) or len(unknown) != 1 or _value(expr, wanted) == target:
+            continue
+        old = unknown[0].value
+        now = _value(expr, wanted) or 1
+        proportional = [round(old * target / now), round(old * now / (target or 1))]
+        for guess in [*proportional, *range(1, min(old, _LARGEST_GUESS))]:
+            if guess > 0 and _value(expr, {**wanted, unknown[0].key: guess}) == target:
+                wanted[unknown[0].key] = guess
+                break
+    return {tuple(map(str, key)): value for key, value in wanted.items()}
+
+
+def _value(expr: Expr, fields: Mapping[Key, int]) -> float | None:
+    """An expression with some fields changed; None where it cannot be computed."""
+
+    def lookup(leaf: Any) -> int:
+        return fields.get(leaf.key, leaf.value)
+
+    try:
+        return evaluate(expr, lookup)
+    except ArithmeticError:
+        return None
+
+
+def _misfits(model: nn.Module, config: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Name, shape in the model, shape by the configuration."""
+    try:
+        built = named_tensors(_build(model, config, "meta"))
+    except Exception:  # the class refuses these numbers together
+        return [("", (), ())]
+    here = named_tensors(model)
+    out = []
+    for name in here | built:
+        mine, theirs = (tuple(t[name].shape) if name in t else () for t in (here, built))
+        if mine != theirs or (name in here) != (name in built):
+            out.append((name, mine, theirs))
+    return out
+
+
+def _completed(model: nn.Module, config: Any, wanted: dict[Field, int]) -> tuple[dict[Field, int], str]:
+    """With fields that were left open filled in where that makes the sizes right; or what does not fit."""
+    misfits = _misfits(model, _with(config, wanted))
+    for field in [f for f, v in _fields(config) if v is None and misfits]:
+        pairs = [pair for _, mine, theirs in misfits for pair in zip(mine, theirs, strict=False)]
+        for size in dict.fromkeys(a for a, b in pairs if a != b):
+            fewer = _misfits(model, _with(config, {**wanted, field: size}))
+            if len(fewer) < len(misfits) and fewer[:1] != [("", (), ())]:
+                wanted, misfits = {**wanted, field: size}, fewer
+                break
+    if not misfits:
+        return wanted, ""
+    name, mine, theirs = misfits[0]
+    stated = ", ".join(f"{'.'.join(f)} = {v}" for f, v in wanted.items()) or "as it is"
+    if not name:
+        return wanted, f"{type(model).__name__} cannot be built with {stated}"
+    return wanted, f"{name} has shape {mine}, and the configuration ({stated}) makes it {theirs}"
+
+
+def _proof(
+    model: nn.Module, config: Any, wanted: Mapping[Field, int], example: ExampleInput, tolerance: float
+) -> str:
+    """Set the fields if the model then is what its configuration says; else why not."""
+    new = _with(config, wanted)
+    fresh, reference, own = _build(model, new, "cpu"), copy.deepcopy(model), copy.deepcopy(model)
+    vars(own)["config"] = new
+    fresh.load_state_dict(dict(model.state_dict()), strict=False)
+    first = next(model.parameters())
+    example = example.clone().map(lambda t: t.double() if t.is_floating_point() else t)
+    results = []
+    for made in (reference, fresh, own):
+        made.to(device=first.device, dtype=torch.float64)
+        with evaluating(made):
+            results.append(example.clone().call(made))
+    error = max(relative_error(found, results[0]) for found in results[1:])
+    if error <= tolerance:
+        for field, value in wanted.items():
+            _set(config, field, value)
+        return ""
+    values = ", ".join(f"{'.'.join(field)} = {value}" for field, value in wanted.items())
+    return (
+        f"a model built with {values} computes something else (relative error {error:.2g}): its code derives more than "
+        f"sizes from the configuration"
+    )
+
+
+__all__ = ["ConfigFit", "fit_config"]
