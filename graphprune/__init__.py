@@ -5,7 +5,7 @@ graphprune.export_onnx(small, example_input, "small.onnx")
 graphprune.benchmark({"dense": model, "small": small}, example_input)
 """
 
-from . import sparsity
+from . import importance, rules, runtimes, sparsity
 from ._version import __version__
 from .dependency import DependencyGraph, Frozen, Group, Member, trace
 from .errors import GraphPruneError
@@ -13,7 +13,6 @@ from .importance import criterion
 from .planning.allocation import Budget
 from .planning.kernels import plan_kernels, shrink_kernels
 from .planning.request import plan, prune
-from .planning.within_latency import latency_table
 from .plans.folding import fold_conv_bn
 from .plans.latency import Attempt, Latency
 from .plans.plan import Plan
@@ -21,8 +20,7 @@ from .plans.storage import load, save
 from .plans.verification import VerificationReport, verify
 from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
 from .rules import rule
-from .runtimes import benchmark, export_onnx
-from .runtimes.latency import LatencyTable, Target
+from .runtimes import LatencyTable, Target, benchmark, export_onnx, latency_table
 from .tracing.counting import Count, LayerCount, count
 from .workflows.configs import ConfigFit, fit_config
 from .workflows.curves import Curve, Sensitivity, sensitivity
@@ -71,6 +69,7 @@ __all__ = [
     "finetune",
     "fit_config",
     "fold_conv_bn",
+    "importance",
     "latency_table",
     "load",
     "pipeline",
@@ -81,6 +80,8 @@ __all__ = [
     "recover",
     "report",
     "rule",
+    "rules",
+    "runtimes",
     "save",
     "sensitivity",
     "shrink_kernels",

@@ -57,12 +57,16 @@ from .dependency.rules.registry import RULES, Rule
 from .dependency.rules.registry import empty as nothing
 from .dependency.state import State
 from .errors import GraphPruneError
+from .support.registry import Registry, origin_of
 from .tracing.names import BUILT_IN
 
 __all__ = ["Call", "Result", "State", "elementwise", "nothing", "registered", "rule", "unregister"]
 
 _F = TypeVar("_F", bound=Rule)
-_REGISTERED: dict[str, Rule] = {}
+_REGISTERED: Registry[Rule] = Registry(
+    "rule",
+    'rule: {name} has a rule already, {origin}; take it back with graphprune.rules.unregister("{name}") first',
+)
 
 
 def rule(*operators: Any) -> Callable[[_F], _F]:
@@ -84,17 +88,11 @@ def rule(*operators: Any) -> Callable[[_F], _F]:
         if not callable(function):
             raise GraphPruneError(f"rule: expected a function of one call, got {type(function).__name__}")
         for name in names:
-            taken = _REGISTERED.get(name)
-            if taken is None and _key(name) in RULES:
+            if name not in _REGISTERED and _key(name) in RULES:
                 raise GraphPruneError(f"rule: {name} has a built-in rule")
-            if taken is not None and _origin(taken) != _origin(function):
-                raise GraphPruneError(
-                    f"rule: {name} has a rule already, {'.'.join(_origin(taken))}; "
-                    f'take it back with graphprune.rules.unregister("{name}") first'
-                )
         for name in names:
-            _REGISTERED[name] = function
-            RULES[_key(name)] = _checked(name, function)
+            _REGISTERED.add(name, function)
+            RULES.add(_key(name), _checked(name, function), function)
         return function
 
     return register
@@ -107,7 +105,8 @@ def unregister(operator: Any) -> None:
     if name not in _REGISTERED:
         known = ", ".join(registered()) or "none"
         raise GraphPruneError(f"unregister: no rule was registered for {name}; registered: {known}")
-    del _REGISTERED[name], RULES[_key(name)]
+    _REGISTERED.remove(name)
+    RULES.remove(_key(name))
 
 
 def registered() -> tuple[str, ...]:
@@ -135,16 +134,12 @@ def _key(name: str) -> str:
     return bare if library in BUILT_IN else name
 
 
-def _origin(function: Any) -> tuple[str, str]:
-    return str(getattr(function, "__module__", "")), str(getattr(function, "__qualname__", type(function).__name__))
-
-
 def _checked(name: str, function: Rule) -> Rule:
     """What the function says must fit the call; its own errors name it."""
 
     @functools.wraps(function)
     def call_rule(call: Call) -> Result:
-        who = f"the rule for {name} ({'.'.join(_origin(function))})"
+        who = f"the rule for {name} ({origin_of(function)})"
         try:
             result = function(call)
         except GraphPruneError:

@@ -52,7 +52,7 @@ def fingerprint(tool: str) -> str:
     digest = hashlib.sha256("".join(importlib.metadata.version(p) for p in _PACKAGES.split()).encode())
     if tool == "ours":
         package = Path(graphprune.__file__).parent
-        later = ("report", "cli.py", "__init__.py", "_version.py")
+        later = ("workflows", "cli", "__init__.py", "_version.py")
         files += [f for f in sorted(package.rglob("*.py")) if f.relative_to(package).parts[0] not in later]
     for file in files:
         digest.update(file.read_bytes())

@@ -47,7 +47,7 @@ def fingerprint(tool: str) -> str:
     digest = hashlib.sha256("".join(importlib.metadata.version(p) for p in ("torch", "torchvision")).encode())
     if tool == "ours":
         package = Path(graphprune.__file__).parent
-        later = ("deploy", "report", "cli.py", "__init__.py", "_version.py")
+        later = ("runtimes", "workflows", "cli", "__init__.py", "_version.py")
         files += [f for f in sorted(package.rglob("*.py")) if f.relative_to(package).parts[0] not in later]
     else:
         digest.update(importlib.metadata.version("torch-pruning").encode())

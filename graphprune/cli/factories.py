@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..support.types import PathLike
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -100,7 +101,7 @@ def load_data(spec: str, *, seed: int = 0) -> tuple[Any, Any]:
     return pair
 
 
-def load_factory(spec: str, *, weights: str | os.PathLike[str] | None = None, seed: int = 0) -> Loaded:
+def load_factory(spec: str, *, weights: PathLike | None = None, seed: int = 0) -> Loaded:
     """Import `module`, call `function` without arguments, and load `weights` into the model that it returns.
 
     `spec`: "module:function". The current directory is searched first. The function (or class, or attribute of one:
@@ -206,7 +207,7 @@ def _file_input(path: str, seed: int) -> dict[str, Tensor]:
     return example
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def load_weights(model: nn.Module, path: PathLike) -> None:
     """Load the tensors of a safetensors file into `model`. Tied tensors need to be in the file once.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ..planning.within_latency import latency_table
+from ..runtimes import latency_table
 from ..runtimes.latency import Target
 from ..support.files import check_target
 from .factories import load_factory

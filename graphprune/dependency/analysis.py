@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import operator
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from .dims import DimTable, Root
 from .effects import Effects, EqualCounts, Reason, ScalarSite, SizeSite
 from .rules import rule_for
 from .rules.registry import unknown
-from .state import Refine, State, Vector
+from .state import Mask, Refine, State, Vector
 
 # Every pass factors at least one Dim; networks need 1 to 5 passes. Past the limit, what still asks is frozen.
 _MAX_PASSES = 60
@@ -89,15 +90,33 @@ class Analysis:
             total = self.dims.total
             graph = coo_matrix((np.ones(len(u), np.int8), (u, v)), shape=(total, total))
             self.tied = connected_components(graph, directed=False)[1].astype(np.int64)
-        stuck = np.zeros(int(self.tied.max()) + 1, bool)
-        stuck[self.tied[0]] = True
-        for positions, _ in self.freezes:
-            stuck[self.tied[positions]] = True
+        stuck = self.ties_of([np.zeros(1, np.int64), *(positions for positions, _ in self.freezes)])
         self.label = np.where(stuck[self.tied], self.tied[0], self.tied)
+
+    @property
+    def components(self) -> int:
+        """One more than the largest component number."""
+        return int(self.label.max()) + 1
+
+    def components_of(self, positions: Iterable[Vector] = ()) -> Mask:
+        """A mask over component numbers: those that any of these global positions belongs to."""
+        return _marked(self.label, positions)
+
+    def ties_of(self, positions: Iterable[Vector] = ()) -> Mask:
+        """As `components_of`, by ties alone: what is frozen keeps numbers of its own."""
+        assert self.tied is not None
+        return _marked(self.tied, positions)
 
     def frozen(self, positions: Vector) -> Vector:
         """Which of these global positions cannot be removed."""
         return np.asarray(self.label[positions] == self.label[0])
+
+
+def _marked(number: Vector, positions: Iterable[Vector]) -> Mask:
+    out: Mask = np.zeros(int(number.max()) + 1, bool)
+    for some in positions:
+        out[number[some]] = True
+    return out
 
 
 def _kernel_weights(graph: fx.Graph) -> set[fx.Node]:

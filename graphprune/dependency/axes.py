@@ -19,8 +19,8 @@ import numpy.typing as npt
 from torch import fx
 
 from .graph import DependencyGraph
-from .sizes import Mask, gone_on_axis
-from .state import AxisMap
+from .sizes import gone_on_axis
+from .state import AxisMap, Mask
 
 Floats = npt.NDArray[np.float64]
 
@@ -56,8 +56,7 @@ class Axes:
 
     def __init__(self, graph: DependencyGraph) -> None:
         self.graph = graph
-        total = int(graph.analysis.label.max()) + 1
-        self._group_of = np.full(total, -1, np.int64)
+        self._group_of = np.full(graph.analysis.components, -1, np.int64)
         for group in graph.groups:
             self._group_of[graph.units(group)] = group.index
         self._made: dict[tuple[int, ...], Axis] = {}

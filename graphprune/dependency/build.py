@@ -124,7 +124,7 @@ def build_groups(analysis: Analysis, roles: dict[Root, Role]) -> tuple[tuple[Gro
     if entries is None:
         return (), []
     label = entries.label
-    components = int(analysis.label.max()) + 1
+    components = analysis.components
     # a hash per component of which axes it touches how often: equal hashes mean interchangeable units
     keys = np.random.default_rng(0).integers(1, 2**63, len(entries.slots), dtype=np.uint64)
     signature = np.zeros(components, np.uint64)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import networkx as nx
 
 from ..errors import GraphPruneError
 from ..support.files import replacing
+from ..support.types import PathLike
 from .groups import Group
 
 FORMATS = (".dot", ".svg", ".png", ".pdf")
@@ -86,7 +86,7 @@ class _Entry:
     colour: str
 
 
-def draw_dependencies(groups: Sequence[Group], ties: nx.MultiGraph, path: str | os.PathLike[str]) -> Path:
+def draw_dependencies(groups: Sequence[Group], ties: nx.MultiGraph, path: PathLike) -> Path:
     """Write a picture of a dependency graph: the groups, what belongs to them, and which operation ties what to what.
 
     The ending of `path` chooses the format: `.dot` is text for Graphviz, which need not be installed; `.svg`, `.png`

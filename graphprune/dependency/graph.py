@@ -115,12 +115,13 @@ class DependencyGraph:
         analysis = self._analysis
         roles = self.roles
         before = len(analysis.extra_freezes)
-        produced = np.zeros(int(analysis.label.max()) + 1, bool)
-        produced[analysis.label[0]] = True
-        for root, axis_map in analysis.dims.roots.items():
-            if roles[root] == "out" or roles[root] == "in":
-                for d in axis_map:
-                    produced[analysis.label[analysis.dims.positions(d)]] = True
+        made = [
+            analysis.dims.positions(d)
+            for root, axis_map in analysis.dims.roots.items()
+            if roles[root] in ("out", "in")
+            for d in axis_map
+        ]
+        produced = analysis.components_of([np.zeros(1, np.int64), *made])
         for root, axis_map in analysis.dims.roots.items():
             if roles[root] in ("vector", "other"):
                 for d in axis_map:

@@ -10,16 +10,14 @@ import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
-import numpy.typing as npt
 from torch import fx
 
 from ..tracing.origin import Attribute, Expr, Literal, Operation, TensorSize, evaluate, leaves, recorded_value
 from ..tracing.recorder import Guard, Source
 from .analysis import Analysis
 from .effects import SizeSite
-from .state import AxisMap, Vector
+from .state import AxisMap, Mask, Vector
 
-Mask = npt.NDArray[np.bool_]
 # How far a width may be moved to satisfy a comparison such as `width % heads == 0`
 _NEARBY = 65
 COMPARE = {

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 Vector = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 AxisMap = dict[int, Vector]  # Dim -> coordinate of every index along one axis
 
 

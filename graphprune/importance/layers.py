@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.bypassing import Change, changed, left_out
 from ..errors import GraphPruneError
+from ..support.types import LossFunction
 from ..tracing.example import ExampleInput, result_tensors
 from ..tracing.state import evaluating
 from ..tracing.trace import run_model
@@ -20,7 +21,6 @@ from .latency import Cost, measured_gains
 
 LAYER_CRITERIA = ("block_influence", "output", "taylor", "loss", "magnitude", "latency")
 _NEED_LOSS = ("taylor", "loss")
-_Loss = Callable[[Any, Any], Any]
 
 
 def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any, branches: bool = False) -> str | Cost:
@@ -50,7 +50,7 @@ def layer_scores(
     blocks: Sequence[Block],
     criterion: str | Cost,
     batches: CalibrationData | Sequence[Any],
-    loss_fn: _Loss | None,
+    loss_fn: LossFunction | None,
     example: ExampleInput | None = None,
 ) -> list[float]:
     """One score per block, the least important lowest. `batches` yields pairs (inputs, targets).
@@ -132,7 +132,7 @@ def float_outputs(model: nn.Module, example: ExampleInput) -> list[Tensor]:
     return [t.detach().double() for t in found if t.is_floating_point()]
 
 
-def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: _Loss) -> list[float]:
+def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: LossFunction) -> list[float]:
     sums = [0.0] * len(blocks)
     samples = 0
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -166,7 +166,7 @@ def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: _L
     return [s / max(samples, 1) for s in sums]
 
 
-def _mean_loss(model: nn.Module, batches: Any, loss_fn: _Loss) -> float:
+def _mean_loss(model: nn.Module, batches: Any, loss_fn: LossFunction) -> float:
     total, samples = 0.0, 0
     for index, (example, targets) in enumerate(batches):
         with evaluating(model):
@@ -176,7 +176,9 @@ def _mean_loss(model: nn.Module, batches: Any, loss_fn: _Loss) -> float:
     return total / max(samples, 1)
 
 
-def _loss(model: nn.Module, example: ExampleInput, targets: Any, loss_fn: _Loss, index: int) -> tuple[Tensor, int]:
+def _loss(
+    model: nn.Module, example: ExampleInput, targets: Any, loss_fn: LossFunction, index: int
+) -> tuple[Tensor, int]:
     """The mean loss of a batch, and how many samples it has."""
     if targets is None:
         raise GraphPruneError(

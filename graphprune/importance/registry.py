@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..dependency.groups import Group
 from ..errors import GraphPruneError
+from ..support.registry import Registry
 from .context import Floats, ImportanceContext
 
 CriterionFunction = Callable[[ImportanceContext, Group], Any]
@@ -119,7 +120,7 @@ class Criterion:
         return f"criterion '{self.name}' gave {count} NaN or infinite scores for {_describe(group)}: {reason}"
 
 
-_REGISTRY: dict[str, Criterion] = {}
+CRITERIA: Registry[Criterion] = Registry("criterion")
 
 
 def criterion(name: str, *, comparable: bool = False, needs: Needs = None) -> Callable[[_F], _F]:
@@ -133,12 +134,7 @@ def criterion(name: str, *, comparable: bool = False, needs: Needs = None) -> Ca
         raise GraphPruneError(f"criterion: expected a name, got {name!r}; write @criterion(\"name\")")
 
     def register(function: _F) -> _F:
-        taken = _REGISTRY.get(name)
-        if taken is not None and _origin(taken.function) != _origin(function):
-            raise GraphPruneError(
-                f"criterion '{name}' is already registered by {'.'.join(_origin(taken.function))}: choose another name"
-            )
-        _REGISTRY[name] = Criterion(name, function, comparable, needs)
+        CRITERIA.add(name, Criterion(name, function, comparable, needs), function)
         return function
 
     return register
@@ -146,7 +142,7 @@ def criterion(name: str, *, comparable: bool = False, needs: Needs = None) -> Ca
 
 def known_criteria() -> tuple[str, ...]:
     """Registered names, sorted."""
-    return tuple(sorted(_REGISTRY))
+    return tuple(sorted(CRITERIA))
 
 
 def normalise(scores: npt.ArrayLike, how: How | None = "mean") -> Floats:
@@ -190,10 +186,6 @@ def _as_vector(result: Any) -> Floats | None:
         result = [float(item) if isinstance(item, Tensor) else item for item in result]
     array = np.asarray(result)
     return array.astype(np.float64) if array.dtype.kind in "fiub" else None
-
-
-def _origin(function: object) -> tuple[str, str]:
-    return (str(getattr(function, "__module__", "")), str(getattr(function, "__qualname__", repr(function))))
 
 
 def _describe(group: Group) -> str:

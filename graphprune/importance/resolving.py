@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from typing import Any, Literal
 
 from ..errors import GraphPruneError
-from .registry import _REDUCTIONS, _REGISTRY, Criterion, How, Reduction, known_criteria
+from .registry import _REDUCTIONS, CRITERIA, Criterion, How, Reduction, known_criteria
 
 
 def with_options(
@@ -49,12 +48,7 @@ def resolve_criterion(criterion: Any) -> Criterion:
     if isinstance(criterion, Criterion):
         return criterion
     if isinstance(criterion, str):
-        found = _REGISTRY.get(criterion)
-        if found is None:
-            near = difflib.get_close_matches(criterion.lower(), known_criteria(), n=1, cutoff=0.4)
-            hint = f" Did you mean '{near[0]}'?" if near else ""
-            raise GraphPruneError(f"unknown criterion '{criterion}'.{hint} Known: {', '.join(known_criteria())}")
-        return found
+        return CRITERIA.find(criterion)
     if isinstance(criterion, type):
         name = criterion.__name__
         raise GraphPruneError(f"criterion: got the class {name}; pass an instance, {name}()")
@@ -63,7 +57,7 @@ def resolve_criterion(criterion: Any) -> Criterion:
 
         # That library normalises inside and compares groups by what comes out.
         return Criterion(f"torch_pruning.{type(criterion).__name__}", TorchPruningCriterion(criterion), comparable=True)
-    for known in _REGISTRY.values():
+    for known in CRITERIA.values():
         if known.function is criterion:
             return known
     if callable(criterion):

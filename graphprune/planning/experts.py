@@ -5,19 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from .._version import __version__
 from ..dependency.whole.experts import Experts, Mixture, find_mixtures
 from ..errors import GraphPruneError
 from ..importance.calibration import CalibrationData
 from ..plans.plan import AttributeChange, Plan, structure_of
-from ..plans.verification import RouterWatch, verify_experts
+from ..plans.verification import RouterWatch, failure_of, verify_experts
+from ..support.types import Ignore
 from ..tracing.example import ExampleInput
 from ..tracing.names import all_modules
 from ..tracing.state import configurations, evaluating
@@ -36,7 +36,7 @@ def plan_experts(
     example_input: Any,
     settings: Settings,
     *,
-    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    ignore: Ignore = (),
     criterion: Any = None,
     data: Any = None,
 ) -> Plan:
@@ -111,7 +111,6 @@ def _plan(model: nn.Module, chosen: Sequence[Mixture], mixtures: Sequence[Mixtur
         experts=tuple(m.experts for m in chosen),
         frozen=tuple(f"the experts of {router} stay: {reason}" for router, reason in refused.items()),
         structure=structure_of(model),
-        versions={"graphprune": __version__, "torch": str(torch.__version__)},
     )
 
 
@@ -142,11 +141,7 @@ def _counts(name: str) -> bool:
 
 
 def _failure(model: nn.Module, plan: Plan, example: ExampleInput) -> str:
-    try:
-        report = verify_experts(model, plan.apply(model), plan.experts, example)
-    except GraphPruneError as error:
-        return str(error).splitlines()[0]
-    return "; ".join(str(c) for c in report.checks if not c.passed)
+    return failure_of(lambda: verify_experts(model, plan.apply(model), plan.experts, example))
 
 
 __all__ = ["Experts", "plan_experts"]

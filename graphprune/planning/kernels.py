@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import conv
 from torch.nn.utils import parametrize
 
-from .._version import __version__
 from ..dependency import DependencyGraph
 from ..dependency.graph import trace
 from ..errors import GraphPruneError
 from ..plans.plan import AttributeChange, Plan, structure_of
 from ..plans.verification import verify as run_verification
+from ..support.types import Ignore
 from ..tracing.names import operator_name
 from .allocation import ignored_positions
 
@@ -31,7 +29,7 @@ def plan_kernels(
     example_input: Any,
     threshold: float = 0.01,
     *,
-    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    ignore: Ignore = (),
 ) -> Plan:
     """Decide which convolutions get smaller kernels, without changing `model`.
 
@@ -56,7 +54,7 @@ def shrink_kernels(
     example_input: Any,
     threshold: float = 0.01,
     *,
-    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    ignore: Ignore = (),
     verify: bool = True,
 ) -> nn.Module:
     """A copy of `model` with smaller kernels; the same as `plan_kernels(...).apply(model)`, verified.
@@ -76,7 +74,7 @@ def shrink_kernels(
 
 
 def _decide(
-    model: nn.Module, graph: DependencyGraph, threshold: float, ignore: Iterable[nn.Module | str] | nn.Module | str
+    model: nn.Module, graph: DependencyGraph, threshold: float, ignore: Ignore
 ) -> Plan:
     held = {id(m) for m in _held(model, graph, ignore)}
     removed: dict[str, dict[int, tuple[int, ...]]] = {}
@@ -104,12 +102,11 @@ def _decide(
         attributes=tuple(attributes),
         frozen=tuple(frozen),
         structure=structure_of(model),
-        versions={"graphprune": __version__, "torch": str(torch.__version__)},
     )
 
 
 def _held(
-    model: nn.Module, graph: DependencyGraph, ignore: Iterable[nn.Module | str] | nn.Module | str
+    model: nn.Module, graph: DependencyGraph, ignore: Ignore
 ) -> list[nn.Module]:
     items = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
     ignored_positions(items, graph, model)  # for its errors: names that match nothing, modules of other models

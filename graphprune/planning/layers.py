@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from .._version import __version__
 from ..dependency.whole.blocks import Block, find_blocks
 from ..dependency.whole.branches import search_branches
 from ..errors import GraphPruneError
@@ -19,7 +17,8 @@ from ..importance.calibration import CalibrationData
 from ..importance.layers import check_layer_criterion, layer_scores
 from ..plans.plan import Plan, structure_of
 from ..plans.surgery import remove_layers, uncounted_tokens
-from ..plans.verification import verify_layers
+from ..plans.verification import failure_of, verify_layers
+from ..support.types import Ignore, LossFunction
 from ..tracing.counting import Count, count
 from ..tracing.example import ExampleInput
 from ..tracing.names import all_modules, named_tensors
@@ -55,12 +54,12 @@ def plan_layers(
     example_input: Any,
     ratio: float | Mapping[str, float] | None,
     *,
-    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    ignore: Ignore = (),
     criterion: Any = None,
     budget: Budget | None = None,
     max_ratio: float = 1.0,
     data: Any = None,
-    loss_fn: Callable[[Any, Any], Any] | None = None,
+    loss_fn: LossFunction | None = None,
     branches: bool = False,
 ) -> Plan:
     """The plan that leaves out `ratio` of the layers that can go, rounded to nearest, or as many as `budget` demands.
@@ -88,7 +87,6 @@ def plan_layers(
                 layers=tuple(tried),
                 frozen=refusals(scored, refused, unfit, branches),
                 structure=structure_of(model),
-                versions={"graphprune": __version__, "torch": str(torch.__version__)},
             )
         refused[culprit[0]] = culprit[1]
 
@@ -97,10 +95,10 @@ def rank_layers(
     model: nn.Module,
     example: ExampleInput,
     *,
-    ignore: Iterable[nn.Module | str] | nn.Module | str,
+    ignore: Ignore,
     criterion: Any,
     data: Any,
-    loss_fn: Callable[[Any, Any], Any] | None,
+    loss_fn: LossFunction | None,
     branches: bool,
 ) -> tuple[list[tuple[Block, float]], tuple[str, ...]]:
     """The layers (or branches) that can go, in the order in which they run, with their scores - lowest go first - and
@@ -133,7 +131,7 @@ def refusals(
     return (*reasons, *unfit, *(() if scored else (_NONE[branches],)))
 
 
-def held_modules(ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module) -> set[str]:
+def held_modules(ignore: Ignore, model: nn.Module) -> set[str]:
     """The paths of ignored modules and parameters. Raises GraphPruneError for what matches none."""
     names = (*all_modules(model), *named_tensors(model))
     held: set[str] = set()
@@ -145,7 +143,7 @@ def held_modules(ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.
     return held
 
 
-def ignored_names(ignore: Iterable[nn.Module | str] | nn.Module | str, model: nn.Module) -> list[str]:
+def ignored_names(ignore: Ignore, model: nn.Module) -> list[str]:
     """Ignored modules by name, for copies of the model; patterns as they are."""
     paths = {id(m): n for n, m in all_modules(model).items()}
     out = []
@@ -252,11 +250,8 @@ def working_form(
 
 def _failure(model: nn.Module, example: ExampleInput, blocks: Sequence[Block]) -> str:
     """Why the model without these layers is not what it should be; empty when it is."""
-    try:
-        report = verify_layers(model, remove_layers(model, blocks), blocks, example)
-    except GraphPruneError as error:
-        return str(error).splitlines()[0]
-    return "; ".join(str(c) for c in report.checks if not c.passed) or uncounted_tokens(model, blocks)
+    wrong = failure_of(lambda: verify_layers(model, remove_layers(model, blocks), blocks, example))
+    return wrong or uncounted_tokens(model, blocks)
 
 
 __all__ = [

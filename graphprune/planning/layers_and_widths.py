@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,11 @@ from ..importance.calibration import CalibrationData
 from ..importance.layers import float_outputs
 from ..plans.plan import Plan, structure_of
 from ..plans.surgery import bypass_layers
-from ..plans.verification import verify_layers
+from ..plans.verification import failure_of, verify_layers
 from ..recovery import recover
 from ..runtimes.latency.forecast import Forecast
 from ..runtimes.latency.shorter import ShorterForecast
+from ..support.types import Ignore, LossFunction
 from ..tracing.counting import count
 from ..tracing.example import ExampleInput
 from ..tracing.state import evaluating
@@ -39,10 +40,10 @@ _FIRST, _SAMPLES = 5, 256
 class LayerChoice:
     """Which layers may go, and how they are ranked: the arguments of `plan` of these names."""
 
-    ignore: Iterable[nn.Module | str] | nn.Module | str
+    ignore: Ignore
     criterion: Any
     data: Any
-    loss_fn: Callable[[Any, Any], Any] | None
+    loss_fn: LossFunction | None
     branches: bool
     max_ratio: float
     whole_modules: bool  # layers in lists may be deleted, as no module becomes a graph that names them
@@ -182,11 +183,9 @@ class JointPlanner:
         return blocks[-1].module, self._failure(blocks)
 
     def _failure(self, blocks: Sequence[Block]) -> str:
-        try:
-            report = verify_layers(self.model, bypass_layers(self.model, blocks), blocks, self.example)
-        except GraphPruneError as error:
-            return str(error).splitlines()[0]
-        return "; ".join(str(c) for c in report.checks if not c.passed)
+        return failure_of(
+            lambda: verify_layers(self.model, bypass_layers(self.model, blocks), blocks, self.example)
+        )
 
 
 def _counted(budget: Budget, graph: DependencyGraph, model: nn.Module) -> Budget:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,6 +21,7 @@ from ..plans.verification import verify as run_verification
 from ..recovery import check_method
 from ..recovery import recover as recover_accuracy
 from ..runtimes.latency import Target
+from ..support.types import Ignore, LossFunction
 from ..tracing.example import ExampleInput
 from ..tracing.pause import paused_collector
 from .allocation import Budget, Forecasts, Settings
@@ -38,7 +39,7 @@ def plan(
     example_input: Any,
     ratio: float | Mapping[str, float] | None = None,
     *,
-    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    ignore: Ignore = (),
     scope: str = "local",
     criterion: Criterionlike | None = None,
     round_to: int = 1,
@@ -50,7 +51,7 @@ def plan(
     budget: Budget | None = None,
     max_ratio: float = 1.0,
     data: Any = None,
-    loss_fn: Callable[[Any, Any], Any] | None = None,
+    loss_fn: LossFunction | None = None,
     target: Target | None = None,
     layer_criterion: Any = None,
 ) -> Plan:
@@ -130,12 +131,12 @@ class _Job:
     widths: bool
     layer_criterion: Any
     criterion: Criterionlike | None
-    ignore: Iterable[nn.Module | str] | nn.Module | str
+    ignore: Ignore
     fold_bn: bool
     seed: int
     output: str
     data: Any
-    loss_fn: Callable[[Any, Any], Any] | None
+    loss_fn: LossFunction | None
     target: Target | None
 
     @classmethod
@@ -257,7 +258,7 @@ def prune(
     ratio: float | Mapping[str, float] | None = None,
     *,
     verify: bool = True,
-    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    ignore: Ignore = (),
     scope: str = "local",
     criterion: Criterionlike | None = None,
     round_to: int = 1,
@@ -269,7 +270,7 @@ def prune(
     budget: Budget | None = None,
     max_ratio: float = 1.0,
     data: Any = None,
-    loss_fn: Callable[[Any, Any], Any] | None = None,
+    loss_fn: LossFunction | None = None,
     recover: str | None = None,
     target: Target | None = None,
     layer_criterion: Any = None,

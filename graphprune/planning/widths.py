@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 
 import numpy as np
-import torch
 from torch import nn
 
-from .._version import __version__
 from ..dependency import DependencyGraph, Frozen
 from ..dependency.sizes import Resolution, gone_on_axis
 from ..dependency.temperature import Rescale
@@ -20,6 +17,7 @@ from ..importance.scorer import Scorer
 from ..plans.plan import AttributeChange, GroupPlan, Plan, structure_of
 from ..plans.rewriting import Rewrite, Rewriter
 from ..plans.surgery import Fold, effective_folds
+from ..support.types import Ignore
 from .allocation import Allocation, Forecasts, Settings, ignored_positions, make_limits
 from .settling import settle
 
@@ -30,7 +28,7 @@ def plan_from_graph(
     settings: Settings,
     criterion: Criterion,
     *,
-    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    ignore: Ignore = (),
     fold_bn: bool = True,
     seed: int = 0,
     source: CalibrationSource | None = None,
@@ -46,7 +44,7 @@ def plan_once(
     graph: DependencyGraph,
     settings: Settings,
     criterion: Criterion,
-    ignore: Iterable[nn.Module | str] | nn.Module | str,
+    ignore: Ignore,
     fold_bn: bool,
     seed: int,
     source: CalibrationSource | None,
@@ -113,7 +111,6 @@ def assemble(
         structure=structure_of(model),
         statistics=statistics,
         caches=graph.trace.caches,
-        versions={"graphprune": __version__, "torch": str(torch.__version__)},
     )
 
 

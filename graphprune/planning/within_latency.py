@@ -38,7 +38,7 @@ def plan_within(
     `requested(dense)`: seconds allowed, for a dense network that takes `dense` seconds.
     """
     if target.table is not None:
-        return _from_table(model, _loaded(target.table), requested, decide)
+        return _from_table(model, LatencyTable.of(target.table), requested, decide)
     provider = provider_of(target)
     options = target.options()
     table = own_table(provider, target.threads, options)
@@ -182,10 +182,6 @@ def _best(attempts: list[Attempt], limit: float) -> int:
     return min(range(len(attempts)), key=rank)
 
 
-def _loaded(table: Any) -> LatencyTable:
-    return table if isinstance(table, LatencyTable) else LatencyTable.load(table)
-
-
 def _from_table(
     model: nn.Module,
     table: LatencyTable,
@@ -210,7 +206,7 @@ def width_step(model: nn.Module, example: Any, target: Target) -> int:
     """The least number of channels of which every multiple is worth having on the target, for all kinds of computations
     in the model."""
     if target.table is not None:
-        table = _loaded(target.table)
+        table = LatencyTable.of(target.table)
     else:
         provider = provider_of(target)
         table = own_table(provider, target.threads, target.options())
@@ -218,28 +214,3 @@ def width_step(model: nn.Module, example: Any, target: Target) -> int:
     if target.table is None:
         keep(table)
     return math.lcm(*(stairs.step for stairs in found))
-
-
-def latency_table(model: nn.Module, example_input: Any, target: Target | None = None) -> LatencyTable:
-    """The latency table of this machine for `model`: everything that planning with a latency budget looks up.
-
-    Runs the model's computations alone at five widths each in ONNX Runtime, looks for the widths that the machine likes
-    and profiles the whole dense network once. Takes a few seconds to a few minutes; times are kept in the user's cache
-    directory (GRAPHPRUNE_CACHE, XDG_CACHE_HOME or ~/.cache), by machine, provider, threads and version of ONNX Runtime.
-
-    `table.save(path)` writes a JSON file that `Target(table=path)` takes on another machine.
-
-    Raises GraphPruneError for a model that cannot be exported and a provider that does not load.
-    """
-    chosen = Target.of(target)
-    if chosen.table is not None:
-        raise GraphPruneError("latency_table: target must not have a table already")
-    provider, options = provider_of(chosen), chosen.options()
-    table = own_table(provider, chosen.threads, options)
-    graph = trace(model, example_input)
-    with Bench(model, example_input, provider, chosen.threads, options) as bench:
-        context = measured_context(graph, table, bench.profile())
-    Forecast(table, context).cost(graph)
-    keep(table)
-    table.contexts[structural_hash(model)] = context
-    return table

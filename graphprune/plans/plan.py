@@ -7,8 +7,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,9 @@ from ..dependency.temperature import Rescale
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.experts import Experts
 from ..errors import GraphPruneError
+from ..support.files import replacing
+from ..support.types import PathLike
+from ..support.versions import running_versions
 from ..tracing.names import named_tensors
 from .history import remember
 from .latency import Latency
@@ -63,6 +64,7 @@ class Plan:
     much of it stays. `frozen`: what could not be removed, and why, one line each. `structure`: names and shapes of the
     model the plan was made for. `output`: "module", "hybrid" or "graph". `rewrites`: modules that are replaced by
     graphs of their recorded calls. `statistics`: whether something is removed that a norm, softmax or mean runs over.
+    `versions`: of this library and of torch, when the plan was made.
     `caches`: (module, attribute) of dicts in which the model keeps tensors computed from its parameters; they are
     emptied. `layers`: layers that are left out; whatever else the plan changes lies outside them, and all names are
     those of the model with these layers.
@@ -79,7 +81,7 @@ class Plan:
     structure: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     statistics: bool = False
     caches: tuple[tuple[str, str], ...] = ()
-    versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    versions: Mapping[str, str] = dataclasses.field(default_factory=running_versions)
     output: str = "module"
     rewrites: tuple[Rewrite, ...] = ()
     layers: tuple[Block, ...] = ()
@@ -280,24 +282,14 @@ class Plan:
                     f"the plan rescales axis {scale.axis} of {scale.parameter} by {scale.factor}, which cannot be"
                 )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: PathLike) -> Path:
         """Write the plan as JSON, to a temporary name first. Raises GraphPruneError when the path cannot be written."""
-        target = Path(path)
-        try:
-            handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        except OSError as error:
-            raise GraphPruneError(f"the plan cannot be written to {target}: {error.strerror}") from error
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.to_dict(), file)
-            os.replace(temporary, target)
-        except OSError as error:
-            Path(temporary).unlink(missing_ok=True)
-            raise GraphPruneError(f"the plan cannot be written to {target}: {error.strerror}") from error
-        return target
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(self.to_dict()), encoding="utf-8")
+        return Path(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plan:
+    def load(cls, path: PathLike) -> Plan:
         """Read a plan written by `save`. Raises GraphPruneError when there is none or it is damaged."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))

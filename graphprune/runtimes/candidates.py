@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from ..errors import GraphPruneError
+from ..support.types import PathLike
 from .arguments import FlatArguments
 from .export import export_onnx
 
-Model = nn.Module | str | os.PathLike[str]
+Model = nn.Module | PathLike
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from ..errors import GraphPruneError
 from ..support.files import check_target, move_into_place, workspace
+from ..support.types import PathLike
 from ..support.unwrapping import unwrapped
 from .arguments import FlatArguments, named_outputs
 from .capture import capture, inference_state, optimise, quiet, run_model
@@ -66,7 +66,7 @@ class ExportReport:
 def export_onnx(
     model: nn.Module,
     example_input: Any,
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     opset: int | None = None,
     dynamic_batch: bool = True,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .._version import __version__
+from ..support.versions import running_versions
 from .providers import Provider, runtime
 
 
@@ -29,8 +29,7 @@ def describe_machine(provider: Provider, device_id: int = 0) -> dict[str, Any]:
 def describe_versions() -> dict[str, str]:
     """Versions of everything that a latency depends on."""
     return {
-        "graphprune": __version__,
-        "torch": torch.__version__,
+        **running_versions(),
         "onnxruntime": str(runtime().__version__),
         "onnx": importlib.metadata.version("onnx"),
         "python": platform.python_version(),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..support.types import PathLike
 from .arguments import FlatArguments, named_outputs
 from .capture import inference_state, run_model
 from .providers import resolve_provider
@@ -71,7 +71,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def check_parity(
-    path: str | os.PathLike[str],
+    path: PathLike,
     model: nn.Module,
     arguments: FlatArguments,
     batch_sizes: Sequence[int | None],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..errors import GraphPruneError
 from ..support.files import replacing
 from ..support.plots import grouped_bars
 from ..support.tables import Column, render, table
+from ..support.types import PathLike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +133,7 @@ class BenchmarkReport:
             result[name] = dict(getattr(self, name))
         return {**result, "rows": list(result["rows"]), "notes": list(self.notes)}
 
-    def to_json(self, path: str | os.PathLike[str]) -> Path:
+    def to_json(self, path: PathLike) -> Path:
         """Write `to_dict()` as a JSON file.
 
         Raises:
@@ -144,7 +144,7 @@ class BenchmarkReport:
             temporary.write_text(text, encoding="utf-8")
         return Path(path)
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
+    def plot(self, path: PathLike) -> Path:
         """A bar chart of the medians with whiskers from p10 to p90 and the speed-up above; needs matplotlib.
 
         Raises:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GraphPruneError
+from ..support.types import PathLike
 from .arguments import FlatArguments
 from .providers import CPU, Provider, runtime
 
@@ -37,7 +38,7 @@ _ONNX_TYPES: dict[torch.dtype, tuple[int, str]] = {
 
 
 def open_session(
-    path: str | os.PathLike[str],
+    path: PathLike,
     provider: Provider,
     *,
     threads: int,
@@ -211,7 +212,7 @@ def run_once(session: Any, arguments: FlatArguments, provider: Provider, device_
 
 
 def probe(
-    path: str | os.PathLike[str],
+    path: PathLike,
     arguments: FlatArguments,
     provider: Provider,
     folder: Path,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ..errors import GraphPruneError
 from ..support.files import replacing
+from ..support.types import PathLike
 
 _KEY = "graphprune.lottery/1"
 _PARTS = ("initial", "rewound", "masks", "trained")
@@ -32,7 +32,7 @@ class Progress:
     scores: tuple[float | None, ...] = ()
 
 
-def write_progress(path: str | os.PathLike[str], progress: Progress) -> None:
+def write_progress(path: PathLike, progress: Progress) -> None:
     """Replace the file by one of this state. Raises GraphPruneError when it cannot be written."""
     tensors = {
         f"{part}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -44,7 +44,7 @@ def write_progress(path: str | os.PathLike[str], progress: Progress) -> None:
         save_file(tensors, str(temporary), {_KEY: about})
 
 
-def read_progress(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> Progress:
+def read_progress(path: PathLike, settings: Mapping[str, Any]) -> Progress:
     """The state in a file. Raises GraphPruneError if it is damaged, or of a run with other settings, naming one."""
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 import zlib
 from collections.abc import Iterable, Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from ..errors import GraphPruneError
 from ..support.files import replacing
+from ..support.types import PathLike
 from .encoding import DamagedError, Entry, entry_from_list, entry_to_list, inflate
 
 MAGIC = b"\x89GPSPARSE\x01\r\n"
@@ -23,7 +23,7 @@ _LARGEST_HEADER = 16 * 2**20
 Encoded = tuple[Entry, bytes, bytes]
 
 
-def write_file(path: str | os.PathLike[str], tensors: Iterable[Encoded]) -> Path:
+def write_file(path: PathLike, tensors: Iterable[Encoded]) -> Path:
     """Write a sparse file under a temporary name, then give it its own."""
     parts = list(tensors)
     header = json.dumps([entry_to_list(entry) for entry, _, _ in parts], separators=(",", ":")).encode()
@@ -45,7 +45,7 @@ class SparseFile:
     Raises GraphPruneError when it cannot be read and DamagedError, which is one, when it is not what it should be.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: PathLike) -> None:
         self.path = Path(path)
         try:
             if not self.path.is_file():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..support.types import PathLike
 from .container import SparseFile, write_file
 from .encoding import DamagedError, Entry, decode, encode
 from .masks import put_in_force
@@ -22,7 +22,7 @@ _EXPANSION = 1024  # what zlib itself can reach
 
 def save(
     model: nn.Module | Mapping[str, Tensor],
-    path: str | os.PathLike[str],
+    path: PathLike,
     *,
     values: Literal["exact", "float16"] = "exact",
 ) -> Path:
@@ -63,11 +63,11 @@ def _rounded(tensor: Tensor, values: str) -> bool:
 
 
 @overload
-def load(path: str | os.PathLike[str], model: None = None, *, max_bytes: int | None = None) -> dict[str, Tensor]: ...
+def load(path: PathLike, model: None = None, *, max_bytes: int | None = None) -> dict[str, Tensor]: ...
 @overload
-def load(path: str | os.PathLike[str], model: nn.Module, *, masks: bool = True) -> nn.Module: ...
+def load(path: PathLike, model: nn.Module, *, masks: bool = True) -> nn.Module: ...
 def load(
-    path: str | os.PathLike[str],
+    path: PathLike,
     model: nn.Module | None = None,
     *,
     masks: bool = True,

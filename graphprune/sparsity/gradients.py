@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from ..errors import GraphPruneError
 from ..plans.surgery.copying import clone_with
+from ..support.types import LossFunction, Names
 from ..tracing.example import ExampleInput
 from .masks import make_plain, put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import Weight, find_weights, select_weights
-
-LossFunction = Callable[[Any, Any], Tensor]
 
 
 def gradient(
@@ -27,8 +26,8 @@ def gradient(
     *,
     times_weight: bool = False,
     reduction: Literal["mean", "sum"] = "mean",
-    parameters: str | Iterable[str] = "weights",
-    ignore: Iterable[str] | str = (),
+    parameters: Names = "weights",
+    ignore: Names = (),
 ) -> nn.Module:
     """Mask the weights whose loss gradient is smallest, and return the model, which is changed in place.
 

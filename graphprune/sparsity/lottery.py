@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphPruneError
 from ..plans.surgery.copying import clone_with
+from ..support.types import Names, PathLike
 from .checkpoints import Progress, read_progress, write_progress
 from .magnitudes import magnitude
 from .masks import masks as masks_of
@@ -85,10 +86,10 @@ def lottery_ticket(
     rewind: int = 0,
     evaluate: EvaluateFunction | None = None,
     scope: Scope = "global",
-    parameters: str | Iterable[str] = "weights",
-    ignore: Iterable[str] | str = (),
+    parameters: Names = "weights",
+    ignore: Names = (),
     seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: PathLike | None = None,
 ) -> LotteryTicket:
     """Find a sparse network that trains from its own initial weights (Frankle and Carbin, 2019).
 
@@ -129,7 +130,7 @@ class _Run:
     parameters: str | list[str]
     ignore: str | list[str]
     seed: int
-    checkpoint: str | os.PathLike[str] | None
+    checkpoint: PathLike | None
 
     def check(self) -> None:
         for name, value, least in (("steps", self.steps, 1), ("rounds", self.rounds, 1), ("rewind", self.rewind, 0)):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import nn
 
+from ..support.types import Names
 from .masks import put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import select_weights
@@ -16,8 +15,8 @@ def magnitude(
     sparsity: float,
     scope: Scope = "global",
     *,
-    parameters: str | Iterable[str] = "weights",
-    ignore: Iterable[str] | str = (),
+    parameters: Names = "weights",
+    ignore: Names = (),
 ) -> nn.Module:
     """Mask the weights of smallest absolute value, and return the model, which is changed in place.
 

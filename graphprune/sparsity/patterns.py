@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import GraphPruneError
+from ..support.types import Names
 from .masks import put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import Weight, select_weights
@@ -20,8 +20,8 @@ def n_m(
     n: int = 2,
     m: int = 4,
     *,
-    parameters: str | Iterable[str] = "weights",
-    ignore: Iterable[str] | str = (),
+    parameters: Names = "weights",
+    ignore: Names = (),
 ) -> nn.Module:
     """Keep the `n` largest of every `m` consecutive weights along the input axis; the model is changed in place.
 
@@ -85,8 +85,8 @@ def blocks(
     shape: tuple[int, int] = (4, 4),
     scope: Scope = "global",
     *,
-    parameters: str | Iterable[str] = "weights",
-    ignore: Iterable[str] | str = (),
+    parameters: Names = "weights",
+    ignore: Names = (),
 ) -> nn.Module:
     """Mask whole blocks of `shape` (rows, columns) with the smallest mean of squares; the model is changed in place.
 

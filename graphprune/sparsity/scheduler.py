@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..planning.widths import plan_from_graph
 from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
 from ..recovery import carry_optimizer
+from ..support.types import Ignore, LossFunction
 from .magnitudes import magnitude
 from .ranking import check_sparsity
 
@@ -135,7 +136,7 @@ class Channels:
         self,
         example_input: Any,
         *,
-        ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+        ignore: Ignore = (),
         scope: str = "local",
         criterion: Criterionlike = "l2",
         round_to: int = 1,
@@ -144,7 +145,7 @@ class Channels:
         seed: int = 0,
         verify: bool = True,
         data: Any = None,
-        loss_fn: Callable[[Any, Any], Any] | None = None,
+        loss_fn: LossFunction | None = None,
     ) -> None:
         self.example_input = example_input
         self.ignore = ignore if isinstance(ignore, (str, nn.Module)) else list(ignore)

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable
 
 from ..errors import GraphPruneError
+from ..support.registry import Registry
 from .ranking import check_sparsity
 
-_CURVES: dict[str, Callable[[float], float]] = {
-    "linear": lambda p: p,
-    "cubic": lambda p: p * p * p,
-    "exponential": lambda p: 1 - (1 - p) * (1 - p) * (1 - p),
-    "sinusoidal": lambda p: (1 - math.cos(math.pi * p)) / 2,
-    "one-shot": lambda p: 1.0 if p > 0 else 0.0,
-}
-# The name of the paper (Zhu and Gupta, 2017) and of libraries for the same curve.
-_CURVES["zhu-gupta"] = _CURVES["polynomial"] = _CURVES["exponential"]
+_CURVES: Registry[Callable[[float], float]] = Registry("schedule")
+_CURVES.register("linear")(lambda p: p)
+_CURVES.register("cubic")(lambda p: p * p * p)
+# Also under the name of the paper (Zhu and Gupta, 2017) and that of libraries.
+_CURVES.register("exponential", "zhu-gupta", "polynomial")(lambda p: 1 - (1 - p) * (1 - p) * (1 - p))
+_CURVES.register("sinusoidal")(lambda p: (1 - math.cos(math.pi * p)) / 2)
+_CURVES.register("one-shot")(lambda p: 1.0 if p > 0 else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +78,7 @@ def schedule(
     [0.0, 0.2, 0.4, 0.6000000000000001, 0.8, 0.8]
     """
     key = name.lower().replace("_", "-").replace(" ", "-") if isinstance(name, str) else name
-    if not isinstance(key, str) or key not in _CURVES:
-        near = difflib.get_close_matches(str(key), _CURVES, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise GraphPruneError(f"unknown schedule {name!r}.{hint} Known: {', '.join(_CURVES)}")
+    _CURVES.find(key)
     low, high = check_sparsity(initial, "initial"), check_sparsity(final, "final")
     if low > high:
         raise GraphPruneError(f"schedule: the initial sparsity {low:g} is above the final one {high:g}")

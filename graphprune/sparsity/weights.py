@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..errors import GraphPruneError
+from ..support.types import Names
 from ..tracing.names import all_modules
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -147,7 +148,7 @@ def is_weight(weight: Weight) -> bool:
 
 
 def select_weights(
-    model: nn.Module, parameters: str | Iterable[str] = "weights", ignore: Iterable[str] | str = ()
+    model: nn.Module, parameters: Names = "weights", ignore: Names = ()
 ) -> list[Weight]:
     """The weights that are meant by `parameters` without those meant by `ignore`.
 
@@ -176,7 +177,7 @@ def select_weights(
 
 
 def _matching(
-    weights: list[Weight], patterns: Iterable[str] | str, where: str, *, only_weights: bool = False
+    weights: list[Weight], patterns: Names, where: str, *, only_weights: bool = False
 ) -> list[Weight]:
     """Weights with a name that matches. `only_weights`: where a module is named, take nothing but its weights."""
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)

@@ -1,4 +1,8 @@
-"""Writing files: either the whole new file has the name, or nothing has changed."""
+"""Writing files: either the whole new file has the name, or nothing has changed.
+
+New files are made in a hidden folder beside their place and renamed. A writer that is killed leaves its folder there;
+the next writer of the same file removes it. Which folders are left over is told by a lock that a living writer holds.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,30 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ..errors import GraphPruneError
+from .types import PathLike
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_ENDING = ".unfinished"
+# Between making its folder and locking it a writer has this long, in seconds.
+_PATIENCE = 60.0
 
 
-def check_target(path: str | os.PathLike[str]) -> Path:
+def check_target(path: PathLike) -> Path:
     """`path` as a Path, if a file of that name can be made.
 
     Raises:
-        GraphPruneError: its folder does not exist or is no folder, or the path itself is a folder.
+        GraphPruneError: its folder does not exist or is no folder, or the path itself is a folder, a pipe or a device.
     """
     try:
         target = Path(path)
@@ -32,6 +49,11 @@ def check_target(path: str | os.PathLike[str]) -> Path:
             raise GraphPruneError(f"cannot write {target}: {folder} is not a folder")
         if target.is_dir():
             raise GraphPruneError(f"cannot write {target}: it is a folder; give the path of a file in it")
+        if target.exists() and not target.is_file():
+            raise GraphPruneError(
+                f"cannot write {target}: it is a pipe, a socket or a device, whose place a file would take; give the "
+                f"path of a file, and copy that"
+            )
     except OSError as error:
         raise GraphPruneError(f"cannot write {target}: {error.strerror or error}") from error
     return target
@@ -39,34 +61,77 @@ def check_target(path: str | os.PathLike[str]) -> Path:
 
 @contextlib.contextmanager
 def workspace(target: Path) -> Iterator[Path]:
-    """A new empty folder beside `target`, on the same file system, and removed again whatever happens.
+    """A new empty folder beside `target`, on the same file system, and removed again whatever happens. What killed
+    writers of `target` left there is removed too.
 
     Raises:
         GraphPruneError: nothing can be written beside `target`.
     """
+    prefix = f".{target.name[:64]}."
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", dir=target.parent))
+        _clear_leftovers(target.parent, prefix)
+        folder = Path(tempfile.mkdtemp(_ENDING, prefix, target.parent))
     except OSError as error:
         raise GraphPruneError(f"cannot write {target}: {error.strerror or error}; choose another folder") from error
     try:
-        yield folder
+        with _locked(folder):
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a workspace: on its folder itself, so that nothing lies in it."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # file systems without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _clear_leftovers(parent: Path, prefix: str) -> None:
+    """Remove workspaces whose writer is gone. What cannot be told, or not be removed, stays."""
+    if fcntl is None:
+        return
+    for folder in parent.glob(f"{_escaped(prefix)}*{_ENDING}"):
+        with contextlib.suppress(OSError):
+            if folder.is_symlink() or not folder.is_dir() or time.time() - folder.stat().st_mtime < _PATIENCE:
+                continue
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def _escaped(text: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in text)
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
     """A temporary path (same name, in a folder beside) to write to; it becomes `path` when the block ends well.
 
-    After an error, a file that was already at `path` is as it was, and nothing is left behind.
+    After an error, a file that was already at `path` is as it was, and nothing is left behind. The new file has the
+    permissions of the one that it replaces.
 
     Raises:
-        GraphPruneError: `path` cannot be written.
+        GraphPruneError: `path` cannot be written, at the start or (a full disk) while the block writes.
     """
     target = check_target(path)
     with workspace(target) as folder:
         temporary = folder / target.name
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            raise GraphPruneError(f"cannot write {target}: {error.strerror or error}") from error
         move_into_place([(temporary, target)])
 
 
@@ -82,6 +147,8 @@ def move_into_place(moves: list[tuple[Path, Path]]) -> None:
     try:
         for new, final in moves:
             kept: Path | None = None
+            if final.exists():
+                shutil.copymode(final, new)
             # A single rename needs no copy to go back to: it happens or it does not.
             if len(moves) > 1 and final.exists():
                 kept = new.with_name(new.name + ".previous")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import GraphPruneError
+from ..support.types import PathLike
 from .files import replacing
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def new_figure(width: float = 7.0, height: float = 4.0) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def save_figure(figure: Any, path: str | os.PathLike[str], *, dpi: int = 150) -> Path:
+def save_figure(figure: Any, path: PathLike, *, dpi: int = 150) -> Path:
     """Write a matplotlib figure; the ending of `path` chooses the format (.png, .svg, .pdf...).
 
     Raises:
@@ -57,7 +57,7 @@ def figure_as_svg(figure: Any) -> bytes:
 
 
 def grouped_bars(
-    path: str | os.PathLike[str],
+    path: PathLike,
     groups: Sequence[str],
     series: Mapping[str, Sequence[float]],
     *,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from ..plans.verification import verify as run_verification
 from ..recovery import check_method, recover
 from ..sparsity.scheduler import Channels
 from ..sparsity.schedules import schedule as make_schedule
+from ..support.types import Ignore, LossFunction
 from ..tracing.counting import count
 
 Train = Callable[[nn.Module, int], nn.Module | None]
@@ -33,7 +34,7 @@ def prune_gradually(
     schedule: str = "linear",
     train: Train | None = None,
     verify: bool = True,
-    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    ignore: Ignore = (),
     scope: str = "local",
     criterion: Criterionlike = "l2",
     round_to: int = 1,
@@ -42,7 +43,7 @@ def prune_gradually(
     fold_bn: bool = True,
     seed: int = 0,
     data: Any = None,
-    loss_fn: Callable[[Any, Any], Any] | None = None,
+    loss_fn: LossFunction | None = None,
     recover: str | None = None,
 ) -> nn.Module:
     """A smaller copy of `model`, pruned in `steps` steps that each choose anew from the weights as they are then.

@@ -100,7 +100,8 @@ def zoo_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (folder / "unimportable.py").write_text("import there_is_no_such_package\n", encoding="utf-8")
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    for table in ("_values", "_origins"):
+        monkeypatch.setattr(registry.CRITERIA, table, dict(getattr(registry.CRITERIA, table)))
     yield
     for name in ("zoo", "unimportable"):
         sys.modules.pop(name, None)

@@ -24,7 +24,8 @@ GROUP = group([("conv.weight", 0, every(3), "out")], index=7, name="conv.weight 
 
 @pytest.fixture
 def scratch(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    for table in ("_values", "_origins"):
+        monkeypatch.setattr(registry.CRITERIA, table, dict(getattr(registry.CRITERIA, table)))
     yield
 
 

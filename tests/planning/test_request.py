@@ -134,7 +134,7 @@ def test_unknown_names_are_named() -> None:
 
 def test_wrong_example_input_shows_the_models_error_and_line() -> None:
     model, _ = small()
-    with pytest.raises(GraphPruneError, match=r"test_engine\.py:\d+ in forward"):
+    with pytest.raises(GraphPruneError, match=r"test_request\.py:\d+ in forward"):
         graphprune.plan(model, torch.randn(2, 4, 8, 8))
     with pytest.raises(GraphPruneError, match="empty"):
         graphprune.plan(model, ())

@@ -8,7 +8,7 @@ from ...tracing.origin import Expr
 from ..context import NodeContext, Result
 from ..effects import ScalarSite
 from ..state import AxisMap, State
-from .registry import RULES, empty, rule
+from .registry import empty, rule
 
 
 def tie_all(context: NodeContext, states: list[State], shape: tuple[int, ...]) -> State:
@@ -69,7 +69,7 @@ def _temperature(context: NodeContext) -> None:
         context.effects.scalars.append(ScalarSite(context.node, expr, operand, divide))
 
 
-for _name in (
+rule(
     "copy_", "copy", "where", "masked_fill", "masked_fill_", "lerp", "lerp_", "addcmul", "addcdiv", "_prelu_kernel",
     "native_dropout", "hardtanh", "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "elu", "elu_",
     "leaky_relu", "leaky_relu_", "gelu_", "silu_", "mish_", "relu_", "sigmoid_", "tanh_", "celu", "celu_", "selu",
@@ -77,8 +77,7 @@ for _name in (
     "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "rrelu_with_noise", "square", "square_", "nan_to_num",
     "fake_quantize_per_tensor_affine", "relu6", "relu6_", "float_power", "heaviside", "complex", "polar", "real",
     "imag", "view_as_real_copy", "special_erf", "logit", "sinc", "bernoulli_p", "gelu", "silu", "mish",
-):  # fmt: skip
-    RULES.setdefault(_name, pointwise)
+)(pointwise)  # fmt: skip
 
 
 @rule("glu")

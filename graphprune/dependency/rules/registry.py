@@ -7,25 +7,17 @@ from typing import Any
 
 import torch
 
+from ...support.registry import Registry
 from ...tracing.names import target_name
 from ..context import NodeContext, Result
 from ..state import State
 
 Rule = Callable[[NodeContext], Result]
-RULES: dict[str, Rule] = {}
+RULES: Registry[Rule] = Registry("rule for an operator")
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for ATen operators by name, all overloads (`aten.add.Tensor` is "add")."""
-
-    def register(function: Rule) -> Rule:
-        for name in names:
-            if name in RULES:
-                raise AssertionError(f"two rules for {name}")
-            RULES[name] = function
-        return function
-
-    return register
+rule = RULES.register
+"""Register a rule for ATen operators by name, all overloads (`aten.add.Tensor` is "add")."""
 
 
 def rule_for(target: Any) -> Rule:

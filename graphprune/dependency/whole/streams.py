@@ -27,26 +27,23 @@ _LOOKUPS = frozenset(("embedding", "_embedding_bag"))
 def stream_components(analysis: Analysis) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Which components (numbers in `Analysis.tied`) are the width of a residual stream, and which of looked up
     embeddings."""
-    assert analysis.tied is not None
-    residual, looked_up = np.zeros((2, int(analysis.tied.max()) + 1), bool)
+    residual: list[Ints] = []
+    looked_up: list[Ints] = []
     order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
     for node in order:
         name = operator_name(node)
         if name in _LOOKUPS:
-            _mark(analysis, looked_up, analysis.state(node), (len(analysis.state(node).shape) - 1,))
+            looked_up += _positions(analysis, analysis.state(node), (len(analysis.state(node).shape) - 1,))
         elif name in _SUMS:
             state = analysis.state(node)
             axes = tuple(a for a, axis_map in state.axes.items() if axis_map)
             if axes and _is_residual(node, order):
-                _mark(analysis, residual, state, axes)
-    return residual, looked_up
+                residual += _positions(analysis, state, axes)
+    return analysis.ties_of(residual), analysis.ties_of(looked_up)
 
 
-def _mark(analysis: Analysis, out: npt.NDArray[np.bool_], state: State, axes: Iterable[int]) -> None:
-    assert analysis.tied is not None
-    for axis in axes:
-        for dim, vector in state.axis(axis).items():
-            out[analysis.tied[analysis.dims.positions(dim, vector)]] = True
+def _positions(analysis: Analysis, state: State, axes: Iterable[int]) -> list[Ints]:
+    return [analysis.dims.positions(dim, vector) for axis in axes for dim, vector in state.axis(axis).items()]
 
 
 def _is_residual(node: fx.Node, order: Mapping[fx.Node, int]) -> bool:

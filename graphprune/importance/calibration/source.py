@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from ...plans.surgery import Fold, apply_folds
+from ...support.types import LossFunction
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from .data import CalibrationData
@@ -21,7 +22,7 @@ class CalibrationSource:
 
     example: ExampleInput
     data: CalibrationData
-    loss_fn: Callable[[Any, Any], Any] | None
+    loss_fn: LossFunction | None
 
     @classmethod
     def of(cls, model: nn.Module, example_input: Any, data: Any, loss_fn: Any) -> CalibrationSource | None:

@@ -348,7 +348,7 @@ def _solve(cells: list[_Cell], system: list[list[_Block]]) -> None:
 
 
 def _select(graph: DependencyGraph, scores: Mapping[int, Floats], cells: list[_Cell]) -> Allocation:
-    gone = np.zeros(int(graph.analysis.label.max()) + 1, bool)
+    gone = graph.analysis.components_of()
     removed: dict[int, list[npt.NDArray[np.int64]]] = defaultdict(list)
     for cell in cells:
         if cell.keep < len(cell.units):

@@ -10,8 +10,7 @@ from torch import fx, nn
 
 from ...dependency import DependencyGraph
 from ...dependency.axes import Floats, ProductCosts, axes_of
-from ...dependency.sizes import Mask
-from ...dependency.state import AxisMap
+from ...dependency.state import AxisMap, Mask
 from ...plans.surgery import Fold, fold_names
 from ...tracing.names import named_tensors, operator_name
 from ...tracing.work import macs_of

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...dependency import DependencyGraph
 from ...dependency.axes import Floats
-from ...dependency.sizes import Mask
+from ...dependency.state import Mask
 from ...plans.surgery import Fold
 from .budget import Budget, Limit
 from .costs import CostModel, mac_costs, parameter_costs

@@ -12,7 +12,7 @@ from torch import fx, nn
 
 from ...dependency import DependencyGraph
 from ...dependency.axes import Axes, Axis, Floats
-from ...dependency.sizes import Mask
+from ...dependency.state import Mask
 from ...plans.surgery import Fold
 from ...tracing.names import named_tensors, operator_name
 from ...tracing.recorder import TensorMeta

@@ -12,6 +12,7 @@ from torch import nn
 
 from ...dependency import DependencyGraph, Group, Reason
 from ...errors import GraphPruneError
+from ...support.types import Ignore
 
 _CHANNELS = ("channel", "mlp channel", "residual channel", "embedding channel", "conv group", "group channel")
 _FEATURES = ("head feature", "qk feature", "v feature")
@@ -99,7 +100,7 @@ def _group_ratio(group: Group, patterns: dict[str, float], aliases: dict[str, li
 
 
 def ignored_positions(
-    ignore: Iterable[nn.Module | str] | nn.Module | str, graph: DependencyGraph, model: nn.Module
+    ignore: Ignore, graph: DependencyGraph, model: nn.Module
 ) -> list[tuple[Any, Reason]]:
     """The outputs of ignored modules and parameters, as positions to freeze."""
     items: Sequence[Any] = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
@@ -215,10 +216,7 @@ def _made_by(graph: DependencyGraph, least: int, most: int) -> list[bool]:
 
 def _harmless(graph: DependencyGraph) -> list[bool]:
     """Which groups no mean, norm or softmax runs over; and heads where one runs over their features anyway."""
-    averaged = np.zeros(int(graph.analysis.label.max()) + 1, bool)
-    for effects in graph.analysis.effects.values():
-        for positions in effects.statistics:
-            averaged[graph.analysis.label[positions]] = True
+    averaged = graph.analysis.components_of(p for e in graph.analysis.effects.values() for p in e.statistics)
     touched = [bool(averaged[graph.units(group)].any()) for group in graph.groups]
     normed = {
         (m.parameter, m.axis) for g in graph.groups if g.kind in _FEATURES and touched[g.index] for m in g.members

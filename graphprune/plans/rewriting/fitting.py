@@ -10,7 +10,8 @@ import numpy as np
 from torch import fx
 
 from ...dependency.analysis import Analysis
-from ...dependency.sizes import Mask, gone_on_axis
+from ...dependency.sizes import gone_on_axis
+from ...dependency.state import Mask
 from ...tracing.origin import Attribute, Expr, Literal, Operation, TensorSize, evaluate, leaves, recorded_value
 from .parts import Number
 

@@ -10,7 +10,8 @@ from torch import fx, nn
 
 from ...dependency import DependencyGraph
 from ...dependency.analysis import analyse
-from ...dependency.sizes import Conflict, Mask, SizeSolver
+from ...dependency.sizes import Conflict, SizeSolver
+from ...dependency.state import Mask
 from ...dependency.temperature import rescales
 from ...errors import GraphPruneError
 from ...tracing.origin import Attribute

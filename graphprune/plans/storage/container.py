@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from ...errors import GraphPruneError
 from ...support.files import replacing
+from ...support.types import PathLike
 from .document import KEY, Document
 
 
-def write_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], document: Document) -> Path:
+def write_file(path: PathLike, tensors: Mapping[str, Tensor], document: Document) -> Path:
     """Write under a temporary name, then give the file its own. Raises GraphPruneError when that fails."""
     metadata = {"format": "pt", KEY: document.to_json()}
     try:
@@ -33,7 +33,7 @@ class ModelFile:
     Raises GraphPruneError, naming the file, when it cannot be read or is not what it should be.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: PathLike) -> None:
         try:
             self.path = Path(path)
         except TypeError as error:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..._version import __version__
 from ...errors import GraphPruneError
+from ...support.versions import running_versions
 from ..history import Applied
 from ..plan import Plan
 
@@ -39,7 +39,7 @@ class Document:
         text = json.dumps(
             {
                 "format": FORMAT,
-                "versions": {"graphprune": __version__, "torch": str(torch.__version__)},
+                "versions": running_versions(),
                 "aliases": dict(self.aliases),
                 "transient": {name: str(dtype).removeprefix("torch.") for name, dtype in self.transient.items()},
                 "indices": [list(found) for found in indices],

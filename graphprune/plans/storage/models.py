@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from ...errors import GraphPruneError
+from ...support.types import PathLike
 from ...support.unwrapping import unwrapped
 from ..history import changed_since, histories
 from ..surgery import clone_with
@@ -20,7 +20,7 @@ from .rebuilding import rebuilt
 from .state import State
 
 
-def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
+def save(model: nn.Module, path: PathLike) -> Path:
     """Write `model` to one safetensors file, with everything that `load` needs to rebuild its pruned structure from the
     dense network; returns the path.
 
@@ -51,7 +51,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> Path:
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: PathLike,
     build_model: Callable[[], nn.Module] | nn.Module,
     *,
     device: str | torch.device | None = None,

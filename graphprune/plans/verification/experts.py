@@ -14,8 +14,8 @@ from ...dependency.whole.experts import Experts
 from ...errors import GraphPruneError
 from ...tracing.example import ExampleInput
 from ...tracing.names import named_tensors
-from .layers import examples_for, run, same_shapes
 from .results import TOLERANCE, Check, VerificationReport, relative_error
+from .running import examples_for, run, same_shapes
 
 _PRODUCTS = frozenset(("linear", "matmul", "mm", "addmm", "__matmul__", "__rmatmul__"))
 _TURNED = frozenset(("t", "transpose", "__get__", "swapaxes", "permute", "to", "float"))

@@ -8,15 +8,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...dependency.whole.blocks import Block
 from ...dependency.whole.bypassing import changed, left_out
-from ...tracing.example import ExampleInput, result_tensors
+from ...tracing.example import ExampleInput
 from ...tracing.names import named_tensors
-from ...tracing.state import evaluating
-from ...tracing.trace import run_model
 from .results import Check, VerificationReport, relative_error
+from .running import examples_for, run, same_shapes
 
 # Nothing is computed anew: both networks run the same operations on the same numbers. What is left is the order in
 # which a kernel sums, where the memory layout of the stream differs: some units of float32 (6e-8), carried through the
@@ -56,33 +55,6 @@ def verify_layers(
         checks.append(Check("bypass" if not number else "bypass, noise", error <= tolerance, error))
     checks.append(_weights(original, pruned, blocks))
     return VerificationReport(tuple(checks))
-
-
-def examples_for(example: ExampleInput) -> list[ExampleInput]:
-    """The example, and where all of it is floating point noise of the same shapes around it."""
-    if not all(t.is_floating_point() for t in example.tensors()):
-        return [example]
-    generator = torch.Generator().manual_seed(0)
-    return [example, example.map(lambda t: _noise(t, generator))]
-
-
-def same_shapes(got: Any, want: Any) -> Check:
-    """The check that outputs have the shapes of the original's."""
-    found, expected = ([tuple(t.shape) for t in result_tensors(out)] for out in (got, want))
-    detail = f"{len(found)} outputs" if found == expected else f"output shapes {found}, expected {expected}"
-    return Check("forward", found == expected, math.nan, detail)
-
-
-def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
-    return tensor.detach().clone() if tensor.is_meta else tensor.detach() + noise
-
-
-def run(model: nn.Module, example: ExampleInput, what: str) -> Any:
-    """One run in eval mode without gradients, from the same random state each time."""
-    with evaluating(model):
-        torch.manual_seed(0)
-        return run_model(model, example.clone(), what)
 
 
 def _weights(original: nn.Module, pruned: nn.Module, blocks: Sequence[Block]) -> Check:

@@ -16,8 +16,6 @@ from ...dependency.graph import trace
 from ...errors import GraphPruneError
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.names import named_tensors, operator_name
-from ...tracing.state import evaluating
-from ...tracing.trace import run_model
 from ..plan import Plan
 from ..rewriting import dependency_graph
 from ..surgery import bypass_layers, clone_with
@@ -25,6 +23,7 @@ from .experts import verify_experts
 from .layers import verify_layers
 from .results import TOLERANCE, Check, VerificationReport, relative_error
 from .rewrite import run_rewritten
+from .running import run
 
 TOLERANCE_64 = 1e-7
 
@@ -69,22 +68,13 @@ def permuted(model: nn.Module, graph: DependencyGraph, groups: Sequence[Group], 
 def permutable(graph: DependencyGraph) -> list[Group]:
     """Groups whose order means nothing: not those cut into blocks by a GroupNorm or run through in order."""
     analysis = graph.analysis
-    ordered = np.zeros(int(analysis.label.max()) + 1, bool)
-    for constraint in analysis.equal:
-        for block in constraint.blocks:
-            ordered[analysis.label[block]] = True
+    runs_in_order = [block for constraint in analysis.equal for block in constraint.blocks]
     for node, effects in analysis.effects.items():
         name = operator_name(node)
         if name.startswith("cum") or name == "logcumsumexp":
-            for positions in effects.statistics:
-                ordered[analysis.label[positions]] = True
+            runs_in_order += effects.statistics
+    ordered = analysis.components_of(runs_in_order)
     return [g for g in graph.groups if not ordered[graph.units(g)].any()]
-
-
-def _run(model: nn.Module, example: ExampleInput, what: str) -> Any:
-    with evaluating(model):
-        torch.manual_seed(0)
-        return run_model(model, example.clone(), what)
 
 
 def _as_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -174,7 +164,7 @@ def _verified(
     if graph is None and plan.rewrites:
         graph = dependency_graph(original, example, plan.output, [r.module for r in plan.rewrites])
     graph = graph or trace(original, example)
-    outputs = _run(original, example, "verify (original)"), _run(pruned, example, "verify (pruned)")
+    outputs = run(original, example, "verify (original)"), run(pruned, example, "verify (pruned)")
     checks = [_forward_check(*outputs), *first]
     if any(p.is_meta for p in original.parameters()):
         return VerificationReport(tuple(checks))
@@ -240,7 +230,7 @@ def _compare_in(
     """`_compare` on copies in another floating point type."""
     original, pruned = _as_dtype(original, dtype), _as_dtype(pruned, dtype)
     example = example.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-    outputs = _run(original, example, "verify (original)"), _run(pruned, example, "verify (pruned)")
+    outputs = run(original, example, "verify (original)"), run(pruned, example, "verify (pruned)")
     return _compare(original, outputs, plan, example, graph, tolerance)
 
 
@@ -260,10 +250,10 @@ def _compare(
         error = relative_error(small, reference)
         out.append(Check("rewritten graph", error <= tolerance, error))
     else:
-        reference = _run(zeroed(original, plan), example, "verify (zeroed)")
+        reference = run(zeroed(original, plan), example, "verify (zeroed)")
         error = relative_error(small, reference)
         if math.isinf(error):
-            error = relative_error(small, _run(zeroed(original, plan, nearly=True), example, "verify (zeroed)"))
+            error = relative_error(small, run(zeroed(original, plan, nearly=True), example, "verify (zeroed)"))
         out.append(Check("zero equivalence", error <= tolerance, error))
     return out
 
@@ -274,11 +264,11 @@ def _permutation_check(
     groups = permutable(graph)
     if not groups:
         return Check("permutation", True, math.nan, "no groups")
-    error = relative_error(_run(permuted(original, graph, groups), example, "verify (permuted)"), want)
+    error = relative_error(run(permuted(original, graph, groups), example, "verify (permuted)"), want)
     detail = f"{len(groups)} groups"
     if error > tolerance:
         for group in groups:
-            if relative_error(_run(permuted(original, graph, [group]), example, "verify (permuted)"), want) > tolerance:
+            if relative_error(run(permuted(original, graph, [group]), example, "verify (permuted)"), want) > tolerance:
                 detail = f"the units of {group.name} are not interchangeable"
                 break
     return Check("permutation", error <= tolerance, error, detail)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,6 +49,15 @@ class VerificationReport:
         failed = [str(c) for c in self.checks if not c.passed]
         if failed:
             raise GraphPruneError("verification failed, the pruned network is not returned:\n" + "\n".join(failed))
+
+
+def failure_of(prove: Callable[[], VerificationReport]) -> str:
+    """Why a proof fails: the checks that failed, or the first line of the error it ended with; "" where it holds."""
+    try:
+        report = prove()
+    except GraphPruneError as error:
+        return str(error).splitlines()[0]
+    return "; ".join(str(c) for c in report.checks if not c.passed)
 
 
 def relative_error(got: Any, want: Any) -> float:

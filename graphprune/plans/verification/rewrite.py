@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...dependency import DependencyGraph
-from ...dependency.sizes import Mask, gone_on_axis
+from ...dependency.sizes import gone_on_axis
+from ...dependency.state import Mask
 from ...errors import GraphPruneError
 from ...tracing.example import ExampleInput
 from ...tracing.names import named_tensors, operator_name
@@ -28,7 +29,7 @@ from ..surgery.cutting import cut_tensor
 def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
     """Which components a plan removes: those whose every index on some parameter axis goes."""
     analysis = graph.analysis
-    gone = np.zeros(int(analysis.label.max()) + 1, bool)
+    positions = []
     for name, axes in plan.removed.items():
         for axis, indices in axes.items():
             axis_map = analysis.dims.roots.get((name, axis))
@@ -42,8 +43,8 @@ def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
                 total = np.bincount(vector[here], minlength=analysis.dims.size[dim])
                 removed = np.bincount(vector[here & lost], minlength=analysis.dims.size[dim])
                 whole = np.nonzero((total > 0) & (total == removed))[0]
-                gone[analysis.label[analysis.dims.offset[dim] + whole]] = True
-    return gone
+                positions.append(analysis.dims.offset[dim] + whole)
+    return analysis.components_of(positions)
 
 
 class RewrittenRun:

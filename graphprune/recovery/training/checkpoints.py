@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from ...support.files import replacing
+from ...support.types import PathLike
 from ...tracing.names import named_tensors
 
 _KEY = "graphprune.training/1"
 
 
-def write_checkpoint(path: str | os.PathLike[str], about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+def write_checkpoint(path: PathLike, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Replace the file by one of this state. Raises GraphPruneError when it cannot be written."""
     plain = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     with replacing(path) as temporary:
@@ -27,7 +28,7 @@ def write_checkpoint(path: str | os.PathLike[str], about: Mapping[str, Any], ten
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str], settings: Mapping[str, Any]
+    path: PathLike, settings: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
     """What `write_checkpoint` wrote, None where there is no file.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,12 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import GraphPruneError
+from ...support.types import LossFunction
 from ...tracing.example import ExampleInput
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
 from .distillation import Distillation, Tap, feature_distance, logit_distance
-
-LossFunction = Callable[[Any, Any], Any]
 
 
 def logits_of(output: Any) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -15,6 +14,7 @@ from ...errors import GraphPruneError
 from ...plans.surgery.copying import clone_with
 from ...support.files import check_target
 from ...support.tables import Column, render, table
+from ...support.types import PathLike
 from ...tracing.names import all_modules
 from .checkpoints import load_model, model_state, own_tensors, read_checkpoint, write_checkpoint
 from .loop import Trainer, Training, progress_bar
@@ -93,7 +93,7 @@ class Run:
         objective: Objective,
         evaluate: Score | None,
         patience: int | None,
-        checkpoint: str | os.PathLike[str] | None,
+        checkpoint: PathLike | None,
         on_epoch: Callable[[Epoch, nn.Module], None] | None,
         pruner: Pruner | None = None,
         settings: Mapping[str, Any] | None = None,

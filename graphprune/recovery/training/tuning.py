@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from ...support.types import LossFunction, PathLike
 from .distillation import Distillation
 from .evaluation import evaluator
 from .loop import MakeOptimizer, Training
-from .objective import LossFunction, Objective
+from .objective import Objective
 from .randomness import random_state_kept
 from .runs import Epoch, Finetuning, Run
 
@@ -34,7 +34,7 @@ def finetune(
     evaluate: Any = None,
     patience: int | None = None,
     seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: PathLike | None = None,
     progress: bool = True,
     on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
 ) -> Finetuning:

@@ -1,7 +1,7 @@
-"""Latency on a target: measured tables, predictions for widths, and plans within a budget of milliseconds."""
+"""Latency on a target: measured tables, the machine's favourite widths, predictions for a network's widths."""
 
-from ...plans.latency import Attempt, Latency
+from .device import latency_table
 from .table import LatencyTable
 from .target import Target
 
-__all__ = ["Attempt", "Latency", "LatencyTable", "Target"]
+__all__ = ["LatencyTable", "Target", "latency_table"]

@@ -12,7 +12,7 @@ from torch import fx
 
 from ...dependency import DependencyGraph
 from ...dependency.axes import Axes, Floats, ProductCosts, axes_of
-from ...dependency.sizes import Mask
+from ...dependency.state import Mask
 from ...tracing.names import operator_name
 from .context import Context
 from .table import LatencyTable, Surface

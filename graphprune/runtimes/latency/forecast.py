@@ -8,7 +8,7 @@ from torch import fx
 
 from ...dependency import DependencyGraph
 from ...dependency.axes import Axes
-from ...dependency.sizes import Mask
+from ...dependency.state import Mask
 from ...errors import GraphPruneError
 from .context import Context, make_context
 from .costs import LatencyCosts, running

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 import time
 from collections import defaultdict
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ...support.types import PathLike
 from ..providers import Provider
 from ..sessions import kernel_events, open_session
 
@@ -61,7 +61,7 @@ class Profile:
 
 
 def profile(
-    model: str | os.PathLike[str] | bytes,
+    model: PathLike | bytes,
     feeds: Mapping[str, np.ndarray],
     provider: Provider,
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ...dependency import DependencyGraph
-from ...dependency.sizes import Mask
+from ...dependency.state import Mask
 from .context import Context
 from .costs import LatencyCosts
 from .forecast import Forecast

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from scipy.interpolate import RegularGridInterpolator
 
 from ...errors import GraphPruneError
 from ...support.files import replacing
+from ...support.types import PathLike
 from .chains import KINDS, kind_of
 from .context import Context
 from .kernels import Kernel, Sample
@@ -97,7 +97,7 @@ class LatencyTable:
             self._surfaces[key] = Surface(tuple(grids), values, tuple(stairs if s else SMOOTH for s in stepped))
         return self._surfaces[key]
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: PathLike) -> Path:
         """Write the table as JSON, to a temporary name first."""
         target = Path(path)
         document = {
@@ -115,7 +115,12 @@ class LatencyTable:
         return target
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+    def of(cls, table: LatencyTable | PathLike) -> LatencyTable:
+        """The table, or the one in the file of that path."""
+        return table if isinstance(table, LatencyTable) else cls.load(table)
+
+    @classmethod
+    def load(cls, path: PathLike) -> LatencyTable:
         """Read a table. Raises GraphPruneError for a file that is none."""
         try:
             document = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import GraphPruneError
+from ...support.types import PathLike
 from ..machine import describe_machine, describe_versions
 from ..providers import Provider, resolve_provider
 from ..sessions import device_of
@@ -32,7 +33,7 @@ class Target:
     provider: str = "auto"
     threads: int = 1
     provider_options: Mapping[str, Any] | None = None
-    table: LatencyTable | str | os.PathLike[str] | None = None
+    table: LatencyTable | PathLike | None = None
     attempts: int = 5
 
     def __post_init__(self) -> None:

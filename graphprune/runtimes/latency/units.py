@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from ...dependency.axes import Axes, Axis
-from ...dependency.sizes import Mask
+from ...dependency.state import Mask
 from ...tracing.names import operator_name
 from ...tracing.work import macs_of
 from .kernels import Kernel, Sample

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from ...importance.context import Floats
 from ...importance.reconstruction import scores_in_order
 from ...support.files import replacing
 from ...support.plots import new_figure, save_figure
+from ...support.types import PathLike
 
 FORMAT = "graphprune.sensitivity/1"
 
@@ -85,7 +85,7 @@ class Sensitivity:
 
         return Criterion(f"sensitivity ({base.name})", scores, comparable=True, needs=base.needs)
 
-    def plot(self, path: str | os.PathLike[str]) -> Path:
+    def plot(self, path: PathLike) -> Path:
         """Draw error against the fraction removed, a line for each group. Needs matplotlib.
 
         Raises GraphPruneError where it is missing, without curves, and for paths that cannot be written.
@@ -108,14 +108,14 @@ class Sensitivity:
         """A tenth of the median error: below it the axis is linear."""
         return float(np.median([abs(e) for c in self.curves for e in c.errors])) / 10
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: PathLike) -> Path:
         """Write the curves as JSON. Raises GraphPruneError when the path cannot be written."""
         with replacing(path) as temporary:
             temporary.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1), encoding="utf-8")
         return Path(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Sensitivity:
+    def load(cls, path: PathLike) -> Sensitivity:
         """Read what `save` wrote. Raises GraphPruneError when there is none or it is damaged."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from ...planning.widths import assemble
 from ...plans.plan import Plan
 from ...plans.surgery import effective_folds
 from ...support.files import check_target
+from ...support.types import Ignore, LossFunction, PathLike
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.names import named_tensors
 from ...tracing.state import evaluating
@@ -43,13 +43,13 @@ def sensitivity(
     example_input: Any,
     data: Any = None,
     *,
-    loss_fn: Callable[[Any, Any], Any] | None = None,
+    loss_fn: LossFunction | None = None,
     ratios: Sequence[float] = RATIOS,
     criterion: Criterionlike = "l2",
-    ignore: Iterable[nn.Module | str] | nn.Module | str = (),
+    ignore: Ignore = (),
     granularity: str | Sequence[str] = "auto",
     seed: int = 0,
-    cache: str | os.PathLike[str] | None = None,
+    cache: PathLike | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Sensitivity:
     """Error against the fraction removed, for each group of channels pruned alone; `model` is not touched.
@@ -146,7 +146,7 @@ class _Meter:
     """Measures a pruned model against the dense one on the same batches."""
 
     def __init__(
-        self, model: nn.Module, batches: list[tuple[ExampleInput, Any]], loss_fn: Callable[[Any, Any], Any] | None
+        self, model: nn.Module, batches: list[tuple[ExampleInput, Any]], loss_fn: LossFunction | None
     ) -> None:
         self.batches, self.loss_fn = batches, loss_fn
         self.wanted: list[list[Tensor]] = []
@@ -197,7 +197,7 @@ class _Meter:
 class _Cache:
     """The file, if there is one; `curves` is what is known so far."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, blank: Sensitivity) -> None:
+    def __init__(self, path: PathLike | None, blank: Sensitivity) -> None:
         self.path = None if path is None else check_target(path)
         self.curves = blank
         if self.path is not None and Path(self.path).exists():

@@ -271,13 +271,12 @@ def _blockers(
 def _channels(graph: DependencyGraph) -> npt.NDArray[np.bool_]:
     """Which components some layer produces or reads as channels."""
     analysis = graph.analysis
-    assert analysis.tied is not None
-    out = np.zeros(int(analysis.tied.max()) + 1, bool)
-    for root, role in axis_roles(analysis).items():
-        if role in ("out", "in"):
-            for dim in analysis.dims.roots.get(root, ()):
-                out[analysis.tied[analysis.dims.positions(dim)]] = True
-    return out
+    return analysis.ties_of(
+        analysis.dims.positions(dim)
+        for root, role in axis_roles(analysis).items()
+        if role in ("out", "in")
+        for dim in analysis.dims.roots.get(root, ())
+    )
 
 
 def _others(graph: DependencyGraph) -> dict[str, str]:

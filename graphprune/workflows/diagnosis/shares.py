@@ -71,12 +71,7 @@ class Shares:
 def _selectors(analysis: Analysis) -> npt.NDArray[np.bool_]:
     """Components of positions that are picked one by one: q, k and v of a fused projection are no channels, its heads
     and features are."""
-    assert analysis.tied is not None
-    out = np.zeros(int(analysis.tied.max()) + 1, bool)
-    for positions, reason in analysis.freezes:
-        if reason.kind == "selected":
-            out[analysis.tied[positions]] = True
-    return out
+    return analysis.ties_of(positions for positions, reason in analysis.freezes if reason.kind == "selected")
 
 
 def free_indices(analysis: Analysis, axis_map: AxisMap, length: int) -> npt.NDArray[np.bool_]:

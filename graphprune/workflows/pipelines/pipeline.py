@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,14 @@ from ...plans.plan import Plan
 from ...recovery import Distillation, Epoch, Finetuning, check_method
 from ...recovery.training.evaluation import evaluator, metric_name
 from ...recovery.training.loop import MakeOptimizer, Training
-from ...recovery.training.objective import LossFunction, Objective
+from ...recovery.training.objective import Objective
 from ...recovery.training.randomness import random_state_kept
 from ...recovery.training.runs import Run
 from ...sparsity import make_permanent, masks
 from ...sparsity import schedule as make_schedule
 from ...sparsity.ranking import check_sparsity
 from ...sparsity.scheduler import Method
+from ...support.types import LossFunction, PathLike
 from ..reporting.summary import Report, report
 from .steps import GradualPruner, PruningStep, method_of
 
@@ -87,7 +87,7 @@ def pipeline(
     patience: int | None = None,
     speed: Any = False,
     seed: int = 0,
-    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint: PathLike | None = None,
     progress: bool = True,
     on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
 ) -> PipelineResult:
@@ -182,7 +182,7 @@ def _told(options: Mapping[str, Any] | None) -> str:
     return json.dumps(dict(options or {}), sort_keys=True, default=lambda value: type(value).__name__)
 
 
-def _folder(checkpoint: str | os.PathLike[str] | None) -> Path | None:
+def _folder(checkpoint: PathLike | None) -> Path | None:
     if checkpoint is None:
         return None
     folder = Path(checkpoint)

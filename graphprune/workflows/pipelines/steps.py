@@ -23,6 +23,7 @@ from ...recovery.training.runs import Score
 from ...sparsity import Channels, gradient, magnitude, masks, set_masks
 from ...sparsity.scheduler import Method
 from ...sparsity.weights import find_weights
+from ...support.types import LossFunction
 
 METHODS = ("channels", "layers", "magnitude", "gradient")
 # Randomness of pruning steps is that of epochs which no training reaches.
@@ -63,7 +64,7 @@ def method_of(
     budget: Budget | None,
     options: Mapping[str, Any] | None,
     calibration: Any,
-    loss_fn: Callable[[Any, Any], Any] | None,
+    loss_fn: LossFunction | None,
     seed: int,
 ) -> Method:
     """A function (model, sparsity) -> model, from the public arguments. Raises GraphPruneError for what is none."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,13 +20,14 @@ from ...sparsity.files import save as save_sparse
 from ...sparsity.overview import SparsityReport
 from ...sparsity.overview import report as sparsity_of
 from ...support.files import check_target, replacing
+from ...support.registry import Registry
 from ...support.tables import Column, render, table
+from ...support.types import PathLike
 from ...tracing.counting import Count, LayerCount, count
 from ...tracing.names import all_modules, named_tensors
 from ..curves import Sensitivity
 
 STAGES = ("before", "after pruning", "after recovery")
-_Maker = TypeVar("_Maker", bound="Callable[[Report], str]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Report:
     def __str__(self) -> str:
         return render(*self.tables(), *(f"note: {note}" for note in self.notes))
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: PathLike) -> Path:
         """Write the report; the ending of the path chooses: .json (everything), .csv (layers), .md, .txt, or .html, one
         page with plots that needs no other file (and matplotlib to be made).
 
@@ -172,26 +172,16 @@ class Report:
         target = check_target(path)
         make = FORMS.get(target.suffix.lower())
         if make is None:
-            raise GraphPruneError(f"cannot write {target}: its name must end in one of {', '.join(FORMS)}")
+            raise GraphPruneError(f"cannot write {target}: its name must end in one of {FORMS.listed()}")
         text = make(self)
         with replacing(target) as temporary:
             temporary.write_text(text, encoding="utf-8", newline="")
         return target
 
 
-FORMS: dict[str, Callable[[Report], str]] = {}
-"""Endings of file names and the text that is written for them; `documents` registers what it can make."""
-
-
-def form(ending: str) -> Callable[[_Maker], _Maker]:
-    """Register the function that makes a report's text for files with this ending."""
-
-    def register(make: _Maker) -> _Maker:
-        FORMS[ending] = make
-        return make
-
-    return register
-
+FORMS: Registry[Callable[[Report], str]] = Registry("form of a report")
+"""Endings of file names and what makes the text for them; `documents` registers what it can make."""
+form = FORMS.register
 
 HEADINGS = ("", "before", "after", "change")
 LAYER_COLUMNS = [

@@ -1,0 +1,40 @@
+"""The latency table of the machine this runs on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...dependency import trace
+from ...errors import GraphPruneError
+from ...plans.plan import structural_hash
+from .forecast import Forecast, measured_context
+from .networks import Bench
+from .table import LatencyTable
+from .target import Target, keep, own_table, provider_of
+
+
+def latency_table(model: nn.Module, example_input: Any, target: Target | None = None) -> LatencyTable:
+    """The latency table of this machine for `model`: everything that planning with a latency budget looks up.
+
+    Runs the model's computations alone at five widths each in ONNX Runtime, looks for the widths that the machine likes
+    and profiles the whole dense network once. Takes a few seconds to a few minutes; times are kept in the user's cache
+    directory (GRAPHPRUNE_CACHE, XDG_CACHE_HOME or ~/.cache), by machine, provider, threads and version of ONNX Runtime.
+
+    `table.save(path)` writes a JSON file that `Target(table=path)` takes on another machine.
+
+    Raises GraphPruneError for a model that cannot be exported and a provider that does not load.
+    """
+    chosen = Target.of(target)
+    if chosen.table is not None:
+        raise GraphPruneError("latency_table: target must not have a table already")
+    provider, options = provider_of(chosen), chosen.options()
+    table = own_table(provider, chosen.threads, options)
+    graph = trace(model, example_input)
+    with Bench(model, example_input, provider, chosen.threads, options) as bench:
+        context = measured_context(graph, table, bench.profile())
+    Forecast(table, context).cost(graph)
+    keep(table)
+    table.contexts[structural_hash(model)] = context
+    return table
