@@ -25,7 +25,7 @@ WANTED := $(VENV)/.torch
 CHECKED := graphprune models tools
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types format clean FORCE
+.PHONY: help install demo test check lint types docs format clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -36,16 +36,21 @@ install: $(STAMP) ## make the virtual environment and install everything into it
 demo: $(STAMP) ## train, prune, fine-tune, export and benchmark a small network (under three minutes)
 	$(BIN)/python -m tools.demo $(DEMO_ARGS)
 
-test: lint types ## ruff, mypy and all tests
+test: lint types ## ruff, import contracts, mypy and all tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 check: lint types
 
-lint: $(STAMP) ## ruff
+lint: $(STAMP) ## ruff, and the contracts on imports
 	$(BIN)/python -m ruff check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 types: $(STAMP) ## mypy
 	$(BIN)/python -m mypy
+
+docs: $(STAMP) ## the site, into build/docs, offline; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo 'open build/docs/index.html'
 
 format: $(STAMP) ## let ruff fix imports and other things it can fix
 	$(BIN)/python -m ruff check --fix .
@@ -65,5 +70,5 @@ $(WANTED): FORCE | $(BIN)/python
 
 $(STAMP): pyproject.toml $(WANTED) | $(BIN)/python
 	$(BIN)/python -m pip install '$(TORCH)' $(if $(TORCHVISION),'$(TORCHVISION)')
-	$(BIN)/python -m pip install -e '.[test]'
+	$(BIN)/python -m pip install -e '.[test,docs]'
 	@touch $@

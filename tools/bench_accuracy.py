@@ -33,6 +33,7 @@ import torch_pruning
 from torch import nn
 
 import graphprune
+from tools._common import write
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -288,21 +289,14 @@ def main() -> None:
             rows: list[dict[str, Any]] = json.loads(target.read_text()) if target.is_file() else []
             keys = {(r["model"], r["speedup"], r["method"]) for r in new}
             rows = [r for r in rows if (r["model"], r["speedup"], r["method"]) not in keys] + new
-            _write(target, json.dumps(rows, indent=1))
+            write(target, json.dumps(rows, indent=1))
             machine = f"{os.cpu_count()} cores, CPU, {torch.get_num_threads()} thread"
             versions = f"Python {platform.python_version()}, torch {torch.__version__}, Torch-Pruning {_peer_version()}"
-            _write(DOCS / "accuracy.md", HEADER.format(machine=machine, versions=versions) + table(rows) + "\n")
+            write(DOCS / "accuracy.md", HEADER.format(machine=machine, versions=versions) + table(rows) + "\n")
 
 
 def _peer_version() -> str:
     return version("torch-pruning")
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune
+from tools._common import write
 
 from .bench_accuracy import (
     DOCS,
     Task,
     _importances,
     _peer_version,
-    _write,
     loaders,
     task,
     torch_pruning_ratio,
@@ -213,9 +213,9 @@ def main() -> None:
             rows = json.loads(target.read_text()) if target.is_file() else []
             same = ("held_out", "method", "speedup", *(["settings"] if options.held_out else []))
             rows = [r for r in rows if [r[k] for k in same] != [row[k] for k in same]] + [row]
-            _write(target, json.dumps(rows, indent=1))
+            write(target, json.dumps(rows, indent=1))
             if not all(r["held_out"] for r in rows):
-                _write(DOCS / "finetune.md", page(rows))
+                write(DOCS / "finetune.md", page(rows))
 
 
 if __name__ == "__main__":

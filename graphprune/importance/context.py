@@ -141,7 +141,8 @@ class ImportanceContext:
     # BatchNorm scales
 
     def bn_scales(self, group: Group) -> list[Floats]:
-        """|gamma| of each BatchNorm that scales the group's units, a vector (group.size,) each; empty if there is none.
+        """`|gamma|` of each BatchNorm that scales the group's units, a vector (group.size,) each; empty if there is
+        none.
 
         BatchNorms are the model's own modules and those in `bn`; always the trained scale, whether or not `tensors`
         holds it folded into another layer. A unit of k channels gets the mean of their k scales.
@@ -165,7 +166,7 @@ class ImportanceContext:
 
     @functools.cached_property
     def mean_bn_scale(self) -> float | None:
-        """Mean |gamma| over all channels of all BatchNorms of the model and of `bn`; None if there is none."""
+        """Mean `|gamma|` over all channels of all BatchNorms of the model and of `bn`; None if there is none."""
         gammas = {id(weight): self._gamma(name) for name, weight in self._module_gammas.items()}
         gammas.update((id(link.gamma), _with_values(name, link.gamma)) for name, link in self.bn.items())
         if not gammas:

@@ -79,7 +79,7 @@ def plan(
       Nothing else is touched: where sizes in the code tie it to something else, it stays and the plan says so.
       Default "auto": every width, whole heads where the ratio takes at least one, else head features. "layer":
       `ratio` of the layers that can be left out as a whole go (residual blocks, transformer layers, convolutions that
-      keep their shape), ranked by `criterion` "block_influence" (default), "taylor", "loss", "magnitude" (mean |w|,
+      keep their shape), ranked by `criterion` "block_influence" (default), "taylor", "loss", "magnitude" (mean `|w|`,
       no data), "output" (change of the outputs), "latency" (milliseconds gained in ONNX Runtime), or a function that
       says what a network costs; of the other options `ignore`, `budget`, `max_ratio`, `data` and `loss_fn` apply.
       "branch": the same for residual branches inside layers, attention or MLP alone (default "output"). "experts":

@@ -31,7 +31,7 @@ def gradient(
 ) -> nn.Module:
     """Mask the weights whose loss gradient is smallest, and return the model, which is changed in place.
 
-    The score is |dL/dw|, or with `times_weight` |w dL/dw|: to first order, the change of the loss when w is set to
+    The score is `|dL/dw|`, or with `times_weight` `|w dL/dw|`: to first order, the change of the loss when w is set to
     zero (Molchanov et al., 2017; at initialisation, SNIP, Lee et al., 2019). L is the loss over *all* of `data`:
     gradients are added up with their signs, so that the result does not depend on how the data are cut into batches.
 

@@ -41,7 +41,7 @@ class Scheduler:
       its state cut as the parameters are (`graphprune.carry_optimizer`).
 
     Call `step()` after each optimiser step (or epoch) and go on with the model it returns: masks are set in place,
-    while structured pruning returns a smaller model (`changed` says when). The optimizer stays the same object.
+    while structured pruning returns a smaller model (`changed` says when). The optimizer stays the same object::
 
         scheduler = Scheduler(model, schedule("cubic", 0.0, 0.9, 1000), optimizer=optimizer)
         for x, y in loader:

@@ -18,6 +18,7 @@ import torch
 import graphprune
 from graphprune.cli.factories import InputShape, load_factory
 from tests.cli.command_line import as_json, failed, ok, written, zoo_folder
+from tests.runtimes.latency import law
 
 
 @pytest.fixture(autouse=True)
@@ -165,9 +166,10 @@ def test_layers_and_channels_within_a_budget() -> None:
     assert "need a budget" in failed("prune", "zoo:net", *kinds, "--ratio", "0.5")
 
 
-def test_a_latency_table_and_a_plan_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "cache"))
+def test_a_latency_table_and_a_plan_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    law.device(monkeypatch, step=4)  # measuring this machine takes a minute: tests/planning/test_within_latency.py
     data = as_json("latency-table", "zoo:net", "table.json", "--provider", "cpu")
+    assert all(steps == list(range(0, 64, 4)) for steps in data["stairs"].values())
     assert data["points"] >= 3 and data["dense_ms"] > 0 and set(data["stairs"]) == {"conv", "pointwise", "linear"}
     text = ok("prune", "zoo:net", "--budget", "latency=1", "--latency-table", "table.json")
     plan = graphprune.Plan.load("pruned.plan.json")

@@ -134,12 +134,10 @@ def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path: Path) -> Non
             print("written", flush=True)
             time.sleep(600)
         """)
-    writers = []
+    paths = (target, target, other)
+    writers = [subprocess.Popen([sys.executable, "-c", code, p], stdout=subprocess.PIPE, text=True) for p in paths]
     try:
-        for path in (target, target, other):
-            writer = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
-            writers.append(writer)
-            assert writer.stdout is not None and writer.stdout.readline() == "written\n"
+        assert all(writer.stdout is not None and writer.stdout.readline() == "written\n" for writer in writers)
         for writer in (writers[0], writers[2]):
             writer.send_signal(signal.SIGKILL)
             writer.wait()

@@ -223,7 +223,7 @@ def report(
       given). `metric`: what the number is called.
     - `speed`: True to measure both in ONNX Runtime, or options of `graphprune.benchmark` for that; or a BenchmarkReport
       whose models are called "before" and "after". Default: not measured.
-    - `curve`: further networks for the plot of accuracy against cost: `Point`s, or names -> (network, score).
+    - `curve`: further networks for the plot of accuracy against cost: `Point` objects, or names -> (network, score).
     - `sensitivity`: what `graphprune.sensitivity` returned, or group -> {ratio: score or error}, for a plot.
 
     Raises GraphPruneError for unknown stages, scores that are not finite, and models that fail on the example.

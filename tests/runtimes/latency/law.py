@@ -128,3 +128,10 @@ def planned(monkeypatch: Any, model: nn.Module, example: Any, step: int = 1, gro
     return graphprune.plan(model, example, target=graphprune.Target(provider="cpu"), **more)
 
 
+def device(monkeypatch: Any, step: int = 1) -> None:
+    """Let `graphprune.latency_table` measure that machine; its stairs are found as anywhere."""
+    about = {"provider": "law", "threads": 1}
+    made = LatencyTable(about, meter=meter(step), chain_meter=chain(step))
+    monkeypatch.setattr("graphprune.runtimes.latency.device.Bench", type("Stepped", (Bench,), {"step": step}))
+    monkeypatch.setattr("graphprune.runtimes.latency.device.own_table", lambda *a: made)
+    monkeypatch.setattr("graphprune.runtimes.latency.device.keep", lambda t: None)

@@ -148,12 +148,23 @@ def test_training_allows_more() -> None:
 
 
 def test_the_call_that_is_recommended_runs() -> None:
-    model, example_input, data, path = mlp(), X, [torch.randn(60, 6)], "unused"
+    model, example_input, data = mlp(), X, [torch.randn(60, 6)]
     for goal, given in (("speed", None), ("speed", data), ("resources", data)):
         advice = graphprune.advise(model, example_input, goal, data=given)
+        assert advice.options
         for found in advice.options:
-            names = {"graphprune": graphprune, "example_input": example_input, "data": data, "path": path}
-            exec(found.call.split("; graphprune.sparsity.save")[0], {**names, "model": copy.deepcopy(model)})
+            names: dict[str, Any] = {"graphprune": graphprune, "example_input": example_input, "data": data}
+            names["model"] = copy.deepcopy(model)
+            call = found.call.split("; graphprune.sparsity.save")[0]
+            if call.startswith("graphprune.prune("):
+                call = f"small = {call}"
+            exec(call, names)
+            made = names.get("small", names["model"])
+            before, after = (graphprune.count(net, example_input) for net in (model, made))
+            plain = graphprune.sparsity.make_permanent(made) if "masks" in found.method else made
+            left = sum(int(p.count_nonzero()) for p in plain.parameters())
+            assert found.macs == pytest.approx(before.macs / after.macs)
+            assert found.parameters == pytest.approx(before.parameters / left)
 
 
 def test_speed_is_measured_on_request() -> None:
