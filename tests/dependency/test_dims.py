@@ -98,11 +98,15 @@ def test_separate_finds_the_axis_or_the_factors(
                     same = column[array[place]] == column[array[other]]
                     assert same == (classes[place[a]] == classes[other[a]])
     else:
-        assert isinstance(found, (Mixed, Partial))
-        if isinstance(found, Mixed):
-            assert not any(follows(array, a) for a in varying)
-        else:
-            assert [a for a in varying if follows(array, a)] == [found.axis]
+        assert isinstance(found, Mixed) and not any(follows(array, a) for a in varying)
+
+
+def test_an_axis_that_holds_a_dim_in_some_slices_only_is_named() -> None:
+    for array in ([[0, 1, 2], [-1, -1, -1]], [[0, 1, 2], [0, 1, -1]]):
+        for turned, axis in ((np.array(array), 1), (np.array(array).T, 0)):
+            found = separate(7, 3, turned)
+            assert isinstance(found, Partial) and (found.dim, found.axis) == (7, axis)
+            assert np.array_equal(found.array, turned)
 
 
 def follows(array: np.ndarray, axis: int) -> bool:

@@ -82,13 +82,14 @@ class Shuffle(nn.Module):
         self.a, self.b, self.c = nn.Conv2d(2, 4, 1), nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, _, h, w = x.shape
-        y = self.a(x).view(b, 2, 2, h, w).transpose(1, 2).reshape(b, 4, h, w)
-        return self.c(self.b(y))
+        y = self.a(x)
+        b, c, h, w = y.shape
+        return self.c(self.b(y.view(b, 2, c // 2, h, w).transpose(1, 2).reshape(b, c, h, w)))
 
 
 def test_shuffled_channels_meet_their_depthwise_filters() -> None:
     graph = graphprune.trace(Shuffle(), torch.randn(1, 2, 3, 3))
+    assert sum(group.size for group in graph.groups) >= 2
     for group in graph.groups:
         at = {f"{m.parameter}[{m.axis}]": m.positions for m in group.members}
         for unit in range(group.size):
