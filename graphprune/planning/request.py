@@ -282,7 +282,8 @@ def prune(
     network is not what the plan says.
 
     `recover`: None (default), "mean", "batchnorm" or "least_squares": repair what was lost from the inputs in `data`,
-    without labels or training, after verification; see `graphprune.recover`.
+    without labels or training, after verification; "mean" does without data behind batch norms. See
+    `graphprune.recover`.
 
     >>> import torch, graphprune
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))

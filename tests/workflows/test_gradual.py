@@ -108,7 +108,7 @@ def test_recovery_at_every_step_repairs_what_is_redundant() -> None:
         ({"train": 3}, "train: expected a function"),
         ({"train": lambda model, step: 3}, "train: expected it to return a model or None, got int"),
         ({"ignore": nn.Linear(1, 1)}, "ignore: Linear is no module of this model"),
-        ({"recover": "mean"}, "recover='mean' needs inputs"),
+        ({"recover": "least_squares"}, "recover='least_squares' needs inputs"),
         ({"criterion": "wanda"}, "needs data"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -43,7 +44,8 @@ class LayerRecovery:
 
     def __str__(self) -> str:
         note = f": {self.note}" if self.note else ""
-        return f"{self.weight}: {self.method}, relative error {self.before:.2e} -> {self.after:.2e}{note}"
+        error = "" if math.isnan(self.before) else f", relative error {self.before:.2e} -> {self.after:.2e}"
+        return f"{self.weight}: {self.method}{error}{note}"
 
 
 class Refit:

@@ -19,6 +19,7 @@ from ...tracing.trace import record_run
 from .batchnorm import reestimate
 from .layers import LayerRecovery, Refit
 from .norms import kept_folds, take_apart
+from .stored import compensate
 
 METHODS = ("mean", "batchnorm", "least_squares")
 
@@ -41,7 +42,7 @@ def check_method(method: Any, data: Any) -> None:
     if method not in METHODS:
         known = ", ".join(map(repr, METHODS))
         raise GraphPruneError(f"recover: expected None or one of {known}, got {method!r}")
-    if data is None:
+    if data is None and method != "mean":
         raise GraphPruneError(f"recover={method!r} needs inputs to measure on: pass data=, a loader or list of batches")
 
 
@@ -49,8 +50,8 @@ def recover(
     model: nn.Module,
     plan: Plan,
     example_input: Any,
-    data: Any,
-    method: str = "least_squares",
+    data: Any = None,
+    method: str | None = None,
     *,
     ridge: float = 1e-3,
     every_layer: bool = True,
@@ -59,11 +60,14 @@ def recover(
     """Apply `plan` to a copy of `model` and repair the copy so that it does what `model` does on `data`.
 
     `data` yields inputs, or (inputs, targets) whose targets are not used; it is read several times, a batch at a time.
-    `method`:
+    `method` (default: "least_squares" with data, "mean" without):
 
     - "mean": the constant term (bias) of every layer that lost inputs is moved so that its mean result is the dense
       network's. Exact for removed channels that are constant, except at the border of padded convolutions, where the
-      report says so.
+      report says so. Without `data` the means are those that stored statistics say: a batch norm's results have the
+      mean and variance of its shift and scale, and from there they are carried on - through activations by the
+      integral of a normal distribution, exactly; through sums, pooling and convolutions as those of independent
+      channels. Layers whose lost inputs no batch norm stands before are left alone, and the report says so.
     - "batchnorm": batch norm statistics are estimated again on the pruned network (before folding), as cumulative
       averages over the batches.
     - "least_squares": every linear layer and convolution that lost inputs, and with `every_layer` those behind it, is
@@ -83,16 +87,25 @@ def recover(
     Raises GraphPruneError for unknown methods, for data that cannot be read twice or that the model fails on, and for
     plans of another model. `model` is not touched.
     """
-    if method is None:
-        raise GraphPruneError(f"recover: expected one of {', '.join(map(repr, METHODS))}, got None")
+    method = method or ("mean" if data is None else "least_squares")
     check_method(method, data)
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
     example = ExampleInput.of(example_input)
-    batches = CalibrationData(data, example, model)
+    batches = None if data is None else CalibrationData(data, example, model)
     if any(p.is_meta for p in model.parameters()):
         raise GraphPruneError("recover: the model is on the meta device and has no values; load its weights first")
     with torch.no_grad():
+        if batches is None:
+            if plan.layers and not plan.changes_widths:
+                raise GraphPruneError(
+                    "recover: what layers that are left out made is stored nowhere; pass data=, a loader or list of "
+                    "batches"
+                )
+            small = plan.operated(model)
+            dense = apply_folds(model, _common_folds(model, plan, example))
+            said = compensate(model, dense, small, plan, example)
+            return Recovery(_closed(small, model, plan), tuple(said))
         if method == "batchnorm":
             small = dataclasses.replace(plan, folds=()).operated(model)
             reestimate(small, batches)

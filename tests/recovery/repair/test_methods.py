@@ -291,14 +291,15 @@ NO_NORM = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda n, x: graphprune.prune(n, x, recover="mean"), "recover='mean' needs inputs.*data="),
+        (lambda n, x: graphprune.prune(n, x, recover="least_squares"), "recover='least_squares' needs inputs.*data="),
+        (lambda n, x: graphprune.prune(n, x, recover="batchnorm"), "recover='batchnorm' needs inputs.*data="),
         (lambda n, x: graphprune.prune(n, x, recover="magic", data=[x]), "recover: expected None or one of"),
         (lambda n, x: graphprune.prune(n, x, recover="batchnorm", data=[x]), "no batch norm"),
         (lambda n, x: graphprune.prune(n, x, recover="mean", data=[]), "data: yields no batch"),
         (lambda n, x: graphprune.prune(n, x, recover="mean", data=[x[:, :2]]), "data: the model raised"),
         (lambda n, x: graphprune.prune(n, x, criterion="reconstruction"), "needs data: pass data="),
         (lambda n, x: graphprune.recover(n, graphprune.plan(n, x), x, [x], ridge=-1), "ridge"),
-        (lambda n, x: graphprune.recover(n, graphprune.plan(n, x), x, None), "data="),
+        (lambda n, x: graphprune.recover(n, graphprune.plan(n, x), x, None, "least_squares"), "data="),
     ],
 )
 def test_errors(call: Callable[[nn.Module, Tensor], Any], message: str) -> None:

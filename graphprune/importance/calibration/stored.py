@@ -1,0 +1,372 @@
+"""What the statistics that a network stores say about its activations: means and variances, without any data.
+
+A batch norm in eval mode makes, per channel, results of mean beta and variance gamma^2 var / (var + eps) over the data
+that its statistics were taken from. From there means and variances are carried through the recorded run: data movement
+moves them, a linear layer or a convolution sums them (inputs as independent, borders as they are), and a function of
+single elements takes them through the integral of a normal distribution. What nothing is known of is NaN: a network's
+input, and what is computed from it before a batch norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from ...tracing.names import operator_name
+from ...tracing.recorder import TensorMeta
+from ...tracing.trace import Trace
+
+# name -> places of scale, shift, running variance and eps, and of the flag that says that a batch's own are taken.
+_NORMS: dict[str, tuple[int, int, int, int, int | None]] = {
+    "native_batch_norm": (1, 2, 4, 7, 5),
+    "_native_batch_norm_legit": (1, 2, 4, 7, 5),
+    "batch_norm": (1, 2, 4, 7, 5),
+    "cudnn_batch_norm": (1, 2, 4, 7, 5),
+    "miopen_batch_norm": (1, 2, 4, 7, 5),
+    "_native_batch_norm_legit_no_training": (1, 2, 4, 6, None),
+    "_batch_norm_no_update": (1, 2, 4, 6, None),
+}
+_MOVES = frozenset(
+    "alias detach clone contiguous dropout feature_dropout alpha_dropout to _to_copy view _unsafe_view reshape "
+    "_reshape_alias flatten unflatten expand permute transpose t movedim unsqueeze squeeze cat stack slice select "
+    "unbind split split_with_sizes chunk narrow constant_pad_nd repeat flip roll pixel_shuffle pixel_unshuffle "
+    "channel_shuffle native_channel_shuffle swapaxes index_select upsample_nearest2d".split()
+)
+# Means over places, of which each is as the others: of the variance it is an upper bound.
+_AVERAGES = frozenset(
+    "mean adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
+    "avg_pool1d avg_pool2d avg_pool3d".split()
+)
+_SUMS = {"add": 1.0, "add_": 1.0, "sub": -1.0, "sub_": -1.0}
+_SAME = frozenset(("native_dropout",))
+# Where functions of one element bend, for integration piece by piece.
+_BENDS: dict[str, tuple[float, ...]] = {
+    "relu": (0.0,), "relu_": (0.0,), "leaky_relu": (0.0,), "leaky_relu_": (0.0,), "elu": (0.0,), "elu_": (0.0,),
+    "relu6": (0.0, 6.0), "relu6_": (0.0, 6.0), "hardsigmoid": (-3.0, 3.0), "hardsigmoid_": (-3.0, 3.0),
+    "hardswish": (-3.0, 3.0), "hardswish_": (-3.0, 3.0), "abs": (0.0,), "selu": (0.0,), "celu": (0.0,),
+}  # fmt: skip
+_REACH = 9.0  # standard deviations: nothing that counts lies beyond
+_EDGES = (-_REACH, -3.0, 0.0, 3.0, _REACH)
+_CHUNK = 1 << 15  # elements integrated at a time
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(48)
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spread:
+    """Mean and variance of every element of a tensor, over data; NaN where unknown.
+
+    `root`: the tensor, taken as normal, that this is a function of element by element, if it is one; `function`: that
+    function; `bends`: of the root's values, where it is not smooth.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    root: Spread | None = None
+    function: Function | None = None
+    bends: tuple[float, ...] = ()
+
+    @property
+    def fixed(self) -> bool:
+        """It is the same whatever the data are."""
+        return not bool(self.variance.any())
+
+    @property
+    def base(self) -> Spread:
+        return self if self.root is None else self.root
+
+    def at(self, points: Tensor) -> Tensor:
+        """Its values where the root has these."""
+        return points if self.function is None else self.function(points)
+
+
+def stored_spreads(trace: Trace, tensors: dict[str, Tensor], upto: frozenset[fx.Node]) -> dict[fx.Node, Spread]:
+    """The spreads of these nodes. `tensors`: parameters and buffers by name."""
+    wanted = _needed(upto)
+    found: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in trace.graph.nodes:
+            if node in wanted:
+                found[node] = _slim(_Visit(node, found, tensors, trace).result())
+    return {node: found[node] for node in upto if isinstance(found.get(node), Spread)}
+
+
+def _slim(made: Any) -> Any:
+    if isinstance(made, list):
+        return [_slim(one) for one in made]
+    if not isinstance(made, Spread):
+        return made
+    return dataclasses.replace(made, mean=_pressed(made.mean), variance=_pressed(made.variance))
+
+
+def _needed(nodes: frozenset[fx.Node]) -> set[fx.Node]:
+    """These and all before them, except what lies before batch norms."""
+    todo, seen = list(nodes), set(nodes)
+    while todo:
+        node = todo.pop()
+        for source in node.all_input_nodes[1:] if _norm_places(node) else node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                todo.append(source)
+    return seen
+
+
+def _norm_places(node: fx.Node) -> tuple[int, int, int, int, int | None] | None:
+    places = _NORMS.get(operator_name(node)) if node.op == "call_function" else None
+    if places is None:
+        return None
+    flag = places[4]
+    return None if flag is not None and bool(node.args[flag]) else places
+
+
+class _Visit:
+    """One node: its spread from those of what it reads."""
+
+    def __init__(self, node: fx.Node, found: dict[fx.Node, Any], tensors: dict[str, Tensor], trace: Trace) -> None:
+        self.node, self.found, self.tensors, self.trace = node, found, tensors, trace
+        self.name = operator_name(node)
+
+    def result(self) -> Any:
+        node = self.node
+        if node.op == "get_attr":
+            name = node.meta.get("parameter")
+            value = self.tensors.get(name) if name is not None else self.trace.constants.get(str(node.target))
+            return self._unknown() if value is None or value.is_meta else _constant(value.detach())
+        if node.op != "call_function":
+            return self._unknown()
+        if node.target is operator.getitem:
+            source = self.found.get(node.args[0])  # type: ignore[arg-type]
+            return source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
+        try:
+            made = self._called()
+        except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            made = None  # a form that is not known here
+        return self._unknown() if made is None else made
+
+    def _unknown(self) -> Any:
+        meta = self.node.meta.get("val")
+        if isinstance(meta, tuple):
+            return [_nothing(m.shape) if isinstance(m, TensorMeta) else None for m in meta]
+        return _nothing(meta.shape) if isinstance(meta, TensorMeta) else None
+
+    def _operands(self) -> list[Spread]:
+        return [s for n in self.node.all_input_nodes if isinstance(s := self.found.get(n), Spread)]
+
+    def _called(self) -> Any:
+        places = _norm_places(self.node)
+        if places is not None:
+            return self._normalised(places)
+        operands = self._operands()
+        if len(operands) != len(self.node.all_input_nodes) or not operands:
+            return None
+        if self.name in _MOVES:
+            return self._moved()
+        if self.name in _AVERAGES:
+            mean, variance = self._on("mean"), self._on("variance")
+            return Spread(mean, variance)
+        if self.name in ("convolution", "linear", "addmm", "mm", "matmul"):
+            return self._summed()
+        if torch.Tag.pointwise in getattr(self.node.target, "tags", ()) or self.name in _BENDS or self.name in _SUMS:
+            return self._pointwise(operands)
+        return None
+
+    def _normalised(self, places: tuple[int, int, int, int, int | None]) -> Any:
+        scale, shift, variance, eps, _ = (self.node.args[p] if isinstance(p, int) else None for p in places)
+        meta = self.node.meta["val"]
+        several = isinstance(meta, tuple)
+        shape = tuple((meta[0] if several else meta).shape)
+        stored = self._value(variance)
+        if stored is None:
+            return None
+        mean = self._value(shift)
+        gamma = self._value(scale)
+        spread = stored / (stored + float(eps))  # type: ignore[arg-type]
+        spread = spread if gamma is None else spread * gamma.square()
+        mean = torch.zeros_like(stored) if mean is None else mean
+        view = (1, -1) + (1,) * (len(shape) - 2)
+        made = Spread(mean.reshape(view).expand(shape), spread.reshape(view).expand(shape))
+        return [made, *(None,) * (len(meta) - 1)] if several else made
+
+    def _value(self, node: Any) -> Tensor | None:
+        name = node.meta.get("parameter") if isinstance(node, fx.Node) else None
+        tensor = self.tensors.get(name) if name is not None else None
+        return None if tensor is None else tensor.detach().double()
+
+    def _on(self, part: str, arguments: Sequence[Any] | None = None) -> Any:
+        """The very same call, on the means or the variances of what it reads."""
+
+        def taken(value: Any) -> Any:
+            spread = self.found[value]
+            return getattr(spread, part)
+
+        args = self.node.args if arguments is None else arguments
+        args = fx.node.map_aggregate(args, lambda a: taken(a) if isinstance(a, fx.Node) else a)
+        kwargs = fx.node.map_aggregate(self.node.kwargs, lambda a: taken(a) if isinstance(a, fx.Node) else a)
+        kwargs = {k: torch.float64 if k == "dtype" and v is not None else v for k, v in kwargs.items()}
+        return self.node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def _moved(self) -> Any:
+        if self.name == "constant_pad_nd":
+            value = float(self.node.args[2]) if len(self.node.args) > 2 else 0.0  # type: ignore[arg-type]
+            mean = self._on("mean")
+            return Spread(mean, self._on("variance", [*self.node.args[:2], 0.0])) if value == value else None
+        if self.name in ("to", "_to_copy", "contiguous", "clone", "dropout", "feature_dropout", "alpha_dropout"):
+            return self._operands()[0]
+        if self.name in ("view", "_unsafe_view", "_reshape_alias"):  # what is broadcast cannot be viewed
+            (data,), shape = self._operands(), self.node.args[1]
+            return Spread(data.mean.reshape(shape), data.variance.reshape(shape))  # type: ignore[arg-type]
+        mean, variance = self._on("mean"), self._on("variance")
+        if isinstance(mean, (list, tuple)):
+            return [Spread(m, v) for m, v in zip(mean, variance, strict=True)]
+        return Spread(mean, variance)
+
+    def _summed(self) -> Spread | None:
+        """Products summed: operands but the first data are fixed."""
+        args: list[Any] = list(self.node.args)
+        first = 1 if self.name == "addmm" else 0
+        weights = [self.found[a] for i, a in enumerate(args) if isinstance(a, fx.Node) and i != first]
+        if not all(w.fixed for w in weights):
+            return None
+        mean = self._on("mean")
+        data, weight = self.found[args[first]], self.found[args[first + 1]]
+        if data.fixed:
+            return Spread(mean, torch.zeros_like(mean))
+        values = {first: data.variance, first + 1: weight.mean.square()}
+        if self.name == "addmm":
+            return Spread(mean, values[first] @ values[first + 1])
+        squared = [values.get(i, None if isinstance(a, fx.Node) else a) for i, a in enumerate(args)]
+        return Spread(mean, self.node.target(*squared))  # type: ignore[operator]
+
+    def _pointwise(self, operands: list[Spread]) -> Spread | None:
+        random = [s for s in operands if not s.fixed]
+        roots = {id(s.base): s.base for s in random}
+        if not random:
+            mean = self._on("mean")
+            return Spread(mean, torch.zeros_like(mean))
+        if len(roots) == 1 and all(s.mean.numel() == 1 or s in random for s in operands):
+            return self._function(next(iter(roots.values())), random)
+        if self.name in _SUMS and len(self.node.args) == 2 and not self.node.kwargs and len(operands) == 2:
+            a, b = operands
+            sign = _SUMS[self.name]
+            mean = _together(lambda x, y: x + sign * y, a.mean, b.mean)
+            return Spread(mean, _together(torch.add, a.variance, b.variance))
+        if self.name in ("mul", "mul_", "div", "div_") and len(operands) == 2:
+            return self._product(*(self.found[a] for a in self.node.args[:2]))  # type: ignore[index]
+        return None
+
+    def _product(self, a: Spread, b: Spread) -> Spread | None:
+        if self.name.startswith("div"):
+            if not b.fixed:
+                return None
+            variance = _together(lambda v, m: v / m.square(), a.variance, b.mean)
+            return Spread(_together(torch.div, a.mean, b.mean), variance)
+        variance = _together(
+            lambda v, w, m, n: v * w + v * n.square() + w * m.square(), a.variance, b.variance, a.mean, b.mean
+        )
+        return Spread(_together(torch.mul, a.mean, b.mean), variance)
+
+    def _function(self, root: Spread, random: list[Spread]) -> Spread:
+        """A function of each element of one tensor."""
+        node, found = self.node, self.found
+
+        def function(points: Tensor) -> Tensor:
+            def at(value: Any) -> Any:
+                if not isinstance(value, fx.Node):
+                    return value
+                spread = found[value]
+                return spread.mean.double().reshape(()) if spread.fixed else spread.at(points)
+
+            args = fx.node.map_aggregate(node.args, at)
+            kwargs = fx.node.map_aggregate(node.kwargs, at)
+            result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+            return result
+
+        # bends of the outer function are those of the root only where nothing lies between
+        own: tuple[float, ...] = ()
+        if all(s.function is None for s in random):
+            own = _BENDS.get(self.name, ())
+            if self.name in ("hardtanh", "hardtanh_", "clamp", "clamp_"):
+                own = tuple(float(a) for a in node.args[1:3] if isinstance(a, (int, float)))
+                own = own or ((-1.0, 1.0) if self.name.startswith("hardtanh") else ())
+        bends = tuple(sorted({*own, *(b for s in random for b in s.bends)}))
+        mean, variance = integrate(_safe(function), root.mean, root.variance, bends)
+        return Spread(mean, variance, root, function, bends)
+
+
+def _safe(function: Function) -> Function:
+    return lambda points: function(points.clone())  # some calls write into what they read
+
+
+def integrate(function: Function, mean: Tensor, variance: Tensor, bends: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean and variance of `function` of normal numbers, element by element: Gauss-Legendre between the bends.
+
+    What is the same along an axis (a broadcast one) is computed once.
+    """
+    shape, (m, v) = mean.shape, _compact(mean.double(), variance.double())
+    small = m.shape
+    m, s = m.reshape(-1), v.reshape(-1).clamp_min(0).sqrt()
+    parts = [_integrated(function, a, b, bends) for a, b in zip(m.split(_CHUNK), s.split(_CHUNK), strict=True)]
+    first, second = (torch.cat(part).reshape(small).expand(shape) for part in zip(*parts, strict=True))
+    return first, (second - first.square()).clamp_min(0)
+
+
+def _integrated(function: Function, m: Tensor, s: Tensor, bends: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """First and second moment of the function's results."""
+    width = s.clamp_min(1e-12)
+    places = [*(torch.full_like(m, z) for z in _EDGES), *(((b - m) / width).clamp(-_REACH, _REACH) for b in bends)]
+    edges = torch.stack(places).sort(0).values
+    nodes, weights = torch.from_numpy(_NODES).to(m.device), torch.from_numpy(_WEIGHTS).to(m.device)
+    first, second = torch.zeros_like(m), torch.zeros_like(m)
+    for low, high in itertools.pairwise(edges):
+        half, middle = (high - low) / 2, (high + low) / 2
+        z = middle[:, None] + half[:, None] * nodes
+        density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi) * weights * half[:, None]
+        values = function(m[:, None] + s[:, None] * z)
+        first += (values * density).sum(1)
+        second += (values.square() * density).sum(1)
+    return first, second
+
+
+def _compact(*tensors: Tensor) -> list[Tensor]:
+    """Tensors of one shape, without the copies along axes on which all of them are broadcast."""
+    broadcast = [all(t.stride(axis) == 0 for t in tensors) for axis in range(tensors[0].dim())]
+    index = tuple(slice(0, 1) if copies else slice(None) for copies in broadcast)
+    return [t[index] for t in tensors]
+
+
+def _pressed(tensor: Tensor) -> Tensor:
+    """Broadcast along every axis on which nothing changes, so that what follows has less to compute."""
+    for axis in range(tensor.dim()):
+        if tensor.shape[axis] > 1 and tensor.stride(axis) != 0:
+            first = tensor.narrow(axis, 0, 1)
+            if bool(((tensor == first) | (tensor.isnan() & first.isnan())).all()):
+                tensor = first.expand(tensor.shape)
+    return tensor
+
+
+def _together(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`function` of tensors element by element, under broadcasting, computed once where they are broadcast."""
+    wide = torch.broadcast_tensors(*tensors)
+    return function(*_compact(*wide)).expand(wide[0].shape)
+
+
+def _constant(value: Tensor) -> Spread:
+    value = value.double() if value.is_floating_point() else value
+    return Spread(value, torch.zeros((), dtype=torch.float64).expand(value.shape))
+
+
+def _nothing(shape: Sequence[int]) -> Spread:
+    unknown = torch.full((), float("nan"), dtype=torch.float64).expand(tuple(shape))
+    return Spread(unknown, unknown)
+
+
+__all__ = ["Spread", "integrate", "stored_spreads"]
