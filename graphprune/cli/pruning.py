@@ -59,7 +59,7 @@ def prune(
     latency_table: TableOption = None,
     ignore: IgnoreOption = None,
     scope: ScopeOption = "local",
-    criterion: CriterionOption = "l2",
+    criterion: CriterionOption = None,
     layer_criterion: LayerCriterionOption = None,
     round_to: RoundOption = 1,
     min_channels: LeastOption = 1,

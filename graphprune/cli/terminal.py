@@ -78,7 +78,12 @@ ModeOption = Annotated[
     ),
 ]
 CriterionOption = Annotated[
-    str, _option(_PRUNING, "l1, l2, bn_scale, fpgm, lamp, random, or one that the module registers.", "--criterion")
+    str | None,
+    _option(
+        _PRUNING,
+        "flow (default), l1, l2, bn_scale, fpgm, lamp, random, or one that the module registers.",
+        "--criterion",
+    ),
 ]
 LayerCriterionOption = Annotated[
     str | None,

@@ -6,6 +6,7 @@ from . import (  # noqa: F401  (importing them registers their criteria)
     activation,
     batchnorm,
     chance,
+    flow,
     geometric,
     gradient,
     magnitude,

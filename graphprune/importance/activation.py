@@ -37,26 +37,26 @@ def _with_maps(calibration: Calibration) -> dict[str, ChannelStatistics]:
     return channel_statistics(calibration, maps=True)
 
 
-@criterion("activation_mean", needs="inputs")
+@criterion("activation_mean", needs="inputs", folded=True)
 def activation_mean(context: ImportanceContext, group: Group) -> Floats:
     """Mean |x| of what each unit passes on (Molchanov et al., ICLR 2017, the activation criterion)."""
     return _over_readers(context, group, lambda s, _: s.absolute / s.rows)
 
 
-@criterion("activation_variance", needs="inputs")
+@criterion("activation_variance", needs="inputs", folded=True)
 def activation_variance(context: ImportanceContext, group: Group) -> Floats:
     """Variance of what each unit passes on, over samples and positions: what is constant can go into a bias (Polyak &
     Wolf, Channel-level acceleration of deep face representations, IEEE Access 2015)."""
     return _over_readers(context, group, lambda s, _: s.variance)
 
 
-@criterion("apoz", needs="inputs")
+@criterion("apoz", needs="inputs", folded=True)
 def apoz(context: ImportanceContext, group: Group) -> Floats:
     """1 - average percentage of zeros of what each unit passes on (Hu et al., Network Trimming, 2016)."""
     return _over_readers(context, group, lambda s, _: s.nonzero / s.rows)
 
 
-@criterion("wanda", needs="inputs")
+@criterion("wanda", needs="inputs", folded=True)
 def wanda(context: ImportanceContext, group: Group) -> Floats:
     """|W| |x|_2 summed over the weights that read each unit (Sun et al., Wanda, ICLR 2024, summed over whole input
     columns): how much of the layers' results comes through the unit."""
@@ -72,13 +72,13 @@ def wanda(context: ImportanceContext, group: Group) -> Floats:
     return _over_readers(context, group, score)
 
 
-@criterion("hrank", needs="inputs")
+@criterion("hrank", needs="inputs", folded=True)
 def hrank(context: ImportanceContext, group: Group) -> Floats:
     """Average rank of each unit's feature maps (Lin et al., HRank, CVPR 2020). Slow: one decomposition per map."""
     return _over_readers(context, group, lambda s, _: s.rank / s.samples, maps=True)
 
 
-@criterion("chip", needs="inputs")
+@criterion("chip", needs="inputs", folded=True)
 def chip(context: ImportanceContext, group: Group) -> Floats:
     """Channel independence: how far the nuclear norm of the feature matrix (channels x positions) falls when a channel
     is zeroed, mean over samples (Sui et al., CHIP, NeurIPS 2021). Slow: one decomposition per sample and channel. A

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..dependency.groups import Group, Member, Role
 from ..errors import GraphPruneError
 from .calibration import Calibration
+from .calibration.stored import StoredStatistics
 
 Floats = npt.NDArray[np.float64]
 
@@ -61,6 +62,7 @@ class ImportanceContext:
     `bn`: parameter name -> BatchNorm scale folded into that parameter. Default none.
     `seed`: non-negative; only `generator` uses it. Default 0.
     `calibration`: what data say about the network with these tensors, for criteria that need it. Default none.
+    `stored`: what the network's own statistics say of its activations. Default none.
     `compared`: whether scores of different groups will be held against each other; a criterion may save itself the
     work of making them comparable where they are not. Default True.
 
@@ -77,6 +79,7 @@ class ImportanceContext:
         seed: int = 0,
         calibration: Calibration | None = None,
         compared: bool = True,
+        stored: StoredStatistics | None = None,
     ) -> None:
         if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
             raise GraphPruneError(f"seed: expected a non-negative integer, got {seed!r}")
@@ -86,6 +89,7 @@ class ImportanceContext:
         self.seed = int(seed)
         self.compared = compared
         self._calibration = calibration
+        self._stored = stored
         self._power_sums: dict[tuple[str, int, float], Floats] = {}
 
     # Members and their values
@@ -126,12 +130,20 @@ class ImportanceContext:
         """
         if not (p > 0 and math.isfinite(p)):
             raise GraphPruneError(f"norm: p must be a finite number above 0, got {p!r}")
-        key = (member.parameter, member.axis, float(p))
+        by_unit: Floats = self._powers(member, float(p)).sum(axis=1)
+        return by_unit if p == 1 else np.power(by_unit, 1.0 / p)
+
+    def squares(self, member: Member) -> Floats:
+        """The sum of squares of every slice that belongs to a unit, shape (units, k) as `member.positions`."""
+        return self._powers(member, 2.0)
+
+    def _powers(self, member: Member, p: float) -> Floats:
+        key = (member.parameter, member.axis, p)
         sums = self._power_sums.get(key)
         if sums is None:
-            sums = self._power_sums[key] = _power_sums(self._values(member.parameter), member.axis, float(p))
-        by_unit: Floats = sums[member.positions].sum(axis=1)
-        return by_unit if p == 1 else np.power(by_unit, 1.0 / p)
+            sums = self._power_sums[key] = _power_sums(self._values(member.parameter), member.axis, p)
+        found: Floats = sums[member.positions]
+        return found
 
     def nonfinite(self, group: Group) -> list[str]:
         """Names of the group's floating point parameters and buffers that hold NaN or infinity."""
@@ -198,6 +210,12 @@ class ImportanceContext:
         if self._calibration is None:
             raise GraphPruneError("this criterion needs data: pass data=, a loader or list of batches")
         return self._calibration
+
+    def stored_variance(self, name: str) -> Floats | None:
+        """Variances of what the linear layer or convolution with the weight `name` reads, one per index of its input
+        axis, by the statistics that the network stores; NaN where unknown. None for other parameters."""
+        found = None if self._stored is None else self._stored.variance(name)
+        return None if found is None else found.cpu().numpy()
 
     def generator(self, group: Group) -> np.random.Generator:
         """Random numbers that depend on the seed and the group's index alone, not on what was drawn before."""

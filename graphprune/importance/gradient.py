@@ -15,7 +15,7 @@ from .magnitude import judged_members, mean_norm, over_members
 from .registry import criterion
 
 
-@criterion("taylor", comparable=True, needs="loss")
+@criterion("taylor", comparable=True, needs="loss", folded=True)
 def taylor(context: ImportanceContext, group: Group) -> Floats:
     """|sum of w dL/dw| over each unit's weights: the first-order change of the loss when the unit goes (Molchanov et
     al., Importance Estimation for Neural Network Pruning, CVPR 2019, weight form).
@@ -27,7 +27,7 @@ def taylor(context: ImportanceContext, group: Group) -> Floats:
     return _over_weights(context, group, lambda n: gradients[n] * _value(context, n) if n in gradients else None, abs)
 
 
-@criterion("hessian", comparable=True, needs="loss")
+@criterion("hessian", comparable=True, needs="loss", folded=True)
 def hessian(context: ImportanceContext, group: Group) -> Floats:
     """Sum of w^2 h / 2 over each unit's weights: the second-order change of the loss (LeCun, Denker & Solla, Optimal
     Brain Damage, NIPS 1989), with the diagonal of the empirical Fisher information, mean over samples of (dL/dw)^2, for
@@ -38,7 +38,7 @@ def hessian(context: ImportanceContext, group: Group) -> Floats:
     )
 
 
-@criterion("taylor_gate", comparable=True, needs="loss")
+@criterion("taylor_gate", comparable=True, needs="loss", folded=True)
 def taylor_gate(context: ImportanceContext, group: Group) -> Floats:
     """Mean over samples of |dL/dz|, z a factor on all that the unit passes on (Molchanov et al., CVPR 2019, gate form;
     ICLR 2017): activation times gradient, summed over positions and over the layers that read the unit.
@@ -49,7 +49,7 @@ def taylor_gate(context: ImportanceContext, group: Group) -> Floats:
     return taylor(context, group) if products is None else products.abs().mean(0).cpu().numpy()
 
 
-@criterion("fisher", comparable=True, needs="loss")
+@criterion("fisher", comparable=True, needs="loss", folded=True)
 def fisher(context: ImportanceContext, group: Group) -> Floats:
     """Half the mean over samples of (dL/dz)^2, z as in "taylor_gate" (Theis et al., Faster gaze prediction with dense
     networks and Fisher pruning, 2018). A unit that no linear layer or convolution reads scores by "hessian"."""

@@ -1,4 +1,4 @@
-"""Worth by the size of the weights: "l1", "l2" and "lamp"."""
+"""Worth by the size of the weights: "l1", "l2" and "lamp"; "l1_folded" and so on with batch norms folded in first."""
 
 from __future__ import annotations
 
@@ -70,6 +70,10 @@ def lamp(context: ImportanceContext, group: Group) -> Floats:
     s the lower index ranks higher. A unit of zeros scores 0.
     """
     return lamp_scores(mean_norm(context, group, 2))
+
+
+for _name, _function, _comparable in (("l1", l1, False), ("l2", l2, False), ("lamp", lamp, True)):
+    criterion(f"{_name}_folded", comparable=_comparable, folded=True)(_function)
 
 
 def lamp_scores(magnitudes: Floats) -> Floats:

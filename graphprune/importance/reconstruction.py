@@ -36,7 +36,7 @@ class Problem:
     energy: float
 
 
-@criterion("reconstruction", comparable=True, needs="inputs")
+@criterion("reconstruction", comparable=True, needs="inputs", folded=True)
 def reconstruction(context: ImportanceContext, group: Group) -> Floats:
     """Squared error that the layers which read the channels cannot make up for, as they lose one unit after the other.
 

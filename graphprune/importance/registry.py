@@ -55,7 +55,8 @@ class Criterion:
     `comparable`: the scores of different groups are on one scale as they are, so that ranking across groups
     should use them raw; otherwise `normalise` them first. `needs`: "inputs" or "loss" where the function reads
     `context.calibration`, which is there only if the caller passed data (and a loss function). `reduction`,
-    `normaliser`: see `with_options`.
+    `normaliser`: see `with_options`. `folded`: it sees the weights that layers have once the batch norms behind them
+    are folded in, instead of those that they have.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Criterion:
     needs: Needs = None
     reduction: Reduction = "mean"
     normaliser: How | None = "mean"
+    folded: bool = False
 
     def check_data(self, data: Any, loss_fn: Any) -> None:
         """Raise GraphPruneError, naming the missing argument, unless what the criterion needs was passed."""
@@ -123,18 +125,24 @@ class Criterion:
 CRITERIA: Registry[Criterion] = Registry("criterion")
 
 
-def criterion(name: str, *, comparable: bool = False, needs: Needs = None) -> Callable[[_F], _F]:
+DEFAULT = "flow"
+"""The criterion where none is named."""
+
+
+def criterion(
+    name: str, *, comparable: bool = False, needs: Needs = None, folded: bool = False
+) -> Callable[[_F], _F]:
     """Register a function `(context, group) -> scores` under `name`, for `prune(..., criterion=name)`.
 
     The function returns anything array-like of shape (group.size,); the higher a score, the rather its unit is kept.
-    `comparable`, `needs`: see `Criterion`. The function itself is returned unchanged. Defining the same function
-    again (in a notebook) replaces it; another function under a taken name raises GraphPruneError.
+    `comparable`, `needs`, `folded`: see `Criterion`. The function itself is returned unchanged. Defining the same
+    function again (in a notebook) replaces it; another function under a taken name raises GraphPruneError.
     """
     if not isinstance(name, str) or not name.strip():
         raise GraphPruneError(f"criterion: expected a name, got {name!r}; write @criterion(\"name\")")
 
     def register(function: _F) -> _F:
-        CRITERIA.add(name, Criterion(name, function, comparable, needs), function)
+        CRITERIA.add(name, Criterion(name, function, comparable, needs, folded=folded), function)
         return function
 
     return register

@@ -7,7 +7,7 @@ import sys
 from typing import Any, Literal
 
 from ..errors import GraphPruneError
-from .registry import _REDUCTIONS, CRITERIA, Criterion, How, Reduction, known_criteria
+from .registry import _REDUCTIONS, CRITERIA, DEFAULT, Criterion, How, Reduction, known_criteria
 
 
 def with_options(
@@ -39,12 +39,13 @@ def with_options(
     return found
 
 
-def resolve_criterion(criterion: Any) -> Criterion:
+def resolve_criterion(criterion: Any = None) -> Criterion:
     """The criterion meant by a registered name, a function `(context, group) -> scores`, or an object of
-    `torch_pruning.importance`; a `Criterion` is returned as it is.
+    `torch_pruning.importance`; a `Criterion` is returned as it is. None is the default, "flow".
 
     Raises GraphPruneError for an unknown name, with the known ones and the nearest, and for anything else.
     """
+    criterion = DEFAULT if criterion is None else criterion
     if isinstance(criterion, Criterion):
         return criterion
     if isinstance(criterion, str):

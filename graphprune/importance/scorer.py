@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from ..dependency import DependencyGraph
 from ..plans.surgery import Fold, fold_names, folded_tensors
 from ..tracing.names import all_modules, named_tensors
+from ..tracing.trace import Trace
 from . import BatchNormLink, Criterion, ImportanceContext, normalise
 from .calibration import Calibration
+from .calibration.stored import StoredStatistics
 
 
 class Scorer:
@@ -26,19 +28,21 @@ class Scorer:
         normalised: bool,
         calibration: Calibration | None,
         compared: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         tensors = {n: t.detach() for n, t in named_tensors(model).items()}
+        stored = None if trace is None else StoredStatistics(trace, tensors)
         self.meta = any(t.is_meta for t in tensors.values())
         links = {}
         if folds and not self.meta:
-            tensors.update(folded_tensors(model, folds))
+            tensors = {**tensors, **folded_tensors(model, folds)} if criterion.folded else tensors
             modules = all_modules(model)
             for fold in folds:
                 norm = modules[fold.batch_norm]
                 if isinstance(norm.weight, Tensor):
                     links[fold_names(fold)[0]] = BatchNormLink(norm.weight.detach(), fold.axis, fold.batch_norm)
         options: dict[str, Any] = {"bn": links, "seed": seed, "calibration": calibration, "compared": compared}
-        self.context = ImportanceContext(model, tensors, **options)
+        self.context = ImportanceContext(model, tensors, **options, stored=stored)
         self.criterion = criterion
         self.normalised = normalised
         self.cache: dict[tuple[Any, ...], np.ndarray] = {}

@@ -67,7 +67,7 @@ def plan(
     - `ignore`: modules, names or patterns whose outputs stay. The network's inputs and outputs always stay.
     - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
       structure (Fang et al., ECCV 2024).
-    - `criterion`: "l1", "l2" (default), "bn_scale", "fpgm", "lamp", "random"; with `data` "reconstruction",
+    - `criterion`: "flow" (default), "l1", "l2", "bn_scale", "fpgm", "lamp", "random"; with `data` "reconstruction",
       "activation_mean", "activation_variance", "apoz", "wanda", "hrank", "chip"; with `data` and `loss_fn` "taylor",
       "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or an
       importance object of the torch_pruning library.
@@ -91,8 +91,8 @@ def plan(
       input. `criterion` ranks channels, `layer_criterion` layers. Names in the plan are those of the whole model.
     - `layer_criterion`: how layers are ranked where `granularity` lists "layer" or "branch" and widths too; names and
       defaults as in "layer" above.
-    - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training,
-      while importance still sees the folded, effective filters.
+    - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training;
+      what goes is the same.
     - `seed`: for the criterion "random".
     - `data`: calibration batches for criteria that need them: a DataLoader or a list that yields inputs, or (inputs,
       targets) for those that need a loss. `loss_fn(output, targets)`: that loss, a scalar.
@@ -178,7 +178,7 @@ class _Job:
         if not self.widths:
             return None, self._whole()
         check_output(self.output)
-        chosen = resolve_criterion("l2" if self.criterion is None else self.criterion)
+        chosen = resolve_criterion(self.criterion)
         chosen.check_data(self.data, self.loss_fn)
         target = Target.of(self.target)
         budget = self.settings.budget

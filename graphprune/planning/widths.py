@@ -60,7 +60,8 @@ def plan_once(
     compared = settings.scope != "local" or settings.budget is not None
     normalised = compared and not criterion.comparable
     calibration = None if source is None else source.calibration(model, folds)
-    scorer = Scorer(model, [fold for fold, _ in effective], criterion, seed, normalised, calibration, compared)
+    known = [fold for fold, _ in effective]
+    scorer = Scorer(model, known, criterion, seed, normalised, calibration, compared, graph.trace)
     kept_folds = folds if fold_bn else []
     limits = functools.partial(make_limits, settings.budget, graph, model, kept_folds, forecast)
     settled = settle(graph, settings, scorer, limits, rewriter)

@@ -138,7 +138,7 @@ class Channels:
         *,
         ignore: Ignore = (),
         scope: str = "local",
-        criterion: Criterionlike = "l2",
+        criterion: Criterionlike | None = None,
         round_to: int = 1,
         min_channels: int = 1,
         granularity: str | Sequence[str] = "auto",

@@ -192,7 +192,7 @@ def test_weights_are_loaded_first() -> None:
     with torch.no_grad():
         model.get_parameter("first.weight")[::2] *= 1e-3
     graphprune.save(model, "mine.safetensors")
-    ok("prune", "zoo:net", "--weights", "mine.safetensors", "--ratio", "0.5")
+    ok("prune", "zoo:net", "--weights", "mine.safetensors", "--ratio", "0.5", "--criterion", "l2")
     removed = graphprune.Plan.load("pruned.plan.json").removed
     assert removed["first.weight"][0] == (0, 2, 4, 6)
 

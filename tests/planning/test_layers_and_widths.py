@@ -19,6 +19,8 @@ from graphprune.tracing.names import named_tensors
 from tests.layered_networks import networks
 
 LAYERS = ["layer", "auto"]
+JOINT: dict[str, Any] = {"granularity": LAYERS, "criterion": "l2_folded"}
+"""With a criterion that loses so much on these networks that layers go too."""
 
 
 class Block(nn.Module):
@@ -130,7 +132,7 @@ def test_random_residual_networks(seed: int, what: str, tmp_path: Path) -> None:
     limit = 0.2 + 0.6 * float(torch.rand((), generator=rng))
     before = {n: t.clone() for n, t in named_tensors(model).items()}
     fold = bool(seed % 2)
-    plan = graphprune.plan(model, IMAGE, budget=Budget(**{what: limit}), granularity=LAYERS, fold_bn=fold)
+    plan = graphprune.plan(model, IMAGE, budget=Budget(**{what: limit}), **JOINT, fold_bn=fold)
     small = plan.apply(model)
     counts = [graphprune.count(m, IMAGE) for m in (model, small)]
     dense, left = (c.macs if what == "macs" else c.parameters for c in counts)
@@ -183,7 +185,7 @@ def shorter_is_enough(model: nn.Module, x: Any, budget: Budget) -> bool:
 @pytest.mark.parametrize("what", ["macs", "params"])
 def test_budgets_are_met_within_a_percent(what: str, limit: float) -> None:
     model = Listed(1, width=48, hidden=64)
-    plan = graphprune.plan(model, IMAGE, budget=Budget(**{what: limit}), granularity=LAYERS, max_ratio=0.6)
+    plan = graphprune.plan(model, IMAGE, budget=Budget(**{what: limit}), **JOINT, max_ratio=0.6)
     dense, left = (graphprune.count(m, IMAGE) for m in (model, plan.apply(model)))
     used = left.macs / dense.macs if what == "macs" else left.parameters / dense.parameters
     assert used <= limit and (used >= 0.99 * limit or not plan.removed)
@@ -192,7 +194,7 @@ def test_budgets_are_met_within_a_percent(what: str, limit: float) -> None:
 
 def test_several_limits_and_memory() -> None:
     model = Listed(1, width=24, hidden=32)
-    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.6, params=0.4, memory=0.6), granularity=LAYERS)
+    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.6, params=0.4, memory=0.6), **JOINT)
     small = plan.apply(model)
     dense, left = (graphprune.count(m, IMAGE) for m in (model, small))
     assert left.macs <= 0.6 * dense.macs and left.parameters <= 0.4 * dense.parameters
@@ -206,12 +208,12 @@ def test_a_layer_that_does_nothing_goes_and_one_that_matters_stays() -> None:
             nn.init.zeros_(block.bn2.weight)
             nn.init.zeros_(block.bn2.bias)
             block.bn2.running_mean.zero_()
-    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.68), granularity=LAYERS)
+    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.68), **JOINT)
     assert blocks_of(plan) == ["parts.1", "single"]
     torch.testing.assert_close(plan.apply(model)(IMAGE), model(IMAGE), rtol=1e-4, atol=1e-4)
-    held = graphprune.plan(model, IMAGE, budget=Budget(macs=0.6), granularity=LAYERS, ignore=[model.single])
+    held = graphprune.plan(model, IMAGE, budget=Budget(macs=0.6), **JOINT, ignore=[model.single])
     assert "single" not in blocks_of(held) and not any(n.startswith("single.conv2") for n in held.removed)
-    held = graphprune.plan(model, IMAGE, budget=Budget(macs=0.6), granularity=LAYERS, ignore="*.conv1.weight")
+    held = graphprune.plan(model, IMAGE, budget=Budget(macs=0.6), **JOINT, ignore="*.conv1.weight")
     assert not held.layers and all(g.kept == g.size for g in held.groups if "conv1" in g.name)
 
 
@@ -231,7 +233,7 @@ def test_of_all_numbers_of_layers_the_nearest_network_is_taken(monkeypatch: pyte
     monkeypatch.setattr(JointPlanner, "__init__", noted)
     for seed in range(4):
         model = Listed(seed, width=12, blocks=(1, 1), hidden=12)
-        plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.5), granularity=LAYERS)
+        plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.5), **JOINT)
         errors = []
         for number in range(4):  # every layer may go: the stem and the head cost little
             made = seen[-1]._planned(number, None, None)[1]
@@ -244,10 +246,10 @@ def test_of_all_numbers_of_layers_the_nearest_network_is_taken(monkeypatch: pyte
 
 def test_many_layers_are_searched_in_rounds() -> None:
     model = Listed(5, width=8, blocks=(7, 6), hidden=8)
-    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.3), granularity=LAYERS)
+    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.3), **JOINT)
     assert macs(plan.apply(model), IMAGE) <= 0.3 * macs(model, IMAGE)
     graphprune.verify(model, plan.apply(model), plan, IMAGE).raise_on_failure()
-    shallow = graphprune.plan(model, IMAGE, budget=Budget(macs=0.3), granularity=LAYERS, max_ratio=0.8)
+    shallow = graphprune.plan(model, IMAGE, budget=Budget(macs=0.3), **JOINT, max_ratio=0.8)
     assert len(shallow.layers) <= 11 and all(g.kept >= 0.2 * g.size for g in shallow.groups)
 
 
@@ -331,7 +333,7 @@ def test_layers_behind_make_up_for_those_that_went(granularity: Any, limit: floa
 def test_repaired_networks_are_nearer_and_can_be_stored(method: str, fold: bool, tmp_path: Path) -> None:
     model = Listed(7, width=16, blocks=(2, 1), hidden=16)
     data = torch.randn(64, 3, 8, 8)
-    options: dict[str, Any] = {"budget": Budget(macs=0.5), "granularity": LAYERS, "data": data, "fold_bn": fold}
+    options: dict[str, Any] = {"budget": Budget(macs=0.5), **JOINT, "data": data, "fold_bn": fold}
     before = {n: t.clone() for n, t in named_tensors(model).items()}
     plan = graphprune.plan(model, IMAGE, **options)
     small = graphprune.prune(model, IMAGE, recover=method, **options)
@@ -364,7 +366,7 @@ class Behind(nn.Module):
 
 def test_a_batch_norm_that_can_be_folded_only_without_a_layer() -> None:
     model, data = Behind().eval(), torch.randn(40, 3, 8, 8)
-    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.25), granularity=LAYERS, data=data)
+    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.25), **JOINT, data=data)
     assert len(plan.layers) == 2 and ("stem", "norm") in [(f.layer, f.batch_norm) for f in plan.folds]
     small = plan.apply(model)
     graphprune.verify(model, small, plan, IMAGE).raise_on_failure()
@@ -380,7 +382,7 @@ def test_an_optimizer_goes_on() -> None:
     optimizer.step()
     momenta = {n: optimizer.state[p]["momentum_buffer"].clone() for n, p in model.named_parameters()}
     model.eval()
-    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.5), granularity=LAYERS, fold_bn=False)
+    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.5), **JOINT, fold_bn=False)
     small = plan.apply(model)
     assert plan.layers and not graphprune.carry_optimizer(optimizer, model, small, plan)
     gone = tuple(f"{path}." for block in plan.layers for path in block.modules)
@@ -392,7 +394,7 @@ def test_an_optimizer_goes_on() -> None:
 @pytest.mark.parametrize("output", ["hybrid", "graph"])
 def test_modules_that_become_graphs(output: str) -> None:
     model = Listed(1, width=16, hidden=16)
-    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.6), granularity=LAYERS, output=output)
+    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.6), **JOINT, output=output)
     small = plan.apply(model)
     graphprune.verify(model, small, plan, IMAGE).raise_on_failure()
     assert plan.layers and macs(small, IMAGE) <= 0.6 * macs(model, IMAGE)
@@ -402,14 +404,14 @@ def test_modules_that_become_graphs(output: str) -> None:
 def test_half_precision() -> None:
     model = Listed(1, width=16, hidden=16).to(torch.bfloat16)
     x = IMAGE.to(torch.bfloat16)
-    plan = graphprune.plan(model, x, budget=Budget(macs=0.5), granularity=LAYERS)
+    plan = graphprune.plan(model, x, budget=Budget(macs=0.5), **JOINT)
     report = graphprune.verify(model, plan.apply(model), plan, x)
     assert report.passed and {"rounding", "bypass"} <= {c.name for c in report.checks} and plan.layers
 
 
 def test_wrong_networks_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Listed(1, width=16, hidden=16)
-    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.5), granularity=LAYERS)
+    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.5), **JOINT)
     stays = next(b for b in ("parts.0", "parts.1", "chain.0", "chain.1", "single") if b not in blocks_of(plan))
     wrong = dataclasses.replace(plan, layers=(dataclasses.replace(plan.layers[0], module=stays), *plan.layers[1:]))
     failed = [c.name for c in graphprune.verify(model, wrong_apply(wrong, model), plan, IMAGE).checks if not c.passed]
@@ -419,7 +421,7 @@ def test_wrong_networks_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"bypass", "weights", "zero equivalence"} <= set(failed)
     monkeypatch.setattr(Plan, "apply", lambda self, m: copy.deepcopy(m))
     with pytest.raises(GraphPruneError, match="verification failed"):
-        graphprune.prune(model, IMAGE, budget=Budget(macs=0.5), granularity=LAYERS)
+        graphprune.prune(model, IMAGE, budget=Budget(macs=0.5), **JOINT)
 
 
 def wrong_apply(plan: Plan, model: nn.Module) -> nn.Module:
@@ -430,7 +432,7 @@ def wrong_apply(plan: Plan, model: nn.Module) -> nn.Module:
 
 def test_plans_that_change_what_they_leave_out_are_none() -> None:
     model = Listed(1, width=16, hidden=16)
-    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.5), granularity=LAYERS)
+    plan = graphprune.plan(model, IMAGE, budget=Budget(macs=0.5), **JOINT)
     inside = plan.layers[0].module
     fold = {"layer": f"{inside}.conv1", "batch_norm": f"{inside}.bn1", "axis": 0}
     changes: list[dict[str, Any]] = [
@@ -466,11 +468,11 @@ def test_what_cannot_be_asked_for(options: dict[str, Any], message: str) -> None
     model = Listed(1)
     before = {n: t.clone() for n, t in named_tensors(model).items()}
     with pytest.raises(GraphPruneError, match=message):
-        graphprune.prune(model, IMAGE, **{"granularity": LAYERS, **options})
+        graphprune.prune(model, IMAGE, **{**JOINT, **options})
     assert all(t.equal(before[n]) for n, t in named_tensors(model).items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 def test_a_model_without_values() -> None:
     with pytest.raises(GraphPruneError, match="meta device"):
-        graphprune.plan(Listed(1).to("meta"), IMAGE.to("meta"), budget=Budget(macs=0.5), granularity=LAYERS)
+        graphprune.plan(Listed(1).to("meta"), IMAGE.to("meta"), budget=Budget(macs=0.5), **JOINT)

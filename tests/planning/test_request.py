@@ -40,12 +40,13 @@ def small() -> tuple[Small, torch.Tensor]:
 
 def test_rounds_to_nearest_and_keeps_the_strongest_filters() -> None:
     model, x = small()
-    plan = graphprune.plan(model, x, 0.34, fold_bn=False)
-    removed = plan.removed["conv1.weight"][0]
-    assert len(removed) == 3
     scale = model.bn1.weight.detach() / torch.sqrt(model.bn1.running_var + model.bn1.eps)
-    norms = (model.conv1.weight.detach() * scale.view(-1, 1, 1, 1)).flatten(1).norm(dim=1)
-    assert set(removed) == set(norms.argsort()[:3].tolist())
+    for criterion, factor in (("l2_folded", scale), ("l2", torch.ones(10))):
+        plan = graphprune.plan(model, x, 0.34, fold_bn=False, criterion=criterion)
+        removed = plan.removed["conv1.weight"][0]
+        assert len(removed) == 3
+        norms = (model.conv1.weight.detach() * factor.view(-1, 1, 1, 1)).flatten(1).norm(dim=1)
+        assert set(removed) == set(norms.argsort()[:3].tolist())
     assert plan.removed["conv2.weight"][1] == plan.removed["bn1.running_mean"][0] == removed
     pruned = plan.apply(model)
     kept = [i for i in range(10) if i not in removed]
@@ -60,7 +61,10 @@ def _kept(plan: Plan, name: str, axis: int, length: int) -> list[int]:
 def test_ties_keep_the_lower_index() -> None:
     net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     nn.init.ones_(net[0].weight)
-    assert graphprune.plan(net, torch.randn(1, 4), 0.5).removed["0.weight"][0] == (3, 4, 5)
+    nn.init.ones_(net[2].weight)
+    for criterion in (None, "l2"):
+        plan = graphprune.plan(net, torch.randn(1, 4), 0.5, criterion=criterion)
+        assert plan.removed["0.weight"][0] == (3, 4, 5)
 
 
 def test_the_model_is_not_touched_and_pruning_twice_works() -> None:

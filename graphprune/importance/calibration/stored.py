@@ -10,10 +10,11 @@ input, and what is computed from it before a batch norm.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch import Tensor, fx
 from ...tracing.names import operator_name
 from ...tracing.recorder import TensorMeta
 from ...tracing.trace import Trace
+from .layers import Reader, find_readers
 
 # name -> places of scale, shift, running variance and eps, and of the flag that says that a batch's own are taken.
 _NORMS: dict[str, tuple[int, int, int, int, int | None]] = {
@@ -89,7 +91,7 @@ class Spread:
         return points if self.function is None else self.function(points)
 
 
-def stored_spreads(trace: Trace, tensors: dict[str, Tensor], upto: frozenset[fx.Node]) -> dict[fx.Node, Spread]:
+def stored_spreads(trace: Trace, tensors: Mapping[str, Tensor], upto: frozenset[fx.Node]) -> dict[fx.Node, Spread]:
     """The spreads of these nodes. `tensors`: parameters and buffers by name."""
     wanted = _needed(upto)
     found: dict[fx.Node, Any] = {}
@@ -131,7 +133,7 @@ def _norm_places(node: fx.Node) -> tuple[int, int, int, int, int | None] | None:
 class _Visit:
     """One node: its spread from those of what it reads."""
 
-    def __init__(self, node: fx.Node, found: dict[fx.Node, Any], tensors: dict[str, Tensor], trace: Trace) -> None:
+    def __init__(self, node: fx.Node, found: dict[fx.Node, Any], tensors: Mapping[str, Tensor], trace: Trace) -> None:
         self.node, self.found, self.tensors, self.trace = node, found, tensors, trace
         self.name = operator_name(node)
 
@@ -298,12 +300,26 @@ class _Visit:
                 own = tuple(float(a) for a in node.args[1:3] if isinstance(a, (int, float)))
                 own = own or ((-1.0, 1.0) if self.name.startswith("hardtanh") else ())
         bends = tuple(sorted({*own, *(b for s in random for b in s.bends)}))
-        mean, variance = integrate(_safe(function), root.mean, root.variance, bends)
+        if self.name in ("relu", "relu_") and random[0].function is None:
+            mean, variance = rectified(root.mean, root.variance)
+        else:
+            mean, variance = integrate(_safe(function), root.mean, root.variance, bends)
         return Spread(mean, variance, root, function, bends)
 
 
 def _safe(function: Function) -> Function:
     return lambda points: function(points.clone())  # some calls write into what they read
+
+
+def rectified(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of max(x, 0) for normal x, in closed form."""
+    shape, (m, v) = mean.shape, _compact(mean.double(), variance.double())
+    s = v.clamp_min(0).sqrt()
+    z = m / s.clamp_min(1e-12)
+    below, density = torch.special.ndtr(z), torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
+    first = m * below + s * density
+    second = (m.square() + v) * below + m * s * density
+    return first.expand(shape), (second - first.square()).clamp_min(0).expand(shape)
 
 
 def integrate(function: Function, mean: Tensor, variance: Tensor, bends: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -359,6 +375,43 @@ def _together(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return function(*_compact(*wide)).expand(wide[0].shape)
 
 
+class StoredStatistics:
+    """What each layer of one network reads, by what the network stores; found out when first asked for."""
+
+    def __init__(self, trace: Trace, tensors: Mapping[str, Tensor]) -> None:
+        self._trace, self._tensors = trace, tensors
+
+    @functools.cached_property
+    def _variances(self) -> dict[str, Tensor]:
+        readers = find_readers(self._trace)
+        read = {r.weight: _read_by(next(iter(self._trace.parameters[r.weight].users))) for r in readers}
+        spreads = stored_spreads(self._trace, self._tensors, frozenset(read.values()))
+        out = {}
+        for reader in readers:
+            spread = spreads.get(read[reader.weight])
+            if spread is not None:
+                out[reader.weight] = _by_input(reader, spread.variance, self._tensors[reader.weight])
+        return out
+
+    def variance(self, weight: str) -> Tensor | None:
+        """Variances of what a linear layer or convolution reads, one per index of its weight's input axis, over data,
+        samples and places; NaN where unknown, None for what is no such layer."""
+        return self._variances.get(weight)
+
+
+def _read_by(call: fx.Node) -> fx.Node:
+    data = call.args[1 if operator_name(call) == "addmm" else 0]
+    assert isinstance(data, fx.Node)
+    return data
+
+
+def _by_input(reader: Reader, variance: Tensor, weight: Tensor) -> Tensor:
+    axis = variance.dim() - 1 - (weight.dim() - 2 if reader.convolution else 0)
+    (small,) = _compact(variance)
+    channels = small.movedim(axis, 0).reshape(small.shape[axis], -1).mean(1).expand(variance.shape[axis])
+    return channels.reshape(-1, weight.shape[reader.in_axis]).mean(0)  # groups count their inputs alike
+
+
 def _constant(value: Tensor) -> Spread:
     value = value.double() if value.is_floating_point() else value
     return Spread(value, torch.zeros((), dtype=torch.float64).expand(value.shape))
@@ -369,4 +422,4 @@ def _nothing(shape: Sequence[int]) -> Spread:
     return Spread(unknown, unknown)
 
 
-__all__ = ["Spread", "integrate", "stored_spreads"]
+__all__ = ["Spread", "StoredStatistics", "integrate", "rectified", "stored_spreads"]

@@ -76,7 +76,7 @@ def _missed(reader: Reader, call: fx.Node, spread: Spread | None, weight: Tensor
     else:
         result = mean @ (part.mT if reader.in_axis == 1 else part)
         axis = result.dim() - 1
-    found: Tensor = result.movedim(axis, 0).flatten(1).mean(1)
+    found: Tensor = result.movedim(axis, 0).reshape(result.shape[axis], -1).mean(1)
     return None if bool(found.isnan().any()) else found
 
 

@@ -45,7 +45,7 @@ def sensitivity(
     *,
     loss_fn: LossFunction | None = None,
     ratios: Sequence[float] = RATIOS,
-    criterion: Criterionlike = "l2",
+    criterion: Criterionlike | None = None,
     ignore: Ignore = (),
     granularity: str | Sequence[str] = "auto",
     seed: int = 0,
@@ -92,7 +92,7 @@ def sensitivity(
     effective = effective_folds(model, graph.trace)
     folds = [fold for fold, replaceable in effective if replaceable]
     calibration = None if chosen.needs is None else source.calibration(model, folds)
-    scores = Scorer(model, [fold for fold, _ in effective], chosen, seed, False, calibration)(graph)
+    scores = Scorer(model, [fold for fold, _ in effective], chosen, seed, False, calibration, trace=graph.trace)(graph)
     kind = "error" if loss_fn is None else "loss"
     found = _Cache(cache, Sensitivity(kind, chosen.name, _fingerprint(model, meter.batches, shares, seed), ()))
 

@@ -133,7 +133,7 @@ class Trial:
 
     def cut(self, ratio: float) -> tuple[nn.Module, str] | None:
         """A network without that fraction of its channels, repaired where there are data; None if none can go."""
-        criterion = "l2" if self.data is None else "reconstruction"
+        criterion = None if self.data is None else "reconstruction"
         decided = plan(self.model, self.example, ratio, criterion=criterion, data=self.data)
         if decided.empty:
             return None

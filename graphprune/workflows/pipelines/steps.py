@@ -77,7 +77,7 @@ def method_of(
         return method
     try:
         if method == "channels":
-            criterion = resolve_criterion(chosen.get("criterion", "l2"))
+            criterion = resolve_criterion(chosen.get("criterion"))
             if criterion.needs is not None:
                 chosen = {"data": calibration, **chosen}
             if criterion.needs == "loss":

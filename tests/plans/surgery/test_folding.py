@@ -241,7 +241,7 @@ def test_importance_sees_the_effective_filters_of_a_norm_that_must_stay() -> Non
     assert (fold.layer, fold.batch_norm, replaceable) == ("0", "1", False)
     scale = (norm.weight / torch.sqrt(norm.running_var + norm.eps)).abs()
     weakest = tuple(sorted(scale.argsort()[:4].tolist()))
-    assert graphprune.plan(model, x, 0.5).removed["0.weight"][0] == weakest
+    assert graphprune.plan(model, x, 0.5, criterion="l2_folded").removed["0.weight"][0] == weakest
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -69,7 +69,7 @@ def test_with_a_loss_the_error_is_its_rise_weighted_by_samples() -> None:
     for curve in found.curves:
         assert curve.removed == tuple(round(r * curve.size) for r in RATIOS)
         for count, error in zip(curve.removed, curve.errors, strict=True):
-            small = pruned_alone(net, x, curve.name, count, curve.size, "l2", None)
+            small = pruned_alone(net, x, curve.name, count, curve.size, "flow", None)
             assert error == pytest.approx(float(cross_entropy(small(x), y)) - dense, abs=1e-5)
 
 

@@ -105,7 +105,7 @@ def test_dead_channels_are_found_and_masks_where_weights_are_tiny() -> None:
     assert speed is not None and (speed.method, speed.amount) == ("channels", (0.5,))
     assert speed.fidelity == pytest.approx(1)
     size = graphprune.advise(mostly_tiny(), X, "size").recommended
-    assert size is not None and (size.method, size.amount) == ("masks", (0.9,))
+    assert size is not None and size.method.endswith("masks") and size.amount[-1] >= 0.8
     both = graphprune.advise(half_dead(), X, "resources").recommended
     assert both is not None and both.macs > 1 and both.method.startswith("channels")
 
