@@ -90,10 +90,14 @@ class Timer:
         return path
 
 
+RANKED = "l2_folded"
+"""What the page was measured with; another criterion needs all of its rows anew."""
+
+
 class Importance:
     """How much of the importance of all units a plan keeps."""
 
-    def __init__(self, model: nn.Module, example: Any, criterion: str = "l2") -> None:
+    def __init__(self, model: nn.Module, example: Any, criterion: str = RANKED) -> None:
         self.graph = graphprune.trace(model, example)
         folds = [fold for fold, _ in effective_folds(model, self.graph.trace)]
         scorer = Scorer(model, folds, resolve_criterion(criterion), 0, True, None)
@@ -122,6 +126,7 @@ def budget(name: str, threads: int, speedup: float) -> Row:
 
 def _planned(model: nn.Module, example: Any, threads: int, speedup: float, **more: Any) -> tuple[graphprune.Plan, Row]:
     target = graphprune.Target(provider="cpu", threads=threads)
+    more = {"criterion": RANKED, **more}
     plan = graphprune.plan(model, example, budget=graphprune.Budget(latency=1 / speedup), target=target, **more)
     assert plan.latency is not None
     attempts = [[a.limit_ms, a.predicted_ms, a.measured_ms] for a in plan.latency.attempts]
@@ -173,7 +178,7 @@ def macs(name: str, threads: int, speedup: float) -> Row:
     plans: dict[float, graphprune.Plan] = {}
 
     def make(fraction: float) -> nn.Module:
-        plans[fraction] = graphprune.plan(model, example, budget=graphprune.Budget(macs=fraction))
+        plans[fraction] = graphprune.plan(model, example, budget=graphprune.Budget(macs=fraction), criterion=RANKED)
         return plans[fraction].apply(model)
 
     fraction, reached = as_fast(make, timer, wanted)
@@ -227,9 +232,9 @@ def accuracy(
 
 
 def layers(name: str, threads: int, speedup: float) -> Row:
-    """`accuracy` with a latency plan that leaves layers out too. Channels go by "l2" in both: reconstruction would
-    score every number of layers anew, for seconds each, while the machine is kept free for timing."""
-    return accuracy(name, threads, speedup, "l2", ["layer", "channels"])
+    """`accuracy` with a latency plan that leaves layers out too. Channels go by their norms in both: reconstruction
+    would score every number of layers anew, for seconds each, while the machine is kept free for timing."""
+    return accuracy(name, threads, speedup, RANKED, ["layer", "channels"])
 
 
 def jobs(options: argparse.Namespace) -> list[tuple[str, str, int, float]]:
