@@ -77,10 +77,10 @@ class Spread:
     function: Function | None = None
     bends: tuple[float, ...] = ()
 
-    @property
+    @functools.cached_property
     def fixed(self) -> bool:
         """It is the same whatever the data are."""
-        return not bool(self.variance.any())
+        return not bool(_compact(self.variance)[0].any())
 
     @property
     def base(self) -> Spread:
@@ -93,12 +93,14 @@ class Spread:
 
 def stored_spreads(trace: Trace, tensors: Mapping[str, Tensor], upto: frozenset[fx.Node]) -> dict[fx.Node, Spread]:
     """The spreads of these nodes. `tensors`: parameters and buffers by name."""
-    wanted = _needed(upto)
+    informed = _informed(trace)
+    wanted = _needed(upto, informed)
     found: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in trace.graph.nodes:
             if node in wanted:
-                found[node] = _slim(_Visit(node, found, tensors, trace).result())
+                visit = _Visit(node, found, tensors, trace)
+                found[node] = _slim(visit.result() if node in informed or node.op == "get_attr" else visit.unknown())
     return {node: found[node] for node in upto if isinstance(found.get(node), Spread)}
 
 
@@ -110,12 +112,23 @@ def _slim(made: Any) -> Any:
     return dataclasses.replace(made, mean=_pressed(made.mean), variance=_pressed(made.variance))
 
 
-def _needed(nodes: frozenset[fx.Node]) -> set[fx.Node]:
-    """These and all before them, except what lies before batch norms."""
+def _informed(trace: Trace) -> set[fx.Node]:
+    """The results of batch norms, and what is computed from them: nothing is known of anything else."""
+    out: set[fx.Node] = set()
+    for node in trace.graph.nodes:
+        if _norm_places(node) is not None or not out.isdisjoint(node.all_input_nodes):
+            out.add(node)
+    return out
+
+
+def _needed(nodes: frozenset[fx.Node], informed: set[fx.Node]) -> set[fx.Node]:
+    """These and all that they are computed from, back to batch norms and to what nothing is known of."""
     todo, seen = list(nodes), set(nodes)
     while todo:
         node = todo.pop()
-        for source in node.all_input_nodes[1:] if _norm_places(node) else node.all_input_nodes:
+        if node not in informed or _norm_places(node) is not None:
+            continue  # a batch norm's own tensors are looked up by name
+        for source in node.all_input_nodes:
             if source not in seen:
                 seen.add(source)
                 todo.append(source)
@@ -142,9 +155,9 @@ class _Visit:
         if node.op == "get_attr":
             name = node.meta.get("parameter")
             value = self.tensors.get(name) if name is not None else self.trace.constants.get(str(node.target))
-            return self._unknown() if value is None or value.is_meta else _constant(value.detach())
+            return self.unknown() if value is None or value.is_meta else _constant(value.detach())
         if node.op != "call_function":
-            return self._unknown()
+            return self.unknown()
         if node.target is operator.getitem:
             source = self.found.get(node.args[0])  # type: ignore[arg-type]
             return source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
@@ -152,9 +165,10 @@ class _Visit:
             made = self._called()
         except (ArithmeticError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             made = None  # a form that is not known here
-        return self._unknown() if made is None else made
+        return self.unknown() if made is None else made
 
-    def _unknown(self) -> Any:
+    def unknown(self) -> Any:
+        """What is said of a node that nothing is known of."""
         meta = self.node.meta.get("val")
         if isinstance(meta, tuple):
             return [_nothing(m.shape) if isinstance(m, TensorMeta) else None for m in meta]
@@ -296,29 +310,46 @@ class _Visit:
         own: tuple[float, ...] = ()
         if all(s.function is None for s in random):
             own = _BENDS.get(self.name, ())
-            if self.name in ("hardtanh", "hardtanh_", "clamp", "clamp_"):
-                own = tuple(float(a) for a in node.args[1:3] if isinstance(a, (int, float)))
-                own = own or ((-1.0, 1.0) if self.name.startswith("hardtanh") else ())
+            own = self._clip() or own
         bends = tuple(sorted({*own, *(b for s in random for b in s.bends)}))
-        if self.name in ("relu", "relu_") and random[0].function is None:
-            mean, variance = rectified(root.mean, root.variance)
+        ends = self._clip() if random[0].function is None else None
+        if ends is not None:
+            mean, variance = clipped(root.mean, root.variance, *ends)
         else:
             mean, variance = integrate(_safe(function), root.mean, root.variance, bends)
         return Spread(mean, variance, root, function, bends)
+
+
+    def _clip(self) -> tuple[float, float] | None:
+        """The ends between which this call clips, None where it is another one."""
+        kind, given = self.name.rstrip("_"), self.node.args[1:]
+        if kind in ("relu", "relu6"):
+            return 0.0, math.inf if kind == "relu" else 6.0
+        if kind not in ("hardtanh", "clamp") or self.node.kwargs or (kind == "clamp" and len(given) != 2):
+            return None
+        low, high = given if len(given) == 2 else (-1.0, 1.0)
+        known = isinstance(low, (int, float)) and isinstance(high, (int, float))
+        return (float(low), float(high)) if known else None  # type: ignore[arg-type]
 
 
 def _safe(function: Function) -> Function:
     return lambda points: function(points.clone())  # some calls write into what they read
 
 
-def rectified(mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of max(x, 0) for normal x, in closed form."""
+def clipped(mean: Tensor, variance: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Mean and variance of min(max(x, low), high) for normal x, in closed form; `high` may be infinite."""
     shape, (m, v) = mean.shape, _compact(mean.double(), variance.double())
     s = v.clamp_min(0).sqrt()
-    z = m / s.clamp_min(1e-12)
-    below, density = torch.special.ndtr(z), torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    first = m * below + s * density
-    second = (m.square() + v) * below + m * s * density
+    ends = [(end - m) / s.clamp_min(1e-12) for end in (low, high)]
+    (below, first_density), (under, last_density) = (
+        (torch.special.ndtr(z), torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)) for z in ends
+    )
+    inside = under - below
+    first = low * below + m * inside + s * (first_density - last_density)
+    second = low**2 * below + (m.square() + v) * inside + s * ((m + low) * first_density - m * last_density)
+    if math.isfinite(high):
+        first = first + high * (1 - under)
+        second = second + high**2 * (1 - under) - s * high * last_density
     return first.expand(shape), (second - first.square()).clamp_min(0).expand(shape)
 
 
@@ -361,12 +392,13 @@ def _compact(*tensors: Tensor) -> list[Tensor]:
 
 def _pressed(tensor: Tensor) -> Tensor:
     """Broadcast along every axis on which nothing changes, so that what follows has less to compute."""
-    for axis in range(tensor.dim()):
-        if tensor.shape[axis] > 1 and tensor.stride(axis) != 0:
-            first = tensor.narrow(axis, 0, 1)
-            if bool(((tensor == first) | (tensor.isnan() & first.isnan())).all()):
-                tensor = first.expand(tensor.shape)
-    return tensor
+    shape, (small,) = tensor.shape, _compact(tensor)
+    for axis in range(small.dim()):
+        if small.shape[axis] > 1:
+            first = small.narrow(axis, 0, 1)
+            if bool(((small == first) | (small.isnan() & first.isnan())).all()):
+                small = first
+    return small.expand(shape)
 
 
 def _together(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
@@ -422,4 +454,4 @@ def _nothing(shape: Sequence[int]) -> Spread:
     return Spread(unknown, unknown)
 
 
-__all__ = ["Spread", "StoredStatistics", "integrate", "rectified", "stored_spreads"]
+__all__ = ["Spread", "StoredStatistics", "clipped", "integrate", "stored_spreads"]

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from graphprune.importance.calibration import find_readers
-from graphprune.importance.calibration.stored import Spread, integrate, stored_spreads
+from graphprune.importance.calibration.stored import Spread, clipped, integrate, stored_spreads
 from graphprune.tracing.example import ExampleInput
 from graphprune.tracing.names import named_tensors
 from graphprune.tracing.trace import record_run
@@ -56,12 +56,14 @@ def test_integrals(name: str) -> None:
         assert float(second[i]) == pytest.approx(wanted[1] - wanted[0] ** 2, rel=1e-5, abs=1e-8)
 
 
-def test_the_closed_form_of_a_clipped_normal() -> None:
-    mean, deviation = torch.linspace(-3, 3, 25, dtype=torch.float64), 0.8
-    first, _ = integrate(torch.relu, mean, torch.full_like(mean, deviation**2), (0.0,))
-    z = mean / deviation
-    density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    torch.testing.assert_close(first, mean * torch.special.ndtr(z) + deviation * density, rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize(("low", "high"), [(0.0, math.inf), (0.0, 6.0), (-1.0, 1.0)])
+def test_the_closed_form_of_a_clipped_normal(low: float, high: float) -> None:
+    mean, deviation = torch.linspace(-9, 9, 37, dtype=torch.float64), torch.tensor([0.8, 3.0]).double()[:, None]
+    m, v = torch.broadcast_tensors(mean, deviation.square())
+    bends = tuple(end for end in (low, high) if math.isfinite(end))
+    found, wanted = clipped(m, v, low, high), integrate(lambda x: x.clamp(low, high), m, v, bends)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 def spreads_read(model: nn.Module, example: Tensor) -> dict[str, Spread]:
