@@ -416,7 +416,7 @@ class StoredStatistics:
     @functools.cached_property
     def _variances(self) -> dict[str, Tensor]:
         readers = find_readers(self._trace)
-        read = {r.weight: _read_by(next(iter(self._trace.parameters[r.weight].users))) for r in readers}
+        read = {r.weight: read_by(next(iter(self._trace.parameters[r.weight].users))) for r in readers}
         spreads = stored_spreads(self._trace, self._tensors, frozenset(read.values()))
         out = {}
         for reader in readers:
@@ -431,7 +431,8 @@ class StoredStatistics:
         return self._variances.get(weight)
 
 
-def _read_by(call: fx.Node) -> fx.Node:
+def read_by(call: fx.Node) -> fx.Node:
+    """The data that a call of a layer reads."""
     data = call.args[1 if operator_name(call) == "addmm" else 0]
     assert isinstance(data, fx.Node)
     return data
@@ -454,4 +455,4 @@ def _nothing(shape: Sequence[int]) -> Spread:
     return Spread(unknown, unknown)
 
 
-__all__ = ["Spread", "StoredStatistics", "clipped", "integrate", "stored_spreads"]
+__all__ = ["Spread", "StoredStatistics", "clipped", "integrate", "read_by", "stored_spreads"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...importance.calibration import Reader, find_readers
-from ...importance.calibration.stored import Spread, stored_spreads
+from ...importance.calibration.stored import Spread, read_by, stored_spreads
 from ...plans.plan import Plan
 from ...plans.surgery import find_folds
 from ...tracing.example import ExampleInput
@@ -34,7 +34,7 @@ def compensate(
         r.weight: r for r in find_readers(trace) if plan.removed.get(r.weight, {}).get(r.in_axis)
     }
     calls = {name: _calls(trace, name) for name in lost}
-    read = frozenset(_data(call) for called in calls.values() for call in called)
+    read = frozenset(read_by(call) for called in calls.values() for call in called)
     spreads = stored_spreads(trace, named_tensors(model), read)
     after = record_run(small, example)
     readers = {r.weight: r for r in find_readers(after)}
@@ -43,19 +43,13 @@ def compensate(
     weights = named_tensors(dense)
     report = []
     for name, reader in lost.items():
-        changes = [_missed(reader, call, spreads.get(_data(call)), weights[name], plan) for call in calls[name]]
+        changes = [_missed(reader, call, spreads.get(read_by(call)), weights[name], plan) for call in calls[name]]
         report.append(_correct(small, readers.get(name), norms, plan, name, changes))
     return report
 
 
 def _calls(trace: Trace, name: str) -> list[fx.Node]:
     return list(trace.parameters[name].users)
-
-
-def _data(call: fx.Node) -> fx.Node:
-    data = call.args[1 if operator_name(call) == "addmm" else 0]
-    assert isinstance(data, fx.Node)
-    return data
 
 
 def _missed(reader: Reader, call: fx.Node, spread: Spread | None, weight: Tensor, plan: Plan) -> Tensor | None:

@@ -109,7 +109,7 @@ def test_norms_that_cannot_express_every_scale_stay_as_they_are(affine: bool) ->
         nn.Flatten(), nn.Linear(16, 2),
     )  # fmt: skip
     trained(net, x)
-    plan = graphprune.plan(net, x[:2], 0.5, ignore=["2"], fold_bn=False)
+    plan = graphprune.plan(net, x[:2], 0.5, ignore=["2"], fold_bn=False, criterion="l2_folded")
     assert plan.removed["2.weight"].get(1)
     found = graphprune.recover(net, plan, x[:2], [x[:100], x[100:]]).model
     with torch.no_grad():
