@@ -21,26 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from ...plans.surgery.folding import BATCH_NORMS
 from ...tracing.names import operator_name
 from ...tracing.recorder import TensorMeta
 from ...tracing.trace import Trace
 from .layers import Reader, find_readers
 
-# name -> places of scale, shift, running variance and eps, and of the flag that says that a batch's own are taken.
-_NORMS: dict[str, tuple[int, int, int, int, int | None]] = {
-    "native_batch_norm": (1, 2, 4, 7, 5),
-    "_native_batch_norm_legit": (1, 2, 4, 7, 5),
-    "batch_norm": (1, 2, 4, 7, 5),
-    "cudnn_batch_norm": (1, 2, 4, 7, 5),
-    "miopen_batch_norm": (1, 2, 4, 7, 5),
-    "_native_batch_norm_legit_no_training": (1, 2, 4, 6, None),
-    "_batch_norm_no_update": (1, 2, 4, 6, None),
-}
 _MOVES = frozenset(
-    "alias detach clone contiguous dropout feature_dropout alpha_dropout to _to_copy view _unsafe_view reshape "
-    "_reshape_alias flatten unflatten expand permute transpose t movedim unsqueeze squeeze cat stack slice select "
-    "unbind split split_with_sizes chunk narrow constant_pad_nd repeat flip roll pixel_shuffle pixel_unshuffle "
-    "channel_shuffle native_channel_shuffle swapaxes index_select upsample_nearest2d".split()
+    "alias detach view _unsafe_view reshape _reshape_alias flatten unflatten expand permute transpose t movedim "
+    "unsqueeze squeeze cat stack slice select unbind split split_with_sizes chunk narrow constant_pad_nd repeat flip "
+    "roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle swapaxes index_select "
+    "upsample_nearest2d".split()
 )
 # Means over places, of which each is as the others: of the variance it is an upper bound.
 _AVERAGES = frozenset(
@@ -48,7 +39,7 @@ _AVERAGES = frozenset(
     "avg_pool1d avg_pool2d avg_pool3d".split()
 )
 _SUMS = {"add": 1.0, "add_": 1.0, "sub": -1.0, "sub_": -1.0}
-_SAME = frozenset(("native_dropout",))
+_UNCHANGED = frozenset("to _to_copy contiguous clone dropout feature_dropout alpha_dropout".split())
 # Where functions of one element bend, for integration piece by piece.
 _BENDS: dict[str, tuple[float, ...]] = {
     "relu": (0.0,), "relu_": (0.0,), "leaky_relu": (0.0,), "leaky_relu_": (0.0,), "elu": (0.0,), "elu_": (0.0,),
@@ -135,12 +126,15 @@ def _needed(nodes: frozenset[fx.Node], informed: set[fx.Node]) -> set[fx.Node]:
     return seen
 
 
-def _norm_places(node: fx.Node) -> tuple[int, int, int, int, int | None] | None:
-    places = _NORMS.get(operator_name(node)) if node.op == "call_function" else None
-    if places is None:
+def _norm_places(node: fx.Node) -> tuple[int, int, int, int] | None:
+    """Where a batch norm that takes its stored statistics has scale, shift, running variance and eps."""
+    name = operator_name(node)
+    if node.op != "call_function" or name not in BATCH_NORMS:
         return None
-    flag = places[4]
-    return None if flag is not None and bool(node.args[flag]) else places
+    flag = BATCH_NORMS[name]
+    if flag is None:
+        return 1, 2, 4, 6
+    return None if bool(node.args[flag]) else (1, 2, 4, 7)
 
 
 class _Visit:
@@ -184,19 +178,20 @@ class _Visit:
         operands = self._operands()
         if len(operands) != len(self.node.all_input_nodes) or not operands:
             return None
+        if self.name in _UNCHANGED:
+            return operands[0]
         if self.name in _MOVES:
             return self._moved()
         if self.name in _AVERAGES:
-            mean, variance = self._on("mean"), self._on("variance")
-            return Spread(mean, variance)
+            return Spread(self._on("mean"), self._on("variance"))
         if self.name in ("convolution", "linear", "addmm", "mm", "matmul"):
             return self._summed()
         if torch.Tag.pointwise in getattr(self.node.target, "tags", ()) or self.name in _BENDS or self.name in _SUMS:
             return self._pointwise(operands)
         return None
 
-    def _normalised(self, places: tuple[int, int, int, int, int | None]) -> Any:
-        scale, shift, variance, eps, _ = (self.node.args[p] if isinstance(p, int) else None for p in places)
+    def _normalised(self, places: tuple[int, int, int, int]) -> Any:
+        scale, shift, variance, eps = (self.node.args[p] for p in places)
         meta = self.node.meta["val"]
         several = isinstance(meta, tuple)
         shape = tuple((meta[0] if several else meta).shape)
@@ -221,12 +216,10 @@ class _Visit:
         """The very same call, on the means or the variances of what it reads."""
 
         def taken(value: Any) -> Any:
-            spread = self.found[value]
-            return getattr(spread, part)
+            return getattr(self.found[value], part) if isinstance(value, fx.Node) else value
 
-        args = self.node.args if arguments is None else arguments
-        args = fx.node.map_aggregate(args, lambda a: taken(a) if isinstance(a, fx.Node) else a)
-        kwargs = fx.node.map_aggregate(self.node.kwargs, lambda a: taken(a) if isinstance(a, fx.Node) else a)
+        args = fx.node.map_aggregate(self.node.args if arguments is None else arguments, taken)
+        kwargs = fx.node.map_aggregate(self.node.kwargs, taken)
         kwargs = {k: torch.float64 if k == "dtype" and v is not None else v for k, v in kwargs.items()}
         return self.node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -235,8 +228,6 @@ class _Visit:
             value = float(self.node.args[2]) if len(self.node.args) > 2 else 0.0  # type: ignore[arg-type]
             mean = self._on("mean")
             return Spread(mean, self._on("variance", [*self.node.args[:2], 0.0])) if value == value else None
-        if self.name in ("to", "_to_copy", "contiguous", "clone", "dropout", "feature_dropout", "alpha_dropout"):
-            return self._operands()[0]
         if self.name in ("view", "_unsafe_view", "_reshape_alias"):  # what is broadcast cannot be viewed
             (data,), shape = self._operands(), self.node.args[1]
             return Spread(data.mean.reshape(shape), data.variance.reshape(shape))  # type: ignore[arg-type]

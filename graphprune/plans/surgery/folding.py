@@ -20,7 +20,8 @@ from ...tracing.names import all_modules, operator_name
 from ...tracing.trace import Trace
 from .copying import clone_with
 
-_BATCH_NORMS = {
+# name -> the place of the flag that says that a batch's own statistics are taken; None where they never are.
+BATCH_NORMS = {
     "native_batch_norm": 5,
     "cudnn_batch_norm": 5,
     "miopen_batch_norm": 5,
@@ -59,9 +60,9 @@ def effective_folds(model: nn.Module, trace: Trace) -> list[tuple[Fold, bool]]:
     names = Counter(trace.aliases.values())
     folds = []
     for node in trace.graph.nodes:
-        if node.op != "call_function" or operator_name(node) not in _BATCH_NORMS:
+        if node.op != "call_function" or operator_name(node) not in BATCH_NORMS:
             continue
-        flag = _BATCH_NORMS[operator_name(node)]
+        flag = BATCH_NORMS[operator_name(node)]
         if flag is not None and bool(node.args[flag]):
             continue  # statistics of the batch itself
         fold = _fold_of(node, modules)

@@ -18,7 +18,7 @@ from ...plans.plan import Plan
 from ...plans.surgery import find_folds
 from ...tracing.example import ExampleInput
 from ...tracing.names import named_tensors, operator_name
-from ...tracing.trace import Trace, record_run
+from ...tracing.trace import record_run
 from . import walk
 from .layers import LayerRecovery
 
@@ -30,10 +30,8 @@ def compensate(
 ) -> list[LayerRecovery]:
     """Correct `small`, made from `model` by `plan`, in place; `dense`: `model` with the plan's batch norms folded."""
     trace = record_run(model, example)
-    lost = {
-        r.weight: r for r in find_readers(trace) if plan.removed.get(r.weight, {}).get(r.in_axis)
-    }
-    calls = {name: _calls(trace, name) for name in lost}
+    lost = {r.weight: r for r in find_readers(trace) if plan.removed.get(r.weight, {}).get(r.in_axis)}
+    calls = {name: list(trace.parameters[name].users) for name in lost}
     read = frozenset(read_by(call) for called in calls.values() for call in called)
     spreads = stored_spreads(trace, named_tensors(model), read)
     after = record_run(small, example)
@@ -46,10 +44,6 @@ def compensate(
         changes = [_missed(reader, call, spreads.get(read_by(call)), weights[name], plan) for call in calls[name]]
         report.append(_correct(small, readers.get(name), norms, plan, name, changes))
     return report
-
-
-def _calls(trace: Trace, name: str) -> list[fx.Node]:
-    return list(trace.parameters[name].users)
 
 
 def _missed(reader: Reader, call: fx.Node, spread: Spread | None, weight: Tensor, plan: Plan) -> Tensor | None:
