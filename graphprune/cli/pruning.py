@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from ..planning.request import plan as make_plan
+from ..planning.request import repaired
+from ..plans.history import repair_after
 from ..plans.storage import save
+from ..recovery import check_method
 from ..tracing.counting import count
 from .factories import load_factory
 from .proof import proof_of
@@ -25,6 +28,7 @@ from .terminal import (
     ModeOption,
     ProviderOption,
     RatioOption,
+    RecoverOption,
     RoundOption,
     ScopeOption,
     SeedOption,
@@ -37,6 +41,7 @@ from .terminal import (
     comparison,
     parse_budget,
     parse_ratio,
+    parse_round_to,
     parse_target,
     show,
     working,
@@ -61,11 +66,12 @@ def prune(
     scope: ScopeOption = "local",
     criterion: CriterionOption = None,
     layer_criterion: LayerCriterionOption = None,
-    round_to: RoundOption = 1,
+    round_to: RoundOption = "auto",
     min_channels: LeastOption = 1,
     granularity: GranularityOption = None,
     fold_bn: FoldOption = True,
     output_mode: ModeOption = "module",
+    recover: RecoverOption = "auto",
     verify_it: VerifyOption = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -75,6 +81,8 @@ def prune(
     limits, target = parse_budget(budget), parse_target(provider, threads, latency_table)
     wanted = None if limits is not None else parse_ratio(ratio)
     kinds = granularity or ["auto"]
+    method = None if recover == "none" else recover
+    check_method(method, None)
     with working(6) as work:
         work.step("building the model")
         loaded = load_factory(model, weights=weights, seed=seed)
@@ -87,7 +95,7 @@ def prune(
             ignore=ignore or (),
             scope=scope,
             criterion=criterion,
-            round_to=round_to,
+            round_to=parse_round_to(round_to),
             min_channels=min_channels,
             granularity=kinds[0] if len(kinds) == 1 else kinds,
             fold_bn=fold_bn,
@@ -101,6 +109,7 @@ def prune(
         small = decided.apply(loaded.model)
         work.step("verifying" if verify_it else "not verifying")
         report = proof_of(loaded, small, decided, example) if verify_it else None
+        small = repaired(loaded.model, decided, small, example, None, method)
         work.step("counting")
         before, after = count(loaded.model, example), count(small, example)
         work.step("writing")
@@ -122,10 +131,13 @@ def prune(
         "latency": None if decided.latency is None else decided.latency.to_dict(),
         "rewritten": [rewrite.module for rewrite in decided.rewrites],
         "verification": checks_as_data(report),
+        "repaired": repair_after(small, decided) or None,
         "files": files,
     }
     written = ", ".join(name for name in files.values() if name)
     if not files["weights"]:
         written += " (a model on the meta device has no weights to write)"
     proof = str(report) if report is not None else "not verified"
+    if repair_after(small, decided):
+        proof += "\nrepaired afterwards: the means of what went, from stored statistics, are in the next constants"
     show(as_json, data, decided.summary(), comparison(before, after), proof, f"written: {written}")

@@ -93,7 +93,22 @@ LayerCriterionOption = Annotated[
         "--layer-criterion",
     ),
 ]
-RoundOption = Annotated[int, _option(_PRUNING, "Keep multiples of this many channels.", "--round-to")]
+RoundOption = Annotated[
+    str,
+    _option(
+        _PRUNING,
+        'Keep multiples of this many channels; "auto" (default): of 16, 8 and 4, what no runtime is slower with.',
+        "--round-to",
+    ),
+]
+RecoverOption = Annotated[
+    str,
+    _option(
+        _PRUNING,
+        'Repair of what was lost, from what the model stores: "auto" (default), "mean", or "none".',
+        "--recover",
+    ),
+]
 LeastOption = Annotated[int, _option(_PRUNING, "Keep at least this many channels.", "--min-channels")]
 GranularityOption = Annotated[
     list[str] | None,
@@ -127,14 +142,10 @@ FoldOption = Annotated[
     bool, _option(_PRUNING, "Merge batch norms into layers, or keep them for training.", "--fold-bn/--keep-bn")
 ]
 VerifyOption = Annotated[bool, _option(_PRUNING, "Prove the pruned model.", "--verify/--no-verify")]
-PlanOption = Annotated[
-    Path | None, _option(_PRUNING, "A plan that the command prune wrote.", "--plan", metavar="FILE")
-]
+PlanOption = Annotated[Path | None, _option(_PRUNING, "A plan that the command prune wrote.", "--plan", metavar="FILE")]
 PrunedOption = Annotated[
     Path | None,
-    _option(
-        _PRUNING, "A pruned model that the command prune or graphprune.save wrote.", "--pruned", metavar="FILE"
-    ),
+    _option(_PRUNING, "A pruned model that the command prune or graphprune.save wrote.", "--pruned", metavar="FILE"),
 ]
 ExplainOption = Annotated[
     list[str] | None,
@@ -171,9 +182,7 @@ def working(steps: int) -> Iterator[Work]:
     columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
     try:
         console = Console(stderr=True)
-        bar = Progress(
-            *columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal
-        )
+        bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
         with bar, contextlib.redirect_stdout(sys.stderr):
             yield Work(bar, steps)
     except (GraphPruneError, OSError) as error:
@@ -272,6 +281,16 @@ def named_models(specs: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"two models are called {name!r}; write name=...", param_hint="MODEL")
         named[name] = spec
     return named
+
+
+def parse_round_to(text: str) -> int | str:
+    """A number, or "auto"."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f'{text!r} is neither "auto" nor a number', param_hint="--round-to") from None
 
 
 def parse_integers(texts: list[str] | None) -> list[int] | None:

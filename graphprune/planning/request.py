@@ -18,13 +18,14 @@ from ..importance.calibration.source import CalibrationSource
 from ..plans.plan import Plan
 from ..plans.rewriting import Rewriter, check_output
 from ..plans.verification import verify as run_verification
-from ..recovery import check_method
+from ..recovery import auto_possible, check_method
 from ..recovery import recover as recover_accuracy
 from ..runtimes.latency import Target
 from ..support.types import Ignore, LossFunction
 from ..tracing.example import ExampleInput
 from ..tracing.pause import paused_collector
 from .allocation import Budget, Forecasts, Settings
+from .allocation.steps import RoundTo
 from .experts import plan_experts
 from .layers import ignored_names, plan_layers, split_granularity
 from .layers_and_widths import JointPlanner, LayerChoice
@@ -42,7 +43,7 @@ def plan(
     ignore: Ignore = (),
     scope: str = "local",
     criterion: Criterionlike | None = None,
-    round_to: int = 1,
+    round_to: RoundTo = "auto",
     min_channels: int = 1,
     granularity: str | Sequence[str] = "auto",
     fold_bn: bool = True,
@@ -71,7 +72,13 @@ def plan(
       "activation_mean", "activation_variance", "apoz", "wanda", "hrank", "chip"; with `data` and `loss_fn` "taylor",
       "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or an
       importance object of the torch_pruning library.
-    - `round_to`: keep multiples of this many channels. `min_channels`: keep at least this many.
+    - `round_to`: which widths are kept. "auto" (default): those that were at least as fast as the next larger ones in
+      every runtime measured (docs/widths.md): multiples of 16 from 32 on, of 8 from 16, of 4 from 4; any number of
+      whole heads. A group gets the width above or below what the ratio leaves it, so that the mean fraction that goes
+      is the one asked for, as nearly as can be; equal layers of transformers stay equal. `plan.asked` and `plan.gone`
+      say both fractions. Where they are more than 0.02 apart, or a budget is missed by more than 1 %, as happens in
+      small networks, widths are finer. A number: multiples of that many channels, each group rounded to nearest by
+      itself, narrower ones whole; 1: every width. `min_channels`: keep at least this many.
     - `granularity`: what goes. Any of "heads", "head features" (those of queries and keys, and those of values;
       equally many where both are free), "qk features", "v features" (one of the two without the other), "mlp" (hidden
       widths between linear layers), "embedding" (widths of residual streams and embeddings), "channels" (every width
@@ -108,7 +115,8 @@ def plan(
       Needs real weights and a model that exports. With a ratio or another budget, widths are rounded to the steps that
       were found on the target (see `round_to`), since others may be no faster than the next larger step.
 
-    Numbers are rounded to nearest (0.34 of 10 removes 3); ties between equal scores keep the lower index.
+    With `round_to=1` numbers are rounded to nearest (0.34 of 10 removes 3); ties between equal scores keep the lower
+    index.
 
     Raises GraphPruneError for arguments out of range, unknown names, weights that are NaN, and models that fail on the
     example input. A model with nothing to prune gives a plan that removes nothing and says why, axis by axis.
@@ -149,7 +157,7 @@ class _Job:
         granularity: str | Sequence[str],
         layer_criterion: Any,
         scope: str,
-        round_to: int,
+        round_to: RoundTo,
         min_channels: int,
         max_ratio: float,
         **others: Any,
@@ -182,12 +190,15 @@ class _Job:
         chosen.check_data(self.data, self.loss_fn)
         target = Target.of(self.target)
         budget = self.settings.budget
-        if budget is not None and budget.timed:
-            return plan_within(self.model, self.example, target, budget.seconds, self._maker(chosen))
-        if self.target is None:
+        timed = budget is not None and budget.timed
+        if self.target is None and not timed:
             return self._maker(chosen)(None)
-        step = math.lcm(self.settings.round_to, width_step(self.model, self.example, target))
+        step = 1 if self.settings.auto else int(self.settings.round_to)  # on a target widths are those that it likes
+        if not timed:
+            step = math.lcm(step, width_step(self.model, self.example, target))
         stepped = dataclasses.replace(self, settings=dataclasses.replace(self.settings, round_to=step))
+        if budget is not None and timed:
+            return plan_within(self.model, self.example, target, budget.seconds, stepped._maker(chosen))
         return stepped._maker(chosen)(None)
 
     def _whole(self) -> Plan:
@@ -261,7 +272,7 @@ def prune(
     ignore: Ignore = (),
     scope: str = "local",
     criterion: Criterionlike | None = None,
-    round_to: int = 1,
+    round_to: RoundTo = "auto",
     min_channels: int = 1,
     granularity: str | Sequence[str] = "auto",
     fold_bn: bool = True,
@@ -271,19 +282,20 @@ def prune(
     max_ratio: float = 1.0,
     data: Any = None,
     loss_fn: LossFunction | None = None,
-    recover: str | None = None,
+    recover: str | None = "auto",
     target: Target | None = None,
     layer_criterion: Any = None,
 ) -> nn.Module:
     """A physically smaller copy of `model`; the model itself is not touched.
 
-    The same as `plan(...).apply(model)`, followed by `verify` unless `verify=False`. All other arguments are those of
-    `plan`. Verification costs four forward passes and two copies of the model; it raises GraphPruneError if the pruned
-    network is not what the plan says.
+    The same as `plan(...).apply(model)`, followed by `verify` unless `verify=False`, and by `recover`. All other
+    arguments are those of `plan`. Verification costs four forward passes and two copies of the model; it raises
+    GraphPruneError if the pruned network is not what the plan says.
 
-    `recover`: None (default), "mean", "batchnorm" or "least_squares": repair what was lost from the inputs in `data`,
-    without labels or training, after verification; "mean" does without data behind batch norms. See
-    `graphprune.recover`.
+    `recover`: how what was lost is repaired after verification, without labels or training. "auto" (default): with
+    `data` by least squares; without, behind batch norms, the means of what went, which they store (docs/one-line.md
+    says what it gives back); elsewhere not at all. "mean", "batchnorm" or "least_squares": that method, see
+    `graphprune.recover`. None: not at all; the network is what `plan(...).apply(model)` makes.
 
     >>> import torch, graphprune
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
@@ -297,7 +309,7 @@ def prune(
         target=target,
     )  # fmt: skip
     check_method(recover, data)
-    if job.whole == "experts" and recover not in (None, "batchnorm"):
+    if job.whole == "experts" and recover not in (None, "auto", "batchnorm"):
         raise GraphPruneError(f"recover={recover!r} repairs layers that lost inputs; here none has")
     graph, decided = job.decided()
     with paused_collector():
@@ -305,6 +317,13 @@ def prune(
     if verify:
         report = run_verification(model, small, decided, example_input, graph=graph)
         report.raise_on_failure()
-    if recover is not None:
-        small = recover_accuracy(model, decided, example_input, data, recover).model
-    return small
+    return repaired(model, decided, small, example_input, data, recover)
+
+
+def repaired(
+    model: nn.Module, decided: Plan, small: nn.Module, example: Any, data: Any, method: str | None
+) -> nn.Module:
+    """`small`, or where there is a method and something to go by, the repaired network that it makes of the plan."""
+    if method is None or (method == "auto" and not auto_possible(model, decided, data)):
+        return small
+    return recover_accuracy(model, decided, example, data, method).model

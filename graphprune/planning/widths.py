@@ -58,7 +58,7 @@ def plan_once(
     effective = effective_folds(model, graph.trace)
     folds = [fold for fold, replaceable in effective if replaceable]
     compared = settings.scope != "local" or settings.budget is not None
-    normalised = compared and not criterion.comparable
+    normalised = (compared or settings.auto) and not criterion.comparable
     calibration = None if source is None else source.calibration(model, folds)
     known = [fold for fold, _ in effective]
     scorer = Scorer(model, known, criterion, seed, normalised, calibration, compared, graph.trace)
@@ -106,7 +106,10 @@ def assemble(
         folds=tuple(folds),
         rescales=tuple(factors),
         groups=tuple(
-            GroupPlan(g.name, g.kind, g.size, g.size - len(allocation.removed.get(g.index, ()))) for g in graph.groups
+            GroupPlan(
+                g.name, g.kind, g.size, g.size - len(allocation.removed.get(g.index, ())), allocation.asked.get(g.index)
+            )
+            for g in graph.groups
         ),
         frozen=tuple(str(f) for f in graph.frozen if not _expected(f)),
         structure=structure_of(model),

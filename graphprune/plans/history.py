@@ -26,6 +26,9 @@ class Applied(Protocol):
     @property
     def removed(self) -> Mapping[str, Mapping[int, tuple[int, ...]]]: ...
 
+    @property
+    def structure(self) -> Mapping[str, tuple[int, ...]]: ...
+
     def to_dict(self) -> dict[str, Any]: ...
 
     def check(self, model: nn.Module) -> None: ...
@@ -35,10 +38,12 @@ class Applied(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class History:
-    """`plans`: in the order in which they were applied. `structure`: names and shapes after the last of them."""
+    """`plans`: in the order in which they were applied. `structure`: names and shapes after the last of them.
+    `repairs`: for each plan how what it lost was repaired ("mean", "batchnorm", "least_squares"), "" for not at all."""
 
     plans: tuple[Applied, ...]
     structure: Mapping[str, tuple[int, ...]]
+    repairs: tuple[str, ...]
 
     def __copy__(self) -> History:
         return self
@@ -65,12 +70,26 @@ def histories(model: nn.Module) -> dict[str, History]:
     return out
 
 
-def remember(pruned: nn.Module, original: nn.Module, plan: Applied) -> nn.Module:
-    """Note in `pruned` that it is `original` after `plan`; returns it."""
-    before = history_of(original)
+def remember(pruned: nn.Module, original: nn.Module, plan: Applied, repair: str = "") -> nn.Module:
+    """Note in `pruned` that it is `original` after `plan`, and how it was repaired; returns it."""
+    before = history_of(original) or History((), {}, ())
     structure = {name: tuple(tensor.shape) for name, tensor in named_tensors(pruned).items()}
-    pruned.__dict__[_KEY] = History((*(before.plans if before else ()), plan), structure)
+    pruned.__dict__[_KEY] = History((*before.plans, plan), structure, (*before.repairs, repair))
     return pruned
+
+
+def repair_after(pruned: nn.Module, plan: Applied) -> str:
+    """How `pruned` was repaired after `plan`; "" where it was not, or where that was not the last plan."""
+    found = history_of(pruned)
+    return found.repairs[-1] if found is not None and found.plans and found.plans[-1].removed == plan.removed else ""
+
+
+def note_repairs(model: nn.Module, repairs: Mapping[str, tuple[str, ...]]) -> None:
+    """Put back what was known of repairs, by module path, for plans that were applied again."""
+    for path, module in all_modules(model).items():
+        found = history_of(module)
+        if found is not None and len(repairs.get(path, ())) == len(found.plans):
+            module.__dict__[_KEY] = dataclasses.replace(found, repairs=repairs[path])
 
 
 def carry(old: nn.Module, new: nn.Module) -> None:

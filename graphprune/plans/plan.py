@@ -46,12 +46,14 @@ class AttributeChange:
 
 @dataclasses.dataclass(frozen=True)
 class GroupPlan:
-    """One group in the plan: how many of its units stay."""
+    """One group in the plan: how many of its units stay. `asked`: how many should have stayed by the ratio, before
+    widths were rounded (a real number); None where there was no ratio for it."""
 
     name: str
     kind: str
     size: int
     kept: int
+    asked: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,18 @@ class Plan:
     layers: tuple[Block, ...] = ()
     experts: tuple[Experts, ...] = ()
     latency: Latency | None = None
+
+    @property
+    def asked(self) -> float | None:
+        """The mean fraction that should go from the groups that a ratio speaks of, before rounding; None without."""
+        shares = [1 - g.asked / g.size for g in self.groups if g.asked is not None]
+        return math.fsum(shares) / len(shares) if shares else None
+
+    @property
+    def gone(self) -> float | None:
+        """The mean fraction that goes from the groups of `asked`; None where there are none."""
+        shares = [1 - g.kept / g.size for g in self.groups if g.asked is not None]
+        return math.fsum(shares) / len(shares) if shares else None
 
     @property
     def empty(self) -> bool:
@@ -155,6 +169,8 @@ class Plan:
         lines = first if self.layers else []
         cut = [g for g in self.groups if g.kept < g.size]
         lines.append(f"{len(cut)} of {len(self.groups)} groups pruned, {len(self.folds)} batch norms folded")
+        if self.asked is not None and self.gone is not None:
+            lines.append(f"  asked to remove {self.asked:.1%} of each on average, removed {self.gone:.1%}")
         lines += [f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" for g in cut]
         lines += [f"  {change}" for change in self.attributes]
         lines += [f"  {r.module or 'the model'} becomes a graph of its recorded calls" for r in self.rewrites]
@@ -213,7 +229,7 @@ class Plan:
                     Rescale(r["parameter"], int(r["axis"]), tuple(int(i) for i in r["indices"]), float(r["factor"]))
                     for r in data["rescales"]
                 ),
-                groups=tuple(GroupPlan(g["name"], g["kind"], int(g["size"]), int(g["kept"])) for g in data["groups"]),
+                groups=tuple(_group(g) for g in data["groups"]),
                 frozen=tuple(map(str, data["frozen"])),
                 structure={str(k): tuple(int(n) for n in v) for k, v in data["structure"].items()},
                 statistics=bool(data["statistics"]),
@@ -298,6 +314,12 @@ class Plan:
         except ValueError as error:
             raise GraphPruneError(f"the plan {path} is no JSON: {error}") from error
         return cls.from_dict(data)
+
+
+def _group(data: Mapping[str, Any]) -> GroupPlan:
+    asked = data.get("asked")
+    kept, size = int(data["kept"]), int(data["size"])
+    return GroupPlan(data["name"], data["kind"], size, kept, None if asked is None else float(asked))
 
 
 def folding(model: nn.Module, folds: Sequence[Fold]) -> Plan:

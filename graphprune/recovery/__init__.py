@@ -2,7 +2,7 @@
 with it (fine-tuning, distillation)."""
 
 from .repair.layers import LayerRecovery
-from .repair.methods import METHODS, Recovery, check_method, recover
+from .repair.methods import METHODS, Recovery, auto_possible, check_method, recover
 from .training.carrying import carry_optimizer
 from .training.distillation import Distillation
 from .training.evaluation import Evaluation
@@ -17,6 +17,7 @@ __all__ = [
     "Finetuning",
     "LayerRecovery",
     "Recovery",
+    "auto_possible",
     "carry_optimizer",
     "check_method",
     "finetune",

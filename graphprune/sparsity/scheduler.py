@@ -17,6 +17,7 @@ from ..importance.calibration.source import CalibrationSource
 from ..planning.allocation import Settings
 from ..planning.allocation.allocate import nearest
 from ..planning.allocation.selection import chosen_groups
+from ..planning.allocation.steps import RoundTo
 from ..planning.request import Criterionlike
 from ..planning.widths import plan_from_graph
 from ..plans.plan import Plan
@@ -139,7 +140,7 @@ class Channels:
         ignore: Ignore = (),
         scope: str = "local",
         criterion: Criterionlike | None = None,
-        round_to: int = 1,
+        round_to: RoundTo = "auto",
         min_channels: int = 1,
         granularity: str | Sequence[str] = "auto",
         seed: int = 0,

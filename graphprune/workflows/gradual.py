@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import GraphPruneError
 from ..planning.allocation import Budget
 from ..planning.allocation.selection import check_ratio
+from ..planning.allocation.steps import RoundTo
 from ..planning.layers import ignored_names
 from ..planning.request import Criterionlike, plan
 from ..plans.folding import fold_conv_bn
@@ -37,7 +38,7 @@ def prune_gradually(
     ignore: Ignore = (),
     scope: str = "local",
     criterion: Criterionlike | None = None,
-    round_to: int = 1,
+    round_to: RoundTo = "auto",
     min_channels: int = 1,
     granularity: str | Sequence[str] = "auto",
     fold_bn: bool = True,

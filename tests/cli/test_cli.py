@@ -76,7 +76,7 @@ def test_torchvision() -> None:
 
 
 def test_prune_writes_a_plan_and_weights_that_fit_it() -> None:
-    data = as_json("prune", "zoo:net", "--ratio", "0.5", "-o", "half")
+    data = as_json("prune", "zoo:net", "--ratio", "0.5", "--recover", "none", "-o", "half")
     assert data["files"] == {"plan": "half.plan.json", "weights": "half.safetensors"}
     assert data["verification"]["passed"] and len(data["verification"]["checks"]) == 3
     first = {"name": "forward", "passed": True, "error": None, "detail": "1 outputs"}
@@ -93,7 +93,16 @@ def test_prune_writes_a_plan_and_weights_that_fit_it() -> None:
         parameter.data.zero_()
     safetensors.torch.load_model(small, "half.safetensors")
     assert torch.equal(small(image), expected)
-    assert written() == {"half.plan.json", "half.safetensors"}
+    assert written() == {"half.plan.json", "half.safetensors"} and data["repaired"] is None
+
+
+def test_prune_repairs_what_it_can() -> None:
+    data = as_json("prune", "zoo:net", "--ratio", "0.5", "-o", "half")
+    loaded = load_factory("zoo:net")
+    small = graphprune.load("half.safetensors", loaded.model).eval()
+    same = graphprune.prune(loaded.model, torch.randn(2, 3, 8, 8), 0.5)
+    image = torch.randn(3, 3, 8, 8)
+    assert data["repaired"] == "mean" and torch.equal(small(image), same(image))
 
 
 def test_prune_into_a_graph() -> None:

@@ -5,6 +5,9 @@ that its statistics were taken from. From there means and variances are carried 
 moves them, a linear layer or a convolution sums them (inputs as independent, borders as they are), and a function of
 single elements takes them through the integral of a normal distribution. What nothing is known of is NaN: a network's
 input, and what is computed from it before a batch norm.
+
+A layer norm makes, over its features taken together, results of mean 0 and variance 1 before scale and shift. Of each
+feature alone that is an assumption: good enough to rank units by, and said of spreads only where `assume` asks for it.
 """
 
 from __future__ import annotations
@@ -82,15 +85,20 @@ class Spread:
         return points if self.function is None else self.function(points)
 
 
-def stored_spreads(trace: Trace, tensors: Mapping[str, Tensor], upto: frozenset[fx.Node]) -> dict[fx.Node, Spread]:
-    """The spreads of these nodes. `tensors`: parameters and buffers by name."""
-    informed = _informed(trace)
-    wanted = _needed(upto, informed)
+def stored_spreads(
+    trace: Trace, tensors: Mapping[str, Tensor], upto: frozenset[fx.Node], assume: bool = False
+) -> dict[fx.Node, Spread]:
+    """The spreads of these nodes. `tensors`: parameters and buffers by name. `assume`: every feature of a layer norm
+    is like all of them together."""
+    norms = {node for node in trace.graph.nodes if _norm_places(node) is not None}
+    sources = norms | {node for node in trace.graph.nodes if assume and _is_layer_norm(node)}
+    informed = _informed(trace, sources)
+    wanted = _needed(upto, informed, sources)
     found: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in trace.graph.nodes:
             if node in wanted:
-                visit = _Visit(node, found, tensors, trace)
+                visit = _Visit(node, found, tensors, trace, assume)
                 found[node] = _slim(visit.result() if node in informed or node.op == "get_attr" else visit.unknown())
     return {node: found[node] for node in upto if isinstance(found.get(node), Spread)}
 
@@ -103,22 +111,22 @@ def _slim(made: Any) -> Any:
     return dataclasses.replace(made, mean=_pressed(made.mean), variance=_pressed(made.variance))
 
 
-def _informed(trace: Trace) -> set[fx.Node]:
-    """The results of batch norms, and what is computed from them: nothing is known of anything else."""
+def _informed(trace: Trace, sources: set[fx.Node]) -> set[fx.Node]:
+    """The results of norms, and what is computed from them: nothing is known of anything else."""
     out: set[fx.Node] = set()
     for node in trace.graph.nodes:
-        if _norm_places(node) is not None or not out.isdisjoint(node.all_input_nodes):
+        if node in sources or not out.isdisjoint(node.all_input_nodes):
             out.add(node)
     return out
 
 
-def _needed(nodes: frozenset[fx.Node], informed: set[fx.Node]) -> set[fx.Node]:
-    """These and all that they are computed from, back to batch norms and to what nothing is known of."""
+def _needed(nodes: frozenset[fx.Node], informed: set[fx.Node], sources: set[fx.Node]) -> set[fx.Node]:
+    """These and all that they are computed from, back to norms and to what nothing is known of."""
     todo, seen = list(nodes), set(nodes)
     while todo:
         node = todo.pop()
-        if node not in informed or _norm_places(node) is not None:
-            continue  # a batch norm's own tensors are looked up by name
+        if node not in informed or node in sources:
+            continue  # a norm's own tensors are looked up by name
         for source in node.all_input_nodes:
             if source not in seen:
                 seen.add(source)
@@ -137,11 +145,17 @@ def _norm_places(node: fx.Node) -> tuple[int, int, int, int] | None:
     return None if bool(node.args[flag]) else (1, 2, 4, 7)
 
 
+def _is_layer_norm(node: fx.Node) -> bool:
+    return node.op == "call_function" and operator_name(node) in ("layer_norm", "native_layer_norm")
+
+
 class _Visit:
     """One node: its spread from those of what it reads."""
 
-    def __init__(self, node: fx.Node, found: dict[fx.Node, Any], tensors: Mapping[str, Tensor], trace: Trace) -> None:
-        self.node, self.found, self.tensors, self.trace = node, found, tensors, trace
+    def __init__(
+        self, node: fx.Node, found: dict[fx.Node, Any], tensors: Mapping[str, Tensor], trace: Trace, assume: bool
+    ) -> None:
+        self.node, self.found, self.tensors, self.trace, self.assume = node, found, tensors, trace, assume
         self.name = operator_name(node)
 
     def result(self) -> Any:
@@ -175,6 +189,8 @@ class _Visit:
         places = _norm_places(self.node)
         if places is not None:
             return self._normalised(places)
+        if _is_layer_norm(self.node):
+            return self._like_all_features() if self.assume else None
         operands = self._operands()
         if len(operands) != len(self.node.all_input_nodes) or not operands:
             return None
@@ -205,6 +221,17 @@ class _Visit:
         mean = torch.zeros_like(stored) if mean is None else mean
         view = (1, -1) + (1,) * (len(shape) - 2)
         made = Spread(mean.reshape(view).expand(shape), spread.reshape(view).expand(shape))
+        return [made, *(None,) * (len(meta) - 1)] if several else made
+
+    def _like_all_features(self) -> Any:
+        meta = self.node.meta["val"]
+        several = isinstance(meta, tuple)
+        shape = tuple((meta[0] if several else meta).shape)
+        scale, shift = (self._value(a) for a in [*self.node.args[2:4], None, None][:2])
+        one = torch.ones((), dtype=torch.float64)
+        variance = one if scale is None else scale.square()
+        mean = torch.zeros_like(one) if shift is None else shift
+        made = Spread(mean.expand(shape), variance.expand(shape))
         return [made, *(None,) * (len(meta) - 1)] if several else made
 
     def _value(self, node: Any) -> Tensor | None:
@@ -310,7 +337,6 @@ class _Visit:
             mean, variance = integrate(_safe(function), root.mean, root.variance, bends)
         return Spread(mean, variance, root, function, bends)
 
-
     def _clip(self) -> tuple[float, float] | None:
         """The ends between which this call clips, None where it is another one."""
         kind, given = self.name.rstrip("_"), self.node.args[1:]
@@ -408,7 +434,7 @@ class StoredStatistics:
     def _variances(self) -> dict[str, Tensor]:
         readers = find_readers(self._trace)
         read = {r.weight: read_by(next(iter(self._trace.parameters[r.weight].users))) for r in readers}
-        spreads = stored_spreads(self._trace, self._tensors, frozenset(read.values()))
+        spreads = stored_spreads(self._trace, self._tensors, frozenset(read.values()), assume=True)
         out = {}
         for reader in readers:
             spread = spreads.get(read[reader.weight])
@@ -418,7 +444,7 @@ class StoredStatistics:
 
     def variance(self, weight: str) -> Tensor | None:
         """Variances of what a linear layer or convolution reads, one per index of its weight's input axis, over data,
-        samples and places; NaN where unknown, None for what is no such layer."""
+        samples and places; NaN where unknown, None for what is no such layer. Behind layer norms they are assumed."""
         return self._variances.get(weight)
 
 

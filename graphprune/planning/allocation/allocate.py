@@ -12,14 +12,19 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from ...dependency import DependencyGraph
+from ...dependency import DependencyGraph, Group
 from ...errors import GraphPruneError
 from .budget import Budget, Limit, UnreachableBudget, Widths
 from .selection import apart, chosen_groups, kinds_of, matching_ratios
 from .staircase import StairWidths
+from .steps import AUTO, FINE, NEAR, Item, RoundTo, around, check_round_to, on_average, widths
 
 Floats = npt.NDArray[np.float64]
 SCOPES = ("local", "global", "isomorphic")
+
+
+# Kinds of groups of which networks have one in each of many equal layers.
+_OF_LAYERS = frozenset(("mlp channel", "head feature", "qk feature", "v feature"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Settings:
 
     ratio: float | Mapping[str, float]
     scope: str = "local"
-    round_to: int = 1
+    round_to: RoundTo = 1
     min_channels: int = 1
     granularity: str | Sequence[str] = "auto"
     budget: Budget | None = None
@@ -47,9 +52,10 @@ class Settings:
     def check(self) -> None:
         if self.scope not in SCOPES:
             raise GraphPruneError(f"scope: expected one of {', '.join(map(repr, SCOPES))}, got {self.scope!r}")
-        for name, value in (("round_to", self.round_to), ("min_channels", self.min_channels)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise GraphPruneError(f"{name}: expected an integer of at least 1, got {value!r}")
+        check_round_to(self.round_to)
+        least = self.min_channels
+        if isinstance(least, bool) or not isinstance(least, int) or least < 1:
+            raise GraphPruneError(f"min_channels: expected an integer of at least 1, got {least!r}")
         kinds_of(self.granularity)
         limit = self.max_ratio
         if isinstance(limit, bool) or not isinstance(limit, (int, float, np.floating)) or not 0 < limit <= 1:
@@ -61,21 +67,34 @@ class Settings:
         """The least number of `size` units that must stay."""
         return min(size, max(1, math.ceil(size * (1 - self.max_ratio) - 1e-9)))
 
+    @property
+    def auto(self) -> bool:
+        """Whether widths are those that runtimes like."""
+        return self.round_to == AUTO
+
+    def widths(self, size: int, kind: str) -> npt.NDArray[np.int64]:
+        """The widths that `size` units of a group of this kind may have."""
+        return widths(size, self.round_to, kind == "head")
+
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-    """Removed units per group (indices into the group, sorted), and a mask over components."""
+    """Removed units per group (indices into the group, sorted), and a mask over components. `asked`: how many units of
+    a group should have stayed by its ratio, a real number; none for groups without one, or under a budget."""
 
     removed: dict[int, npt.NDArray[np.int64]]
     gone: npt.NDArray[np.bool_]
+    asked: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
 class _Cell:
-    """Units of one group that lie in the same blocks of all equal-count constraints."""
+    """Units of one group that lie in the same blocks of all equal-count constraints. `asked`: how many should stay
+    before rounding; `keep`: how many do, at least `floor`."""
 
     group: int
     units: npt.NDArray[np.int64]
+    asked: float = 0.0
     keep: int = 0
     floor: int = 1
 
@@ -98,8 +117,10 @@ def allocate(
     asked = matching_ratios(settings.ratio, graph)
     chosen = chosen_groups(graph, settings.granularity, _losing(graph, asked, settings))
     ratios = [r if c else 0.0 for r, c in zip(asked, chosen, strict=True)]
-    wanted = _keep_per_group(graph, scores, ratios, settings)
-    return _allocation(graph, scores, settings, forced, wanted, ratios)
+    wanted = _asked_per_group(graph, scores, ratios, settings.scope)
+    keep = _keep_per_group(graph, wanted, ratios, settings)
+    made = _allocation(graph, scores, settings, forced, keep, ratios)
+    return dataclasses.replace(made, asked={i: wanted[i] for i, ratio in enumerate(ratios) if ratio})
 
 
 def _losing(graph: DependencyGraph, ratios: Sequence[float], settings: Settings) -> list[bool] | None:
@@ -117,7 +138,7 @@ def _allocation(
     scores: Mapping[int, Floats],
     settings: Settings,
     forced: Mapping[int, int],
-    wanted: Sequence[int],
+    wanted: Sequence[float],
     ratios: Sequence[float] | None,
 ) -> Allocation:
     """The allocation nearest to the wanted widths that obeys the equal-count constraints."""
@@ -127,18 +148,26 @@ def _allocation(
         size = graph.groups[cell.group].size
         keep = forced.get(cell.group, wanted[cell.group])
         exact = ratios is None or cell.group in forced
+        cell.asked = keep * len(cell.units) / size
         cell.keep = _share(cell, keep, size, settings, 0.0 if ratios is None else ratios[cell.group], exact)
         if cell.group not in forced:
             alien = kinds is not None and graph.groups[cell.group].kind not in kinds
             cell.floor = len(cell.units) if alien else settings.floor(len(cell.units))
             cell.keep = max(cell.keep, cell.floor)
-    _equalise(cells, constraints)
+    systems = _systems(cells, constraints)
+    if settings.auto:
+        _round_on_average(graph, scores, settings, cells, systems, forced)
+    for system in systems:
+        _solve(cells, system)
     return _select(graph, scores, cells)
 
 
 # The widths are chosen for a scaled limit and then changed by the constraints of the code. Rounds in which the scale is
 # searched, how much of the limit used is near enough, and the scale from which on raising it changes nothing.
 _ROUNDS, _NEAR, _FREE = 24, 0.995, 4.0
+# A limit that is used less is not met; and what is then tried in place of the widths of "auto".
+_MET = 0.99
+_FINER: tuple[RoundTo, ...] = (AUTO, 4, 1)
 
 
 def _within(
@@ -149,22 +178,66 @@ def _within(
     limits: Sequence[Limit],
     chosen: Sequence[bool],
 ) -> Allocation:
-    """Widths within the limits: what equal counts and shared indices add is found out exactly, and taken off."""
+    """Widths within the limits: what equal counts and shared indices add is found out exactly, and taken off.
+
+    Under "auto" a small network may have no such widths that use what is allowed; then finer ones are taken."""
+    best: _Found | None = None
+    for round_to in _FINER if settings.auto else (settings.round_to,):
+        stepped = dataclasses.replace(settings, round_to=round_to)
+        try:
+            found = _searched(graph, scores, stepped, forced, limits, chosen)
+        except UnreachableBudget:
+            if best is None and round_to == (_FINER[-1] if settings.auto else settings.round_to):
+                raise
+            continue
+        if found is not None and (best is None or found.used > best.used):
+            best = found
+        if best is not None and best.used >= _MET:
+            break
+    if best is None:
+        names = " and ".join(limit.name for limit in limits)
+        raise UnreachableBudget(
+            f"budget: no widths were found that keep {names} within the budget and obey the equal-count constraints of "
+            f"this model; raise the budget or lower min_channels"
+        )
+    return best.allocation
+
+
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """`used`: the largest share of a limit. `kept`: minus the score that goes."""
+
+    allocation: Allocation
+    used: float
+    kept: float
+
+
+def _searched(
+    graph: DependencyGraph,
+    scores: Mapping[int, Floats],
+    settings: Settings,
+    forced: Mapping[int, int],
+    limits: Sequence[Limit],
+    chosen: Sequence[bool],
+) -> _Found | None:
+    """What fits of the widths chosen for limits of several scales: the one that keeps most where widths have steps,
+    between which there may be no way to use more, else the one that uses most."""
     groups = graph.groups
+    allowed = [settings.widths(g.size, g.kind) for g in groups]
     floors, ceilings = [], []
-    for group in groups:
+    for group, possible in zip(groups, allowed, strict=True):
         least = max(settings.floor(group.size), min(settings.min_channels, group.size))
-        least = min(group.size, -(-least // settings.round_to) * settings.round_to)
         ceilings.append(forced.get(group.index, group.size))
-        floors.append(least if chosen[group.index] and group.index not in forced else ceilings[-1])
-    chooser = StairWidths if any(limit.stairs is not None for limit in limits) else Widths
-    widths = chooser([scores[g.index] for g in groups], floors, ceilings, settings.round_to)
-    stairs = chooser is StairWidths
-    best: tuple[float, Allocation] | None = None
+        free = chosen[group.index] and group.index not in forced
+        floors.append(int(possible[np.searchsorted(possible, least)]) if free else ceilings[-1])
+    stairs = any(limit.stairs is not None for limit in limits)
+    chooser = (StairWidths if stairs else Widths)([scores[g.index] for g in groups], floors, ceilings, allowed)
+    steps = stairs or settings.round_to != 1
+    best: _Found | None = None
     scale, fits, exceeds = 1.0, 0.0, math.inf
     for _ in range(_ROUNDS):
         try:
-            wanted = widths.choose(limits, scale)
+            wanted = chooser.choose(limits, scale)
         except GraphPruneError:
             if best is None and scale >= 1:
                 raise  # not even the floors fit
@@ -174,23 +247,97 @@ def _within(
         used = max(limit.cost.exact(made.gone) / limit.most for limit in limits)
         if used <= 1 + 1e-12:
             fits = scale
-            worth = -sum(float(scores[g][lost].sum()) for g, lost in made.removed.items()) if stairs else used
-            if best is None or worth > best[0]:
-                best = (worth, made)
-            # between two stairs there may be no way to use more
-            exact = stairs and all(g.size - len(made.removed.get(g.index, ())) == wanted[g.index] for g in groups)
+            new = _Found(made, used, -sum(float(scores[g][lost].sum()) for g, lost in made.removed.items()))
+            if best is None or (new.kept > best.kept if steps else used > best.used):
+                best = new
+            exact = steps and all(g.size - len(made.removed.get(g.index, ())) == wanted[g.index] for g in groups)
             if used >= _NEAR or scale >= _FREE or exact:
                 break
         else:
             exceeds = scale
         scale = min(scale / used, _FREE) if fits == 0 or math.isinf(exceeds) else (fits + exceeds) / 2
-    if best is None:
-        names = " and ".join(limit.name for limit in limits)
-        raise UnreachableBudget(
-            f"budget: no widths were found that keep {names} within the budget and obey the equal-count constraints of "
-            f"this model; raise the budget or lower min_channels"
+    return best
+
+
+def _round_on_average(
+    graph: DependencyGraph,
+    scores: Mapping[int, Floats],
+    settings: Settings,
+    cells: Sequence[_Cell],
+    systems: Sequence[_System],
+    forced: Mapping[int, int],
+) -> None:
+    """Give every cell an allowed width next to what was asked. Cells that must stay equal go the same way, and so do
+    equal layers of a transformer, whose widths a configuration can then hold. Whole heads are rounded to nearest."""
+    together = _in_step(graph, cells, systems)
+    speaks = len({cell.group for cell in cells if cell.asked < len(cell.units) and cell.group not in forced})
+    best = math.inf
+    for grid in (AUTO, FINE):
+        ends = [
+            [_ends(graph.groups[cells[c].group], cells[c], settings, grid, cells[c].group in forced) for c in members]
+            for members in together
+        ]
+        items = [
+            _item(graph, scores, [cells[c] for c in members], pairs, forced)
+            for members, pairs in zip(together, ends, strict=True)
+        ]
+        down, off = on_average(items)
+        if off < best - 1e-12:
+            best = off
+            keep = [[low if d else high for low, high in pairs] for pairs, d in zip(ends, down, strict=True)]
+        if best <= NEAR * speaks:
+            break
+    for members, widths_of_set in zip(together, keep, strict=True):
+        for c, width in zip(members, widths_of_set, strict=True):
+            cells[c].keep = width
+
+
+def _ends(group: Group, cell: _Cell, settings: Settings, grid: str, forced: bool) -> tuple[int, int]:
+    """The allowed widths below and above what is asked; the same where there is no choice."""
+    n = len(cell.units)
+    if forced:
+        return cell.keep, cell.keep
+    least = max(cell.floor, math.ceil(min(settings.min_channels, group.size) * n / group.size))
+    if group.kind == "head":
+        keep = max(n - nearest(round(n - cell.asked, 9)), min(least, n), 1)
+        return keep, keep
+    return around(cell.asked, widths(n, grid), least)
+
+
+def _item(
+    graph: DependencyGraph,
+    scores: Mapping[int, Floats],
+    cells: Sequence[_Cell],
+    ends: Sequence[tuple[int, int]],
+    forced: Mapping[int, int],
+) -> Item:
+    item = Item(0.0, 0.0, 0.0, 0.0)
+    for cell, (low, high) in zip(cells, ends, strict=True):
+        n, size = len(cell.units), graph.groups[cell.group].size
+        between = np.sort(scores[cell.group][cell.units])[n - high : n - low]
+        asked = low if cell.group in forced else cell.asked
+        item = Item(
+            item.asked + (n - asked) / size,
+            item.less + (n - high) / size,
+            item.more + (n - low) / size,
+            item.loss + float(between.sum()),
         )
-    return best[1]
+    return item
+
+
+def _in_step(graph: DependencyGraph, cells: Sequence[_Cell], systems: Sequence[_System]) -> list[list[int]]:
+    """Sets of cells that go the same way."""
+    sets = [system.members for system in systems]
+    bound = {c for members in sets for c in members}
+    sets += [[c] for c in range(len(cells)) if c not in bound]
+    found: dict[Any, list[int]] = {}
+    for i, members in enumerate(sets):
+        groups = [graph.groups[cells[c].group] for c in members]
+        key: Any = i
+        if all(g.kind in _OF_LAYERS for g in groups):
+            key = tuple((g.structure, round(cells[c].asked, 6)) for g, c in zip(groups, members, strict=True))
+        found.setdefault(key, []).extend(members)
+    return list(found.values())
 
 
 def nearest(value: float) -> int:
@@ -199,33 +346,45 @@ def nearest(value: float) -> int:
 
 
 def _round(keep: int, size: int, settings: Settings) -> int:
+    """The multiple nearest to `keep`, at least the least that must stay; under "auto" only that."""
     step = settings.round_to
-    if step > 1 and keep < size:
+    if isinstance(step, int) and step > 1 and keep < size:
         keep = min(size, max(step, nearest(keep / step) * step))
     return max(min(settings.min_channels, size), settings.floor(size), keep)
 
 
-def _keep_per_group(
-    graph: DependencyGraph, scores: Mapping[int, Floats], ratios: Sequence[float], settings: Settings
-) -> list[int]:
+def _asked_per_group(
+    graph: DependencyGraph, scores: Mapping[int, Floats], ratios: Sequence[float], scope: str
+) -> list[float]:
+    """How many units of each group should stay, before any rounding of widths."""
     groups = graph.groups
-    if settings.scope == "local":
-        return [
-            _round(g.size - nearest(ratios[g.index] * g.size), g.size, settings) if ratios[g.index] else g.size
-            for g in groups
-        ]
+    if scope == "local":
+        return [g.size - ratios[g.index] * g.size for g in groups]
     pools: dict[tuple[float, str], list[int]] = defaultdict(list)
     for g in groups:
         if ratios[g.index]:
-            pools[(ratios[g.index], g.structure if settings.scope == "isomorphic" else "")].append(g.index)
-    keep = [g.size for g in groups]
+            pools[(ratios[g.index], g.structure if scope == "isomorphic" else "")].append(g.index)
+    keep = [float(g.size) for g in groups]
     for (ratio, _), indices in pools.items():
         flat = np.concatenate([scores[i] for i in indices])
         owner = np.repeat(indices, [groups[i].size for i in indices])
         drop = np.argsort(flat, kind="stable")[: nearest(ratio * len(flat))]
         lost = np.bincount(owner[drop], minlength=len(groups))
         for i in indices:
-            keep[i] = _round(groups[i].size - int(lost[i]), groups[i].size, settings)
+            keep[i] -= int(lost[i])
+    return keep
+
+
+def _keep_per_group(
+    graph: DependencyGraph, asked: Sequence[float], ratios: Sequence[float], settings: Settings
+) -> list[float]:
+    """What is asked, rounded group by group; under "auto" as it is, since that rounds all groups together later."""
+    if settings.auto:
+        return list(asked)
+    keep: list[float] = []
+    for g in graph.groups:
+        gone = nearest(ratios[g.index] * g.size) if settings.scope == "local" else g.size - int(asked[g.index])
+        keep.append(_round(g.size - gone, g.size, settings) if ratios[g.index] else g.size)
     return keep
 
 
@@ -271,11 +430,11 @@ def _cells(graph: DependencyGraph, apart: bool) -> tuple[list[_Cell], list[list[
     return cells, constraints
 
 
-def _share(cell: _Cell, keep: int, size: int, settings: Settings, ratio: float, forced: bool) -> int:
+def _share(cell: _Cell, keep: float, size: int, settings: Settings, ratio: float, forced: bool) -> int:
     """How many of a group's kept units fall to one of its cells."""
     n = len(cell.units)
     if n == size or keep == size:
-        return min(n, keep)
+        return min(n, int(keep))
     if settings.scope == "local" and not forced and settings.round_to == 1:
         share = n - nearest(ratio * n)
     else:
@@ -283,8 +442,16 @@ def _share(cell: _Cell, keep: int, size: int, settings: Settings, ratio: float, 
     return max(min(n, 1), min(n, share))
 
 
-def _equalise(cells: list[_Cell], constraints: list[list[_Block]]) -> None:
-    """Make blocks equal: the integer solution nearest to the wanted numbers, for each connected set of constraints."""
+@dataclasses.dataclass(frozen=True)
+class _System:
+    """Constraints that are connected by cells, and those cells, ascending."""
+
+    constraints: list[list[_Block]]
+    members: list[int]
+
+
+def _systems(cells: Sequence[_Cell], constraints: list[list[_Block]]) -> list[_System]:
+    """The connected sets of constraints."""
     parent = list(range(len(cells)))
 
     def find(i: int) -> int:
@@ -297,20 +464,20 @@ def _equalise(cells: list[_Cell], constraints: list[list[_Block]]) -> None:
         members = [c for block, _ in blocks for c in block]
         for c in members[1:]:
             parent[find(c)] = find(members[0])
-    systems: dict[int, list[list[_Block]]] = defaultdict(list)
+    found: dict[int, list[list[_Block]]] = defaultdict(list)
     for blocks in constraints:
-        members = [c for block, _ in blocks for c in block]
-        if members:
-            systems[find(members[0])].append(blocks)
-    for system in systems.values():
-        _solve(cells, system)
+        first = next((c for block, _ in blocks for c in block), None)
+        if first is not None:
+            found[find(first)].append(blocks)
+    return [_System(s, sorted({c for blocks in s for block, _ in blocks for c in block})) for s in found.values()]
 
 
-def _solve(cells: list[_Cell], system: list[list[_Block]]) -> None:
-    members = sorted({c for blocks in system for block, _ in blocks for c in block})
+def _solve(cells: list[_Cell], system: _System) -> None:
+    """Make blocks equal: the integer solution nearest to the wanted numbers."""
+    members = system.members
     column = {c: i for i, c in enumerate(members)}
     rows, right = [], []
-    for blocks in system:
+    for blocks in system.constraints:
         first, stuck = blocks[0]
         for block, other in blocks[1:]:
             row = np.zeros(2 * len(members))

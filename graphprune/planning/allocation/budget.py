@@ -112,16 +112,28 @@ def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float], f
 class Widths:
     """Chooses how many units of each group stay, least score lost per cost saved first.
 
-    `scores`: per group, one per unit. `floors`, `ceilings`: the least and the most that each group keeps. `step`: what
-    a group loses is chosen so that its width is a multiple of it.
+    `scores`: per group, one per unit. `floors`, `ceilings`: the least and the most that each group keeps. `allowed`:
+    the widths that a group may have, ascending; its floor and its ceiling are allowed in any case.
     """
 
-    def __init__(self, scores: Sequence[Floats], floors: Sequence[int], ceilings: Sequence[int], step: int) -> None:
+    def __init__(
+        self, scores: Sequence[Floats], floors: Sequence[int], ceilings: Sequence[int], allowed: Sequence[Ints]
+    ) -> None:
         self.ascending = [np.sort(np.asarray(s, np.float64)) for s in scores]
         self.sizes = np.array([len(s) for s in scores], np.int64)
         self.ceilings = np.minimum(np.asarray(ceilings, np.int64), self.sizes)
         self.floors = np.minimum(np.asarray(floors, np.int64), self.ceilings)
-        self.step = step
+        self.options = [
+            np.union1d(a[(a >= low) & (a <= high)], [low, high])
+            for a, low, high in zip(allowed, self.floors, self.ceilings, strict=True)
+        ]
+        # by width, from 0 to the size of each group, one group after the other
+        self._start = np.concatenate([[0], np.cumsum(self.sizes + 1)[:-1]]).astype(np.int64)
+        ends = [_nearest_options(o, int(n)) for o, n in zip(self.options, self.sizes, strict=True)]
+        self._below = np.concatenate([below for below, _ in ends]) if ends else np.zeros(0, np.int64)
+        self._above = np.concatenate([above for _, above in ends]) if ends else np.zeros(0, np.int64)
+        kept = [np.concatenate([[0.0], np.cumsum(s[::-1])]) for s in self.ascending]
+        self._best = np.concatenate(kept) if kept else np.zeros(0)
 
     def choose(self, limits: Sequence[Limit], scale: float = 1.0) -> Ints:
         """The widths for limits multiplied by `scale`.
@@ -180,11 +192,7 @@ class Widths:
     def _at(self, price: float, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> Ints:
         unit = self._unit_costs(keep, limits, most) * price
         wanted = np.array([len(s) - np.searchsorted(s, u) for s, u in zip(self.ascending, unit, strict=True)], np.int64)
-        wanted = np.minimum(wanted, keep)
-        if self.step > 1:
-            cut = wanted < self.sizes
-            wanted = np.where(cut, -(-wanted // self.step) * self.step, wanted)
-        return np.minimum(np.maximum(wanted, self.floors), keep)
+        return np.minimum(self._up(np.minimum(wanted, keep)), keep)
 
     def _between(self, wide: Ints, narrow: Ints, fits: Callable[[Ints], bool]) -> Ints:
         """The widest widths on the way from `wide`, which does not fit, to `narrow`, which does."""
@@ -192,7 +200,7 @@ class Widths:
         best = narrow
         for _ in range(24):
             middle = (low + high) / 2
-            keep = (wide - np.ceil((wide - narrow) * middle).astype(np.int64)) // self.step * self.step
+            keep = self._down(wide - np.ceil((wide - narrow) * middle).astype(np.int64))
             keep = np.minimum(np.maximum(keep, narrow), wide)
             if fits(keep):
                 best, high = keep, middle
@@ -206,7 +214,7 @@ class Widths:
         blocked = keep >= self.ceilings
         while not blocked.all():
             unit = self._all_unit_costs(keep, limits, most)
-            gain = np.array([self._next(g, keep) for g in range(len(keep))])
+            gain = self._gain(keep)
             g = int(np.where(blocked, -np.inf, gain / unit).argmax())
             new = self._wider(keep, g)
             if self._fits(new, limits, most):
@@ -224,7 +232,7 @@ class Widths:
             if used >= _FULL:
                 break
             unit = self._all_unit_costs(keep, limits, most)
-            gain = np.array([self._next(g, keep) if keep[g] < self.ceilings[g] else -np.inf for g in range(len(keep))])
+            gain = np.where(keep < self.ceilings, self._gain(keep), -np.inf)
             candidates = [int(g) for g in np.argsort(-gain / unit, kind="stable")[:_EXCHANGES] if gain[g] > -np.inf]
             options = [o for g in candidates if (o := self._made_room(keep, g, limits, most)) is not None]
             near = [o for o in options if self._used(o, limits, most) >= _NEAR]
@@ -244,17 +252,19 @@ class Widths:
         keep = self._wider(keep, g)
         while not self._fits(keep, limits, most):
             unit = self._unit_costs(keep, limits, most)
-            loss = np.array([s[n - k] for s, n, k in zip(self.ascending, self.sizes, keep, strict=True)])
+            lower = self._down(keep - 1)
+            steps = np.maximum(keep - lower, 1)
+            loss = (self._score(keep) - self._score(lower)) / steps
             possible = (keep > self.floors) & (unit > 0)
             possible[g] = False
             if not possible.any():
                 return None
-            rest = unit * self.step - (self._used(keep, limits, most) - 1)  # room left when a step of one group goes
+            rest = unit * steps - (self._used(keep, limits, most) - 1)  # room left when a step of one group goes
             last = possible & (rest >= 0) & (rest <= 1 - _NEAR)
             h = int(np.where(last, loss, np.inf).argmin())
             if not last.any():
                 h = int(np.where(possible, loss / np.maximum(unit, 1e-300), np.inf).argmin())
-            keep[h] = max(self.floors[h], (keep[h] - 1) // self.step * self.step)
+            keep[h] = lower[h]
         return self._filled(keep, limits, most)
 
     def _all_unit_costs(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> Floats:
@@ -264,15 +274,39 @@ class Widths:
         unit: Floats = np.maximum(slopes / np.maximum(self.sizes, 1), 1e-30)
         return unit
 
-    def _next(self, g: int, keep: Ints) -> float:
-        """The score of the next unit that would stay."""
-        index = self.sizes[g] - keep[g] - 1
-        return float(self.ascending[g][index]) if index >= 0 else 0.0
+    def _down(self, keep: Ints) -> Ints:
+        """The widest allowed widths up to these, the narrowest of all where there are none."""
+        found: Ints = self._below[self._start + np.maximum(keep, 0)]
+        return found
+
+    def _up(self, keep: Ints) -> Ints:
+        """The narrowest allowed widths from these on, the widest of all where there are none."""
+        found: Ints = self._above[self._start + np.minimum(keep, self.sizes)]
+        return found
+
+    def _score(self, keep: Ints) -> Floats:
+        """The score that each group keeps."""
+        found: Floats = self._best[self._start + keep]
+        return found
+
+    def _gain(self, keep: Ints) -> Floats:
+        """The score of the units up to the next width, on average; 0 where there is none."""
+        new = self._up(keep + 1)
+        gain: Floats = (self._score(new) - self._score(keep)) / np.maximum(new - keep, 1)
+        return gain
 
     def _wider(self, keep: Ints, g: int) -> Ints:
         new = keep.copy()
-        new[g] = min((keep[g] // self.step + 1) * self.step, self.ceilings[g])
+        new[g] = self._up(keep + 1)[g]
         return new
 
     def _kept_score(self, keep: Ints) -> float:
-        return sum(float(s[n - k :].sum()) for s, n, k in zip(self.ascending, self.sizes, keep, strict=True))
+        return float(self._score(keep).sum())
+
+
+def _nearest_options(options: Ints, size: int) -> tuple[Ints, Ints]:
+    """For every width up to `size`, the next options below and above it (or the outermost one)."""
+    widths = np.arange(size + 1)
+    below = np.maximum(np.searchsorted(options, widths, side="right") - 1, 0)
+    above = np.minimum(np.searchsorted(options, widths), len(options) - 1)
+    return options[below], options[above]

@@ -28,10 +28,11 @@ _TOLERANCE = 0.002
 class StairWidths:
     """Chooses how many units of each group stay; arguments as those of `Widths`."""
 
-    def __init__(self, scores: Sequence[Floats], floors: Sequence[int], ceilings: Sequence[int], step: int) -> None:
-        self._plain = Widths(scores, floors, ceilings, step)
+    def __init__(
+        self, scores: Sequence[Floats], floors: Sequence[int], ceilings: Sequence[int], allowed: Sequence[Ints]
+    ) -> None:
+        self._plain = Widths(scores, floors, ceilings, allowed)
         self.sizes, self.floors, self.ceilings = self._plain.sizes, self._plain.floors, self._plain.ceilings
-        self.step = step
         # lost[g][k]: the score that goes when k units of group g stay
         self.lost = [
             np.concatenate([[0.0], np.cumsum(np.sort(np.asarray(s, np.float64)))])[::-1].copy() for s in scores
@@ -67,9 +68,7 @@ class StairWidths:
         whole = self.fraction(self.ceilings)
         out = []
         for g in range(len(self.sizes)):
-            low, high = int(self.floors[g]), int(self.ceilings[g])
-            widths = np.arange(low, high + 1, dtype=np.int64)
-            widths = widths[(widths % self.step == 0) | (widths == high) | (widths == low)]
+            widths = self._plain.options[g]
             parts = [s(g, whole, widths / max(1, int(self.sizes[g]))) for limit in limits if (s := limit.stairs)]
             costs = np.sum(parts, axis=0)
             if not costs.any():  # no stairs there

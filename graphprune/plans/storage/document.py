@@ -23,17 +23,19 @@ LARGEST = 64 * 2**20
 @dataclasses.dataclass(frozen=True)
 class Document:
     """`histories`: module path -> the plans that were applied to it, in order. `aliases`: name -> the name under which
-    the same tensor is stored. `transient`: buffers that are in no state dict -> their type."""
+    the same tensor is stored. `transient`: buffers that are in no state dict -> their type. `repairs`: module path ->
+    how what each of its plans lost was repaired, where any was; only told, never acted on."""
 
     histories: Mapping[str, tuple[Applied, ...]]
     aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     transient: Mapping[str, torch.dtype] = dataclasses.field(default_factory=dict)
+    repairs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> str:
         """The document as text. Raises GraphPruneError when it is too long for a header."""
         indices: dict[tuple[int, ...], int] = {}
         history = [
-            {"module": path, "plans": [_compact(plan, indices) for plan in plans]}
+            {"module": path, "plans": [_compact(plan, indices) for plan in plans], **self._repaired(path)}
             for path, plans in self.histories.items()
         ]
         text = json.dumps(
@@ -51,6 +53,10 @@ class Document:
             raise GraphPruneError(f"the plans of the model take {len(text)} bytes, more than the {LARGEST} of a header")
         return text
 
+    def _repaired(self, path: str) -> dict[str, list[str]]:
+        found = self.repairs.get(path, ())
+        return {"repairs": list(found)} if any(found) else {}
+
     @classmethod
     def from_json(cls, text: str) -> Document:
         """The inverse of `to_json`. Raises GraphPruneError for anything that is not one."""
@@ -66,13 +72,14 @@ class Document:
         try:
             indices = [[_integer(i) for i in found] for found in data["indices"]]
             entries = [(_text(e["module"]), tuple(_plan(p, indices) for p in e["plans"])) for e in data["history"]]
+            repairs = {_text(e["module"]): tuple(map(_text, e["repairs"])) for e in data["history"] if "repairs" in e}
             aliases = {_text(name): _text(of) for name, of in data["aliases"].items()}
             transient = {_text(name): _dtype(dtype) for name, dtype in data["transient"].items()}
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise GraphPruneError(f"its description is damaged ({type(error).__name__}: {str(error)[:80]})") from error
         if len(dict(entries)) != len(entries):
             raise GraphPruneError("its description is damaged (a module has two histories)")
-        return cls(dict(entries), aliases, transient)
+        return cls(dict(entries), aliases, transient, repairs)
 
 
 def _compact(plan: Applied, indices: dict[tuple[int, ...], int]) -> dict[str, Any]:

@@ -32,6 +32,12 @@ def fill(model: nn.Module, file: ModelFile) -> None:
         slots.cast(name, dtype)
 
 
+def takes_bias(layer: nn.Module, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether the layer has an empty place of this name for one number per output."""
+    outputs = getattr(layer, "out_channels", getattr(layer, "out_features", None))
+    return name in layer._parameters and layer._parameters[name] is None and shape == (outputs,)
+
+
 class Slots:
     """The places for tensors in a model."""
 
@@ -60,8 +66,7 @@ class Slots:
     def _empty(self, name: str, shape: tuple[int, ...]) -> bool:
         """A place that holds None: a bias that a layer was given, one number per output."""
         owner, table, last = self._place(name)
-        outputs = getattr(owner, "out_channels", getattr(owner, "out_features", None))
-        return table == "_parameters" and getattr(owner, table)[last] is None and shape == (outputs,)
+        return table == "_parameters" and owner is not None and takes_bias(owner, last, shape)
 
     def _place(self, name: str) -> tuple[nn.Module | None, str | None, str]:
         path, _, last = name.rpartition(".")

@@ -11,7 +11,7 @@ from torch import nn
 from ...errors import GraphPruneError
 from ...support.types import PathLike
 from ...support.unwrapping import unwrapped
-from ..history import changed_since, histories
+from ..history import changed_since, histories, note_repairs
 from ..surgery import clone_with
 from .container import ModelFile, write_file
 from .document import Document
@@ -46,8 +46,10 @@ def save(model: nn.Module, path: PathLike) -> Path:
             f"network; make such changes before pruning, or save the pruned part alone"
         )
     state = State.of(model)
-    plans = {name: history.plans for name, history in histories(model).items()}
-    return write_file(path, state.values(), Document(plans, state.aliases, state.transient))
+    known = histories(model)
+    plans = {name: history.plans for name, history in known.items()}
+    repairs = {name: history.repairs for name, history in known.items()}
+    return write_file(path, state.values(), Document(plans, state.aliases, state.transient, repairs))
 
 
 def load(
@@ -73,6 +75,7 @@ def load(
     try:
         model = rebuilt(_built(build_model), file.document.histories)
         fill(model, file)
+        note_repairs(model, file.document.repairs)
         return model if target is None else model.to(target)
     except GraphPruneError as error:
         raise GraphPruneError(f"{file.path}: {error}") from error

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...tracing.names import all_modules
-from ..history import Applied, history_of
+from ...tracing.names import all_modules, named_tensors
+from ..history import Applied, histories, history_of
+from .filling import takes_bias
 
 
 def rebuilt(model: nn.Module, histories: Mapping[str, tuple[Applied, ...]]) -> nn.Module:
@@ -23,9 +25,12 @@ def rebuilt(model: nn.Module, histories: Mapping[str, tuple[Applied, ...]]) -> n
             if not plans:
                 continue
             module = _module(model, path)
+            given = _give_biases(module, plans[0].structure)
             try:
                 plans[0].check(module)
             except GraphPruneError as error:
+                for layer in given:
+                    layer._parameters["bias"] = None
                 failures.append(f"{error}{f' (in {path})' if path else ''}")
                 continue
             model = _with(model, path, _applied(plans.pop(0), module))
@@ -33,6 +38,23 @@ def rebuilt(model: nn.Module, histories: Mapping[str, tuple[Applied, ...]]) -> n
         else:
             raise GraphPruneError(failures[0])
     return model
+
+
+def _give_biases(module: nn.Module, structure: Mapping[str, tuple[int, ...]]) -> list[nn.Module]:
+    """Fill the empty places in which the next plan found a bias: the repair after an earlier one may have given it."""
+    named, modules = named_tensors(module), all_modules(module)
+    given = []
+    for name in structure if histories(module) else ():
+        path, _, last = name.rpartition(".")
+        layer = modules.get(path)
+        if name in named or last != "bias" or layer is None or not takes_bias(layer, last, tuple(structure[name])):
+            continue
+        weight = getattr(layer, "weight", None)
+        if isinstance(weight, Tensor):
+            zeros = torch.zeros(structure[name], dtype=weight.dtype, device=weight.device)
+            layer._parameters["bias"] = nn.Parameter(zeros, requires_grad=weight.requires_grad)
+            given.append(layer)
+    return given
 
 
 def _left(model: nn.Module, path: str, plans: tuple[Applied, ...]) -> tuple[Applied, ...]:

@@ -14,16 +14,18 @@ from torch import Tensor, nn
 from ...dependency import DependencyGraph, Group
 from ...dependency.graph import trace
 from ...errors import GraphPruneError
-from ...tracing.example import ExampleInput, result_tensors
+from ...tracing.example import ExampleInput
 from ...tracing.names import named_tensors, operator_name
+from ..history import repair_after
 from ..plan import Plan
 from ..rewriting import dependency_graph
 from ..surgery import bypass_layers, clone_with
 from .experts import verify_experts
 from .layers import verify_layers
+from .repaired import checks_of_repaired
 from .results import TOLERANCE, Check, VerificationReport, relative_error
 from .rewrite import run_rewritten
-from .running import run
+from .running import run, same_shapes
 
 TOLERANCE_64 = 1e-7
 
@@ -111,6 +113,10 @@ def verify(
     - *rounding*, for half precision when weights were computed (folded, rescaled): each one must be what float32
       gives, rounded; the comparisons then use the values that are not rounded.
 
+    A network that `recover` (or `prune`, by default) repaired is no longer the plan's: then these checks are of what
+    the plan makes of the original, and *forward, repaired* and *repaired* say that `pruned` runs and differs from it
+    only in what the repair may change (constant terms for "mean", any values otherwise).
+
     A plan that leaves out layers or experts is checked against the original in which they are bypassed, or barred from
     being chosen, instead. One that leaves out layers and changes widths too is checked in two steps: the original with
     these layers replaced by modules that do nothing against the original in which hooks bypass them (*bypass*,
@@ -122,8 +128,14 @@ def verify(
 
     Raises GraphPruneError where there is not enough memory for that.
     """
+    example = ExampleInput.of(example_input)
     try:
-        return _verified(original, pruned, plan, ExampleInput.of(example_input), graph, tolerance)
+        repair = repair_after(pruned, plan)
+        if not repair:
+            return _verified(original, pruned, plan, example, graph, tolerance)
+        cut = plan.apply(original)
+        found = _verified(original, cut, plan, example, graph, tolerance)
+        return VerificationReport((*checks_of_repaired(pruned, cut, repair, example), *found.checks))
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
@@ -165,7 +177,7 @@ def _verified(
         graph = dependency_graph(original, example, plan.output, [r.module for r in plan.rewrites])
     graph = graph or trace(original, example)
     outputs = run(original, example, "verify (original)"), run(pruned, example, "verify (pruned)")
-    checks = [_forward_check(*outputs), *first]
+    checks = [same_shapes(outputs[1], outputs[0]), *first]
     if any(p.is_meta for p in original.parameters()):
         return VerificationReport(tuple(checks))
     dtype = _dtype_of(original)
@@ -209,13 +221,6 @@ def _unrounded(original: nn.Module, pruned: nn.Module, plan: Plan) -> tuple[Chec
             return Check("rounding", False, relative_error(got, want), f"{name} is not what the plan computes"), pruned
         worst = max(worst, relative_error(got, want))
     return Check("rounding", True, worst), clone_with(pruned, {n: t.detach() for n, t in exact.items()})
-
-
-def _forward_check(want: Any, got: Any) -> Check:
-    expected, found = ([tuple(t.shape) for t in result_tensors(output)] for output in (want, got))
-    if found != expected:
-        return Check("forward", False, math.nan, f"output shapes {found}, expected {expected}")
-    return Check("forward", True, math.nan, f"{len(found)} outputs")
 
 
 def _compare_in(

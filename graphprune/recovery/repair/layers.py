@@ -34,6 +34,7 @@ class LayerRecovery:
 
     `before`, `after`: mean squared difference to the wanted results on the calibration data, divided by their
     variance; NaN where not measured. `note` says what could not be done, and where a correction is not exact.
+    `changed`: whether anything was done.
     """
 
     weight: str
@@ -41,6 +42,7 @@ class LayerRecovery:
     before: float
     after: float
     note: str = ""
+    changed: bool = True
 
     def __str__(self) -> str:
         note = f": {self.note}" if self.note else ""
@@ -184,7 +186,7 @@ class Refit:
             notes.append("has no bias and no batch norm behind it: left alone")
         note = "; ".join(n for n in notes if n)
         after = found.after if constant.possible else found.before
-        self.report.append(LayerRecovery(reader.weight, "mean", found.before, after, note))
+        self.report.append(LayerRecovery(reader.weight, "mean", found.before, after, note, constant.possible))
 
 
 def _behind_layers(dense: nn.Module, plan: Plan, example: ExampleInput) -> set[str]:

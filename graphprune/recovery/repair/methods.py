@@ -19,14 +19,16 @@ from ...tracing.trace import record_run
 from .batchnorm import reestimate
 from .layers import LayerRecovery, Refit
 from .norms import kept_folds, take_apart
-from .stored import compensate
+from .stored import compensate, stores_statistics
 
-METHODS = ("mean", "batchnorm", "least_squares")
+METHODS = ("auto", "mean", "batchnorm", "least_squares")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """`model`: the recovered network. `layers`: what was done, layer by layer, in order (empty for "batchnorm")."""
+    """`model`: the recovered network. `layers`: what was done, layer by layer, in order (empty for "batchnorm").
+
+    The network remembers the method, `graphprune.verify` says that it does, and files of `graphprune.save` say so."""
 
     model: nn.Module
     layers: tuple[LayerRecovery, ...]
@@ -42,7 +44,7 @@ def check_method(method: Any, data: Any) -> None:
     if method not in METHODS:
         known = ", ".join(map(repr, METHODS))
         raise GraphPruneError(f"recover: expected None or one of {known}, got {method!r}")
-    if data is None and method != "mean":
+    if data is None and method not in ("auto", "mean"):
         raise GraphPruneError(f"recover={method!r} needs inputs to measure on: pass data=, a loader or list of batches")
 
 
@@ -51,7 +53,7 @@ def recover(
     plan: Plan,
     example_input: Any,
     data: Any = None,
-    method: str | None = None,
+    method: str = "auto",
     *,
     ridge: float = 1e-3,
     every_layer: bool = True,
@@ -60,7 +62,7 @@ def recover(
     """Apply `plan` to a copy of `model` and repair the copy so that it does what `model` does on `data`.
 
     `data` yields inputs, or (inputs, targets) whose targets are not used; it is read several times, a batch at a time.
-    `method` (default: "least_squares" with data, "mean" without):
+    `method` ("auto", the default: "least_squares" with data, "mean" without):
 
     - "mean": the constant term (bias) of every layer that lost inputs is moved so that its mean result is the dense
       network's. Exact for removed channels that are constant, except at the border of padded convolutions, where the
@@ -87,8 +89,11 @@ def recover(
     Raises GraphPruneError for unknown methods, for data that cannot be read twice or that the model fails on, and for
     plans of another model. `model` is not touched.
     """
-    method = method or ("mean" if data is None else "least_squares")
+    if method is None:
+        raise GraphPruneError("recover: expected a method, got None; leave it out for the one that suits the data")
     check_method(method, data)
+    if method == "auto":
+        method = "mean" if data is None else "least_squares"
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
     example = ExampleInput.of(example_input)
@@ -105,11 +110,11 @@ def recover(
             small = plan.operated(model)
             dense = apply_folds(model, _common_folds(model, plan, example))
             said = compensate(model, dense, small, plan, example)
-            return Recovery(_closed(small, model, plan), tuple(said))
+            return Recovery(_closed(small, model, plan, "mean" if any(r.changed for r in said) else ""), tuple(said))
         if method == "batchnorm":
             small = dataclasses.replace(plan, folds=()).operated(model)
             reestimate(small, batches)
-            return Recovery(_closed(apply_folds(small, plan.folds), model, plan), ())
+            return Recovery(_closed(apply_folds(small, plan.folds), model, plan, method), ())
         small = plan.operated(model)  # with the model's own names
         folds = _common_folds(model, plan, example)
         kept = () if plan.folds else kept_folds(model, small, example)
@@ -120,12 +125,19 @@ def recover(
         found = tuple(refit.run(solve=method == "least_squares"))
         if kept:
             take_apart(small, fitted, kept, batches)
-        return Recovery(_closed(small, model, plan), found)
+        return Recovery(_closed(small, model, plan, method), found)
 
 
-def _closed(small: nn.Module, model: nn.Module, plan: Plan) -> nn.Module:
+def auto_possible(model: nn.Module, plan: Plan, data: Any) -> bool:
+    """Whether "auto" can find anything to repair with, and anything that it knows how to repair."""
+    if plan.empty or plan.experts or any(p.is_meta for p in model.parameters()):
+        return False
+    return data is not None or (bool(plan.removed) and stores_statistics(model))
+
+
+def _closed(small: nn.Module, model: nn.Module, plan: Plan, repair: str) -> nn.Module:
     """What `plan.apply` makes, from a repaired `plan.operated`."""
-    return remember(close_gaps(small, model, plan.layers), model, plan)
+    return remember(close_gaps(small, model, plan.layers), model, plan, repair)
 
 
 def _common_folds(model: nn.Module, plan: Plan, example: ExampleInput) -> tuple[Fold, ...]:

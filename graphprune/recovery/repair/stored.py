@@ -25,6 +25,11 @@ from .layers import LayerRecovery
 NOTHING_KNOWN = "nothing is stored of the inputs that it lost (no batch norm before them): left alone"
 
 
+def stores_statistics(model: nn.Module) -> bool:
+    """Whether there may be anything to go by without data."""
+    return any(name.endswith("running_mean") for name, _ in model.named_buffers())
+
+
 def compensate(
     model: nn.Module, dense: nn.Module, small: nn.Module, plan: Plan, example: ExampleInput
 ) -> list[LayerRecovery]:
@@ -88,10 +93,11 @@ def _correct(
     """Put the mean of the changes (one per call of the layer) into its constant term."""
     known = [change for change in changes if change is not None]
     if reader is None or not known or len(known) < len(changes):
-        return LayerRecovery(name, "mean", math.nan, math.nan, NOTHING_KNOWN)
+        return LayerRecovery(name, "mean", math.nan, math.nan, NOTHING_KNOWN, False)
     constant = walk.Constant(small, reader, norms.get(name.rpartition(".")[0]))
     if not constant.possible:
-        return LayerRecovery(name, "mean", math.nan, math.nan, "has no bias and no batch norm behind it: left alone")
+        told = "has no bias and no batch norm behind it: left alone"
+        return LayerRecovery(name, "mean", math.nan, math.nan, told, False)
     change = torch.stack(known).mean(0)
     constant.add(walk.target_of(plan, reader, change.device).of(change, 0))
     return LayerRecovery(name, "mean", math.nan, math.nan, "from stored statistics; exact on average, not at borders")

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData
-from ...planning.request import plan
+from ...planning.request import plan, repaired
 from ...plans.surgery.copying import clone_with
-from ...recovery import recover
 from ...sparsity import magnitude, make_permanent, n_m, save
 from ...tracing.counting import count
 from ...tracing.example import ExampleInput, result_tensors
@@ -98,7 +97,7 @@ def _variation(batches: list[Tensor]) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trial:
-    """How methods are tried on `model`; pruned channels are made up for by least squares where there are `data`."""
+    """How methods are tried on `model`; networks that lost channels are repaired as `prune` does it by default."""
 
     model: nn.Module
     example: ExampleInput
@@ -132,16 +131,14 @@ class Trial:
                 yield self._option("layers", (ratio,), call, small, stored_bytes(small)), small
 
     def cut(self, ratio: float) -> tuple[nn.Module, str] | None:
-        """A network without that fraction of its channels, repaired where there are data; None if none can go."""
+        """A repaired network without that fraction of its channels; None if none can go."""
         criterion = None if self.data is None else "reconstruction"
         decided = plan(self.model, self.example, ratio, criterion=criterion, data=self.data)
         if decided.empty:
             return None
-        if self.data is None:
-            return decided.apply(self.model), f"graphprune.prune(model, example_input, {ratio:g})"
-        small = recover(self.model, decided, self.example, self.data).model
-        told = 'criterion="reconstruction", data=data, recover="least_squares"'
-        return small, f"graphprune.prune(model, example_input, {ratio:g}, {told})"
+        small = repaired(self.model, decided, decided.apply(self.model), self.example, self.data, "auto")
+        told = "" if self.data is None else ', criterion="reconstruction", data=data'
+        return small, f"graphprune.prune(model, example_input, {ratio:g}{told})"
 
     def masks(self) -> Iterator[Option]:
         """Unstructured pruning by magnitude, as a file."""

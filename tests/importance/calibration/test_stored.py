@@ -12,8 +12,9 @@ from scipy import integrate as scipy_integrate
 from scipy import stats
 from torch import Tensor, nn
 
+import graphprune
 from graphprune.importance.calibration import find_readers
-from graphprune.importance.calibration.stored import Spread, clipped, integrate, stored_spreads
+from graphprune.importance.calibration.stored import Spread, StoredStatistics, clipped, integrate, stored_spreads
 from graphprune.tracing.example import ExampleInput
 from graphprune.tracing.names import named_tensors
 from graphprune.tracing.trace import record_run
@@ -156,3 +157,37 @@ def test_one_number_for_all_places() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 1)).eval()
     spread = spreads_read(model, torch.randn(1, 3, 64, 64))["2.weight"]
     assert spread.mean.shape == (1, 3, 64, 64) and spread.mean.stride()[2:] == (0, 0)
+
+
+class Mlp(nn.Module):
+    """What many a transformer layer ends with."""
+
+    def __init__(self, affine: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(200, elementwise_affine=affine)
+        self.up, self.down = nn.Linear(200, 12), nn.Linear(12, 200)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm(x))))
+        return out
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_norms_are_assumed_to_treat_their_features_alike_and_only_to_rank(affine: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Mlp(affine).eval(), torch.randn(20000, 200)
+    with torch.no_grad():
+        model.up.weight.mul_(torch.linspace(0.1, 4, 12)[:, None])
+        if affine:
+            model.norm.weight.uniform_(0.5, 2)
+            model.norm.bias.normal_()
+        wanted = F.gelu(model.up(model.norm(x))).double().var(0)
+    trace = record_run(model, ExampleInput.of(x[:2]))
+    found = StoredStatistics(trace, named_tensors(model)).variance("down.weight")
+    assert found is not None
+    torch.testing.assert_close(found, wanted, rtol=0.1, atol=1e-4)
+    known = spreads_read(model, x[:2])["down.weight"]
+    assert bool(known.mean.isnan().all()) and bool(known.variance.isnan().all())
+    plan = graphprune.plan(model, x[:2], 0.5)
+    (said,) = graphprune.recover(model, plan, x[:2]).layers
+    assert not said.changed and "nothing is stored" in said.note

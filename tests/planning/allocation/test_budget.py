@@ -152,7 +152,7 @@ def test_near_the_best_of_all_widths(seed: int) -> None:
     scores = [np.cumsum(rng.uniform(0.05, 1, n)) for n in sizes]
     cost = _Product(sizes)
     limit = Limit("macs", cost, 0.5 * cost.full)
-    keep = Widths(scores, [1, 1, 1], sizes, 1).choose([limit])
+    keep = Widths(scores, [1, 1, 1], sizes, [np.arange(1, n + 1) for n in sizes]).choose([limit])
 
     def lost(widths: tuple[int, ...]) -> float:
         return sum(float(s[: len(s) - k].sum()) for s, k in zip(scores, widths, strict=True))

@@ -347,11 +347,12 @@ def test_by_default_heads_and_hidden_widths_go_and_features_stay(name: str) -> N
 
 def test_features_go_where_no_whole_head_would() -> None:
     network, model, example = prepared("as BERT")
-    found = losses(network, graphprune.plan(model, example, 0.1), model)  # less than half of one of four heads
+    # less than half of one of four heads
+    found = losses(network, graphprune.plan(model, example, 0.1, round_to=1), model)
     assert "heads" not in found and {"qk", "v"} <= found
     rounded = graphprune.plan(model, example, 0.5, round_to=3)
     assert "heads" in losses(network, rounded, model)
-    rounded = graphprune.plan(model, example, 0.5, min_channels=4)
+    rounded = graphprune.plan(model, example, 0.5, min_channels=4, round_to=1)
     assert "heads" not in losses(network, rounded, model) and {"qk", "v"} <= losses(network, rounded, model)
 
 

@@ -13,6 +13,12 @@ from graphprune.planning.allocation import Limit
 from graphprune.planning.allocation.budget import Widths
 from graphprune.planning.allocation.exchange import Choice, Ground
 from graphprune.planning.allocation.staircase import StairWidths
+from graphprune.planning.allocation.steps import widths
+
+
+def every(sizes: list[int], step: int = 1) -> list[Any]:
+    """All multiples of the step."""
+    return [widths(n, step) for n in sizes]
 
 
 class Chain:
@@ -88,7 +94,7 @@ def test_near_the_best_of_all_choices() -> None:
     over = []
     for seed in range(30):
         sizes, scores, limit = _instance(seed)
-        found = StairWidths(scores, [1] * 4, sizes, 1).choose([limit])
+        found = StairWidths(scores, [1] * 4, sizes, every(sizes)).choose([limit])
         assert limit.cost.value(found / np.array(sizes)) <= limit.most * (1 + 1e-9)
         choices = itertools.product(*(range(1, n + 1) for n in sizes))
         fitting = [k for k in choices if limit.cost.value(np.array(k) / np.array(sizes)) <= limit.most]
@@ -106,8 +112,8 @@ def test_never_less_of_the_score_than_the_chooser_for_costs_without_stairs() -> 
         cost = Chain(sizes, int(rng.integers(1, 17)), seed)
         limit = Limit("time", cost, between(cost, float(rng.uniform(0.2, 0.8))), cost.curve)
         floors = [1] * len(sizes)
-        plain = loss(scores, Widths(scores, floors, sizes, 1).choose([limit]))
-        found = loss(scores, StairWidths(scores, floors, sizes, 1).choose([limit]))
+        plain = loss(scores, Widths(scores, floors, sizes, every(sizes)).choose([limit]))
+        found = loss(scores, StairWidths(scores, floors, sizes, every(sizes)).choose([limit]))
         assert found <= plain * (1 + 1e-9)
         strictly += found < plain * (1 - 1e-3)
     assert strictly > 12
@@ -120,9 +126,9 @@ def test_equal_groups_do_not_hold_each_other() -> None:
     scores = [np.full(64, 1.0)] + [np.linspace(0.1, 0.2, 6)] * 10
     cost = Star(sizes)
     limit = Limit("time", cost, 0.7 * cost.full, cost.curve)
-    found = StairWidths(scores, [1] * 11, sizes, 1).choose([limit])
-    every = {(k, *([m] * 10)) for k in range(1, 65) for m in range(1, 7)}
-    fitting = [k for k in every if cost.value(np.array(k) / np.array(sizes)) <= limit.most]
+    found = StairWidths(scores, [1] * 11, sizes, every(sizes)).choose([limit])
+    likely = {(k, *([m] * 10)) for k in range(1, 65) for m in range(1, 7)}
+    fitting = [k for k in likely if cost.value(np.array(k) / np.array(sizes)) <= limit.most]
     assert loss(scores, found) <= min(loss(scores, k) for k in fitting) + 1e-9
 
 
@@ -155,7 +161,7 @@ def test_every_chosen_width_is_worth_its_place() -> None:
     rng = np.random.default_rng(0)
     sizes = [64, 48, 96]
     cost = Chain(sizes, 16, 0)
-    found = StairWidths([rng.uniform(size=n) for n in sizes], [1] * 3, sizes, 1).choose(
+    found = StairWidths([rng.uniform(size=n) for n in sizes], [1] * 3, sizes, every(sizes)).choose(
         [Limit("time", cost, 0.5 * cost.full, cost.curve)]
     )
     assert (found % 16 == 0).all()
@@ -167,7 +173,8 @@ def test_floors_ceilings_and_steps_hold(step: int) -> None:
     sizes, floors, ceilings = [32, 32, 32], [8, 4, 32], [32, 16, 32]
     cost = Chain(sizes, 3, 0)
     scores = [rng.uniform(size=n) for n in sizes]
-    found = StairWidths(scores, floors, ceilings, step).choose([Limit("time", cost, 0.45 * cost.full, cost.curve)])
+    chooser = StairWidths(scores, floors, ceilings, every(sizes, step))
+    found = chooser.choose([Limit("time", cost, 0.45 * cost.full, cost.curve)])
     assert (found >= floors).all() and (found <= ceilings).all() and (found % step == 0).all()
 
 
@@ -176,7 +183,7 @@ def test_two_limits_are_both_kept() -> None:
     sizes = [24, 32, 16]
     a, b = Chain(sizes, 4, 0), Chain(sizes, 1, 5)
     limits = [Limit("a", a, 0.6 * a.full, a.curve), Limit("b", b, 0.4 * b.full)]
-    found = StairWidths([rng.uniform(size=n) for n in sizes], [1] * 3, sizes, 1).choose(limits)
+    found = StairWidths([rng.uniform(size=n) for n in sizes], [1] * 3, sizes, every(sizes)).choose(limits)
     kept = found / np.array(sizes)
     assert a.value(kept) <= limits[0].most and b.value(kept) <= limits[1].most
     assert max(a.value(kept) / limits[0].most, b.value(kept) / limits[1].most) > 0.9
@@ -184,11 +191,13 @@ def test_two_limits_are_both_kept() -> None:
 
 def test_nothing_goes_where_all_fits() -> None:
     cost = Chain([8, 8], 2, 0)
-    found = StairWidths([np.ones(8)] * 2, [1, 1], [8, 8], 1).choose([Limit("time", cost, cost.full, cost.curve)])
+    chooser = StairWidths([np.ones(8)] * 2, [1, 1], [8, 8], every([8, 8]))
+    found = chooser.choose([Limit("time", cost, cost.full, cost.curve)])
     assert found.tolist() == [8, 8]
 
 
 def test_what_cannot_be_reached_is_an_error() -> None:
     cost = Chain([8, 8], 2, 0)
+    chooser = StairWidths([np.ones(8)] * 2, [6, 6], [8, 8], every([8, 8]))
     with pytest.raises(GraphPruneError, match=r"time cannot be brought to .* raise the budget"):
-        StairWidths([np.ones(8)] * 2, [6, 6], [8, 8], 1).choose([Limit("time", cost, 0.1 * cost.full, cost.curve)])
+        chooser.choose([Limit("time", cost, 0.1 * cost.full, cost.curve)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def least(scores: list[float], count: int) -> tuple[int, ...]:
 @pytest.mark.parametrize(("criterion", "p"), [("l1", 1), ("l2", 2)])
 def test_filters_of_smallest_norm_go(criterion: str, p: int) -> None:
     net = Mixed().eval()
-    plan = graphprune.plan(net, X, 0.5, granularity="filters", criterion=criterion)
+    plan = graphprune.plan(net, X, 0.5, granularity="filters", criterion=criterion, round_to=1)
     first = [sum(abs(v) ** p for v in f.flatten().tolist()) ** (1 / p) for f in net.a.weight]
     assert plan.removed["a.weight"] == {0: least(first, 5)}
     pair = [
@@ -49,13 +50,13 @@ def test_filters_of_smallest_norm_go(criterion: str, p: int) -> None:
     ]
     assert plan.removed["b.weight"] == {0: least(pair, 4), 1: least(first, 5)}
     assert {name.partition(".")[0] for name in plan.removed} == {"a", "b", "wise", "embed"}
-    small = graphprune.prune(net, X, 0.5, granularity="filters", criterion=criterion)
+    small = graphprune.prune(net, X, 0.5, granularity="filters", criterion=criterion, round_to=1)
     assert small.a.out_channels == 5 and small.up.out_features == 14 and small.embed.out_channels == 12  # type: ignore[union-attr]
 
 
 def test_neurons_of_smallest_norm_go_and_their_consumers_follow() -> None:
     net = Mixed().eval()
-    small = graphprune.prune(net, X, 0.5, granularity="neurons", criterion="l2")
+    small = graphprune.prune(net, X, 0.5, granularity="neurons", criterion="l2", round_to=1)
     rows = [math.sqrt(sum(v * v for v in row.tolist())) for row in net.up.weight]
     kept = [i for i in range(14) if i not in least(rows, 7)]
     assert torch.equal(small.up.weight, net.up.weight[kept]) and torch.equal(small.up.bias, net.up.bias[kept])  # type: ignore[union-attr, arg-type]
@@ -72,7 +73,8 @@ def test_neurons_of_smallest_norm_go_and_their_consumers_follow() -> None:
 def test_neurons_of_smallest_activation_variance_go() -> None:
     net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3)).eval()
     data = [torch.randn(20, 6) for _ in range(3)]
-    plan = graphprune.plan(net, data[0], 0.5, granularity="neurons", criterion="activation_variance", data=data)
+    options: dict[str, Any] = {"granularity": "neurons", "criterion": "activation_variance", "round_to": 1}
+    plan = graphprune.plan(net, data[0], 0.5, data=data, **options)
     inputs = torch.cat(data)
     for layer, size in ((0, 12), (2, 9)):
         values = F.relu(net[: layer + 1](inputs)).tolist()

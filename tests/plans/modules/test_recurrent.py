@@ -174,7 +174,7 @@ def test_pruned_and_proven(chosen: dict[str, Any], read: str, seed: int) -> None
     ratios = {"embed": 0.5, **{f"net.weight_ih_l{k}": 0.2 + 0.2 * k for k in range(chosen["layers"])}}
     if read in ("state", "memory"):  # all layers are one group, named by the first
         ratios = {"embed": 0.5, "net.weight_ih_l0": 0.34}
-    plan = graphprune.plan(model, example, ratios)
+    plan = graphprune.plan(model, example, ratios, round_to=1)
     small = plan.apply(model)
     report = graphprune.verify(model, small, plan, example, graph=graph)
     assert report.passed, report
@@ -239,7 +239,7 @@ def test_hidden_size_read_by_the_users_code() -> None:
             return self.head(out.view(*out.shape[:2], 2, self.net.hidden_size).sum(2))
 
     model, example = Net().eval(), torch.randn(5, 2, 4)
-    small = graphprune.prune(model, example, {"net.weight_ih_l0": 0.17, "net.weight_ih_l1": 0.5})
+    small = graphprune.prune(model, example, {"net.weight_ih_l0": 0.17, "net.weight_ih_l1": 0.5}, round_to=1)
     assert small.net.hidden_size == 3 and small.net.widths == (5, 3)
     assert small(torch.randn(7, 3, 4)).shape == (7, 3, 3)
 
@@ -248,9 +248,9 @@ def test_pruned_twice_saved_and_exported(tmp_path: Path) -> None:
     torch.manual_seed(0)
     chosen = {"kind": "LSTM", "layers": 3, "bidirectional": True, "batch_first": True, "bias": True, "projected": False}
     model, example = Reader(chosen, "sequence", 12).eval(), torch.randn(2, 7, 5)
-    small = graphprune.prune(model, example, {"net.*": 0.5, "net.weight_ih_l0": 0.25})
+    small = graphprune.prune(model, example, {"net.*": 0.5, "net.weight_ih_l0": 0.25}, round_to=1)
     assert isinstance(small.net, Recurrent) and small.net.widths == (9, 6, 6)
-    again = graphprune.prune(small, example, 0.5)
+    again = graphprune.prune(small, example, 0.5, round_to=1)
     assert again.net.widths == (4, 3, 3)
     copied = copy.deepcopy(again)
     copied.load_state_dict(again.state_dict())
@@ -315,7 +315,7 @@ def test_uneven_layers_in_every_output_mode(kind: type[nn.RNNBase], output: str,
     """Layers may differ where ours can take the place of torch's module; a subclass stays, with equal widths."""
     torch.manual_seed(0)
     model, x = Stacked(kind, literal).eval(), torch.randn(2, 6, 5)
-    plan = graphprune.plan(model, x, UNEVEN, output=output)
+    plan = graphprune.plan(model, x, UNEVEN, output=output, round_to=1)
     small = plan.apply(model)
     report = graphprune.verify(model, small, plan, x)
     assert report.passed, report

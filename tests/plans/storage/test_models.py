@@ -132,10 +132,10 @@ def test_parts_pruned_before_and_after_the_whole(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     model = Whole().eval()
-    model.first = graphprune.prune(model.first, IMAGE, 0.25)
-    model = graphprune.prune(model, IMAGE, 0.5)
+    model.first = graphprune.prune(model.first, IMAGE, 0.25, round_to=1)
+    model = graphprune.prune(model, IMAGE, 0.5, round_to=1)
     width = model.rest[0].in_features
-    model.rest = graphprune.prune(model.rest, torch.randn(2, width), 0.5)
+    model.rest = graphprune.prune(model.rest, torch.randn(2, width), 0.5, round_to=1)
     path = graphprune.save(trained(model), tmp_path / "small.safetensors")
     for build in (Whole, Whole().eval()):
         found = graphprune.load(path, build).eval()
@@ -145,7 +145,7 @@ def test_parts_pruned_before_and_after_the_whole(tmp_path: Path) -> None:
     def built_pruned() -> nn.Module:
         torch.manual_seed(0)
         made = Whole().eval()
-        made.first = graphprune.prune(made.first, IMAGE, 0.25)
+        made.first = graphprune.prune(made.first, IMAGE, 0.25, round_to=1)
         return made
 
     same(model, graphprune.load(path, built_pruned))
@@ -220,7 +220,7 @@ def test_the_loaded_model_trains_and_prunes_on(tmp_path: Path) -> None:
     found = graphprune.load(path, Classifier)
     found(IMAGE).square().mean().backward()
     assert all(p.grad is not None for p in found.parameters())
-    smaller = graphprune.prune(found.eval(), IMAGE, 0.5)
+    smaller = graphprune.prune(found.eval(), IMAGE, 0.5, round_to=1)
     graphprune.save(smaller, path)
     same(smaller, graphprune.load(path, Classifier))
 

@@ -149,7 +149,7 @@ class Sized(nn.Module):
 
 def test_user_attributes_and_buffers_follow_and_what_only_looks_like_a_size_stays() -> None:
     model, x = Sized().eval(), torch.randn(2, 3, 4, 4)
-    plan = graphprune.plan(model, x, 0.25)
+    plan = graphprune.plan(model, x, 0.25, round_to=1)
     small = plan.apply(model)
     assert (small.width, small.sizes, small.note, small.eps) == (6, {"hidden": (6, 1)}, "8 channels", 8)
     assert model.width == 8 and model.sizes == {"hidden": (8, 1)}
@@ -259,9 +259,9 @@ def test_a_plan_for_another_model_is_refused(other: Any, what: str) -> None:
 @pytest.mark.parametrize("fold_bn", [False, True])
 def test_pruning_twice_is_pruning_what_is_left(fold_bn: bool) -> None:
     model, x = net()
-    first = graphprune.plan(model, x, 0.5, fold_bn=fold_bn)
+    first = graphprune.plan(model, x, 0.5, fold_bn=fold_bn, round_to=1)
     once = first.apply(model)
-    second = graphprune.plan(once, x, 0.5, fold_bn=fold_bn)
+    second = graphprune.plan(once, x, 0.5, fold_bn=fold_bn, round_to=1)
     twice = second.apply(once)
     assert [m.out_channels for m in twice.modules() if isinstance(m, nn.Conv2d)] == [2, 1, 2]  # of 3: 1.5 go, that is 2
     # a channel that goes in the second round is one that stayed in the first

@@ -43,7 +43,7 @@ def made() -> tuple[Net, Tensor, Tensor]:
 
 def pruned_alone(net: nn.Module, x: Tensor, name: str, count: int, size: int, criterion: str, data: Any) -> nn.Module:
     ratio = {name.split(".")[0]: count / size}
-    return graphprune.prune(net, x[:2], ratio, criterion=criterion, data=data)
+    return graphprune.plan(net, x[:2], ratio, criterion=criterion, data=data, round_to=1).apply(net)
 
 
 @pytest.mark.parametrize("criterion", ["l2", "reconstruction"])

@@ -18,14 +18,15 @@ from graphprune.workflows.diagnosis import Option
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 
 
-def mlp() -> nn.Sequential:
+def mlp(width: int = 20) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)).eval()
+    layers = nn.Linear(6, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 3)
+    return nn.Sequential(*layers).eval()
 
 
 def half_dead() -> nn.Sequential:
     """Every second hidden unit passes nothing on."""
-    net = mlp()
+    net = mlp(32)
     with torch.no_grad():
         for layer in (net[0], net[2]):
             layer.weight[::2] = 0
