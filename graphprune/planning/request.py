@@ -74,11 +74,12 @@ def plan(
       importance object of the torch_pruning library.
     - `round_to`: which widths are kept. "auto" (default): those that were at least as fast as the next larger ones in
       every runtime measured (docs/widths.md): multiples of 16 from 32 on, of 8 from 16, of 4 from 4; any number of
-      whole heads. A group gets the width above or below what the ratio leaves it, so that the mean fraction that goes
-      is the one asked for, as nearly as can be; equal layers of transformers stay equal. `plan.asked` and `plan.gone`
-      say both fractions. Where they are more than 0.02 apart, or a budget is missed by more than 1 %, as happens in
-      small networks, widths are finer. A number: multiples of that many channels, each group rounded to nearest by
-      itself, narrower ones whole; 1: every width. `min_channels`: keep at least this many.
+      whole heads. A group gets the width above or below what the ratio leaves it, the least important channels first,
+      so that the mean fraction that goes (of groups weighted by their multiply-accumulates) is the one asked for, as
+      nearly as can be; equal layers of transformers stay equal. `plan.asked` and `plan.gone` say both fractions. Where
+      they are more than 0.02 apart, or a budget is missed by more than 1 %, as happens in small networks, widths are
+      finer. A number: multiples of that many channels, each group rounded to nearest by itself, narrower ones whole;
+      1: every width. `min_channels`: keep at least this many.
     - `granularity`: what goes. Any of "heads", "head features" (those of queries and keys, and those of values;
       equally many where both are free), "qk features", "v features" (one of the two without the other), "mlp" (hidden
       widths between linear layers), "embedding" (widths of residual streams and embeddings), "channels" (every width

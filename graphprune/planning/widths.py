@@ -97,6 +97,8 @@ def assemble(
             removed.setdefault(name, {})[axis] = tuple(np.nonzero(mask)[0].tolist())
     touched = [p for e in analysis.effects.values() for p in e.statistics]
     statistics = any(allocation.gone[analysis.label[p]].any() for p in touched)
+    kept = [g.size - len(allocation.removed.get(g.index, ())) for g in graph.groups]
+    weights = allocation.weights if allocation.weights is not None else np.ones(len(graph.groups))
     return Plan(
         removed=removed,
         attributes=tuple(
@@ -106,9 +108,7 @@ def assemble(
         folds=tuple(folds),
         rescales=tuple(factors),
         groups=tuple(
-            GroupPlan(
-                g.name, g.kind, g.size, g.size - len(allocation.removed.get(g.index, ())), allocation.asked.get(g.index)
-            )
+            GroupPlan(g.name, g.kind, g.size, kept[g.index], allocation.asked.get(g.index), float(weights[g.index]))
             for g in graph.groups
         ),
         frozen=tuple(str(f) for f in graph.frozen if not _expected(f)),

@@ -47,13 +47,15 @@ class AttributeChange:
 @dataclasses.dataclass(frozen=True)
 class GroupPlan:
     """One group in the plan: how many of its units stay. `asked`: how many should have stayed by the ratio, before
-    widths were rounded (a real number); None where there was no ratio for it."""
+    widths were rounded (a real number); None where there was no ratio for it. `weight`: what it counts in `Plan.asked`
+    and `Plan.gone`: the multiply-accumulates it has a part in, relative to the other groups' mean."""
 
     name: str
     kind: str
     size: int
     kept: int
     asked: float | None = None
+    weight: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,15 +94,19 @@ class Plan:
 
     @property
     def asked(self) -> float | None:
-        """The mean fraction that should go from the groups that a ratio speaks of, before rounding; None without."""
-        shares = [1 - g.asked / g.size for g in self.groups if g.asked is not None]
-        return math.fsum(shares) / len(shares) if shares else None
+        """The mean fraction that should go from the groups that a ratio speaks of, before widths are rounded; None
+        without a ratio. Groups count by the multiply-accumulates that they have a part in."""
+        return self._mean({i: g.asked for i, g in enumerate(self.groups) if g.asked is not None})
 
     @property
     def gone(self) -> float | None:
-        """The mean fraction that goes from the groups of `asked`; None where there are none."""
-        shares = [1 - g.kept / g.size for g in self.groups if g.asked is not None]
-        return math.fsum(shares) / len(shares) if shares else None
+        """The same mean of the fractions that go."""
+        return self._mean({i: g.kept for i, g in enumerate(self.groups) if g.asked is not None})
+
+    def _mean(self, kept: Mapping[int, float]) -> float | None:
+        groups = [(self.groups[i], k) for i, k in kept.items()]
+        total = math.fsum(g.weight for g, _ in groups)
+        return math.fsum(g.weight * (1 - k / g.size) for g, k in groups) / total if groups else None
 
     @property
     def empty(self) -> bool:
@@ -319,7 +325,10 @@ class Plan:
 def _group(data: Mapping[str, Any]) -> GroupPlan:
     asked = data.get("asked")
     kept, size = int(data["kept"]), int(data["size"])
-    return GroupPlan(data["name"], data["kind"], size, kept, None if asked is None else float(asked))
+    weight = float(data.get("weight", 1.0))
+    if not (weight > 0 and math.isfinite(weight)):
+        raise ValueError(f"a group's weight is {weight}")
+    return GroupPlan(data["name"], data["kind"], size, kept, None if asked is None else float(asked), weight)
 
 
 def folding(model: nn.Module, folds: Sequence[Fold]) -> Plan:

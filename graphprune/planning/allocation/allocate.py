@@ -15,6 +15,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from ...dependency import DependencyGraph, Group
 from ...errors import GraphPruneError
 from .budget import Budget, Limit, UnreachableBudget, Widths
+from .costs import mac_costs
 from .selection import apart, chosen_groups, kinds_of, matching_ratios
 from .staircase import StairWidths
 from .steps import AUTO, FINE, NEAR, Item, RoundTo, around, check_round_to, on_average, widths
@@ -23,7 +24,7 @@ Floats = npt.NDArray[np.float64]
 SCOPES = ("local", "global", "isomorphic")
 
 
-# Kinds of groups of which networks have one in each of many equal layers.
+# Kinds of groups of which networks have one in each of many equal layers; features of queries and values go alike.
 _OF_LAYERS = frozenset(("mlp channel", "head feature", "qk feature", "v feature"))
 
 
@@ -80,11 +81,13 @@ class Settings:
 @dataclasses.dataclass(frozen=True)
 class Allocation:
     """Removed units per group (indices into the group, sorted), and a mask over components. `asked`: how many units of
-    a group should have stayed by its ratio, a real number; none for groups without one, or under a budget."""
+    a group should have stayed by its ratio, a real number; none for groups without one, or under a budget. `weights`:
+    what each group counts in means over groups, where there are ratios."""
 
     removed: dict[int, npt.NDArray[np.int64]]
     gone: npt.NDArray[np.bool_]
     asked: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    weights: Floats | None = None
 
 
 @dataclasses.dataclass
@@ -120,7 +123,8 @@ def allocate(
     wanted = _asked_per_group(graph, scores, ratios, settings.scope)
     keep = _keep_per_group(graph, wanted, ratios, settings)
     made = _allocation(graph, scores, settings, forced, keep, ratios)
-    return dataclasses.replace(made, asked={i: wanted[i] for i, ratio in enumerate(ratios) if ratio})
+    shares = {i: wanted[i] for i, ratio in enumerate(ratios) if ratio}
+    return dataclasses.replace(made, asked=shares, weights=macs_by_group(graph))
 
 
 def _losing(graph: DependencyGraph, ratios: Sequence[float], settings: Settings) -> list[bool] | None:
@@ -270,7 +274,9 @@ def _round_on_average(
     """Give every cell an allowed width next to what was asked. Cells that must stay equal go the same way, and so do
     equal layers of a transformer, whose widths a configuration can then hold. Whole heads are rounded to nearest."""
     together = _in_step(graph, cells, systems)
-    speaks = len({cell.group for cell in cells if cell.asked < len(cell.units) and cell.group not in forced})
+    weights = macs_by_group(graph)
+    free = {cell.group for cell in cells if cell.asked < len(cell.units) and cell.group not in forced}
+    all_of_it = float(weights[list(free)].sum())
     best = math.inf
     for grid in (AUTO, FINE):
         ends = [
@@ -278,18 +284,25 @@ def _round_on_average(
             for members in together
         ]
         items = [
-            _item(graph, scores, [cells[c] for c in members], pairs, forced)
+            _item(graph, scores, [cells[c] for c in members], pairs, forced, weights)
             for members, pairs in zip(together, ends, strict=True)
         ]
         down, off = on_average(items)
         if off < best - 1e-12:
             best = off
             keep = [[low if d else high for low, high in pairs] for pairs, d in zip(ends, down, strict=True)]
-        if best <= NEAR * speaks:
+        if best <= NEAR * all_of_it:
             break
     for members, widths_of_set in zip(together, keep, strict=True):
         for c, width in zip(members, widths_of_set, strict=True):
             cells[c].keep = width
+
+
+def macs_by_group(graph: DependencyGraph) -> Floats:
+    """The multiply-accumulates that each group has a part in, relative to their mean; a little for those in none."""
+    macs = mac_costs(graph).slopes(np.ones(len(graph.groups)))
+    mean = float(macs.mean()) if len(macs) else 0.0
+    return np.maximum(macs / mean, 1e-3) if mean > 0 else np.ones(len(graph.groups))
 
 
 def _ends(group: Group, cell: _Cell, settings: Settings, grid: str, forced: bool) -> tuple[int, int]:
@@ -310,16 +323,17 @@ def _item(
     cells: Sequence[_Cell],
     ends: Sequence[tuple[int, int]],
     forced: Mapping[int, int],
+    weights: Floats,
 ) -> Item:
     item = Item(0.0, 0.0, 0.0, 0.0)
     for cell, (low, high) in zip(cells, ends, strict=True):
-        n, size = len(cell.units), graph.groups[cell.group].size
+        n, worth = len(cell.units), weights[cell.group] / graph.groups[cell.group].size
         between = np.sort(scores[cell.group][cell.units])[n - high : n - low]
         asked = low if cell.group in forced else cell.asked
         item = Item(
-            item.asked + (n - asked) / size,
-            item.less + (n - high) / size,
-            item.more + (n - low) / size,
+            item.asked + worth * (n - asked),
+            item.less + worth * (n - high),
+            item.more + worth * (n - low),
             item.loss + float(between.sum()),
         )
     return item
@@ -335,7 +349,8 @@ def _in_step(graph: DependencyGraph, cells: Sequence[_Cell], systems: Sequence[_
         groups = [graph.groups[cells[c].group] for c in members]
         key: Any = i
         if all(g.kind in _OF_LAYERS for g in groups):
-            key = tuple((g.structure, round(cells[c].asked, 6)) for g, c in zip(groups, members, strict=True))
+            alike = [g.structure if g.kind.startswith("mlp") else str(g.size) for g in groups]
+            key = tuple((a, round(cells[c].asked, 6)) for a, c in zip(alike, members, strict=True))
         found.setdefault(key, []).extend(members)
     return list(found.values())
 

@@ -58,9 +58,9 @@ def widths(size: int, round_to: RoundTo, whole: bool = False) -> Ints:
 class Item:
     """What gets the lower or the upper of two widths as a whole: one or several groups, or parts of them.
 
-    Shares of what may go, one per group (so 0.5 for half of a group, 1 for half of each of two): `asked`, and what is
-    gone at the upper width (`less`) and at the lower one (`more`; the same where there is no choice). `loss`: the score
-    that goes from the one to the other."""
+    Shares of groups, times what a group counts: what is `asked` to go, and what is gone at the upper width (`less`) and
+    at the lower one (`more`; the same where there is no choice). `loss`: the score that goes from the one to the other.
+    """
 
     asked: float
     less: float

@@ -111,7 +111,7 @@ class Trial:
         for ratio in RATIOS:
             made = self.cut(ratio)
             if made is None:
-                return
+                continue
             small, call = made
             macs = count(small, self.example).macs
             if macs < least:
