@@ -1,6 +1,7 @@
 """What widths cost: one line of pruning in ONNX Runtime's fp32 and int8, beside other widths for the same ratio.
 
     python -m tools.bench_widths                                   # MobileNetV2 and ResNet-50 at 0.3; docs/widths.md
+    python -m tools.bench_widths --sweep                           # parameters left by all of torchvision at 0.5
     python -m tools.bench_widths --networks resnet18 --rounds 5    # quick look, writes nothing
 
 Random weights (latency does not depend on them), batch 1 at 224 x 224, one thread. int8 is what runs fast on CPUs with
@@ -14,6 +15,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import json
 import logging
 import statistics
 import tempfile
@@ -33,11 +35,12 @@ from torch import nn
 
 import graphprune
 from graphprune.runtimes.machine import cpu_model
-from tools._common import build, enliven, example_for, markdown_table, write
+from tools._common import all_networks, build, enliven, example_for, markdown_table, parameter_count, write
 
 NETWORKS = ("mobilenet_v2", "resnet50")
 DENSE, AUTO = "dense", 'round_to="auto" (default)'
-OUTPUT = Path("docs/widths.md")
+OUTPUT, RESULTS = Path("docs/widths.md"), Path("docs/widths.json")
+LARGE = 100_000_000  # parameters: larger networks are planned without weights
 
 
 def variants(model: nn.Module, x: torch.Tensor, ratio: float) -> dict[str, Callable[[], nn.Module]]:
@@ -137,37 +140,71 @@ def measure(network: str, ratio: float, rounds: int, folder: Path) -> list[Row]:
     ]
 
 
-def page(rows: list[Row], ratio: float, rounds: int) -> str:
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "onnx", "onnxruntime-gpu", "torch-pruning"))
+def left(network: str, ratio: float) -> dict[str, Any]:
+    """Fractions of the parameters that stay with every width allowed, and by default."""
+    model, x = build(network, "meta" if parameter_count(network) > LARGE else "cpu"), example_for(network)
+    x = x.to(next(model.parameters()).device)
+    dense = sum(p.numel() for p in model.parameters())
+    found: dict[str, Any] = {"network": network}
+    for key, options in (("every", {"round_to": 1}), ("auto", {})):
+        plan = graphprune.plan(model, x, ratio, **options)  # type: ignore[arg-type]
+        found[key] = sum(p.numel() for p in plan.apply(model).parameters()) / dense
+        found[f"{key}, gone"] = plan.gone
+        narrow = [g for g in plan.groups if g.asked is not None and g.asked < 16 and g.kept < g.size]
+        found["narrow"] = len(narrow) / max(1, sum(g.asked is not None for g in plan.groups))
+    return found
+
+
+def page(speed: list[dict[str, Any]], sweep: list[dict[str, Any]], about: str) -> str:
     parts = [
         "# Widths that no runtime punishes\n",
         (__doc__ or "").split("\n\n", 2)[2].strip() + "\n",
-        "    python -m tools.bench_widths\n",
-        f"Measured on: {cpu_model()}, {packages}; ratio {ratio:g}, {rounds} rounds.\n",
+        "    python -m tools.bench_widths\n    python -m tools.bench_widths --sweep\n",
+        f"Measured on: {about}\n",
         INTRODUCTION,
     ]
-    for network in dict.fromkeys(row.network for row in rows):
-        mine = [row for row in rows if row.network == network]
+    for network in dict.fromkeys(row["network"] for row in speed):
+        mine = [row for row in speed if row["network"] == network]
         dense = mine[0]
         parts.append(f"\n## {network}\n")
         table = []
         for row in mine:
-            cells = [row.variant, f"{dense.macs / row.macs:.2f}x", f"{dense.parameters / row.parameters:.2f}x"]
-            cells.append(f"{row.widths}")
-            for kind, seconds in row.seconds.items():
-                cells += [f"{1e3 * seconds:.2f}", f"{dense.seconds[kind] / seconds:.2f}x"]
+            cells = [row["variant"], *(f"{dense[k] / row[k]:.2f}x" for k in ("macs", "parameters")), f"{row['widths']}"]
+            for kind, seconds in row["seconds"].items():
+                cells += [f"{1e3 * seconds:.2f}", f"{dense['seconds'][kind] / seconds:.2f}x"]
             table.append(cells)
         heads = ["widths", "fewer MACs", "fewer parameters", "widths off 16", "fp32 ms", "faster", "int8 ms", "faster"]
         parts.append(markdown_table(heads, table))
+    if sweep:
+        parts.append(_swept(sweep))
     return "\n".join(parts) + "\n"
+
+
+def _swept(sweep: list[dict[str, Any]]) -> str:
+    apart = [row for row in sweep if abs(row["auto"] / row["every"] - 1) > 0.02]
+    table = []
+    for row in sorted(apart, key=lambda row: -abs(row["auto"] / row["every"] - 1)):
+        shares = [f"{row['every']:.1%}", f"{row['auto']:.1%}", f"{100 * (row['auto'] / row['every'] - 1):+.1f} %"]
+        table.append([row["network"], *shares, f"{row['every, gone']:.3f} / {row['auto, gone']:.3f}"])
+    return "\n".join(
+        [
+            "\n## Parameters left by torchvision's networks at ratio 0.5\n",
+            f"Of {len(sweep)} networks {len(sweep) - len(apart)} keep the same number of parameters within 2 % as with",
+            "`round_to=1`. The others, with the mean fraction that goes (asked: 0.5) in both:\n",
+            markdown_table(["network", "every width", "auto", "apart", "gone, every / auto"], table),
+            REASONS,
+        ]
+    )
 
 
 INTRODUCTION = """A ratio of 0.3 leaves 67.2 of 96 channels. With 67, some runtimes leave the kernels that made 96 fast,
 and the pruned network is slower than the dense one. `round_to="auto"`, the default, keeps widths that were at least as
 fast as the next larger ones in every runtime and precision that was measured: multiples of 16 from 32 channels on, of 8
 from 16, of 4 from 4, and any number of whole heads. What rounding up leaves in one group, rounding down takes from
-another, so that the mean fraction that goes is the one asked for; the plan says both.
+another, so that the mean fraction that goes is the one asked for, groups weighted by their multiply-accumulates; the
+plan says both.
 """
+REASONS = ""
 
 
 def main() -> None:
@@ -175,16 +212,30 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS))
     parser.add_argument("--ratio", type=float, default=0.3)
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--sweep", action="store_true", help="parameters left, instead of times")
+    parser.add_argument("--page", action="store_true", help="only write the page from what is there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger().setLevel(logging.ERROR)  # the quantiser advises to do what was done
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [
-            row for name in options.networks for row in measure(name, options.ratio, options.rounds, Path(folder))
-        ]
-    text = page(rows, options.ratio, options.rounds)
+    known: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"speed": [], "sweep": []}
+    if options.sweep:
+        known["sweep"] = []
+        for name in all_networks():
+            known["sweep"].append(left(name, 0.5))
+            print(known["sweep"][-1], flush=True)
+    elif not options.page:
+        with tempfile.TemporaryDirectory() as folder:
+            known["speed"] = [
+                dataclasses.asdict(row)
+                for name in options.networks
+                for row in measure(name, options.ratio, options.rounds, Path(folder))
+            ]
+        packages = [f"{name} {version(name)}" for name in ("torch", "onnx", "onnxruntime-gpu", "torch-pruning")]
+        known["about"] = f"{cpu_model()}, {', '.join(packages)}; ratio {options.ratio:g}, {options.rounds} rounds."
+    text = page(known["speed"], known["sweep"], known["about"])
     print(text)
     if tuple(options.networks) == NETWORKS:
+        write(RESULTS, json.dumps(known, indent=1))
         write(OUTPUT, text)
 
 

@@ -32,6 +32,7 @@ from models import digits_resnet
 
 RATIOS = (0.25, 0.5, 0.7, 0.85)
 HELD_OUT = 500
+CALIBRATION = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +106,11 @@ def deployed(name: str, model: nn.Module, example: Tensor, digits: Digits, befor
 
 
 def pruned_variant(dense: nn.Module, ratio: float, example: Tensor, digits: Digits, arguments: Any) -> Variant:
-    """Prunes a copy of `dense` by `ratio`, fine-tunes it and folds its batch norms."""
+    """Prunes a copy of `dense` by `ratio`, repairs it from images without labels, fine-tunes it and folds its batch
+    norms."""
     # The batch norms stay until after fine-tuning, which they make faster and steadier.
-    model = graphprune.prune(dense, example, ratio, fold_bn=False, round_to=4)
+    images = digits.train_images[:CALIBRATION].split(128)
+    model = graphprune.prune(dense, example, ratio, fold_bn=False, data=list(images))
     before = accuracy(model, digits)
     model = trained(model, digits, epochs=arguments.tune_epochs, peak_rate=2e-3, seed=arguments.seed + 1)
     return deployed(f"cut {100 * ratio:g}%", model, example, digits, before)
