@@ -23,7 +23,7 @@ from ..tracing.names import all_modules
 from ..tracing.state import configurations, evaluating
 from ..tracing.trace import run_model
 from .allocation import Settings
-from .allocation.allocate import nearest
+from .allocation.steps import nearest
 from .layers import held_modules, related
 
 NAME = "experts"

@@ -294,9 +294,10 @@ def prune(
     GraphPruneError if the pruned network is not what the plan says.
 
     `recover`: how what was lost is repaired after verification, without labels or training. "auto" (default): with
-    `data` by least squares; without, behind batch norms, the means of what went, which they store (docs/one-line.md
-    says what it gives back); elsewhere not at all. "mean", "batchnorm" or "least_squares": that method, see
-    `graphprune.recover`. None: not at all; the network is what `plan(...).apply(model)` makes.
+    `data` by least squares, no layer given a new bias; without, behind batch norms, by the means of what went, which
+    they store (docs/one-line.md says what that gives back); elsewhere not at all. "mean", "batchnorm" or
+    "least_squares": that method, see `graphprune.recover`. None: not at all; the network is what
+    `plan(...).apply(model)` makes.
 
     >>> import torch, graphprune
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
@@ -327,4 +328,6 @@ def repaired(
     """`small`, or where there is a method and something to go by, the repaired network that it makes of the plan."""
     if method is None or (method == "auto" and not auto_possible(model, decided, data)):
         return small
-    return recover_accuracy(model, decided, example, data, method).model
+    # what nobody asked for adds no names to the state dict of a class that has no biases
+    new_bias = method != "auto" or data is None
+    return recover_accuracy(model, decided, example, data, method, new_bias=new_bias).model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -36,6 +37,9 @@ def settle(
         resolution = solver.resolve()
         factors, blocked = rescales(graph.analysis, solver)
         conflicts = resolution.conflicts + blocked
+        if conflicts and settings.auto and not settings.even:
+            settings = dataclasses.replace(settings, even=True)  # code that halves a width wants halves of one width
+            continue
         if not conflicts:
             if rewriter is not None and rewriter.release(graph, allocation.gone):
                 solver = SizeSolver(graph.analysis, allocation.gone)

@@ -15,9 +15,8 @@ from ..errors import GraphPruneError
 from ..importance import resolve_criterion
 from ..importance.calibration.source import CalibrationSource
 from ..planning.allocation import Settings
-from ..planning.allocation.allocate import nearest
 from ..planning.allocation.selection import chosen_groups
-from ..planning.allocation.steps import RoundTo
+from ..planning.allocation.steps import RoundTo, nearest
 from ..planning.request import Criterionlike
 from ..planning.widths import plan_from_graph
 from ..plans.plan import Plan

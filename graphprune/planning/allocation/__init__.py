@@ -1,10 +1,12 @@
 """How many units of each group stay, and which."""
 
-from .allocate import Allocation, Settings, allocate
+from .allocate import allocate
 from .budget import Budget, Limit, UnreachableBudget
+from .cells import Allocation
 from .costs import CostModel, mac_costs, parameter_costs
 from .limits import Forecasts, make_limits
 from .selection import ignored_positions, kinds_of, matching_ratios
+from .settings import Settings
 
 __all__ = [
     "Allocation",

@@ -36,6 +36,11 @@ def check_round_to(value: RoundTo) -> None:
         raise GraphPruneError(f'round_to: expected "auto" or an integer of at least 1, got {value!r}')
 
 
+def nearest(value: float) -> int:
+    """Rounding to nearest, halves up."""
+    return math.floor(value + 0.5)
+
+
 @functools.lru_cache(maxsize=4096)
 def widths(size: int, round_to: RoundTo, whole: bool = False) -> Ints:
     """The widths that a group of `size` units may have, ascending; `size` itself is the last. `whole`: units that are

@@ -67,9 +67,10 @@ class Refit:
         every_layer: bool,
         progress: Callable[[str], None] | None,
         unlike: frozenset[str] = frozenset(),
+        new_bias: bool = True,
     ) -> None:
         self.dense, self.small, self.plan, self.data = dense, small, plan, data
-        self.ridge, self.every_layer, self.progress = ridge, every_layer, progress
+        self.ridge, self.every_layer, self.progress, self.new_bias = ridge, every_layer, progress, new_bias
         trace = record_run(small, example)
         self.readers = [r for r in find_readers(trace) if r.weight.rpartition(".")[0] not in unlike]
         self.behind = _behind_layers(dense, plan, example)
@@ -150,7 +151,7 @@ class Refit:
                 self._shift(reader, shifts[reader.weight])
 
     def _constant(self, reader: Reader) -> walk.Constant:
-        return walk.Constant(self.small, reader, self.norms.get(reader.weight.rpartition(".")[0]))
+        return walk.Constant(self.small, reader, self.norms.get(reader.weight.rpartition(".")[0]), self.new_bias)
 
     def _solve(self, reader: Reader, moments: Moments) -> None:
         weight = named_tensors(self.small)[reader.weight]

@@ -57,6 +57,7 @@ def recover(
     *,
     ridge: float = 1e-3,
     every_layer: bool = True,
+    new_bias: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Recovery:
     """Apply `plan` to a copy of `model` and repair the copy so that it does what `model` does on `data`.
@@ -76,6 +77,9 @@ def recover(
       refitted by ridge regression: inputs from the already repaired part of the pruned network, targets from the dense
       one, layer after layer (He et al., Channel Pruning, ICCV 2017; design with the residual stream's error in the
       target). `ridge`, times the mean second moment of the inputs, holds the weights to those they had.
+
+    `new_bias`: whether layers without a bias, and without a batch norm behind them, may be given one. Without, the file
+    and the class keep the names they have (Llama's layers have no biases), and weights alone make up for means.
 
     Batch norms that the plan keeps (`fold_bn=False`) are fitted as if they were folded, so the result is the same
     function: filters keep their norms, running statistics become those of `data`, scale and shift make up for it.
@@ -109,7 +113,7 @@ def recover(
                 )
             small = plan.operated(model)
             dense = apply_folds(model, _common_folds(model, plan, example))
-            said = compensate(model, dense, small, plan, example)
+            said = compensate(model, dense, small, plan, example, new_bias)
             return Recovery(_closed(small, model, plan, "mean" if any(r.changed for r in said) else ""), tuple(said))
         if method == "batchnorm":
             small = dataclasses.replace(plan, folds=()).operated(model)
@@ -121,7 +125,7 @@ def recover(
         dense = apply_folds(model, (*folds, *kept))  # a copy, also without folds
         fitted = apply_folds(small, kept) if kept else small
         unlike = frozenset(f.layer for f in plan.folds if f not in folds)
-        refit = Refit(dense, fitted, plan, example, batches, float(ridge), every_layer, progress, unlike)
+        refit = Refit(dense, fitted, plan, example, batches, float(ridge), every_layer, progress, unlike, new_bias)
         found = tuple(refit.run(solve=method == "least_squares"))
         if kept:
             take_apart(small, fitted, kept, batches)

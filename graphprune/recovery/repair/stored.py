@@ -31,7 +31,12 @@ def stores_statistics(model: nn.Module) -> bool:
 
 
 def compensate(
-    model: nn.Module, dense: nn.Module, small: nn.Module, plan: Plan, example: ExampleInput
+    model: nn.Module,
+    dense: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    example: ExampleInput,
+    new_bias: bool = True,
 ) -> list[LayerRecovery]:
     """Correct `small`, made from `model` by `plan`, in place; `dense`: `model` with the plan's batch norms folded."""
     trace = record_run(model, example)
@@ -47,7 +52,7 @@ def compensate(
     report = []
     for name, reader in lost.items():
         changes = [_missed(reader, call, spreads.get(read_by(call)), weights[name], plan) for call in calls[name]]
-        report.append(_correct(small, readers.get(name), norms, plan, name, changes))
+        report.append(_correct(small, readers.get(name), norms, plan, name, changes, new_bias))
     return report
 
 
@@ -89,12 +94,13 @@ def _correct(
     plan: Plan,
     name: str,
     changes: list[Tensor | None],
+    new_bias: bool,
 ) -> LayerRecovery:
     """Put the mean of the changes (one per call of the layer) into its constant term."""
     known = [change for change in changes if change is not None]
     if reader is None or not known or len(known) < len(changes):
         return LayerRecovery(name, "mean", math.nan, math.nan, NOTHING_KNOWN, False)
-    constant = walk.Constant(small, reader, norms.get(name.rpartition(".")[0]))
+    constant = walk.Constant(small, reader, norms.get(name.rpartition(".")[0]), new_bias)
     if not constant.possible:
         told = "has no bias and no batch norm behind it: left alone"
         return LayerRecovery(name, "mean", math.nan, math.nan, told, False)

@@ -163,16 +163,19 @@ def channel_axis(reader: Reader, y: Tensor, model: nn.Module) -> int:
 
 
 class Constant:
-    """Where a change of a layer's constant term goes: its bias, a new bias, or the mean of the batch norm behind it."""
+    """Where a change of a layer's constant term goes: its bias, the mean of the batch norm behind it, or a new bias, if
+    it may be given one (`new_bias`)."""
 
-    def __init__(self, small: nn.Module, reader: Reader, batch_norm: nn.Module | None) -> None:
+    def __init__(
+        self, small: nn.Module, reader: Reader, batch_norm: nn.Module | None, new_bias: bool = True
+    ) -> None:
         named = named_tensors(small)
         path, _, last = reader.weight.rpartition(".")
         owner = small.get_submodule(path)
         self.bias = named[reader.bias] if reader.bias else None
         self.mean = getattr(batch_norm, "running_mean", None) if self.bias is None else None
         plain = isinstance(owner, (nn.Linear, _ConvNd)) and last == "weight" and owner.bias is None
-        usual = type(owner).forward.__module__.startswith("torch.nn")
+        usual = new_bias and type(owner).forward.__module__.startswith("torch.nn")
         self.owner = owner if self.bias is None and self.mean is None and plain and usual else None
 
     @property

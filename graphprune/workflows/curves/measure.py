@@ -21,8 +21,8 @@ from ...importance import resolve_criterion
 from ...importance.calibration.source import CalibrationSource
 from ...importance.scorer import Scorer
 from ...planning.allocation import Settings, allocate, ignored_positions
-from ...planning.allocation.allocate import nearest
 from ...planning.allocation.selection import check_ratio, chosen_groups
+from ...planning.allocation.steps import nearest
 from ...planning.request import Criterionlike
 from ...planning.widths import assemble
 from ...plans.plan import Plan

@@ -54,7 +54,7 @@ class Net(nn.Module):
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    small = graphprune.prune(Net().eval(), IMAGE, 0.5, output="hybrid")
+    small = graphprune.prune(Net().eval(), IMAGE, 0.5, output="hybrid", round_to=1)
     return graphprune.save(small, tmp_path_factory.mktemp("good") / "good.safetensors")
 
 
