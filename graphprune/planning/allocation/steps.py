@@ -26,6 +26,7 @@ AUTO, FINE = "auto", "auto, finer"
 _GRIDS = {AUTO: ((1, 1), (4, 4), (8, 16), (16, 32)), FINE: ((1, 1), (4, 16), (16, 32))}
 # How far the mean share that goes may be from the one asked for before finer widths are taken.
 NEAR = 0.02
+_LITTLE = 1e-3  # of what is asked in total
 
 
 def check_round_to(value: RoundTo) -> None:
@@ -84,17 +85,18 @@ def around(asked: float, allowed: Ints, least: int) -> tuple[int, int]:
 def on_average(items: Sequence[Item]) -> tuple[list[bool], float]:
     """Which items get their lower width, so that the share gone in total is as near as can be to what is asked; and how
     far it is. What costs least score for the share it takes is rounded down first; of equals what is nearest to its
-    lower width."""
+    lower width. Items that hardly count in the total are rounded to nearest."""
     asked = math.fsum(item.asked for item in items)
-    gone = math.fsum(item.less for item in items)
-    down = [False] * len(items)
+    small = [item.more - item.less < _LITTLE * asked for item in items]
+    down = [s and item.more - item.asked < item.asked - item.less for s, item in zip(small, items, strict=True)]
+    gone = math.fsum(item.more if d else item.less for d, item in zip(down, items, strict=True))
 
     def price(i: int) -> tuple[float, float, int]:
         item = items[i]
         step = item.more - item.less
         return item.loss / step, (item.more - item.asked) / step, i
 
-    for i in sorted((i for i, item in enumerate(items) if item.more > item.less), key=price):
+    for i in sorted((i for i, item in enumerate(items) if item.more > item.less and not small[i]), key=price):
         step = items[i].more - items[i].less
         if abs(gone + step - asked) < abs(gone - asked) - 1e-12:
             down[i] = True
