@@ -207,7 +207,7 @@ plan says both.
 REASONS = """
 Why: half of these widths is no allowed one, and the next above or below is taken so that the *mean by
 multiply-accumulates* is 0.5; parameters sit elsewhere. RegNets: groups 56, 112, 120 and 168 wide (24 or 32 of 56 stay),
-streams of 72, 104, 208, 240, 440 and 720. EfficientNet-B3: streams of 40, 136 and 232. MNASNet 1.3: 40, 56, 72, 168, 624,
+streams of 72, 104, 208, 240, 440, 720. EfficientNet-B3: streams of 40, 136 and 232. MNASNet 1.3: 40, 56, 72, 168, 624,
 1488. ShuffleNets: branches of 44, 88 and 176, whose halves have to stay equal through the shuffles; with every width,
 rounding within the nested halves leaves more than was asked (0.40 instead of 0.50 goes), and "auto" comes nearer.
 """
