@@ -143,8 +143,9 @@ showed:
 - Shares summed over the layers that read a group decide more than the product does (the last row of each table: the
   same with scores scaled to the same mean in every group). Scaled scores make a residual stream, which saves much and
   hurts everything, as cheap as a layer inside one block.
-- Ratios of all channels together (scope "global") take the wide layers at the end, which are cheap, and need far more
-  channels for the same budget; "isomorphic" comes near "local". Budgets beat all three.
+- Ratios of all channels together (scope "global") take the wide layers at the end of ResNets, which are cheap, and need
+  far more channels for the same budget; DS-CNN, all of whose layers are equally wide, gains from it. A ratio's repaired
+  network at 2x can be worse than the cut one (DS-CNN). Budgets beat all three scopes on all three networks.
 - Behind layer norms a feature is taken to have mean 0 and variance 1 before scale and shift, which carried through GELU
   gives the neurons of MiniLM's MLPs a standard deviation: 86.6, 85.3, 83.8 at 1.3x, 1.5x, 2x on all 1,500 pairs of the
   development split (dense 86.7), against 85.6, 84.6, 83.3 with standard deviations of 1. Means assumed like that do
