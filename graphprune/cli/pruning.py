@@ -139,5 +139,5 @@ def prune(
         written += " (a model on the meta device has no weights to write)"
     proof = str(report) if report is not None else "not verified"
     if repair_after(small, decided):
-        proof += "\nrepaired afterwards: the means of what went, from stored statistics, are in the next constants"
+        proof += "\nrepaired afterwards from stored statistics: means and variances of the next layers' results"
     show(as_json, data, decided.summary(), comparison(before, after), proof, f"written: {written}")

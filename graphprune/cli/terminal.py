@@ -105,7 +105,7 @@ RecoverOption = Annotated[
     str,
     _option(
         _PRUNING,
-        'Repair of what was lost, from what the model stores: "auto" (default), "mean", or "none".',
+        'Repair of what was lost, from what the model stores: "auto" (default), "mean", "moments", or "none".',
         "--recover",
     ),
 ]

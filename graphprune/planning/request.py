@@ -294,8 +294,8 @@ def prune(
     GraphPruneError if the pruned network is not what the plan says.
 
     `recover`: how what was lost is repaired after verification, without labels or training. "auto" (default): with
-    `data` by least squares, no layer given a new bias; without, behind batch norms, by the means of what went, which
-    they store (docs/one-line.md says what that gives back); elsewhere not at all. "mean", "batchnorm" or
+    `data` by least squares, no layer given a new bias; without, behind batch norms, by the means and variances that
+    they store (docs/one-line.md says what that gives back); elsewhere not at all. "mean", "moments", "batchnorm" or
     "least_squares": that method, see `graphprune.recover`. None: not at all; the network is what
     `plan(...).apply(model)` makes.
 

@@ -56,7 +56,7 @@ def test_by_default_from_what_is_there(fold_bn: bool) -> None:
     net, data = made(), [X, torch.randn(6, 3, 9, 9)]
     plan = graphprune.plan(net, X, 0.5, fold_bn=fold_bn)
     small = graphprune.prune(net, X, 0.5, fold_bn=fold_bn)
-    assert same(small, graphprune.recover(net, plan, X).model) and repair_after(small, plan) == "mean"
+    assert same(small, graphprune.recover(net, plan, X).model) and repair_after(small, plan) == "moments"
     fitted = graphprune.prune(net, X, 0.5, fold_bn=fold_bn, data=data)
     assert same(fitted, graphprune.recover(net, plan, X, data, "least_squares", new_bias=False).model)
     assert repair_after(fitted, plan) == "least_squares"
@@ -104,7 +104,7 @@ def test_nothing_to_repair_and_nothing_known_are_no_errors() -> None:
 def tampered(change: Callable[[nn.Module], None]) -> tuple[Any, Any, nn.Module]:
     net = made()
     plan = graphprune.plan(net, X, 0.5)
-    small = graphprune.prune(net, X, 0.5)
+    small = graphprune.prune(net, X, 0.5, recover="mean")
     with torch.no_grad():
         change(small)
     return net, plan, small
@@ -151,7 +151,7 @@ def test_files_remember_repairs_and_later_prunings_find_the_biases_they_gave(tmp
     assert once.head.bias is not None
     plan = graphprune.plan(once, X, 0.5)
     twice = graphprune.prune(once, X, 0.5, recover=None)
-    for model, repairs in ((once, ("mean",)), (twice, ("mean", ""))):
+    for model, repairs in ((once, ("moments",)), (twice, ("moments", ""))):
         found = graphprune.load(graphprune.save(model, tmp_path / "small.safetensors"), made)
         history = history_of(found)
         assert history is not None and history.repairs == repairs and same(found, model)

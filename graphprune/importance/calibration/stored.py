@@ -439,7 +439,7 @@ class StoredStatistics:
         for reader in readers:
             spread = spreads.get(read[reader.weight])
             if spread is not None:
-                out[reader.weight] = _by_input(reader, spread.variance, self._tensors[reader.weight])
+                out[reader.weight] = by_input(reader, spread.variance, self._tensors[reader.weight])
         return out
 
     def variance(self, weight: str) -> Tensor | None:
@@ -455,7 +455,8 @@ def read_by(call: fx.Node) -> fx.Node:
     return data
 
 
-def _by_input(reader: Reader, variance: Tensor, weight: Tensor) -> Tensor:
+def by_input(reader: Reader, variance: Tensor, weight: Tensor) -> Tensor:
+    """A number for every element that a layer reads, as one per index of its weight's input axis."""
     axis = variance.dim() - 1 - (weight.dim() - 2 if reader.convolution else 0)
     (small,) = _compact(variance)
     channels = small.movedim(axis, 0).reshape(small.shape[axis], -1).mean(1).expand(variance.shape[axis])
@@ -472,4 +473,4 @@ def _nothing(shape: Sequence[int]) -> Spread:
     return Spread(unknown, unknown)
 
 
-__all__ = ["Spread", "StoredStatistics", "clipped", "integrate", "read_by", "stored_spreads"]
+__all__ = ["Spread", "StoredStatistics", "by_input", "clipped", "integrate", "read_by", "stored_spreads"]

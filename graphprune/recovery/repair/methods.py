@@ -21,7 +21,8 @@ from .layers import LayerRecovery, Refit
 from .norms import kept_folds, take_apart
 from .stored import compensate, stores_statistics
 
-METHODS = ("auto", "mean", "batchnorm", "least_squares")
+METHODS = ("auto", "mean", "moments", "batchnorm", "least_squares")
+_DATA_FREE = ("auto", "mean", "moments")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def check_method(method: Any, data: Any) -> None:
     if method not in METHODS:
         known = ", ".join(map(repr, METHODS))
         raise GraphPruneError(f"recover: expected None or one of {known}, got {method!r}")
-    if data is None and method not in ("auto", "mean"):
+    if data is None and method not in _DATA_FREE:
         raise GraphPruneError(f"recover={method!r} needs inputs to measure on: pass data=, a loader or list of batches")
 
 
@@ -63,7 +64,7 @@ def recover(
     """Apply `plan` to a copy of `model` and repair the copy so that it does what `model` does on `data`.
 
     `data` yields inputs, or (inputs, targets) whose targets are not used; it is read several times, a batch at a time.
-    `method` ("auto", the default: "least_squares" with data, "mean" without):
+    `method` ("auto", the default: "least_squares" with data, "moments" without):
 
     - "mean": the constant term (bias) of every layer that lost inputs is moved so that its mean result is the dense
       network's. Exact for removed channels that are constant, except at the border of padded convolutions, where the
@@ -71,6 +72,9 @@ def recover(
       mean and variance of its shift and scale, and from there they are carried on - through activations by the
       integral of a normal distribution, exactly; through sums, pooling and convolutions as those of independent
       channels. Layers whose lost inputs no batch norm stands before are left alone, and the report says so.
+    - "moments": means from stored statistics, as above, and variances: where a batch norm stands behind a layer, its
+      results are spread around their mean as they were in the dense network, lost inputs taken as independent of those
+      that stay. Data are not looked at.
     - "batchnorm": batch norm statistics are estimated again on the pruned network (before folding), as cumulative
       averages over the batches.
     - "least_squares": every linear layer and convolution that lost inputs, and with `every_layer` those behind it, is
@@ -97,11 +101,12 @@ def recover(
         raise GraphPruneError("recover: expected a method, got None; leave it out for the one that suits the data")
     check_method(method, data)
     if method == "auto":
-        method = "mean" if data is None else "least_squares"
+        method = "moments" if data is None else "least_squares"
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
     example = ExampleInput.of(example_input)
-    batches = None if data is None else CalibrationData(data, example, model)
+    stored = data is None or method == "moments"
+    batches = None if stored else CalibrationData(data, example, model)
     if any(p.is_meta for p in model.parameters()):
         raise GraphPruneError("recover: the model is on the meta device and has no values; load its weights first")
     with torch.no_grad():
@@ -113,8 +118,8 @@ def recover(
                 )
             small = plan.operated(model)
             dense = apply_folds(model, _common_folds(model, plan, example))
-            said = compensate(model, dense, small, plan, example, new_bias)
-            return Recovery(_closed(small, model, plan, "mean" if any(r.changed for r in said) else ""), tuple(said))
+            said = compensate(model, dense, small, plan, example, method == "moments", new_bias)
+            return Recovery(_closed(small, model, plan, method if any(r.changed for r in said) else ""), tuple(said))
         if method == "batchnorm":
             small = dataclasses.replace(plan, folds=()).operated(model)
             reestimate(small, batches)

@@ -68,7 +68,7 @@ def test_the_same_as_from_data_with_these_statistics(fold_bn: bool, bias: bool) 
     net, x = made(bias)
     plan = graphprune.plan(net, x[:2], 0.5, fold_bn=fold_bn)
     assert plan.removed["rest.grouped.weight"] and plan.removed["rest.padded.weight"][1]
-    found = graphprune.recover(net, plan, x[:2])
+    found = graphprune.recover(net, plan, x[:2], method="mean")
     wanted = graphprune.recover(net, plan, x[:2], list(x.split(500)), "mean")
     dense, cut, repaired, known = (model(x) for model in (net, plan.apply(net), found.model, wanted.model))
     assert {layer.weight for layer in found.layers} >= {"rest.padded.weight", "rest.transposed.weight"}
@@ -164,3 +164,43 @@ def test_layers_left_out_need_data() -> None:
     assert len(plan.layers) == 1
     with pytest.raises(graphprune.GraphPruneError, match="what layers that are left out made is stored nowhere"):
         graphprune.recover(net, plan, x)
+
+
+@pytest.mark.parametrize("fold_bn", [True, False])
+def test_moments_give_results_behind_norms_their_old_variance(fold_bn: bool) -> None:
+    """Channels are independent here, so that what is assumed is so: an orthogonal mixture of independent inputs."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1),
+    ).eval()  # fmt: skip
+    x = torch.randn(4000, 8, 5, 5)
+    with torch.no_grad():
+        nn.init.orthogonal_(net[0].weight.view(8, 8))
+        for index in (1, 4):  # statistics of these inputs
+            norm, z = net[index], net[:index](x)
+            norm.running_mean.copy_(z.mean((0, 2, 3)))
+            norm.running_var.copy_(z.var((0, 2, 3)))
+            norm.weight.uniform_(0.5, 2)
+            norm.bias.normal_()
+        plan = graphprune.plan(net, x[:2], {"0": 0.5}, fold_bn=fold_bn, round_to=1)
+        assert plan.removed["3.weight"][1] and 0 not in plan.removed["3.weight"]
+        dense, cut = (model(x) for model in (net[:5], plan.apply(net)[:5]))
+        repaired = {m: graphprune.recover(net, plan, x[:2], method=m).model for m in ("mean", "moments")}
+        mean, moments = (repaired[m][:5](x) for m in ("mean", "moments"))
+    inner = (slice(None), slice(None), slice(1, -1), slice(1, -1))
+    want, none, half, full = (y[inner].var((0, 2, 3)) for y in (dense, cut, mean, moments))
+    assert bool((none < 0.9 * want).all()) and torch.allclose(half, none, rtol=1e-4)
+    torch.testing.assert_close(full, want, rtol=0.05, atol=0)
+    torch.testing.assert_close(moments.mean((0, 2, 3)), mean.mean((0, 2, 3)), rtol=0, atol=0.02)
+
+
+def test_moments_look_at_no_data_and_folded_norms_make_no_difference() -> None:
+    net, x = made()
+    plans = [graphprune.plan(net, x[:2], 0.5, fold_bn=fold) for fold in (True, False)]
+    folded, kept = (graphprune.recover(net, plan, x[:2], [x[:9]], "moments") for plan in plans)
+    alone = graphprune.recover(net, plans[0], x[:2])
+    assert relative_error(folded.model(x), kept.model(x)) < 1e-4
+    assert relative_error(folded.model(x), alone.model(x)) == 0
+    methods = {layer.weight: layer.method for layer in alone.layers}
+    assert methods["rest.padded.weight"] == "moments" and methods["rest.flat.weight"] == "mean"
