@@ -147,10 +147,9 @@ showed:
   far more channels for the same budget; DS-CNN, all of whose layers are equally wide, gains from it. A ratio's repaired
   network at 2x can be worse than the cut one (DS-CNN). Budgets beat all three scopes on all three networks.
 - Means alone leave networks whose signal fades from layer to layer. Restoring variances behind batch norms too
-  ("moments", the default repair without data), ResNet-20 keeps 92.5, 81.1, 54.9 at 1.3x, 1.5x, 2x instead of 91.3, 76.8,
-  46.1 (budgets, widths of "auto"), ResNet-8 66.4, 45.0, 23.3 instead of 66.1, 37.0, 20.4, DS-CNN 85.2, 59.2, 39.8 instead
-  of 84.2, 53.0, 37.4; restoring a quarter, half or three quarters of it (in the exponent) gives less. With data, batch
-  norm re-estimation does the same to layers that are refitted anyway, and loses to least squares.
+  ("moments", the default repair without data), ResNet-20 keeps 92.5, 81.1, 54.9 at 1.3x, 1.5x, 2x instead of 91.3,
+  76.8, 46.1 (budgets, widths of "auto"), ResNet-8 66.4, 45.0, 23.3 instead of 66.1, 37.0, 20.4, DS-CNN 85.2, 59.2, 39.8
+  instead of 84.2, 53.0, 37.4; restoring a quarter, half or three quarters of it (in the exponent) gives less.
 - Behind layer norms a feature is taken to have mean 0 and variance 1 before scale and shift, which carried through GELU
   gives the neurons of MiniLM's MLPs a standard deviation: 86.6, 85.3, 83.8 at 1.3x, 1.5x, 2x on all 1,500 pairs of the
   development split (dense 86.7), against 85.6, 84.6, 83.3 with standard deviations of 1. Means assumed like that do
