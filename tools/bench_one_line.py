@@ -237,8 +237,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     parts.append(markdown_table(heads, table))
     names = {name for name, _ in better}
     parts.append(
-        f"\nOf {sum(r['method'] in OURS.values() for r in rows)} rows {worse} are below Torch-Pruning by more than two "
-        f"standard errors;\nat least one row is above by more than that on {len(names)} of "
+        f"\nOf {sum(r['method'] in OURS.values() for r in rows)} figures ({HEADS.rpartition(', ')[2]!r} aside) {worse} are "
+        f"below Torch-Pruning by more than two standard errors;\nat least one row is above by more than that on {len(names)} of "
         f"{len({r['model'] for r in rows})} networks.\n"
     )
     return "\n".join(parts)
