@@ -236,10 +236,10 @@ def page(rows: list[dict[str, Any]]) -> str:
     heads = ["network (unit, dense)", "asked", "Torch-Pruning, best", "budget", "difference", "ratio", "difference"]
     parts.append(markdown_table(heads, table))
     names = {name for name, _ in better}
+    figures, networks = sum(r["method"] in OURS.values() for r in rows), len({r["model"] for r in rows})
     parts.append(
-        f"\nOf {sum(r['method'] in OURS.values() for r in rows)} figures ({HEADS.rpartition(', ')[2]!r} aside) {worse} are "
-        f"below Torch-Pruning by more than two standard errors;\nat least one row is above by more than that on {len(names)} of "
-        f"{len({r['model'] for r in rows})} networks.\n"
+        f"\nOf {figures} figures ({HEADS.rpartition(', ')[2]!r} aside) {worse} are below Torch-Pruning by more than two "
+        f"standard errors;\nat least one is above by more than that on {len(names)} of {networks} networks.\n"
     )
     return "\n".join(parts)
 
