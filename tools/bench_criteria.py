@@ -18,7 +18,7 @@ import functools
 import json
 import os
 import platform
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from tools.bench_accuracy import (
     torch_pruning_ratio,
     torch_pruning_result,
 )
-from tools.bench_one_line import ratio_for
+from tools.bench_one_line import attempted, ratio_for
 
 CRITERIA: dict[str, Any] = {
     **{name: name for name in ("flow", "l1", "l2", "l2_folded", "lamp", "bn_scale", "fpgm")},
@@ -80,7 +80,7 @@ def rows_of(name: str, made: Task, speedup: float, methods: Collection[str]) -> 
 
     ratio = torch_pruning_ratio(made, speedup) if PEER in methods else 0.0
     for label, importance in _importances().items() if PEER in methods else ():
-        small = _peer(functools.partial(torch_pruning_result, made, ratio, importance))
+        small = attempted(functools.partial(torch_pruning_result, made, ratio, importance))
         if small is not None and dense / graphprune.count(small, made.example).macs >= 0.95 * speedup:
             yield row(f"Torch-Pruning, {label}", small, None)
     asked: dict[str, dict[str, Any]] = {
@@ -101,14 +101,6 @@ def rows_of(name: str, made: Task, speedup: float, methods: Collection[str]) -> 
         found = graphprune.recover(made.model, plan, made.example, method="mean")
         known = any(layer.note.startswith("from stored") for layer in found.layers)
         yield row(method, plan.apply(made.model), found.model if known else None)
-
-
-def _peer(make: Callable[[], nn.Module]) -> nn.Module | None:
-    try:
-        return make()
-    except Exception as error:
-        print(f"Torch-Pruning: {type(error).__name__}: {error}", flush=True)
-        return None
 
 
 def page(rows: list[dict[str, Any]]) -> str:

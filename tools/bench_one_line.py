@@ -144,7 +144,7 @@ def rows_of(name: str, made: Task, measure: Measure, speedup: float) -> Iterator
         ratio = torch_pruning_ratio(made, speedup)
         peers: dict[str, tuple[nn.Module, Parts]] = {}
         for label, importance in _importances().items():
-            small = _peer(functools.partial(torch_pruning_result, made, ratio, importance))
+            small = attempted(functools.partial(torch_pruning_result, made, ratio, importance))
             if small is not None and reached(small) >= 0.98 * speedup:
                 peers[label] = small, measure.parts(small)
         best = max(peers, key=lambda label: measure.figure(peers[label][1]))
@@ -183,7 +183,8 @@ def rows_of(name: str, made: Task, measure: Measure, speedup: float) -> Iterator
         }  # fmt: skip
 
 
-def _peer(make: Callable[[], nn.Module]) -> nn.Module | None:
+def attempted(make: Callable[[], nn.Module]) -> nn.Module | None:
+    """Torch-Pruning's network; None, and a line that says why, where it fails."""
     try:
         return make()
     except Exception as error:
@@ -238,7 +239,7 @@ def page(rows: list[dict[str, Any]]) -> str:
     names = {name for name, _ in better}
     figures, networks = sum(r["method"] in OURS.values() for r in rows), len({r["model"] for r in rows})
     parts.append(
-        f"\nOf {figures} figures ('heads too' aside) {worse} are below Torch-Pruning by more than two standard errors;\n"
+        f"\nOf {figures} figures ('heads too' aside) {worse} are below Torch-Pruning by more than two standard\nerrors; "
         f"at least one is above by more than that on {len(names)} of {networks} networks.\n"
     )
     return "\n".join(parts)
