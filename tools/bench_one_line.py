@@ -239,8 +239,8 @@ def page(rows: list[dict[str, Any]]) -> str:
     names = {name for name, _ in better}
     figures, networks = sum(r["method"] in OURS.values() for r in rows), len({r["model"] for r in rows})
     parts.append(
-        f"\nOf {figures} figures ('heads too' aside) {worse} are below Torch-Pruning by more than two standard\nerrors; "
-        f"at least one is above by more than that on {len(names)} of {networks} networks.\n"
+        f"\nOf {figures} figures ('heads too' aside) {worse} are below Torch-Pruning by more than two standard"
+        f"\nerrors; at least one is above by more than that on {len(names)} of {networks} networks.\n"
     )
     return "\n".join(parts)
 
