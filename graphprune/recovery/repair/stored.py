@@ -48,16 +48,16 @@ def compensate(
 ) -> list[LayerRecovery]:
     """Correct `small`, made from `model` by `plan`, in place; `dense`: `model` with the plan's batch norms folded.
     `spread`: variances too."""
-    trace = record_run(model, example)
+    trace, named = record_run(model, example), named_tensors(model)
     lost = {r.weight: r for r in find_readers(trace) if plan.removed.get(r.weight, {}).get(r.in_axis)}
     calls = {name: list(trace.parameters[name].users) for name in lost}
     read = frozenset(read_by(call) for called in calls.values() for call in called)
-    spreads = stored_spreads(trace, named_tensors(model), read)
+    spreads = stored_spreads(trace, named, read)
     after = record_run(small, example)
     readers = {r.weight: r for r in find_readers(after)}
     modules = dict(small.named_modules())
     norms = {f.layer: modules[f.batch_norm] for f in find_folds(small, after)}
-    weights, named = named_tensors(dense), named_tensors(model)
+    weights = named_tensors(dense)
     behind = {fold_names(f)[0]: f for f in find_folds(model, trace)}
     report = []
     for name, reader in lost.items():
@@ -76,12 +76,18 @@ def compensate(
 _LEAST = 0.05
 
 
+def _lost_inputs(reader: Reader, weight: Tensor, plan: Plan) -> Tensor:
+    """Which indices of the weight's input axis go."""
+    lost = torch.zeros(weight.shape[reader.in_axis], dtype=torch.bool)
+    lost[list(plan.removed[reader.weight][reader.in_axis])] = True
+    return lost
+
+
 def _lost_share(reader: Reader, spread: Spread, weight: Tensor, plan: Plan) -> Tensor:
     """The share of the variance of each result of the dense layer that the removed inputs bring, inputs independent;
     one number per output of the dense layer."""
     variance = by_input(reader, spread.variance, weight).to(weight.device)
-    lost = torch.zeros(weight.shape[reader.in_axis], dtype=torch.bool, device=weight.device)
-    lost[list(plan.removed[reader.weight][reader.in_axis])] = True
+    lost = _lost_inputs(reader, weight, plan).to(weight.device)
     squares = weight.detach().double().square().movedim((reader.out_axis, reader.in_axis), (0, 1))
     energy = squares.reshape(*squares.shape[:2], -1).sum(2) * variance
     total = energy.sum(1)
@@ -130,8 +136,7 @@ def _missed(reader: Reader, call: fx.Node, spread: Spread | None, weight: Tensor
     they are; None where their means are not known."""
     if spread is None:
         return None
-    gone = torch.zeros(weight.shape[reader.in_axis], dtype=torch.bool)
-    gone[list(plan.removed[reader.weight][reader.in_axis])] = True
+    gone = _lost_inputs(reader, weight, plan)
     view = [1] * weight.dim()
     view[reader.in_axis] = -1
     part = torch.where(gone.reshape(view).to(weight.device), weight.detach().double(), 0.0)
