@@ -207,19 +207,24 @@ class SizeSolver:
 
     def blame(self, expr: Expr, text: str, node: fx.Node | None, source: Source | None = None) -> list[Conflict]:
         """Everything that changes a number which must not change."""
-        out = []
-        for leaf in leaves(expr):
+        out: list[Conflict] = []
+        todo, seen = list(leaves(expr)), set[Attribute]()
+        while todo:
+            leaf = todo.pop(0)
             if isinstance(leaf, TensorSize):
                 axis_map = self.analysis.state(leaf.node).axis(leaf.axis)
                 length = leaf.node.meta["val"].shape[leaf.axis]
                 if axis_map and self.value(leaf) != length:
                     out.append(Conflict(text, node or leaf.node, axis_map, length, self.value(leaf), length, source))
-            elif self.attributes.get(leaf, leaf.value) != leaf.value:
+            elif leaf not in seen and self.attributes.get(leaf, leaf.value) != leaf.value:
+                seen.add(leaf)
                 for site in self.demanded_by.get(leaf, ()):
                     if site.axis_map:
                         out.append(
                             Conflict(text, site.node, site.axis_map, site.length, self.survivors(site), None, source)
                         )
+                    # in `width // heads` it follows other numbers that change
+                    todo += [other for other in leaves(site.expr) if other != leaf]
         return out
 
     def _moved(self, guard: Guard, conflict: Conflict) -> Conflict:

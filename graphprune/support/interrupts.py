@@ -41,8 +41,9 @@ class _Shield:
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Stands in for every handler: now, or when the shield goes."""
-        handler = self.handlers.get(number)
-        if handler is None:  # it came while the shield was going
+        handler = self.handlers[number]
+        if not self.depth:
+            handler(number, frame)
             return
         again = self.raised is not None and time.monotonic() - self.raised > _PATIENCE
         if not self.open and not again:
@@ -58,8 +59,8 @@ class _Shield:
         self.open = was  # a handler that only takes note
 
     def install(self) -> None:
-        self.depth = 1
         try:
+            self.depth = 1
             for number in (signal.SIGINT, *signal.valid_signals()):
                 handler = signal.getsignal(number)
                 if callable(handler) and handler != self.handle:
@@ -70,16 +71,25 @@ class _Shield:
             raise
 
     def remove(self) -> None:
-        """Give every handler its place back, Ctrl-C's last, and let through what has waited."""
+        """Give every handler its place back and let through what has waited. With no depth, what comes goes straight
+        to the handler that it is for."""
         try:
-            for number, handler in reversed(self.handlers.items()):
-                if signal.getsignal(number) == self.handle:
-                    signal.signal(number, handler)
-        finally:
-            waiting, handlers = self.waiting, self.handlers
-            self.waiting, self.handlers, self.raised, self.depth, self.open = [], {}, None, 0, False
+            self.depth = 0
+            waiting = self._restored()
+        except BaseException:
+            self._restored()
+            raise
         for number in waiting:
-            handlers[number](number, None)
+            signal.raise_signal(number)
+
+    def _restored(self) -> list[int]:
+        """What has waited, with every handler in its place again."""
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) == self.handle:
+                signal.signal(number, handler)
+        waiting = self.waiting
+        self.handlers, self.waiting, self.raised, self.open = {}, [], None, False
+        return waiting
 
 
 _shield = _Shield()

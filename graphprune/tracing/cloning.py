@@ -14,11 +14,13 @@ import enum
 import functools
 import types
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .origin import plain
 
 Convert = Callable[[Tensor], Tensor]
 
@@ -81,10 +83,26 @@ class Bare:
         return found
 
 
-def over_the_same_memory(tensor: Tensor) -> Tensor:
-    """Another tensor with the same values, so that `tensor.data = ...` on one leaves the other alone; what is no
-    ordinary tensor, itself."""
-    return _like(tensor, tensor.detach()) if type(tensor) in PLAIN else tensor
+# Larger buffers are not copied, in bytes.
+_LARGE = 2**26
+
+
+class SameMemory:
+    """Makes other tensors of the same values, so that `tensor.data = ...` on one leaves the other alone. Buffers with a
+    memory of their own get another one, as forward passes write into them. What is no ordinary tensor stays itself."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        distinct = {id(t): t for t in tensors if type(t) in PLAIN}.values()
+        self.owners = collections.Counter(t.untyped_storage()._cdata for t in distinct)
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if type(tensor) not in PLAIN:
+            return tensor
+        new = tensor.detach()
+        alone = self.owners[tensor.untyped_storage()._cdata] == 1
+        if not isinstance(tensor, nn.Parameter) and alone and new.nbytes <= _LARGE and new.layout is torch.strided:
+            new = new.clone()
+        return _like(tensor, new)
 
 
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
@@ -170,6 +188,8 @@ class _Cloner:
         kind = type(value)
         if kind in _ATOMS:
             return value
+        if isinstance(value, (int, float)):  # a number with an origin, where another thread records the same model
+            return plain(value)
         found = self.made.get(id(value))
         if found is not None:
             return found

@@ -12,6 +12,7 @@ import dataclasses
 import math
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,7 +113,7 @@ def evaluate(expr: Expr, lookup: Callable[[Attribute | TensorSize], Number]) -> 
 
 
 class Session:
-    """One recording: the numbers that it handed out, which are plain ones once it is over.
+    """One recording: the numbers that it handed out, which are plain ones on other threads, and once it is over.
 
     `guard`: told of comparisons. A number may outlive the recording, in a cache of the user's code for example; it must
     not bring the sizes of another run into the next one.
@@ -120,6 +121,7 @@ class Session:
 
     def __init__(self, guard: Callable[[str, Expr, Expr, bool], None] | None = None) -> None:
         self.guard = guard
+        self.thread = threading.get_ident()
         self.numbers: list[TracedInt | TracedFloat] = []
 
     def whole(self, value: int, origin: Expr) -> TracedInt:
@@ -147,11 +149,20 @@ class Session:
         self.numbers.clear()
 
 
+def _live(session: Session | None) -> Session | None:
+    return session if session is not None and session.thread == threading.get_ident() else None
+
+
 class TracedInt(int):
     """An int with an origin. Arithmetic with numbers yields traced numbers; comparisons are reported as guards."""
 
     origin: Expr
     session: Session | None = None
+
+    @property
+    def live(self) -> Session | None:
+        """The recording, if it is one of the running thread."""
+        return _live(self.session)
 
     # Copies and pickles of a model made while it is being recorded must hold plain numbers.
     def __reduce__(self) -> tuple[Any, ...]:
@@ -164,7 +175,7 @@ class TracedInt(int):
         return int.__int__(self)
 
     def __hash__(self) -> int:
-        if self.session is not None and serves_a_cache(sys._getframe(1)):
+        if self.live is not None and serves_a_cache(sys._getframe(1)):
             return id(self)  # what is computed from this number must not be found again, nor found instead of it
         return int.__hash__(self)
 
@@ -174,6 +185,11 @@ class TracedFloat(float):
 
     origin: Expr
     session: Session | None = None
+
+    @property
+    def live(self) -> Session | None:
+        """The recording, if it is one of the running thread."""
+        return _live(self.session)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (float, (float.__float__(self),))
@@ -185,7 +201,7 @@ class TracedFloat(float):
         return float.__float__(self)
 
     def __hash__(self) -> int:
-        if self.session is not None and serves_a_cache(sys._getframe(1)):
+        if self.live is not None and serves_a_cache(sys._getframe(1)):
             return id(self)
         return float.__hash__(self)
 
@@ -197,7 +213,7 @@ def origin_of(value: Any) -> Expr:
 
 def is_traced(value: Any) -> bool:
     """A number with a history."""
-    return isinstance(value, (TracedInt, TracedFloat)) and value.session is not None
+    return isinstance(value, (TracedInt, TracedFloat)) and value.live is not None
 
 
 def plain(value: Any) -> Any:
@@ -245,7 +261,7 @@ def _wrap(result: Any, expr: Expr, session: Any) -> Any:
 
 
 def _told(self: Any, comparison: str, other: Any, outcome: bool) -> None:
-    session = self.session
+    session = self.live
     if session is not None and session.guard is not None:
         session.guard(comparison, self.origin, other, outcome)
 
@@ -281,7 +297,7 @@ def _array_ufunc(self: Any, ufunc: Any, method: str, *inputs: Any, **kwargs: Any
 
 def _negative(self: Any) -> Any:
     result = -plain(self)
-    return result if self.session is None else _wrap(result, Operation("neg", (self.origin,)), self.session)
+    return result if self.live is None else _wrap(result, Operation("neg", (self.origin,)), self.session)
 
 
 def _install(cls: type, base: type) -> None:
@@ -294,7 +310,7 @@ def _install(cls: type, base: type) -> None:
             result = as_float(float(plain(self)), other) if isinstance(other, float) else method(self, other)
             if result is NotImplemented or not isinstance(other, (int, float)):
                 return result
-            session = self.session or getattr(other, "session", None)
+            session = self.live or getattr(other, "live", None)
             if session is None:
                 return plain(result)
             mine, theirs = origin_of(self), origin_of(other)

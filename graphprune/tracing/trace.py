@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import GraphPruneError
 from ..support.interrupts import interruptible, shielded
-from .cloning import PLAIN, Bare, clone_modules, over_the_same_memory
+from .cloning import PLAIN, Bare, SameMemory, clone_modules
 from .example import ExampleInput, result_tensors
 from .modes import WHOLE, DispatchMode, FunctionMode
 from .names import named_tensors
@@ -141,9 +141,9 @@ class _Run:
     observe: Observe | None
 
     def on_clones(self, data: bool) -> Trace:
-        """On clones, whose tensors are others over the same memory, or with `data` false have no values."""
+        """On clones; with `data` false their tensors have no values."""
         with shielded():
-            convert = over_the_same_memory if data else Bare()
+            convert = SameMemory(named_tensors(self.model).values()) if data else Bare()
             modules = clone_modules(self.modules, convert)
             example = self.example if data else self.example.map(convert)
             return self._record(modules, example, data, {id(module) for module in self.modules.values()})
@@ -176,7 +176,7 @@ class _Run:
                     out = run_model(model, example, "tracing")
                 outputs = tuple(dict.fromkeys(recorder.node_of(t) for t in result_tensors(out)))
                 caches = _caches(recorder, modules)
-                extra = record_training_paths(recorder, model, example) if self.training_paths else ()
+                extra = record_training_paths(recorder, model, example, outputs) if self.training_paths else ()
             recorder.graph.output((*outputs, *(node for node in extra if node not in outputs)))
         finally:
             recorder.release()
