@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...support.restoring import restored
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
@@ -35,7 +36,8 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def run(model: nn.Module, example: ExampleInput, what: str) -> Any:
-    """One run in eval mode without gradients, from the same random state each time."""
-    with evaluating(model):
+    """One run in eval mode without gradients, from the same random state each time. What the model's code keeps of it
+    does not stay."""
+    with restored(model), evaluating(model):
         torch.manual_seed(0)
         return run_model(model, example.clone(), what)
