@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ...errors import GraphPruneError
+from ...support.reach import reachable
 from ...tracing.names import all_modules, named_tensors
 
 
@@ -28,11 +29,13 @@ def clone_with(
     `caches` (module path, attribute): dicts of tensors computed from parameters; they start empty in the copy.
 
     What is replaced is not copied first. Shared parameters stay shared, `requires_grad` and memory format stay, hooks
-    and attributes are copied as `copy.deepcopy` does. A name that does not exist yet (a bias that folding adds) becomes
-    a parameter of its module.
+    and attributes are copied as `copy.deepcopy` does. Results of a computation (a feature that the last step of
+    training left in a list) are copied without their history, wherever they lie. A name that does not exist yet (a
+    bias that folding adds) becomes a parameter of its module.
+
+    Raises GraphPruneError, naming the attribute, where something that the model holds cannot be copied.
     """
     memo: dict[int, Any] = {}
-    keep: list[Any] = []
     named = named_tensors(model)
     added: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -49,15 +52,13 @@ def clone_with(
         cache = getattr(model.get_submodule(path), attribute, None)
         if type(cache) is dict:
             memo[id(cache)] = {}
-    _memoise_results(model, memo, keep)
+    _memoise_results(model, memo)
     _memoise_tensors(named, memo, frozenset(modules or ()))
+    known = dict(memo)
     try:
         out = _copy_module(model, memo)
     except Exception as error:
-        raise GraphPruneError(
-            f"the model cannot be copied with copy.deepcopy ({type(error).__name__}: {error}); make its attributes "
-            f"copyable (no open files, locks, or tensors that are results of a computation)"
-        ) from error
+        raise _uncopyable(model, known, error) from error
     for name, tensor in added.items():
         path, _, attribute = name.rpartition(".")
         module = out.get_submodule(path)
@@ -85,13 +86,43 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
     return made
 
 
-def _memoise_results(model: nn.Module, memo: dict[int, Any], keep: list[Any]) -> None:
+def _memoise_results(model: nn.Module, memo: dict[int, Any]) -> None:
     """deepcopy refuses tensors that are results of a computation (the old weight_norm keeps one); copy their values."""
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
-                keep.append(value)
+    results = [t for t in reachable(model) if isinstance(t, Tensor) and not t.is_leaf and id(t) not in memo]
+    memo.update((id(tensor), tensor.detach().clone()) for tensor in results)
+    memo[id(memo)] = results  # deepcopy's own place for what must outlive the copy
+
+
+def _uncopyable(model: nn.Module, known: Mapping[int, Any], error: Exception) -> GraphPruneError:
+    """The error that names what cannot be copied, found by copying every attribute alone."""
+    modules = all_modules(model)
+    known = {**known, **{id(m): m for m in modules.values()}}
+    where = ""
+    for name, value in ((f"{path}.{n}".lstrip("."), v) for path, m in modules.items() for n, v in _attributes(m)):
+        if not where and not _copyable(value, known):
+            culprit = [v for v in reachable(value) if not _copyable(v, known)][-1:] or [value]
+            inside = "" if culprit[0] is value else f" in a {type(value).__name__}"
+            where = f": {name} holds a {type(culprit[0]).__name__}{inside}"
+    return GraphPruneError(
+        f"the model cannot be copied with copy.deepcopy ({type(error).__name__}: {error}){where}; make its attributes "
+        f"copyable (no open files, locks or generators), or take them off before pruning"
+    )
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in module.__dict__.items():
+        if name in ("_parameters", "_buffers"):
+            yield from value.items()
+        elif name != "_modules":
+            yield name, value
+
+
+def _copyable(value: Any, known: Mapping[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(known))
+    except Exception:
+        return False
+    return True
 
 
 def _memoise_tensors(named: Mapping[str, Tensor], memo: dict[int, Any], gone: frozenset[str]) -> None:
