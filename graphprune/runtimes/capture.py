@@ -64,7 +64,7 @@ def inference_state(model: nn.Module) -> Iterator[None]:
     Fused attention kernels are turned off, because they have no counterpart in ONNX.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    with restored(model), evaluating(model):
+    with restored(model, closures=True), evaluating(model):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield

@@ -15,15 +15,16 @@ from .reach import attributes, reachable, slots
 
 
 @contextlib.contextmanager
-def restored(model: nn.Module) -> Iterator[None]:
+def restored(model: nn.Module, closures: bool = False) -> Iterator[None]:
     """Whatever `model` holds is afterwards as before, also after an error: attributes, tables of parameters, buffers,
     modules and hooks; lists, dicts, sets and deques at any depth, which stay the same objects, shared or not;
-    attributes and slots of plain objects; what hooks have in their closures; `requires_grad` and gradients.
+    attributes and slots of plain objects; `requires_grad` and gradients; with `closures`, what hooks have kept of where
+    they were made.
 
     Values of tensors other than parameters are copied before, and put back where they differ. Parameters are taken to
     keep their values: a copy of them could be too large.
     """
-    undo = [step for value in reachable(model, closures=True) for step in _steps(value)]
+    undo = [step for value in reachable(model, closures) for step in _steps(value)]
     try:
         yield
     finally:
@@ -65,13 +66,13 @@ def _table(table: dict[Any, Any]) -> Callable[[], None]:
 
 
 def _items(container: Any) -> Callable[[], None]:
-    kind = next(k for k in (list, set, deque) if isinstance(container, k))
+    kind: Any = next(k for k in (list, set, deque) if isinstance(container, k))
     items = list(kind.__iter__(container))
 
     def undo() -> None:
         if not _same(list(kind.__iter__(container)), items):
             kind.clear(container)
-            kind.update(container, items) if kind is set else kind.extend(container, items)  # type: ignore[attr-defined]
+            (kind.update if kind is set else kind.extend)(container, items)
 
     return undo
 

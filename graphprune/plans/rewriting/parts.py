@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...tracing.names import named_tensors
 from ...tracing.origin import Attribute, Expr, Literal, Operation
 from ...tracing.recorder import Guard
+from .contents import Contents
 
 Path = tuple[tuple[str, int | str], ...]  # ("item", key) or ("attribute", name), from the outside in
 
@@ -69,6 +70,7 @@ class Part:
         self.guards: dict[Guard, int] = {}  # and before which call it was asked
         self.output: Any = None
         self.refusal = ""
+        self.contents = Contents(module)
         self.autocast: Any = None
         self.sizes: dict[fx.Node, Ref] = {}
         self.arguments: list[tuple[Expr, Ref]] = []

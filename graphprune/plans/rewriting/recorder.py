@@ -27,7 +27,6 @@ _FORM = frozenset(
 )
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
-_BOOKKEEPING = frozenset(("forward", "training", "_modules", "_parameters", "_buffers"))
 
 
 class Unrecordable(Exception):
@@ -45,7 +44,8 @@ def is_container(module: nn.Module) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or torch.nn.modules.module._has_any_global_hook()
 
 
 class PartRecorder(TorchFunctionMode):
@@ -85,7 +85,7 @@ class PartRecorder(TorchFunctionMode):
                 module.__dict__["forward"] = self._forward(path, module, module.forward)
         for path in self.training:
             self.modules[path].training = True
-        original, length = nn.Module.__call__, torch.Tensor.__len__
+        original, length, train = nn.Module.__call__, torch.Tensor.__len__, nn.Module.train
         apply = torch.autograd.Function.__dict__["apply"]
 
         def run(kind: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,6 +93,7 @@ class PartRecorder(TorchFunctionMode):
 
         nn.Module.__call__ = self._call(original)  # type: ignore[method-assign]
         torch.Tensor.__len__ = self._refusing("asks for the length of a tensor as a plain number", length)  # type: ignore[method-assign]
+        nn.Module.train = self._refusing("switches a training flag", train)  # type: ignore[method-assign]
         torch.autograd.Function.apply = classmethod(
             self._refusing("calls a custom autograd function, whose backward a recording cannot see", run)
         )
@@ -102,6 +103,7 @@ class PartRecorder(TorchFunctionMode):
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
             torch.Tensor.__len__ = length  # type: ignore[method-assign]
+            nn.Module.train = train  # type: ignore[method-assign]
             torch.autograd.Function.apply = apply
 
     def _refusing(self, why: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,6 +159,7 @@ class PartRecorder(TorchFunctionMode):
             finally:
                 self._stack.pop()
             if part is not None and ref is not None:
+                part.contents.note(module)  # what that module's own code has changed, it will change again
                 self._note_result(part, ref, out)
             return out
 
@@ -166,22 +169,32 @@ class PartRecorder(TorchFunctionMode):
         return self.inline and is_container(module) and id(module) not in self._whole and not _has_hooks(module)
 
     def _within(self, part: Part, module: nn.Module, run: Callable[[], Any]) -> Any:
-        """Run a module's own code as a piece of `part`; refuse where it changes the module's attributes."""
-        before = _attributes(module)
+        """Run a module's own code as a piece of `part`."""
         self._stack.append((part, module))
         try:
             return run()
         finally:
             self._stack.pop()
-            after = _attributes(module)
-            for name in before.keys() | after.keys():
-                if before.get(name) is not after.get(name):
-                    part.refuse(f"changes self.{name}, which a recorded graph would not do")
+
+    def _check_contents(self, part: Part) -> None:
+        """Refuse a forward that has changed what its modules hold, or drawn numbers that are none of torch's."""
+        changed = "" if part.refusal else part.contents.difference(self.modules[part.path])
+        if changed:
+            part.refuse(f"changes self.{changed}, which a recorded graph would not do")
+        elif not part.refusal and part.contents.drew_numbers():
+            part.refuse(_RANDOM)
 
     def _module_call(self, part: Part, module: nn.Module, args: Any, kwargs: Any) -> Ref | None:
         path = part.relative(module)
         if path is None:
             part.refuse("calls a module that is not one of its own")
+            return None
+        changed = part.contents.difference(module)
+        if changed:
+            part.refuse(f"calls {path} with another {changed} than it holds, which a recorded graph would not do")
+            return None
+        if part.contents.drew_numbers():
+            part.refuse(_RANDOM)
             return None
         try:
             encoded = self._encode(part, tuple(args)), {k: self._encode(part, v) for k, v in kwargs.items()}
@@ -200,6 +213,7 @@ class PartRecorder(TorchFunctionMode):
             self._arguments(part, original, args, kwargs)
             part.autocast = _autocast()
             out = self._within(part, module, lambda: original(*args, **kwargs))
+            self._check_contents(part)
             if not part.refusal:
                 try:
                     part.output = self._encode(part, out, output=True)
@@ -361,16 +375,12 @@ class PartRecorder(TorchFunctionMode):
         return part.add(Call("build", f"{kind.__module__}:{kind.__qualname__}", (), fields))
 
 
+_RANDOM = "draws random numbers that are not torch's, which a recorded graph would not do"
 _FOREIGN = "works with a tensor that is neither an argument nor a parameter nor a result of its own calls"
 
 
 def _autocast() -> tuple[bool, bool]:
     return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    own = {k: v for k, v in module.__dict__.items() if k not in _BOOKKEEPING}
-    return {**own, **module._parameters, **module._buffers}
 
 
 def _after(graph: fx.Graph, last: fx.Node | None) -> list[fx.Node]:
