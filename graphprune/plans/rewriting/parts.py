@@ -71,7 +71,7 @@ class Part:
         self.output: Any = None
         self.refusal = ""
         self.contents = Contents(module)
-        self.autocast: Any = None
+        self.modes: dict[str, Any] = {}
         self.sizes: dict[fx.Node, Ref] = {}
         self.arguments: list[tuple[Expr, Ref]] = []
         self.reads: dict[Any, tuple[Ref, str]] = {}

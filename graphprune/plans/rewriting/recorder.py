@@ -85,7 +85,7 @@ class PartRecorder(TorchFunctionMode):
                 module.__dict__["forward"] = self._forward(path, module, module.forward)
         for path in self.training:
             self.modules[path].training = True
-        original, length, train = nn.Module.__call__, torch.Tensor.__len__, nn.Module.train
+        original, length = nn.Module.__call__, torch.Tensor.__len__
         apply = torch.autograd.Function.__dict__["apply"]
 
         def run(kind: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,17 +93,15 @@ class PartRecorder(TorchFunctionMode):
 
         nn.Module.__call__ = self._call(original)  # type: ignore[method-assign]
         torch.Tensor.__len__ = self._refusing("asks for the length of a tensor as a plain number", length)  # type: ignore[method-assign]
-        nn.Module.train = self._refusing("switches a training flag", train)  # type: ignore[method-assign]
         torch.autograd.Function.apply = classmethod(
             self._refusing("calls a custom autograd function, whose backward a recording cannot see", run)
         )
         try:
-            with self, watched_ranges(self._unrolled):
+            with self, watched_ranges(self._unrolled), self._watched_flags(), self._watched_seeds():
                 yield
         finally:
             nn.Module.__call__ = original  # type: ignore[method-assign]
             torch.Tensor.__len__ = length  # type: ignore[method-assign]
-            nn.Module.train = train  # type: ignore[method-assign]
             torch.autograd.Function.apply = apply
 
     def _refusing(self, why: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,6 +111,35 @@ class PartRecorder(TorchFunctionMode):
             return original(*args, **kwargs)
 
         return call
+
+    @contextlib.contextmanager
+    def _watched_flags(self) -> Iterator[None]:
+        """Refuse forwards that set training flags: `train()` and `eval()` do it, too."""
+        original = nn.Module.__setattr__
+
+        def write(module: nn.Module, name: str, value: Any) -> None:
+            if name == "training" and self._part is not None:
+                self._part.refuse("switches a training flag")
+            original(module, name, value)
+
+        nn.Module.__setattr__ = write  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+    @contextlib.contextmanager
+    def _watched_seeds(self) -> Iterator[None]:
+        """Refuse forwards that set the state of torch's random numbers."""
+        places = [(space, name) for space in (torch, torch.random) for name in ("manual_seed", "set_rng_state", "seed")]
+        before = [getattr(space, name) for space, name in places]
+        try:
+            for (space, name), function in zip(places, before, strict=True):
+                setattr(space, name, self._refusing("sets the state of the random numbers", function))
+            yield
+        finally:
+            for (space, name), function in zip(places, before, strict=True):
+                setattr(space, name, function)
 
     def _watch_guards(self) -> None:
         recorder = self.recorder
@@ -191,12 +218,13 @@ class PartRecorder(TorchFunctionMode):
             return None
         changed = part.contents.difference(module)
         if changed:
-            part.refuse(f"calls {path} with another {changed} than it holds, which a recorded graph would not do")
+            part.refuse(f"calls {path} with {changed} replaced, which a recorded graph would not do")
             return None
         if part.contents.drew_numbers():
             part.refuse(_RANDOM)
             return None
         try:
+            self._check_modes(part)
             encoded = self._encode(part, tuple(args)), {k: self._encode(part, v) for k, v in kwargs.items()}
         except Unrecordable as error:
             part.refuse(str(error))
@@ -211,7 +239,7 @@ class PartRecorder(TorchFunctionMode):
             part = Part(path, module)
             self.parts.setdefault(path, []).append(part)
             self._arguments(part, original, args, kwargs)
-            part.autocast = _autocast()
+            part.modes = _modes()
             out = self._within(part, module, lambda: original(*args, **kwargs))
             self._check_contents(part)
             if not part.refusal:
@@ -278,8 +306,7 @@ class PartRecorder(TorchFunctionMode):
         try:
             if name == "_set_grad_enabled":
                 raise Unrecordable("switches gradients on or off")
-            if _autocast() != part.autocast:
-                raise Unrecordable("switches autocast on or off")
+            self._check_modes(part)
             if target is None:
                 raise Unrecordable(f"calls {name or func}, which a recorded graph cannot hold")
             if name not in _FORM:
@@ -339,6 +366,12 @@ class PartRecorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # what the recorder reads of a tensor is no call of the user's
             return self.recorder.node_of(tensor)
 
+    def _check_modes(self, part: Part) -> None:
+        now = _modes()
+        for name, value in part.modes.items():
+            if now[name] != value:
+                raise Unrecordable(f"switches {name} on or off")
+
     # -- values
 
     def _encode(self, part: Part, value: Any, output: bool = False) -> Any:
@@ -379,8 +412,14 @@ _RANDOM = "draws random numbers that are not torch's, which a recorded graph wou
 _FOREIGN = "works with a tensor that is neither an argument nor a parameter nor a result of its own calls"
 
 
-def _autocast() -> tuple[bool, bool]:
-    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+def _modes() -> dict[str, Any]:
+    """What a block of code may switch that a recorded graph knows nothing of."""
+    devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    return {
+        "autocast": [(device, torch.get_autocast_dtype(device)) for device in devices],
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+    }
 
 
 def _after(graph: fx.Graph, last: fx.Node | None) -> list[fx.Node]:

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from ...errors import GraphPruneError
 from ...support.reach import reachable
 from ...tracing.names import all_modules, named_tensors
+from .rebinding import rebind
 
 
 def clone_with(
@@ -59,6 +60,7 @@ def clone_with(
         out = _copy_module(model, memo)
     except Exception as error:
         raise _uncopyable(model, known, error) from error
+    rebind(((m, memo[id(m)]) for m in all_modules(model).values() if id(m) in memo), memo)
     for name, tensor in added.items():
         path, _, attribute = name.rpartition(".")
         module = out.get_submodule(path)
