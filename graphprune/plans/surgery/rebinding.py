@@ -18,7 +18,7 @@ def rebind(pairs: Iterable[tuple[nn.Module, nn.Module]], memo: Mapping[int, Any]
     """
     made: dict[int, Any] = {}
     for old, new in pairs:
-        tables = [(old.__dict__, new.__dict__)]
+        tables: list[tuple[Any, Any]] = [(old.__dict__, new.__dict__)]
         tables += [(v, new.__dict__.get(n)) for n, v in old.__dict__.items() if isinstance(v, (dict, list))]
         for before, after in tables:
             if after is before or type(after) is not type(before):
