@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .origin import plain
+from .patches import patched
 
 
 def scale_of(module: nn.MultiheadAttention) -> float:
@@ -132,15 +133,14 @@ def _joined(
 def recorded_openly() -> Iterator[None]:
     """While inside, `torch.nn.MultiheadAttention` computes as the module that will stand in its place. Its subclasses
     with a forward of their own are left alone."""
-    original = nn.MultiheadAttention.forward
 
-    def forward(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
-        if type(module) is nn.MultiheadAttention and not any(isinstance(a, Tensor) and a.is_nested for a in args):
-            return attend(module, *args, **kwargs)
-        return original(module, *args, **kwargs)
+    def openly(original: Any) -> Any:
+        def forward(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
+            if type(module) is nn.MultiheadAttention and not any(isinstance(a, Tensor) and a.is_nested for a in args):
+                return attend(module, *args, **kwargs)
+            return original(module, *args, **kwargs)
 
-    nn.MultiheadAttention.forward = forward  # type: ignore[method-assign, assignment]
-    try:
+        return forward
+
+    with patched(nn.MultiheadAttention, "forward", openly):
         yield
-    finally:
-        nn.MultiheadAttention.forward = original  # type: ignore[method-assign]

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .origin import Literal, TensorSize, TracedInt, plain
+from .origin import Literal, TensorSize, plain
 from .recorder import Recorder
 from .shapes import shape_only
 from .sizes import CallSizes, other_numbers, read_scalars, read_sizes
@@ -33,6 +33,7 @@ WHOLE: dict[Any, Any] = {
     torch._VF._pad_packed_sequence: aten._pad_packed_sequence.default,
 }
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_DATA_GETTER, _DATA_SETTER = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _SIZE_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
 
 
@@ -48,8 +49,9 @@ class FunctionMode(TorchFunctionMode):
         recorder = self.recorder
         name = getattr(func, "__name__", "")
         if name == "__get__":
-            out = func(*args, **kwargs)
-            return recorder.traced_size(args[0], out) if func == _SHAPE_GETTER else out
+            return _property(recorder, func, args, kwargs)
+        if name == "__set__" and func == _DATA_SETTER and isinstance(args[1], Tensor):
+            return recorder.assign(args[0], args[1], lambda: func(*args, **kwargs))
         if name == "size":
             return _size(recorder, func, args, kwargs)
         if name in ("numel", "nelement"):
@@ -105,13 +107,22 @@ def _in_order(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     return tuple(placed), named
 
 
+def _property(recorder: Recorder, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    out = func(*args, **kwargs)
+    if func == _SHAPE_GETTER:
+        return recorder.traced_size(args[0], out)
+    if func == _DATA_GETTER:
+        recorder.same(args[0], out)
+    return out
+
+
 def _size(recorder: Recorder, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     out = func(*args, **kwargs)
     if isinstance(out, torch.Size):
         return recorder.traced_size(args[0], out)
     dim = args[1] if len(args) > 1 else kwargs.get("dim")
     if type(out) is int and isinstance(dim, int):
-        return TracedInt(out, TensorSize(recorder.node_of(args[0]), int(dim) % args[0].dim()), recorder.guard)
+        return recorder.session.whole(out, TensorSize(recorder.node_of(args[0]), int(dim) % args[0].dim()))
     return out
 
 
@@ -125,6 +136,8 @@ class DispatchMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recorder = self.recorder
+        if recorder.is_random(func):
+            recorder.drew = True
         if func._schema.is_mutable:
             recorder.before_write(func, args, kwargs)
         out = shape_only(func, args) if recorder.shapes_only and not kwargs else None

@@ -11,10 +11,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch.fx
+
+from .memoised import serves_a_cache
 
 Number = int | float
 
@@ -108,69 +111,93 @@ def evaluate(expr: Expr, lookup: Callable[[Attribute | TensorSize], Number]) -> 
     return lookup(expr)
 
 
+class Session:
+    """One recording: the numbers that it handed out, which are plain ones once it is over.
+
+    `guard`: told of comparisons. A number may outlive the recording, in a cache of the user's code for example; it must
+    not bring the sizes of another run into the next one.
+    """
+
+    def __init__(self, guard: Callable[[str, Expr, Expr, bool], None] | None = None) -> None:
+        self.guard = guard
+        self.numbers: list[TracedInt | TracedFloat] = []
+
+    def whole(self, value: int, origin: Expr) -> TracedInt:
+        """`value` with this origin."""
+        number = TracedInt(value)
+        self.note(number, origin)
+        return number
+
+    def real(self, value: float, origin: Expr) -> TracedFloat:
+        """`value` with this origin."""
+        number = TracedFloat(value)
+        self.note(number, origin)
+        return number
+
+    def note(self, number: TracedInt | TracedFloat, origin: Expr) -> None:
+        """The number has this origin, as long as the recording lasts."""
+        number.origin, number.session = origin, self
+        self.numbers.append(number)
+
+    def close(self) -> None:
+        """All numbers are plain from here on."""
+        self.guard = None
+        for number in self.numbers:
+            number.__dict__.clear()
+        self.numbers.clear()
+
+
 class TracedInt(int):
     """An int with an origin. Arithmetic with numbers yields traced numbers; comparisons are reported as guards."""
 
     origin: Expr
-    guard: Callable[[str, Expr, Expr, bool], None] | None
-
-    def __new__(
-        cls, value: int, origin: Expr, guard: Callable[[str, Expr, Expr, bool], None] | None = None
-    ) -> TracedInt:
-        self = super().__new__(cls, value)
-        self.origin = origin
-        self.guard = guard
-        return self
+    session: Session | None = None
 
     # Copies and pickles of a model made while it is being recorded must hold plain numbers.
     def __reduce__(self) -> tuple[Any, ...]:
-        return (int, (int(self),))
+        return (int, (int.__int__(self),))
 
     def __copy__(self) -> int:
-        return int(self)
+        return int.__int__(self)
 
     def __deepcopy__(self, memo: Any) -> int:
-        return int(self)
+        return int.__int__(self)
 
-    __hash__ = int.__hash__
+    def __hash__(self) -> int:
+        if self.session is not None and serves_a_cache(sys._getframe(1)):
+            return id(self)  # what is computed from this number must not be found again, nor found instead of it
+        return int.__hash__(self)
 
 
 class TracedFloat(float):
     """A float with an origin, such as `head_dim ** -0.5`."""
 
     origin: Expr
-    guard: Callable[[str, Expr, Expr, bool], None] | None
-
-    def __new__(
-        cls, value: float, origin: Expr, guard: Callable[[str, Expr, Expr, bool], None] | None = None
-    ) -> TracedFloat:
-        self = super().__new__(cls, value)
-        self.origin = origin
-        self.guard = guard
-        return self
+    session: Session | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (float, (float(self),))
+        return (float, (float.__float__(self),))
 
     def __copy__(self) -> float:
-        return float(self)
+        return float.__float__(self)
 
     def __deepcopy__(self, memo: Any) -> float:
-        return float(self)
+        return float.__float__(self)
 
-    __hash__ = float.__hash__
+    def __hash__(self) -> int:
+        if self.session is not None and serves_a_cache(sys._getframe(1)):
+            return id(self)
+        return float.__hash__(self)
 
 
 def origin_of(value: Any) -> Expr:
     """The expression behind a number; plain numbers are literals."""
-    if isinstance(value, (TracedInt, TracedFloat)):
-        return value.origin
-    return Literal(value)
+    return value.origin if is_traced(value) else Literal(plain(value))
 
 
 def is_traced(value: Any) -> bool:
     """A number with a history."""
-    return isinstance(value, (TracedInt, TracedFloat))
+    return isinstance(value, (TracedInt, TracedFloat)) and value.session is not None
 
 
 def plain(value: Any) -> Any:
@@ -187,10 +214,11 @@ _sqrt = math.sqrt  # `traced_sqrt` stands in for it while a model is recorded
 
 def traced_sqrt(value: Any) -> float:
     """`math.sqrt` that keeps the history."""
-    result = _sqrt(plain(value))
-    if is_traced(value):
-        return TracedFloat(result, Operation("sqrt", (value.origin,)), value.guard)
-    return result
+    result: float = _sqrt(plain(value))
+    if not is_traced(value):
+        return result
+    traced: float = _wrap(result, Operation("sqrt", (value.origin,)), value.session)
+    return traced
 
 
 class _FloatLike(type):
@@ -198,27 +226,33 @@ class _FloatLike(type):
         return isinstance(instance, float)
 
     def __call__(cls, value: Any = 0.0) -> float:
-        if isinstance(value, TracedInt):
-            return TracedFloat(float(plain(value)), value.origin, value.guard)
-        return value if isinstance(value, TracedFloat) else float(value)
+        if not is_traced(value):
+            return float(plain(value))
+        traced: float = _wrap(float(plain(value)), value.origin, value.session)
+        return traced
 
 
 class traced_float(metaclass=_FloatLike):
     """Stands in for `float` where torch converts a size (`1.0 / float(E)` in multi-head attention)."""
 
 
-def _wrap(result: Any, expr: Expr, guard: Any) -> Any:
+def _wrap(result: Any, expr: Expr, session: Any) -> Any:
     if type(result) is int:
-        return TracedInt(result, expr, guard)
+        return session.whole(result, expr)
     if type(result) is float:
-        return TracedFloat(result, expr, guard)
+        return session.real(result, expr)
     return result
+
+
+def _told(self: Any, comparison: str, other: Any, outcome: bool) -> None:
+    session = self.session
+    if session is not None and session.guard is not None:
+        session.guard(comparison, self.origin, other, outcome)
 
 
 def _lossy(self: Any) -> None:
     """The number leaves our sight as a plain one: from here on it must not change."""
-    if self.guard is not None:
-        self.guard("same", self.origin, Literal(plain(self)), True)
+    _told(self, "same", Literal(plain(self)), True)
 
 
 def _to_float(self: Any) -> float:
@@ -234,8 +268,7 @@ def _to_int(self: Any) -> int:
 def _truth(self: Any) -> bool:
     """`if width % heads:` asks whether the number is zero."""
     result = bool(plain(self))
-    if self.guard is not None:
-        self.guard("ne", self.origin, Literal(0), result)
+    _told(self, "ne", Literal(0), result)
     return result
 
 
@@ -244,6 +277,11 @@ def _array_ufunc(self: Any, ufunc: Any, method: str, *inputs: Any, **kwargs: Any
         if is_traced(value):
             _lossy(value)
     return getattr(ufunc, method)(*map(plain, inputs), **kwargs)
+
+
+def _negative(self: Any) -> Any:
+    result = -plain(self)
+    return result if self.session is None else _wrap(result, Operation("neg", (self.origin,)), self.session)
 
 
 def _install(cls: type, base: type) -> None:
@@ -256,8 +294,11 @@ def _install(cls: type, base: type) -> None:
             result = as_float(float(plain(self)), other) if isinstance(other, float) else method(self, other)
             if result is NotImplemented or not isinstance(other, (int, float)):
                 return result
-            mine, theirs = self.origin, origin_of(other)
-            return _wrap(plain(result), Operation(name, (theirs, mine) if reflected else (mine, theirs)), self.guard)
+            session = self.session or getattr(other, "session", None)
+            if session is None:
+                return plain(result)
+            mine, theirs = origin_of(self), origin_of(other)
+            return _wrap(plain(result), Operation(name, (theirs, mine) if reflected else (mine, theirs)), session)
 
         return call
 
@@ -266,8 +307,8 @@ def _install(cls: type, base: type) -> None:
 
         def call(self: Any, other: Any) -> Any:
             result = method(self, other)
-            if result is not NotImplemented and self.guard is not None and isinstance(other, (int, float)):
-                self.guard(name, self.origin, origin_of(other), result)
+            if result is not NotImplemented and isinstance(other, (int, float)):
+                _told(self, name, origin_of(other), result)
             return result
 
         return call
@@ -278,7 +319,7 @@ def _install(cls: type, base: type) -> None:
     for name in ("eq", "ne", "lt", "le", "gt", "ge"):
         setattr(cls, f"__{name}__", compare(name))
     special: dict[str, Callable[..., Any]] = {
-        "__neg__": lambda self: _wrap(-plain(self), Operation("neg", (self.origin,)), self.guard),
+        "__neg__": _negative,
         "__pos__": lambda self: self,
         "__divmod__": lambda self, other: (self // other, self % other),
         "__bool__": _truth,

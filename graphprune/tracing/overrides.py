@@ -9,6 +9,7 @@ unless an argument really is a tensor subclass with an opinion of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch.functional
 import torch.nn.functional
 
 from .origin import traced_float
+from .patches import patched
 
 _MODULES = (torch.nn.functional, torch.functional, torch._tensor)
 _ORDINARY = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}
@@ -46,16 +48,17 @@ _ANSWERS: dict[str, Any] = {
 }
 
 
+def _instead(answer: Any, original: Any) -> Any:
+    return answer
+
+
 @contextlib.contextmanager
 def python_functions_stay_visible() -> Iterator[None]:
     """See the module's docstring. Restores torch's own functions on exit."""
-    saved = [(module, name, getattr(module, name)) for module in _MODULES for name in _ANSWERS if hasattr(module, name)]
-    try:
-        for module, name, _ in saved:
-            setattr(module, name, _ANSWERS[name])
-        torch.nn.functional.float = traced_float  # type: ignore[attr-defined]
+    with contextlib.ExitStack() as stack:
+        for module in _MODULES:
+            for name, answer in _ANSWERS.items():
+                if hasattr(module, name):
+                    stack.enter_context(patched(module, name, functools.partial(_instead, answer)))
+        stack.enter_context(patched(torch.nn.functional, "float", lambda _: traced_float, whole=True))
         yield
-    finally:
-        vars(torch.nn.functional).pop("float", None)
-        for module, name, original in saved:
-            setattr(module, name, original)

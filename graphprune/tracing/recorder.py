@@ -7,7 +7,7 @@ import linecache
 import operator
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .cloning import Unclonable
 from .names import named_tensors
-from .origin import Attribute, Expr, TensorSize, TracedInt, plain
+from .origin import Attribute, Expr, Session, TensorSize, TracedInt, plain
+from .patches import patched
 from .sizes import CallSizes
 
 aten = torch.ops.aten
@@ -82,10 +84,19 @@ class Mark:
 
 
 class Recorder:
-    """Builds the graph. `functions` and `dispatch` are the two modes that feed it."""
+    """Builds the graph; the two modes feed it. `modules`: those that run, by path, clones as a rule.
 
-    def __init__(self, model: nn.Module, modules: dict[str, nn.Module], inputs: list[Tensor]) -> None:
+    `drew`: the run drew random numbers. `initialised`: parameters into which it wrote what depends on the input.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module], inputs: list[Tensor]) -> None:
+        model = modules[""]
+        self.modules = modules
         self.graph = fx.Graph()
+        self.session = Session(lambda *told: self.guard(*told))
+        self.drew = False
+        self.initialised: dict[str, None] = {}
+        self._random: dict[Any, bool] = {}
         self.guards: list[Guard] = []
         self.constants: dict[str, Tensor] = {}
         self.touched: dict[int, tuple[str | None, Tensor, Tensor]] = {}
@@ -152,6 +163,12 @@ class Recorder:
         if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex and tensor.numel() <= _MAX_KEPT_VALUE:
             node.meta["value"] = tensor.detach()
 
+    def release(self) -> None:
+        """The run is over: numbers are plain, and writes are undone."""
+        self.active = False
+        self.session.close()
+        self.undo_writes()
+
     def _convert(self, value: Any) -> Any:
         kind = type(value)
         if kind is int or kind is float or kind is bool or value is None or kind is str:
@@ -193,7 +210,7 @@ class Recorder:
         meta["sizes"] = self.sizes
         if self.scalars:
             meta["scalars"] = self.scalars
-        constant = all(a.meta.get("constant_value") for a in node.all_input_nodes) and not _is_random(target)
+        constant = not self.is_random(target) and all(a.meta.get("constant_value") for a in node.all_input_nodes)
         meta["constant_value"] = constant
         self._attach(node, out, constant)
 
@@ -205,7 +222,7 @@ class Recorder:
         self._by_id = {key: node for key, node in self._by_id.items() if node.op == "get_attr"} | self._inputs
         self._known = {}
         for node in self.graph.nodes:
-            if node.op == "call_function" and not _is_random(node.target):
+            if node.op == "call_function" and not self.is_random(node.target):
                 self._known.setdefault(_call_key(node.target, node.args, node.kwargs), []).append(node)
         return mark
 
@@ -276,8 +293,44 @@ class Recorder:
                     base = owner
                 elif self.whole_depth or self.made(base):
                     continue  # made in this run; everything else is the user's
+                name = self._names.get(id(base))
                 if id(base) not in self.touched:
-                    self.touched[id(base)] = (self._names.get(id(base)), base, base.detach().clone())
+                    self.touched[id(base)] = (name, base, base.detach().clone())
+                if isinstance(base, nn.Parameter):
+                    self._note_initialised(name, [*args, *kwargs.values()])
+
+    def _note_initialised(self, name: str | None, values: list[Any]) -> None:
+        """A parameter is written; in training mode that is an ordinary thing."""
+        nodes = [self.node_of(value) for value in values if isinstance(value, Tensor)]
+        if name is not None and self._known is None and not all(n.meta.get("constant_value") for n in nodes):
+            self.initialised[name] = None
+
+    def assign(self, tensor: Tensor, value: Tensor, assign: Callable[[], Any]) -> None:
+        """`tensor.data = value`: from here on the tensor is the value, as wide as that."""
+        before = self.node_of(tensor)
+        name, known = self._names.get(id(tensor)), self.node_of(value)
+        assign()
+        if isinstance(tensor, nn.Parameter):
+            self._note_initialised(name, [value])
+        if before.meta["val"].shape == known.meta["val"].shape:
+            self.record(aten.copy_.default, (tensor, value), {}, tensor)
+        elif name is not None:
+            self._by_id[id(tensor)] = known
+        else:
+            tensor._graphprune_node = (self, known, None)  # type: ignore[attr-defined]
+
+    def same(self, tensor: Tensor, other: Tensor) -> None:
+        """`other`, new, is another object for the values of `tensor`."""
+        if id(other) not in self._by_id and id(other) not in self._names:
+            other._graphprune_node = (self, self.node_of(tensor), None)  # type: ignore[attr-defined]
+
+    def is_random(self, target: Any) -> bool:
+        """The operator draws random numbers."""
+        found = self._random.get(target)
+        if found is None:
+            found = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+            self._random[target] = found
+        return found
 
     def undo_writes(self) -> None:
         with torch.no_grad():
@@ -309,39 +362,37 @@ class Recorder:
             self.guards.append(Guard(comparison, left, right, outcome, self.source()))
 
     def attribute(self, value: int, module: str, name: str, key: tuple[Any, ...]) -> TracedInt:
-        return TracedInt(value, Attribute(module, name, key, value), self.guard)
+        return self.session.whole(value, Attribute(module, name, key, value))
 
     def traced_size(self, tensor: Tensor, size: torch.Size) -> torch.Size:
         if not size:
             return size
         node = self.node_of(tensor)
-        return torch.Size([TracedInt(n, TensorSize(node, a), self.guard) for a, n in enumerate(size)])
+        return torch.Size([self.session.whole(n, TensorSize(node, a)) for a, n in enumerate(size)])
 
     @contextmanager
-    def module_paths(self) -> Iterator[None]:
-        """Know which module is running: `nn.Module.__call__` pushes its path."""
-        original = nn.Module.__call__
+    def module_paths(self, forbidden: Collection[int] = ()) -> Iterator[None]:
+        """Know which module is running: `nn.Module.__call__` pushes its path. Modules whose id is `forbidden` must not
+        run: they are the user's own, and clones run for them."""
         stack, paths = self.module_stack, self._paths
 
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            path = paths.get(id(module))
-            if path is None:
-                return original(module, *args, **kwargs)
-            stack.append(path)
-            try:
-                return original(module, *args, **kwargs)
-            finally:
-                stack.pop()
+        def tracked(original: Any) -> Any:
+            def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                path = paths.get(id(module))
+                if path is None:
+                    if id(module) in forbidden:
+                        raise Unclonable(f"a {type(module).__name__} of the model was reached past its clone")
+                    return original(module, *args, **kwargs)
+                stack.append(path)
+                try:
+                    return original(module, *args, **kwargs)
+                finally:
+                    stack.pop()
 
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        try:
+            return call
+
+        with patched(nn.Module, "__call__", tracked):
             yield
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
-
-
-def _is_random(target: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def _call_key(target: Any, args: Any, kwargs: dict[str, Any]) -> str:

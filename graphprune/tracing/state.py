@@ -1,35 +1,26 @@
-"""Leave no trace: everything a recording run may change in a model or in the process, put back afterwards."""
+"""Leave no trace: everything a run may change in a model or in the process, put back afterwards."""
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import math
 import operator
 import random
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ..support.interrupts import interruptible, shielded
 from .attention import recorded_openly
+from .cloning import INTERNAL, PLAIN, is_configuration
 from .origin import traced_sqrt
 from .overrides import python_functions_stay_visible
+from .patches import patched
 
-# nn.Module's own bookkeeping, which is not a size of anything
-_INTERNAL = frozenset(
-    {
-        "training",
-        "_parameters",
-        "_buffers",
-        "_modules",
-        "_non_persistent_buffers_set",
-        "_is_full_backward_hook",
-        "_version",
-    }
-)
 # The integers that torch.nn's own modules read in forward. Others (stride, kernel_size...) never follow channels.
 _TORCH_NN = frozenset(
     "groups num_groups normalized_shape num_heads embed_dim kdim vdim hidden_size input_size proj_size num_layers "
@@ -51,32 +42,19 @@ def _traced(value: Any, module: str, name: str, key: tuple[Any, ...], make: Any,
     return value
 
 
-def is_configuration(value: Any) -> bool:
-    """A plain object of the user's that holds settings: no module, tensor, class, function or enumeration, and copied
-    the ordinary way."""
-    kind = type(value)
-    return (
-        type(getattr(value, "__dict__", None)) is dict
-        and not isinstance(value, (nn.Module, Tensor, type, enum.Enum))
-        and not callable(value)
-        and not kind.__module__.startswith(("torch.", "builtins"))
-        and not hasattr(kind, "__deepcopy__")
-    )
-
-
 def configurations(modules: dict[str, nn.Module]) -> dict[int, tuple[str, str, Any]]:
     """The settings objects that modules hold, once each: id -> (path of the first holder, attribute, object)."""
     found: dict[int, tuple[str, str, Any]] = {}
     for path, module in modules.items():
         for name, value in module.__dict__.items():
-            if name not in _INTERNAL and id(value) not in found and is_configuration(value):
+            if name not in INTERNAL and id(value) not in found and is_configuration(value):
                 found[id(value)] = (path, name, value)
     return found
 
 
 def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
     """Replace integer attributes of `modules`, and those of settings objects that they hold, by
-    `make(value, module, name, key)`; `preserved` puts them back."""
+    `make(value, module, name, key)`."""
     for path, name, settings in configurations(modules).values():
         for key, value in list(settings.__dict__.items()):
             settings.__dict__[key] = _traced(value, path, name, (key,), make)
@@ -84,7 +62,7 @@ def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
         known = type(module).__module__.startswith("torch.nn.modules")
         attributes = module.__dict__
         for name in list(attributes):
-            if name in _INTERNAL or (known and name not in _TORCH_NN):
+            if name in INTERNAL or (known and name not in _TORCH_NN):
                 continue
             value = attributes[name]
             traced = _traced(value, path, name, (), make)
@@ -99,19 +77,23 @@ def _cuda_devices(model: nn.Module) -> list[int]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; training flags and random state as before afterwards, also after an error.
+    """Eval mode and no gradients; training flags and random state as before afterwards, also after an error or an
+    interrupt.
 
     The flags are set one by one: `train()` and `eval()` may be overridden to do more (merge adapters, for example).
     """
     flags = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
+    with shielded(), torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
         try:
-            for module, _ in flags:
-                module.training = False
-            yield
+            for module, training in flags:
+                if training:
+                    module.training = False
+            with interruptible():
+                yield
         finally:
             for module, training in flags:
-                module.training = training
+                if module.training is not training:
+                    module.training = training
 
 
 def _refill(container: Any, contents: Any) -> None:
@@ -127,84 +109,88 @@ def _same_item(a: Any, b: Any) -> bool:
     return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(operator.is_, a, b))
 
 
+_TABLES: tuple[str, ...] = ("_parameters", "_buffers", "_modules")
+# One run at a time on modules of the user's that cannot be cloned.
+_users_modules = threading.RLock()
+
+
 @contextlib.contextmanager
-def preserved(model: nn.Module, modules: dict[str, nn.Module]) -> Iterator[None]:
-    """Restore attributes, parameter and submodule tables, training flags and random state, also after an error."""
-    saved = [
-        (
-            m,
-            dict(m.__dict__),
-            {k: dict(m.__dict__[k]) for k in ("_parameters", "_buffers", "_modules") if k in m.__dict__},
-        )
-        for m in modules.values()
-    ]
-    containers = [
-        (value, value.copy())
-        for _, attributes, _ in saved
-        for name, value in attributes.items()
-        if name not in _INTERNAL and type(value) in (list, dict, set)
-    ]
-    settings = [(value.__dict__, dict(value.__dict__)) for _, _, value in configurations(modules).values()]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    with torch.random.fork_rng(devices=_cuda_devices(model)):
+def preserved(modules: dict[str, nn.Module]) -> Iterator[None]:
+    """Restore attributes, parameter and submodule tables and training flags of the user's modules, also after an error.
+    Another thread that preserves something waits."""
+    with _users_modules:
+        saved = [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in _TABLES}) for m in modules.values()]
+        containers = [
+            (value, value.copy())
+            for _, attributes, _ in saved
+            for name, value in attributes.items()
+            if name not in INTERNAL and type(value) in (list, dict, set)
+        ]
+        settings = [(value.__dict__, dict(value.__dict__)) for _, _, value in configurations(modules).values()]
+        held = [t for m in modules.values() for v in (m._parameters, m._buffers) for t in v.values()]
+        data = [(t, t.data) for t in held if t is not None and type(t) in PLAIN]
         try:
             yield
         finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
+            for tensor, before in data:
+                if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape:
+                    tensor.data = before
             for container, contents in containers:
                 _refill(container, contents)
             for current, contents in settings:
                 current.clear()
                 current.update(contents)
             for module, attributes, tables in saved:
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
-                for name, table in tables.items():
-                    current = module.__dict__[name]
-                    if list(map(id, current.values())) != list(map(id, table.values())) or list(current) != list(table):
-                        current.clear()
-                        current.update(table)
+                _put_back(module, attributes, tables)
 
 
-def without_data(modules: dict[str, nn.Module]) -> Callable[[Tensor], Tensor]:
-    """Put every parameter and buffer on the meta device; `preserved` puts them back. Returns the mapping, which also
-    takes inputs there."""
-    known: dict[int, Tensor] = {}
-    keep: list[Tensor] = []
+def _put_back(module: nn.Module, attributes: dict[str, Any], tables: dict[str, dict[str, Any]]) -> None:
+    """Attribute by attribute: another thread may be reading them."""
+    now = module.__dict__
+    for name in now.keys() - attributes.keys():
+        del now[name]
+    for name, value in attributes.items():
+        if now.get(name, now) is not value:
+            now[name] = value
+    for name, table in tables.items():
+        current = now[name]
+        if list(map(id, current.values())) != list(map(id, table.values())) or list(current) != list(table):
+            current.clear()
+            current.update(table)
 
-    def bare(tensor: Tensor) -> Tensor:
-        found = known.get(id(tensor))
-        if found is None:
-            found = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-            if isinstance(tensor, nn.Parameter):
-                found = nn.Parameter(found, requires_grad=tensor.requires_grad)
-            known[id(tensor)] = found
-            keep.append(tensor)
-        return found
 
-    for module in modules.values():
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    table[name] = bare(tensor)  # type: ignore[assignment]
-    for module in modules.values():  # nn.LSTM and its kin keep a list of their parameters
-        for name, value in module.__dict__.items():
-            if type(value) is list and value and all(isinstance(v, Tensor) and id(v) in known for v in value):
-                module.__dict__[name] = [known[id(v)] for v in value]
-    return bare
+class RandomState:
+    """The state of the random number generators that a run may advance."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.devices = _cuda_devices(model)
+        self.torch = torch.get_rng_state()
+        self.cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
+        self.seed = torch.initial_seed()
+        self.numpy: tuple[Any, ...] = np.random.get_state()  # type: ignore[assignment]
+        self.python = random.getstate()
+
+    def put_back(self, drawn: bool) -> None:
+        """`drawn`: the run drew numbers from torch; where it did not, other threads may have."""
+        if drawn or self.seed != torch.initial_seed():
+            torch.set_rng_state(self.torch)
+            for device, state in zip(self.devices, self.cuda, strict=True):
+                torch.cuda.set_rng_state(state, device)
+        if random.getstate() != self.python:
+            random.setstate(self.python)
+        kind, words, *rest = np.random.get_state()
+        if not np.array_equal(words, self.numpy[1]) or (kind, *rest) != (self.numpy[0], *self.numpy[2:]):
+            np.random.set_state(self.numpy)
 
 
 @contextlib.contextmanager
 def unfused() -> Iterator[None]:
-    """Eager, unfused execution, so that the recording shows the parts; `math.sqrt` keeps the history of numbers."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    sqrt = math.sqrt
-    torch.backends.mha.set_fastpath_enabled(False)
-    math.sqrt = traced_sqrt
-    try:
-        with python_functions_stay_visible(), recorded_openly():
-            yield
-    finally:
-        math.sqrt = sqrt
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    """Eager, unfused execution on this thread, so that what runs shows its parts; `math.sqrt` keeps the history of
+    numbers."""
+    with (
+        patched(torch.backends.mha, "get_fastpath_enabled", lambda _: lambda: False),
+        patched(math, "sqrt", lambda _: traced_sqrt),
+        python_functions_stay_visible(),
+        recorded_openly(),
+    ):
+        yield

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..errors import GraphPruneError
+from ..support.interrupts import interruptible, shielded
+from .cloning import PLAIN, Bare, clone_modules, over_the_same_memory
 from .example import ExampleInput, result_tensors
 from .modes import WHOLE, DispatchMode, FunctionMode
 from .names import named_tensors
 from .recorder import Guard, Recorder, Source, is_users_file
-from .state import preserved, trace_attributes, unfused, without_data
+from .state import RandomState, preserved, trace_attributes, unfused
 from .training import record_training_paths
 
 Observe = Callable[[Recorder], contextlib.AbstractContextManager[None]]
@@ -35,6 +37,7 @@ class Trace:
     `caches`: (module path, attribute) of dicts in which the run kept tensors it had computed. What lies in them follows
     from the parameters, so a copy with other parameters must not inherit it. `outputs`: how many of the output node's
     tensors, the first ones, the model returns in eval mode; the others come from paths that only training takes.
+    `initialised`: parameters that the run set to values computed from its input: the model has not seen data yet.
     """
 
     graph: fx.Graph
@@ -43,9 +46,9 @@ class Trace:
     constants: dict[str, Tensor]
     guards: tuple[Guard, ...]
     modules: dict[str, str]
-    written: frozenset[str]
     caches: tuple[tuple[str, str], ...] = ()
     outputs: int = 0
+    initialised: tuple[str, ...] = ()
 
     def canonical(self, name: str) -> str:
         """The first name of a shared parameter."""
@@ -79,29 +82,35 @@ def record_run(
 ) -> Trace:
     """Run `model` once in eval mode without gradients and record it. The model is left exactly as it was.
 
-    `training_paths`: where the run does not read all parameters, run once more with the training flags set and add what
-    only that run does (auxiliary heads).
+    What runs are shallow clones of the model's modules (`cloning`), so that other threads may use the model meanwhile.
+    A model that cannot be cloned runs itself, one at a time, and is put back before any interrupt gets through.
+
+    `training_paths`: where training mode may compute or return something else, run once more with the training flags
+    set and add what only that run does (auxiliary heads).
 
     The run needs shapes only, so it is first tried on the meta device, without arithmetic. A model that looks at its
     values (`if x.mean() > 0`) cannot run there; it is then recorded on its own device.
 
-    `observe`: a context around the run, made for each attempt from its recorder.
+    `observe`: a context around the run, made for each attempt from its recorder, whose `modules` are those that run.
 
     Raises GraphPruneError when the model is no nn.Module or fails on the example input.
     """
     if not isinstance(model, nn.Module):
         raise GraphPruneError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     example = ExampleInput.of(example_input)
-    modules = dict(model.named_modules())
+    run = _Run(model, dict(model.named_modules()), example, training_paths, observe)
     tensors = [*named_tensors(model).values(), *example.tensors()]
-    if all(type(t) in _PLAIN and t.layout is torch.strided and not t.is_meta for t in tensors):
+    if all(type(t) in PLAIN and t.layout is torch.strided and not t.is_meta for t in tensors):
         try:
-            recorded = _record(model, modules, example, False, training_paths, observe)
+            recorded = run.on_clones(data=False)
             if _self_contained(recorded):
                 return recorded
         except Exception:  # whatever went wrong without data, the run with data decides
             pass
-    return _record(model, modules, example, True, training_paths, observe)
+    try:
+        return run.on_clones(data=True)
+    except Exception:  # whatever went wrong on clones, the run on the model itself decides
+        return run.on_model()
 
 
 def _self_contained(recorded: Trace) -> bool:
@@ -119,37 +128,59 @@ def _self_contained(recorded: Trace) -> bool:
 
 
 _WITH_STATE = tuple(WHOLE[f] for f in (torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu))
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
-def _record(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    example: ExampleInput,
-    data: bool,
-    training_paths: bool,
-    observe: Observe | None,
-) -> Trace:
-    with preserved(model, modules), unfused():
-        if not data:
-            example = example.map(without_data(modules))
-        recorder = Recorder(model, modules, example.tensors())
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """What is asked of a recording, and the ways to do it."""
+
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    example: ExampleInput
+    training_paths: bool
+    observe: Observe | None
+
+    def on_clones(self, data: bool) -> Trace:
+        """On clones, whose tensors are others over the same memory, or with `data` false have no values."""
+        with shielded():
+            convert = over_the_same_memory if data else Bare()
+            modules = clone_modules(self.modules, convert)
+            example = self.example if data else self.example.map(convert)
+            return self._record(modules, example, data, {id(module) for module in self.modules.values()})
+
+    def on_model(self) -> Trace:
+        """On the model itself."""
+        with shielded(), preserved(self.modules):
+            return self._record(self.modules, self.example, True, ())
+
+    def _record(
+        self, modules: dict[str, nn.Module], example: ExampleInput, data: bool, forbidden: Collection[int]
+    ) -> Trace:
+        model = modules[""]
+        random = RandomState(model)
+        recorder = Recorder(modules, example.tensors())
         recorder.shapes_only = not data or any(p.is_meta for p in model.parameters())
         try:
             for module in modules.values():
                 module.training = False
             trace_attributes(modules, recorder.attribute)
-            watched = observe(recorder) if observe is not None else contextlib.nullcontext()
-            with torch.no_grad(), recorder.module_paths(), DispatchMode(recorder), FunctionMode(recorder):
-                with watched:
+            watched = self.observe(recorder) if self.observe is not None else contextlib.nullcontext()
+            with (
+                unfused(),
+                torch.no_grad(),
+                recorder.module_paths(forbidden),
+                DispatchMode(recorder),
+                FunctionMode(recorder),
+            ):
+                with watched, interruptible():
                     out = run_model(model, example, "tracing")
                 outputs = tuple(dict.fromkeys(recorder.node_of(t) for t in result_tensors(out)))
                 caches = _caches(recorder, modules)
-                extra = record_training_paths(recorder, model, modules, example) if training_paths else ()
+                extra = record_training_paths(recorder, model, example) if self.training_paths else ()
             recorder.graph.output((*outputs, *(node for node in extra if node not in outputs)))
         finally:
-            recorder.active = False
-            recorder.undo_writes()
+            recorder.release()
+            random.put_back(recorder.drew)
         return _finish(model, recorder, modules, caches, len(outputs))
 
 
@@ -182,9 +213,9 @@ def _finish(
         constants=recorder.constants,
         guards=tuple(dict.fromkeys(recorder.guards)),
         modules={path: type(m).__name__ for path, m in modules.items()},
-        written=frozenset(n for n, _, _ in recorder.touched.values() if n is not None),
         caches=caches,
         outputs=outputs,
+        initialised=tuple(recorder.initialised),
     )
 
 

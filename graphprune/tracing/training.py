@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
+from ..support.interrupts import interruptible
 from .example import ExampleInput, result_tensors
 from .names import named_tensors
 from .recorder import Recorder
@@ -26,9 +25,7 @@ def unread(recorder: Recorder, model: nn.Module) -> set[int]:
     return {key for key, found in names.items() if not found & read}
 
 
-def record_training_paths(
-    recorder: Recorder, model: nn.Module, modules: Mapping[str, nn.Module], example: ExampleInput
-) -> tuple[fx.Node, ...]:
+def record_training_paths(recorder: Recorder, model: nn.Module, example: ExampleInput) -> tuple[fx.Node, ...]:
     """Run the model a second time with its training flags set, and add to the graph what the first run did not do.
 
     Returns the output nodes that are new. The graph is left as it was when the model cannot run like that (detectors
@@ -38,17 +35,18 @@ def record_training_paths(
     if not before:
         return ()
     mark = recorder.begin_second_run()
-    for module in modules.values():
+    for module in recorder.modules.values():
         module.training = not isinstance(module, _SAME_CHANNELS)
     try:
-        out = example.call(model)
+        with interruptible():
+            out = example.call(model)
         found: list[Tensor] = result_tensors(out)
         nodes = tuple(dict.fromkeys(recorder.node_of(t) for t in found))
     except Exception:  # the run in eval mode has succeeded, and says all there is to say of such a model
         recorder.forget_second_run(mark)
         return ()
     finally:
-        for module in modules.values():
+        for module in recorder.modules.values():
             module.training = False
     if unread(recorder, model) == before:
         recorder.forget_second_run(mark)

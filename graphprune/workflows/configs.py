@@ -23,7 +23,7 @@ from ..plans.surgery import clone_with
 from ..plans.verification.results import relative_error
 from ..tracing.example import ExampleInput
 from ..tracing.names import all_modules, named_tensors
-from ..tracing.origin import Attribute, Expr, TracedInt, evaluate, is_traced, leaves
+from ..tracing.origin import Attribute, Expr, Session, TracedInt, evaluate, is_traced, leaves
 from ..tracing.state import evaluating
 
 _LARGEST_GUESS = 4096
@@ -129,7 +129,10 @@ def _build(model: nn.Module, config: Any, device: str) -> nn.Module:
 def _demands(model: nn.Module, config: Any) -> tuple[list[dict[Field, int]], str]:
     """What each field has to be, by the numbers that modules keep: guesses, as what a module keeps may be out of date
     where its code does not read it; or why two of them contradict."""
-    traced = {f: _FieldInt(v, Attribute("", "config", f, v)) for f, v in _fields(config) if v is not None}
+    traced = {f: _FieldInt(v) for f, v in _fields(config) if v is not None}
+    session = Session()
+    for field, number in traced.items():
+        session.note(number, Attribute("", "config", field, int.__int__(number)))
     try:
         built = _build(model, _with(config, traced), "meta")
     except Exception as error:

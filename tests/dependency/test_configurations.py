@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.tracing.state import is_configuration
+from graphprune.tracing.cloning import is_configuration
 
 
 @dataclasses.dataclass

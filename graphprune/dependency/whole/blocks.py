@@ -96,7 +96,7 @@ class Watch:
     def observing(self, recorder: Recorder) -> Iterator[None]:
         self.calls, self.stack = {}, []
         handles = []
-        for path, module in self.modules.items():
+        for path, module in recorder.modules.items():
             handles.append(module.register_forward_pre_hook(self._entering(path, recorder), with_kwargs=True))
             handles.append(module.register_forward_hook(self._leaving(recorder)))
         try:

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from ...tracing.example import flatten_tensors
 from ...tracing.origin import Expr, Literal, is_traced, plain
+from ...tracing.patches import patched
 from ...tracing.recorder import Guard, Recorder
 from .functions import name_of
 from .loops import watched_ranges
@@ -63,7 +64,8 @@ class PartRecorder(TorchFunctionMode):
         self.modules = modules
         self.inline = inline
         self.training = training
-        self._whole = {id(modules[path]) for path in whole}
+        self._whole_paths = whole
+        self._whole: set[int] = set()
         self.parts: dict[str, list[Part]] = {}
         self.guard_owners: dict[Guard, set[str]] = {}
         self._stack: list[tuple[Part | None, nn.Module]] = []
@@ -73,8 +75,9 @@ class PartRecorder(TorchFunctionMode):
 
     @contextlib.contextmanager
     def observing(self, recorder: Recorder) -> Iterator[None]:
-        """Record parts while `recorder` records the run; the module's own attributes are put back by the caller."""
-        self.recorder = recorder
+        """Record parts while `recorder` records the run, of the modules that it runs."""
+        self.recorder, self.modules = recorder, recorder.modules
+        self._whole = {id(self.modules[path]) for path in self._whole_paths}
         self.parts.clear()
         self.guard_owners.clear()
         self._stack.clear()
@@ -85,24 +88,18 @@ class PartRecorder(TorchFunctionMode):
                 module.__dict__["forward"] = self._forward(path, module, module.forward)
         for path in self.training:
             self.modules[path].training = True
-        original, length = nn.Module.__call__, torch.Tensor.__len__
-        apply = torch.autograd.Function.__dict__["apply"]
-
-        def run(kind: Any, *args: Any, **kwargs: Any) -> Any:
-            return apply.__get__(None, kind)(*args, **kwargs)
-
-        nn.Module.__call__ = self._call(original)  # type: ignore[method-assign]
-        torch.Tensor.__len__ = self._refusing("asks for the length of a tensor as a plain number", length)  # type: ignore[method-assign]
-        torch.autograd.Function.apply = classmethod(
-            self._refusing("calls a custom autograd function, whose backward a recording cannot see", run)
-        )
-        try:
-            with self, watched_ranges(self._unrolled), self._watched_flags(), self._watched_seeds():
-                yield
-        finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
-            torch.Tensor.__len__ = length  # type: ignore[method-assign]
-            torch.autograd.Function.apply = apply
+        asks = "asks for the length of a tensor as a plain number"
+        custom = "calls a custom autograd function, whose backward a recording cannot see"
+        with (
+            patched(nn.Module, "__call__", self._call),
+            patched(torch.Tensor, "__len__", functools.partial(self._refusing, asks)),
+            patched(torch.autograd.Function, "apply", functools.partial(self._refusing, custom)),
+            patched(nn.Module, "__setattr__", self._setting_flags),
+            self._watched_seeds(),
+            self,
+            watched_ranges(self._unrolled),
+        ):
+            yield
 
     def _refusing(self, why: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -112,34 +109,25 @@ class PartRecorder(TorchFunctionMode):
 
         return call
 
-    @contextlib.contextmanager
-    def _watched_flags(self) -> Iterator[None]:
+    def _setting_flags(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Refuse forwards that set training flags: `train()` and `eval()` do it, too."""
-        original = nn.Module.__setattr__
 
         def write(module: nn.Module, name: str, value: Any) -> None:
             if name == "training" and self._part is not None:
                 self._part.refuse("switches a training flag")
             original(module, name, value)
 
-        nn.Module.__setattr__ = write  # type: ignore[assignment, method-assign]
-        try:
-            yield
-        finally:
-            nn.Module.__setattr__ = original  # type: ignore[method-assign]
+        return write
 
     @contextlib.contextmanager
     def _watched_seeds(self) -> Iterator[None]:
         """Refuse forwards that set the state of torch's random numbers."""
-        places = [(space, name) for space in (torch, torch.random) for name in ("manual_seed", "set_rng_state", "seed")]
-        before = [getattr(space, name) for space, name in places]
-        try:
-            for (space, name), function in zip(places, before, strict=True):
-                setattr(space, name, self._refusing("sets the state of the random numbers", function))
+        refusing = functools.partial(self._refusing, "sets the state of the random numbers")
+        with contextlib.ExitStack() as stack:
+            for name in ("manual_seed", "set_rng_state", "seed"):
+                for space in (torch, torch.random):
+                    stack.enter_context(patched(space, name, refusing))
             yield
-        finally:
-            for (space, name), function in zip(places, before, strict=True):
-                setattr(space, name, function)
 
     def _watch_guards(self) -> None:
         recorder = self.recorder

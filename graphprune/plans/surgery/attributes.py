@@ -11,7 +11,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ...errors import GraphPruneError
 from ...tracing.attention import scale_of
-from ...tracing.state import is_configuration
+from ...tracing.cloning import is_configuration
 from ..modules.attention import MultiheadAttention
 from ..modules.recurrent import Recurrent
 

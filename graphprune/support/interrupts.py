@@ -1,0 +1,133 @@
+"""Changes that are put back before an interrupt gets through.
+
+Python runs a signal's handler between any two instructions, also between `finally:` and the first thing after it. Where
+something of the user's, or of the process, is changed for a while,
+
+    with shielded():
+        change()
+        try:
+            with interruptible():
+                run()  # long, the user's: Ctrl-C stops it
+        finally:
+            put_back()
+
+lets a signal through only inside `interruptible`. One that comes at another time waits until the shield is gone, and
+one that comes from within is the last one until then: what it unwinds is not interrupted again. Handlers run in the
+main thread only, so elsewhere both do nothing.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+# A second Ctrl-C, this long after the first in seconds, is let through: whatever caught the first one goes on.
+_PATIENCE = 2.0
+
+
+class _Shield:
+    """What is known of signals while the outermost `shielded` block lasts."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.open = False
+        self.handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self.waiting: list[int] = []
+        self.raised: float | None = None
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Stands in for every handler: now, or when the shield goes."""
+        handler = self.handlers.get(number)
+        if handler is None:  # it came while the shield was going
+            return
+        again = self.raised is not None and time.monotonic() - self.raised > _PATIENCE
+        if not self.open and not again:
+            if number not in self.waiting:
+                self.waiting.append(number)
+            return
+        was, self.open = self.open, False
+        try:
+            handler(number, frame)
+        except BaseException:
+            self.raised = time.monotonic()
+            raise
+        self.open = was  # a handler that only takes note
+
+    def install(self) -> None:
+        self.depth = 1
+        try:
+            for number in (signal.SIGINT, *signal.valid_signals()):
+                handler = signal.getsignal(number)
+                if callable(handler) and handler != self.handle:
+                    self.handlers[number] = handler
+                    signal.signal(number, self.handle)
+        except BaseException:  # a signal whose handler was not replaced yet
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Give every handler its place back, Ctrl-C's last, and let through what has waited."""
+        try:
+            for number, handler in reversed(self.handlers.items()):
+                if signal.getsignal(number) == self.handle:
+                    signal.signal(number, handler)
+        finally:
+            waiting, handlers = self.waiting, self.handlers
+            self.waiting, self.handlers, self.raised, self.depth, self.open = [], {}, None, 0, False
+        for number in waiting:
+            handlers[number](number, None)
+
+
+_shield = _Shield()
+
+
+def _in_main_thread() -> bool:
+    return threading.get_ident() == threading.main_thread().ident
+
+
+class shielded:
+    """See the module's docstring."""
+
+    def __enter__(self) -> None:
+        self._active = _in_main_thread()
+        if self._active:
+            self._before, _shield.open = _shield.open, False
+            if _shield.depth:
+                _shield.depth += 1
+            else:
+                _shield.install()
+
+    def __exit__(self, *error: object) -> None:
+        if not self._active:
+            return
+        if _shield.depth == 1:
+            _shield.remove()
+            return
+        _shield.depth -= 1
+        _shield.open = self._before and _shield.raised is None
+        if _shield.open:
+            _deliver()
+
+
+class interruptible:
+    """Signals get through inside. Outside of `shielded` it does nothing."""
+
+    def __enter__(self) -> None:
+        self._active = _in_main_thread() and _shield.depth > 0 and _shield.raised is None
+        if self._active:
+            _shield.open = True
+            _deliver()
+
+    def __exit__(self, *error: object) -> None:
+        if self._active:
+            _shield.open = False
+
+
+def _deliver() -> None:
+    """Let through what has waited."""
+    while _shield.open and _shield.waiting:
+        _shield.handle(_shield.waiting.pop(0), None)

@@ -1,0 +1,291 @@
+"""Shallow clones: modules of their own over the same values, so that a run changes nothing of the user's.
+
+Every module of the model is made anew, with tables, containers and settings objects of its own; what lies in them is
+shared, but for modules, which are the clone's, and tensors, which are what `tensor` makes of them. Bound methods and
+partial functions are bound anew. What cannot be taken apart and holds a module of the model - a closure, an object of
+compiled code - cannot be cloned: it would run the user's own module.
+"""
+
+from __future__ import annotations
+
+import collections
+import copy
+import enum
+import functools
+import types
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Convert = Callable[[Tensor], Tensor]
+
+
+class Unclonable(Exception):
+    """What cannot be cloned, and where."""
+
+
+# nn.Module's own bookkeeping, which is not a size of anything
+INTERNAL = frozenset(
+    "training _parameters _buffers _modules _non_persistent_buffers_set _is_full_backward_hook _version".split()
+)
+_TABLES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
+_ATOMS = frozenset(
+    (
+        int, float, bool, str, type(None), bytes, complex, type, torch.dtype, torch.device, torch.Size, range, slice,
+        torch.layout, torch.memory_format, types.BuiltinFunctionType, types.ModuleType, types.EllipsisType,
+    )
+)  # fmt: skip
+_SEQUENCES = (list, tuple, set, frozenset, collections.deque)
+_MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
+_NOT_THE_USERS = ("torch.", "builtins", "logging")
+# How far into the user's objects modules are looked for.
+_DEPTH, _MOST = 8, 4000
+
+
+def is_configuration(value: Any) -> bool:
+    """A plain object of the user's that holds settings: no module, tensor, class, function or enumeration, and copied
+    the ordinary way."""
+    return is_plain_object(value) and not callable(value)
+
+
+def is_plain_object(value: Any) -> bool:
+    """An object of a class of the user's with a `__dict__`, copied the ordinary way."""
+    kind = type(value)
+    return (
+        type(getattr(value, "__dict__", None)) is dict
+        and not isinstance(value, (nn.Module, Tensor, type, enum.Enum, types.FunctionType, types.MethodType))
+        and not kind.__module__.startswith(_NOT_THE_USERS)
+        and not hasattr(kind, "__deepcopy__")
+    )
+
+
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
+
+class Bare:
+    """Makes tensors on the meta device, which have a shape and no values; for one tensor always the same one."""
+
+    def __init__(self) -> None:
+        self.known: dict[int, Tensor] = {}
+        self.keep: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        found = self.known.get(id(tensor))
+        if found is None:
+            found = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            self.known[id(tensor)] = found = _like(tensor, found)
+            self.keep.append(tensor)
+        return found
+
+
+def over_the_same_memory(tensor: Tensor) -> Tensor:
+    """Another tensor with the same values, so that `tensor.data = ...` on one leaves the other alone; what is no
+    ordinary tensor, itself."""
+    return _like(tensor, tensor.detach()) if type(tensor) in PLAIN else tensor
+
+
+def _like(tensor: Tensor, new: Tensor) -> Tensor:
+    """`new` as the kind of object that `tensor` is."""
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+    if tensor.__dict__:
+        new.__dict__.update(tensor.__dict__)
+    return new
+
+
+def clone_modules(modules: Mapping[str, nn.Module], tensor: Convert) -> dict[str, nn.Module]:
+    """The modules of a model (path -> module, "" the model itself) as clones under the same paths.
+
+    `tensor` makes the clone's tensor of each parameter and buffer; plain tensors that also lie elsewhere follow them.
+
+    Raises Unclonable where something would still reach the model's own modules.
+    """
+    cloner = _Cloner(modules, tensor)
+    for path, module in modules.items():
+        cloner.path = path
+        cloner.module(module)
+    return {path: cloner.made[id(module)] for path, module in modules.items()}
+
+
+class _Cloner:
+    """One act of cloning. `made`: id of what was met -> what stands for it."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], tensor: Convert) -> None:
+        self.own = {id(module) for module in modules.values()}
+        self.made: dict[int, Any] = {}
+        self.keep: list[Any] = []  # a number in `made` must not become that of another object
+        self.harmless: set[int] = set()
+        self.path = ""
+        for module in modules.values():
+            self.tensors(module, tensor)
+
+    def tensors(self, module: nn.Module, tensor: Convert) -> None:
+        for table in (module._parameters, module._buffers):
+            for value in table.values():
+                if value is not None and id(value) not in self.made:
+                    self.made[id(value)] = tensor(value)
+
+    def note(self, value: Any, new: Any) -> Any:
+        self.made[id(value)] = new
+        self.keep.append(value)
+        return new
+
+    # -- modules
+
+    def module(self, module: nn.Module) -> nn.Module:
+        found: nn.Module | None = self.made.get(id(module))
+        if found is not None:
+            return found
+        kind = type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Unclonable(f"{self.path or 'the model'} is TorchScript")
+        self.own.add(id(module))
+        new: nn.Module = object.__new__(kind)
+        self.made[id(module)] = new
+        target = new.__dict__
+        for name, value in module.__dict__.items():
+            if type(value) in _ATOMS:
+                target[name] = value
+            elif name in _TABLES:
+                target[name] = self.table(value)
+            elif name == "_compiled_call_impl":  # the class's own, uncompiled
+                target[name] = None
+            else:
+                target[name] = self.value(value, settings=name not in INTERNAL)
+        return new
+
+    def table(self, table: dict[Any, Any]) -> dict[Any, Any]:
+        """One of nn.Module's dicts, each of which belongs to its module alone."""
+        if not table:
+            return type(table)()
+        return type(table)((key, self.value(value)) for key, value in table.items())
+
+    # -- what modules hold
+
+    def value(self, value: Any, settings: bool = False) -> Any:
+        """What stands for `value` in the clone. `settings`: a module's attribute, where plain objects are copied."""
+        kind = type(value)
+        if kind in _ATOMS:
+            return value
+        found = self.made.get(id(value))
+        if found is not None:
+            return found
+        if isinstance(value, nn.Module):
+            return self.module(value)
+        if isinstance(value, Tensor):
+            return value
+        if kind in _SEQUENCES or kind in _MAPPINGS:
+            return self.container(value)
+        if kind is types.MethodType:
+            owner = self.value(value.__self__)
+            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+        if kind is functools.partial:
+            return self.partial(value)
+        if kind is weakref.ReferenceType:
+            target = value()
+            new = self.made.get(id(target), target)
+            return value if new is target else weakref.ref(new)
+        if is_plain_object(value):
+            return self.plain(value) if (settings and not callable(value)) or self.reaches(value) else value
+        if self.reaches(value):
+            raise Unclonable(f"{self.path or 'the model'} holds a {kind.__name__} that holds a module of the model")
+        return value
+
+    def container(self, value: Any) -> Any:
+        """A container of the same kind; a mutable one stays one where it is held twice."""
+        kind = type(value)
+        if kind in _MAPPINGS:
+            new: Any = self.note(value, copy.copy(value))
+            if any(isinstance(key, nn.Module) for key in value):
+                new.clear()
+                new.update((self.value(key), self.value(item)) for key, item in value.items())
+                return new
+            for key, item in value.items():
+                if type(item) not in _ATOMS:
+                    new[key] = self.value(item)
+            return new
+        if all(type(item) in _ATOMS for item in value):
+            return value if kind in (tuple, frozenset) else self.note(value, copy.copy(value))
+        if kind is list or kind is collections.deque:
+            new = self.note(value, copy.copy(value))
+            for place, item in enumerate(value):
+                new[place] = self.value(item)
+            return new
+        items = [self.value(item) for item in value]
+        if kind is set:
+            return self.note(value, set(items))
+        return kind(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
+
+    def partial(self, value: Any) -> Any:
+        args, keywords = self.value(value.args), self.value(dict(value.keywords))
+        new = functools.partial(self.value(value.func), *args, **keywords)
+        new.__dict__.update(self.value(dict(value.__dict__)))
+        return new
+
+    def plain(self, value: Any) -> Any:
+        kind: Any = type(value)
+        new = self.note(value, kind.__new__(kind))
+        for key, item in value.__dict__.items():
+            new.__dict__[key] = item if type(item) in _ATOMS else self.value(item)
+        return new
+
+    # -- what cannot be taken apart
+
+    def reaches(self, value: Any) -> bool:
+        """Whether `value` holds a module of the model, as far as can be seen."""
+        seen: set[int] = set()
+        todo = [(value, 0)]
+        while todo and len(seen) < _MOST:
+            item, depth = todo.pop()
+            kind = type(item)
+            if kind in _ATOMS or id(item) in seen or id(item) in self.harmless or isinstance(item, Tensor):
+                continue
+            seen.add(id(item))
+            if isinstance(item, nn.Module):
+                if id(item) in self.own:
+                    return True
+            elif depth < _DEPTH:
+                todo.extend((held, depth + 1) for held in _held(item))
+        self.harmless |= seen
+        return False
+
+
+def _held(value: Any) -> list[Any]:
+    """What a value of the user's refers to, one step on."""
+    kind = type(value)
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, _SEQUENCES):
+        return list(value)
+    if kind is types.MethodType:
+        return [value.__self__, value.__func__]
+    if kind is functools.partial:
+        return [value.func, *value.args, *value.keywords.values()]
+    if kind is types.FunctionType:
+        return _held_by_function(value)
+    if kind is weakref.ReferenceType:
+        return [value()]
+    if kind.__module__.startswith(_NOT_THE_USERS):
+        return []
+    held = list(getattr(value, "__dict__", {}).values())
+    for owner in kind.__mro__:
+        slots = owner.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            held.append(getattr(value, name, None))
+    return held
+
+
+def _held_by_function(function: types.FunctionType) -> list[Any]:
+    held: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    held += function.__dict__.values()
+    for cell in function.__closure__ or ():
+        try:
+            held.append(cell.cell_contents)
+        except ValueError:  # not filled yet
+            continue
+    known = function.__globals__
+    held += [known[n] for n in function.__code__.co_names if isinstance(known.get(n), nn.Module)]
+    return held
