@@ -58,6 +58,7 @@ def clone_with(
     known = dict(memo)
     try:
         out = _copy_module(model, memo)
+        _copy_attributes({id(t): t for t in named.values()}.values(), memo)
     except Exception as error:
         raise _uncopyable(model, known, error) from error
     rebind(((m, memo[id(m)]) for m in all_modules(model).values() if id(m) in memo), memo)
@@ -82,10 +83,16 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
         made = nn.Buffer(new, persistent=old.persistent)
     else:
         made = new.requires_grad_(old.requires_grad) if old.requires_grad else new
-    for key, value in old.__dict__.items():
-        if key != "_graphprune_node" and not hasattr(made, key):
-            setattr(made, key, value)
     return made
+
+
+def _copy_attributes(tensors: Iterable[Tensor], memo: dict[int, Any]) -> None:
+    """What the user has set on parameters (`weight.no_decay = True`); torch's own copies of them lose it."""
+    for old in tensors:
+        new = memo.get(id(old))
+        for key, value in old.__dict__.items() if isinstance(new, Tensor) else ():
+            if key != "_graphprune_node" and key not in new.__dict__:
+                setattr(new, key, copy.deepcopy(value, memo))
 
 
 def _memoise_results(model: nn.Module, memo: dict[int, Any]) -> None:
@@ -115,6 +122,8 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in module.__dict__.items():
         if name in ("_parameters", "_buffers"):
             yield from value.items()
+            held = ((key, tensor) for key, tensor in value.items() if tensor is not None)
+            yield from ((f"{key}.{n}", v) for key, tensor in held for n, v in tensor.__dict__.items())
         elif name != "_modules":
             yield name, value
 
@@ -128,18 +137,16 @@ def _copyable(value: Any, known: Mapping[int, Any]) -> bool:
 
 
 def _memoise_tensors(named: Mapping[str, Tensor], memo: dict[int, Any], gone: frozenset[str]) -> None:
-    """Copy the ordinary parameters and buffers: those with a memory of their own and nothing else about them. The rest
+    """Copy the ordinary parameters and buffers: those with a memory of their own and no gradient. The rest
     is left to the copy protocol, which is slow. Tensors of the modules `gone` go with them."""
-    owners = Counter(t.untyped_storage()._cdata for t in {id(t): t for t in named.values()}.values())
-    for name, tensor in named.items():
+    ordinary = {n: t for n, t in named.items() if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided}
+    owners = Counter(t.untyped_storage()._cdata for t in {id(t): t for t in ordinary.values()}.values())
+    for name, tensor in ordinary.items():
         if (
             id(tensor) not in memo
             and name.rpartition(".")[0] not in gone
-            and type(tensor) in (Tensor, nn.Parameter)
-            and not tensor.__dict__
             and tensor.is_leaf
             and tensor.grad is None
-            and tensor.layout is torch.strided
             and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             and owners[tensor.untyped_storage()._cdata] == 1
         ):
