@@ -27,7 +27,7 @@ def clone_with(
     """A deep copy of `model` with the named parameters and buffers replaced by `tensors`, and the modules at the paths
     in `modules` by those, wherever they are registered.
 
-    `caches` (module path, attribute): dicts of tensors computed from parameters; they start empty in the copy.
+    `caches` (module path, attribute): dicts of tensors computed from parameters; the copy's hold none of these tensors.
 
     What is replaced is not copied first. Shared parameters stay shared, `requires_grad` and memory format stay, hooks
     and attributes are copied as `copy.deepcopy` does. Results of a computation (a feature that the last step of
@@ -49,16 +49,17 @@ def clone_with(
         by_path = all_modules(model)
         for path, module in modules.items():
             memo[id(by_path[path])] = module.train(by_path[path].training)
-    for path, attribute in caches:
-        cache = getattr(model.get_submodule(path), attribute, None)
-        if type(cache) is dict:
-            memo[id(cache)] = {}
+    kept = [getattr(model.get_submodule(path), attribute, None) for path, attribute in caches]
+    memo.update((id(cache), {}) for cache in kept if type(cache) is dict)
     _memoise_results(model, memo)
     _memoise_tensors(named, memo, frozenset(modules or ()))
     known = dict(memo)
     try:
         out = _copy_module(model, memo)
         _copy_attributes({id(t): t for t in named.values()}.values(), memo)
+        for cache in (c for c in kept if type(c) is dict):
+            others = {key: value for key, value in cache.items() if not isinstance(value, Tensor)}
+            memo[id(cache)].update(copy.deepcopy(others, memo))
     except Exception as error:
         raise _uncopyable(model, known, error) from error
     rebind(((m, memo[id(m)]) for m in all_modules(model).values() if id(m) in memo), memo)
