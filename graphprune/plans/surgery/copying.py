@@ -49,7 +49,8 @@ def clone_with(
         by_path = all_modules(model)
         for path, module in modules.items():
             memo[id(by_path[path])] = module.train(by_path[path].training)
-    kept = [getattr(model.get_submodule(path), attribute, None) for path, attribute in caches]
+    # a buffer that the forward replaces is in a table of nn.Module's, which is no cache
+    kept = [getattr(model.get_submodule(path), name, None) for path, name in caches if name not in _TABLES]
     memo.update((id(cache), {}) for cache in kept if type(cache) is dict)
     _memoise_results(model, memo)
     _memoise_tensors(named, memo, frozenset(modules or ()))
@@ -175,7 +176,9 @@ def _ordinary(kind: type[nn.Module]) -> bool:
     if known is None:
         others = (m for m in _COPY_PROTOCOL if m != "__setstate__")
         known = all(getattr(kind, m, None) is getattr(nn.Module, m, None) for m in others)
-        known = _known_kinds[kind] = known and kind.__setstate__ in _HARMLESS
+        # torch._dynamo puts another __setstate__ in the place of nn.Module's, for all modules
+        harmless = kind.__setstate__ in _HARMLESS or kind.__setstate__ is nn.Module.__setstate__
+        known = _known_kinds[kind] = known and harmless
     return known
 
 

@@ -245,3 +245,23 @@ def test_tensors_without_an_ordinary_memory_are_copied() -> None:
     assert type(copied.lazy) is nn.LazyLinear and copied.lazy.has_uninitialized_params()
     torch.testing.assert_close(copied.sparse.to_dense(), torch.eye(3))
     assert copied.expanded.tolist() == [1.0] * 4
+
+
+def test_a_buffer_that_the_forward_replaces_is_copied() -> None:
+    class Counts(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.zeros(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen = self.seen + 1
+            return super().forward(x) * self.seen
+
+        def __getstate__(self) -> dict[str, Any]:
+            return dict(self.__dict__)
+
+    model, x = Counts().eval(), torch.randn(2, 6)
+    small = graphprune.plan(model, x, 0.5).apply(model)
+    assert small.seen.tolist() == [0.0]
+    small(x)
+    assert small.seen.tolist() == [1.0] and model.seen.tolist() == [0.0]
