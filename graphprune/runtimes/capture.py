@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..support.restoring import restored
 from ..tracing.state import evaluating
 from .arguments import FlatArguments, named_outputs
 
@@ -56,12 +57,14 @@ class Flattened(nn.Module):
 
 @contextlib.contextmanager
 def inference_state(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; training flags and random state as before afterwards, also after an error.
+    """Eval mode and no gradients; afterwards random state and all that the model holds are as before, also on an error.
 
+    torch's exporter runs the model with tensors that have no values. What its code keeps of them (features for a loss,
+    say) must not stay behind, and the exporter itself puts copies in the place of lists that it has seen change.
     Fused attention kernels are turned off, because they have no counterpart in ONNX.
     """
     fastpath = torch.backends.mha.get_fastpath_enabled()
-    with evaluating(model):
+    with restored(model, closures=True), evaluating(model):
         try:
             torch.backends.mha.set_fastpath_enabled(False)
             yield

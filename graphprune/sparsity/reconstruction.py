@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..importance.calibration import (
     rows_of,
     weight_matrix,
 )
-from ..plans.surgery import find_folds
+from ..plans.surgery import clone_with, find_folds
 from ..recovery.repair import walk
 from ..recovery.repair.solve import masked_ridge_solution
 from ..tracing.example import ExampleInput
@@ -51,7 +50,7 @@ def reconstruct(model: nn.Module, dense: nn.Module, example_input: Any, data: An
     masked = {site.name: w for w in find_weights(model) if _alone(w) for site in w.sites}
     example = ExampleInput.of(example_input)
     with torch.no_grad():
-        small = make_permanent(copy.deepcopy(model))
+        small = make_permanent(clone_with(model, {}))
         _check_alike(model, dense)
         fit = _Fit(dense, small, {name: w.mask for name, w in masked.items()}, example, data, float(ridge))
         fit.run()

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import GraphPruneError
 from ..plans.rewriting import RewrittenModule
+from ..plans.surgery import clone_with
 from ..plans.verification.results import relative_error
 from ..tracing.example import ExampleInput
 from ..tracing.names import all_modules, named_tensors
@@ -239,7 +240,7 @@ def _proof(
 ) -> str:
     """Set the fields if the model then is what its configuration says; else why not."""
     new = _with(config, wanted)
-    fresh, reference, own = _build(model, new, "cpu"), copy.deepcopy(model), copy.deepcopy(model)
+    fresh, reference, own = _build(model, new, "cpu"), clone_with(model, {}), clone_with(model, {})
     vars(own)["config"] = new
     fresh.load_state_dict(dict(model.state_dict()), strict=False)
     first = next(model.parameters())

@@ -12,6 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ...tracing.names import named_tensors
 from ...tracing.origin import Attribute, Expr, Literal, Operation
 from ...tracing.recorder import Guard
+from .contents import Contents
 
 Path = tuple[tuple[str, int | str], ...]  # ("item", key) or ("attribute", name), from the outside in
 
@@ -69,7 +70,8 @@ class Part:
         self.guards: dict[Guard, int] = {}  # and before which call it was asked
         self.output: Any = None
         self.refusal = ""
-        self.autocast: Any = None
+        self.contents = Contents(module)
+        self.modes: dict[str, Any] = {}
         self.sizes: dict[fx.Node, Ref] = {}
         self.arguments: list[tuple[Expr, Ref]] = []
         self.reads: dict[Any, tuple[Ref, str]] = {}

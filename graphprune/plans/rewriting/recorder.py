@@ -28,7 +28,6 @@ _FORM = frozenset(
 )
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 _STARS = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
-_BOOKKEEPING = frozenset(("forward", "training", "_modules", "_parameters", "_buffers"))
 
 
 class Unrecordable(Exception):
@@ -46,7 +45,8 @@ def is_container(module: nn.Module) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or torch.nn.modules.module._has_any_global_hook()
 
 
 class PartRecorder(TorchFunctionMode):
@@ -94,6 +94,8 @@ class PartRecorder(TorchFunctionMode):
             patched(nn.Module, "__call__", self._call),
             patched(torch.Tensor, "__len__", functools.partial(self._refusing, asks)),
             patched(torch.autograd.Function, "apply", functools.partial(self._refusing, custom)),
+            patched(nn.Module, "__setattr__", self._setting_flags),
+            self._watched_seeds(),
             self,
             watched_ranges(self._unrolled),
         ):
@@ -106,6 +108,26 @@ class PartRecorder(TorchFunctionMode):
             return original(*args, **kwargs)
 
         return call
+
+    def _setting_flags(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Refuse forwards that set training flags: `train()` and `eval()` do it, too."""
+
+        def write(module: nn.Module, name: str, value: Any) -> None:
+            if name == "training" and self._part is not None:
+                self._part.refuse("switches a training flag")
+            original(module, name, value)
+
+        return write
+
+    @contextlib.contextmanager
+    def _watched_seeds(self) -> Iterator[None]:
+        """Refuse forwards that set the state of torch's random numbers."""
+        refusing = functools.partial(self._refusing, "sets the state of the random numbers")
+        with contextlib.ExitStack() as stack:
+            for name in ("manual_seed", "set_rng_state", "seed"):
+                for space in (torch, torch.random):
+                    stack.enter_context(patched(space, name, refusing))
+            yield
 
     def _watch_guards(self) -> None:
         recorder = self.recorder
@@ -152,6 +174,7 @@ class PartRecorder(TorchFunctionMode):
             finally:
                 self._stack.pop()
             if part is not None and ref is not None:
+                part.contents.note(module)  # what that module's own code has changed, it will change again
                 self._note_result(part, ref, out)
             return out
 
@@ -161,24 +184,35 @@ class PartRecorder(TorchFunctionMode):
         return self.inline and is_container(module) and id(module) not in self._whole and not _has_hooks(module)
 
     def _within(self, part: Part, module: nn.Module, run: Callable[[], Any]) -> Any:
-        """Run a module's own code as a piece of `part`; refuse where it changes the module's attributes."""
-        before = _attributes(module)
+        """Run a module's own code as a piece of `part`."""
         self._stack.append((part, module))
         try:
             return run()
         finally:
             self._stack.pop()
-            after = _attributes(module)
-            for name in before.keys() | after.keys():
-                if before.get(name) is not after.get(name):
-                    part.refuse(f"changes self.{name}, which a recorded graph would not do")
+
+    def _check_contents(self, part: Part) -> None:
+        """Refuse a forward that has changed what its modules hold, or drawn numbers that are none of torch's."""
+        changed = "" if part.refusal else part.contents.difference(self.modules[part.path])
+        if changed:
+            part.refuse(f"changes self.{changed}, which a recorded graph would not do")
+        elif not part.refusal and part.contents.drew_numbers():
+            part.refuse(_RANDOM)
 
     def _module_call(self, part: Part, module: nn.Module, args: Any, kwargs: Any) -> Ref | None:
         path = part.relative(module)
         if path is None:
             part.refuse("calls a module that is not one of its own")
             return None
+        changed = part.contents.difference(module)
+        if changed:
+            part.refuse(f"calls {path} with {changed} replaced, which a recorded graph would not do")
+            return None
+        if part.contents.drew_numbers():
+            part.refuse(_RANDOM)
+            return None
         try:
+            self._check_modes(part)
             encoded = self._encode(part, tuple(args)), {k: self._encode(part, v) for k, v in kwargs.items()}
         except Unrecordable as error:
             part.refuse(str(error))
@@ -193,8 +227,9 @@ class PartRecorder(TorchFunctionMode):
             part = Part(path, module)
             self.parts.setdefault(path, []).append(part)
             self._arguments(part, original, args, kwargs)
-            part.autocast = _autocast()
+            part.modes = _modes()
             out = self._within(part, module, lambda: original(*args, **kwargs))
+            self._check_contents(part)
             if not part.refusal:
                 try:
                     part.output = self._encode(part, out, output=True)
@@ -259,8 +294,7 @@ class PartRecorder(TorchFunctionMode):
         try:
             if name == "_set_grad_enabled":
                 raise Unrecordable("switches gradients on or off")
-            if _autocast() != part.autocast:
-                raise Unrecordable("switches autocast on or off")
+            self._check_modes(part)
             if target is None:
                 raise Unrecordable(f"calls {name or func}, which a recorded graph cannot hold")
             if name not in _FORM:
@@ -320,6 +354,12 @@ class PartRecorder(TorchFunctionMode):
         with torch._C.DisableTorchFunction():  # what the recorder reads of a tensor is no call of the user's
             return self.recorder.node_of(tensor)
 
+    def _check_modes(self, part: Part) -> None:
+        now = _modes()
+        for name, value in part.modes.items():
+            if now[name] != value:
+                raise Unrecordable(f"switches {name} on or off")
+
     # -- values
 
     def _encode(self, part: Part, value: Any, output: bool = False) -> Any:
@@ -356,16 +396,18 @@ class PartRecorder(TorchFunctionMode):
         return part.add(Call("build", f"{kind.__module__}:{kind.__qualname__}", (), fields))
 
 
+_RANDOM = "draws random numbers that are not torch's, which a recorded graph would not do"
 _FOREIGN = "works with a tensor that is neither an argument nor a parameter nor a result of its own calls"
 
 
-def _autocast() -> tuple[bool, bool]:
-    return torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-
-
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    own = {k: v for k, v in module.__dict__.items() if k not in _BOOKKEEPING}
-    return {**own, **module._parameters, **module._buffers}
+def _modes() -> dict[str, Any]:
+    """What a block of code may switch that a recorded graph knows nothing of."""
+    devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    return {
+        "autocast": [(device, torch.get_autocast_dtype(device)) for device in devices],
+        "gradients": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+    }
 
 
 def _after(graph: fx.Graph, last: fx.Node | None) -> list[fx.Node]:

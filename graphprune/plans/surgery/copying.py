@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ...errors import GraphPruneError
+from ...support.reach import reachable
 from ...tracing.names import all_modules, named_tensors
+from .rebinding import rebind
 
 
 def clone_with(
@@ -25,14 +27,16 @@ def clone_with(
     """A deep copy of `model` with the named parameters and buffers replaced by `tensors`, and the modules at the paths
     in `modules` by those, wherever they are registered.
 
-    `caches` (module path, attribute): dicts of tensors computed from parameters; they start empty in the copy.
+    `caches` (module path, attribute): dicts of tensors computed from parameters; the copy's hold none of these tensors.
 
     What is replaced is not copied first. Shared parameters stay shared, `requires_grad` and memory format stay, hooks
-    and attributes are copied as `copy.deepcopy` does. A name that does not exist yet (a bias that folding adds) becomes
-    a parameter of its module.
+    and attributes are copied as `copy.deepcopy` does. Results of a computation (a feature that the last step of
+    training left in a list) are copied without their history, wherever they lie. A name that does not exist yet (a
+    bias that folding adds) becomes a parameter of its module.
+
+    Raises GraphPruneError, naming the attribute, where something that the model holds cannot be copied.
     """
     memo: dict[int, Any] = {}
-    keep: list[Any] = []
     named = named_tensors(model)
     added: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -45,19 +49,21 @@ def clone_with(
         by_path = all_modules(model)
         for path, module in modules.items():
             memo[id(by_path[path])] = module.train(by_path[path].training)
-    for path, attribute in caches:
-        cache = getattr(model.get_submodule(path), attribute, None)
-        if type(cache) is dict:
-            memo[id(cache)] = {}
-    _memoise_results(model, memo, keep)
+    # a buffer that the forward replaces is in a table of nn.Module's, which is no cache
+    kept = [getattr(model.get_submodule(path), name, None) for path, name in caches if name not in _TABLES]
+    memo.update((id(cache), {}) for cache in kept if type(cache) is dict)
+    _memoise_results(model, memo)
     _memoise_tensors(named, memo, frozenset(modules or ()))
+    known = dict(memo)
     try:
         out = _copy_module(model, memo)
+        _copy_attributes({id(t): t for t in named.values()}.values(), memo)
+        for cache in (c for c in kept if type(c) is dict):
+            others = {key: value for key, value in cache.items() if not isinstance(value, Tensor)}
+            memo[id(cache)].update(copy.deepcopy(others, memo))
     except Exception as error:
-        raise GraphPruneError(
-            f"the model cannot be copied with copy.deepcopy ({type(error).__name__}: {error}); make its attributes "
-            f"copyable (no open files, locks, or tensors that are results of a computation)"
-        ) from error
+        raise _uncopyable(model, known, error) from error
+    rebind(((m, memo[id(m)]) for m in all_modules(model).values() if id(m) in memo), memo)
     for name, tensor in added.items():
         path, _, attribute = name.rpartition(".")
         module = out.get_submodule(path)
@@ -79,34 +85,70 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
         made = nn.Buffer(new, persistent=old.persistent)
     else:
         made = new.requires_grad_(old.requires_grad) if old.requires_grad else new
-    for key, value in old.__dict__.items():
-        if key != "_graphprune_node" and not hasattr(made, key):
-            setattr(made, key, value)
     return made
 
 
-def _memoise_results(model: nn.Module, memo: dict[int, Any], keep: list[Any]) -> None:
+def _copy_attributes(tensors: Iterable[Tensor], memo: dict[int, Any]) -> None:
+    """What the user has set on parameters (`weight.no_decay = True`); torch's own copies of them lose it."""
+    for old in tensors:
+        new = memo.get(id(old))
+        for key, value in old.__dict__.items() if isinstance(new, Tensor) else ():
+            if key != "_graphprune_node" and key not in new.__dict__:
+                setattr(new, key, copy.deepcopy(value, memo))
+
+
+def _memoise_results(model: nn.Module, memo: dict[int, Any]) -> None:
     """deepcopy refuses tensors that are results of a computation (the old weight_norm keeps one); copy their values."""
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, Tensor) and not value.is_leaf and id(value) not in memo:
-                memo[id(value)] = value.detach().clone()
-                keep.append(value)
+    results = [t for t in reachable(model) if isinstance(t, Tensor) and not t.is_leaf and id(t) not in memo]
+    memo.update((id(tensor), tensor.detach().clone()) for tensor in results)
+    memo[id(memo)] = results  # deepcopy's own place for what must outlive the copy
+
+
+def _uncopyable(model: nn.Module, known: Mapping[int, Any], error: Exception) -> GraphPruneError:
+    """The error that names what cannot be copied, found by copying every attribute alone."""
+    modules = all_modules(model)
+    known = {**known, **{id(m): m for m in modules.values()}}
+    where = ""
+    for name, value in ((f"{path}.{n}".lstrip("."), v) for path, m in modules.items() for n, v in _attributes(m)):
+        if not where and not _copyable(value, known):
+            culprit = [v for v in reachable(value) if not _copyable(v, known)][-1:] or [value]
+            inside = "" if culprit[0] is value else f" in a {type(value).__name__}"
+            where = f": {name} holds a {type(culprit[0]).__name__}{inside}"
+    return GraphPruneError(
+        f"the model cannot be copied with copy.deepcopy ({type(error).__name__}: {error}){where}; make its attributes "
+        f"copyable (no open files, locks or generators), or take them off before pruning"
+    )
+
+
+def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in module.__dict__.items():
+        if name in ("_parameters", "_buffers"):
+            yield from value.items()
+            held = ((key, tensor) for key, tensor in value.items() if tensor is not None)
+            yield from ((f"{key}.{n}", v) for key, tensor in held for n, v in tensor.__dict__.items())
+        elif name != "_modules":
+            yield name, value
+
+
+def _copyable(value: Any, known: Mapping[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(known))
+    except Exception:
+        return False
+    return True
 
 
 def _memoise_tensors(named: Mapping[str, Tensor], memo: dict[int, Any], gone: frozenset[str]) -> None:
-    """Copy the ordinary parameters and buffers: those with a memory of their own and nothing else about them. The rest
+    """Copy the ordinary parameters and buffers: those with a memory of their own and no gradient. The rest
     is left to the copy protocol, which is slow. Tensors of the modules `gone` go with them."""
-    owners = Counter(t.untyped_storage()._cdata for t in {id(t): t for t in named.values()}.values())
-    for name, tensor in named.items():
+    ordinary = {n: t for n, t in named.items() if type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided}
+    owners = Counter(t.untyped_storage()._cdata for t in {id(t): t for t in ordinary.values()}.values())
+    for name, tensor in ordinary.items():
         if (
             id(tensor) not in memo
             and name.rpartition(".")[0] not in gone
-            and type(tensor) in (Tensor, nn.Parameter)
-            and not tensor.__dict__
             and tensor.is_leaf
             and tensor.grad is None
-            and tensor.layout is torch.strided
             and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
             and owners[tensor.untyped_storage()._cdata] == 1
         ):
@@ -134,7 +176,9 @@ def _ordinary(kind: type[nn.Module]) -> bool:
     if known is None:
         others = (m for m in _COPY_PROTOCOL if m != "__setstate__")
         known = all(getattr(kind, m, None) is getattr(nn.Module, m, None) for m in others)
-        known = _known_kinds[kind] = known and kind.__setstate__ in _HARMLESS
+        # torch._dynamo puts another __setstate__ in the place of nn.Module's, for all modules
+        harmless = kind.__setstate__ in _HARMLESS or kind.__setstate__ is nn.Module.__setstate__
+        known = _known_kinds[kind] = known and harmless
     return known
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from ...dependency.whole.experts import Experts
 from ...errors import GraphPruneError
 from ...tracing.names import all_modules
 from ..modules.bypass import Bypass, Silence
+from .copying import clone_with
 
 # How attributes are called that count layers: num_hidden_layers, n_layer, encoder_layers, depth, depths.
 _COUNTS = re.compile(r"(^|_)(n_?)?(layers?|blocks?|depths?)($|_)|^n_(layer|block)s?$", re.IGNORECASE)
@@ -41,13 +41,7 @@ def bypass_layers(model: nn.Module, blocks: Sequence[Block]) -> nn.Module:
 
     Raises GraphPruneError where the model has no such layers or cannot be copied.
     """
-    try:
-        small = copy.deepcopy(model)
-    except Exception as error:
-        raise GraphPruneError(
-            f"the model cannot be copied with copy.deepcopy ({type(error).__name__}: {error}); make its attributes "
-            f"copyable (no open files, locks, or tensors that are results of a computation)"
-        ) from error
+    small = clone_with(model, {})
     modules = all_modules(small)
     for block in (piece for whole in blocks for piece in whole.pieces):
         owner, _, name = block.module.rpartition(".")

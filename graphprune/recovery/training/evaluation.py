@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData
+from ...support.restoring import restored
 from ...tracing.example import ExampleInput
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
@@ -41,7 +42,7 @@ class Evaluation:
         """The metric of `model`; with top-1 accuracy between 0 and 1. The model and random states stay as they are."""
         metric = _Top1() if self._metric is None else self._metric
         metric.reset()
-        with evaluating(model):
+        with restored(model), evaluating(model):
             for inputs, targets in CalibrationData(self._data, ONE_INPUT, model):
                 if targets is None:
                     raise GraphPruneError("evaluate: its data yield no targets; yield (inputs, targets)")

@@ -1,0 +1,81 @@
+"""What a model holds: everything that its attributes lead to."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import sys
+import types
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+_CONTAINERS = (list, tuple, set, frozenset, collections.deque)
+_ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, range, slice))
+_CLOSED = (type, types.ModuleType, types.BuiltinFunctionType)
+# Of the standard library's objects only those that are there to hold others: a logger leads to the whole process.
+_OPEN = frozenset(("collections", "types", "functools"))
+
+
+def reachable(root: Any, closures: bool = False) -> list[Any]:
+    """All that `root` leads to, each object once, itself included: through attributes, slots, items of containers,
+    bound methods, attributes and gradients of tensors, and with `closures` what functions (hooks) have kept of where
+    they were made. Not through classes, Python modules and global names."""
+    closed = _CLOSED if closures else (*_CLOSED, types.FunctionType)
+    found: dict[int, Any] = {}
+    waiting = [root]
+    while waiting:
+        value = waiting.pop()
+        if type(value) not in _ATOMS and not isinstance(value, closed) and id(value) not in found:
+            found[id(value)] = value
+            waiting.extend(_held(value))
+    return list(found.values())
+
+
+def attributes(value: Any) -> dict[str, Any] | None:
+    """The table of a value's attributes, or None where it has none that can be changed."""
+    home = type(value).__module__.partition(".")[0]
+    if home in sys.stdlib_module_names and home not in _OPEN and home != "builtins":
+        return None
+    table = getattr(value, "__dict__", None)
+    return table if type(table) is dict else None
+
+
+def slots(value: Any) -> tuple[str, ...]:
+    """The names of a value's slots."""
+    names: list[str] = []
+    for kind in type(value).__mro__:
+        own = kind.__dict__.get("__slots__", ())
+        for name in (own,) if isinstance(own, str) else own:
+            hidden = name.startswith("__") and not name.endswith("__")
+            names.append(f"_{kind.__name__.lstrip('_')}{name}" if hidden else name)
+    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+
+
+def _held(value: Any) -> Iterable[Any]:
+    held: list[Any] = list((attributes(value) or {}).values())
+    if isinstance(value, Tensor):
+        if value.is_leaf and value.grad is not None:
+            held.append(value.grad)
+        return held
+    if isinstance(value, dict):
+        held += [*dict.keys(value), *dict.values(value)]
+    elif isinstance(value, _CONTAINERS):
+        held += value
+    elif isinstance(value, types.MethodType):
+        held.append(value.__self__)
+    elif isinstance(value, types.FunctionType):
+        held += [_content(cell) for cell in value.__closure__ or ()]
+    elif isinstance(value, functools.partial):
+        held += [value.func, value.args, value.keywords]
+    elif attributes(value) is not None or type(value).__module__ not in sys.stdlib_module_names:
+        held += [getattr(value, name) for name in slots(value) if hasattr(value, name)]
+    return held
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty: a name that is not bound yet
+        return None

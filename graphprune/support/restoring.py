@@ -1,0 +1,115 @@
+"""Leave a model as it was: whatever its own code, or a library that runs it, has changed in what it holds."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .reach import attributes, reachable, slots
+
+
+@contextlib.contextmanager
+def restored(model: nn.Module, closures: bool = False) -> Iterator[None]:
+    """Whatever `model` holds is afterwards as before, also after an error: attributes, tables of parameters, buffers,
+    modules and hooks; lists, dicts, sets and deques at any depth, which stay the same objects, shared or not;
+    attributes and slots of plain objects; `requires_grad` and gradients; with `closures`, what hooks have kept of where
+    they were made.
+
+    Values of tensors other than parameters are copied before, and put back where they differ. Parameters are taken to
+    keep their values: a copy of them could be too large.
+    """
+    undo = [step for value in reachable(model, closures) for step in _steps(value)]
+    try:
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def _steps(value: Any) -> Iterator[Callable[[], None]]:
+    table = attributes(value)
+    if table is not None:
+        yield _table(table)
+    if isinstance(value, Tensor):
+        yield from _tensor(value)
+    elif isinstance(value, dict):
+        yield _table(value)
+    elif isinstance(value, (list, set, deque)):
+        yield _items(value)
+    else:
+        held = {name: getattr(value, name) for name in slots(value) if hasattr(value, name)}
+        if held and not isinstance(value, tuple):
+            yield _slots(value, held)
+
+
+def _same(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def _table(table: dict[Any, Any]) -> Callable[[], None]:
+    kind: Any = OrderedDict if isinstance(table, OrderedDict) else dict  # a subclass may do more than to store
+    keys, values = list(kind.keys(table)), list(kind.values(table))
+
+    def undo() -> None:
+        if not (_same(list(kind.keys(table)), keys) and _same(list(kind.values(table)), values)):
+            kind.clear(table)
+            for key, item in zip(keys, values, strict=True):
+                kind.__setitem__(table, key, item)
+
+    return undo
+
+
+def _items(container: Any) -> Callable[[], None]:
+    kind: Any = next(k for k in (list, set, deque) if isinstance(container, k))
+    items = list(kind.__iter__(container))
+
+    def undo() -> None:
+        if not _same(list(kind.__iter__(container)), items):
+            kind.clear(container)
+            (kind.update if kind is set else kind.extend)(container, items)
+
+    return undo
+
+
+def _slots(value: Any, held: dict[str, Any]) -> Callable[[], None]:
+    def undo() -> None:
+        for name, item in held.items():
+            if getattr(value, name, None) is not item:
+                object.__setattr__(value, name, item)
+
+    return undo
+
+
+def _tensor(tensor: Tensor) -> Iterator[Callable[[], None]]:
+    if tensor.is_leaf:
+        yield _gradient(tensor, tensor.requires_grad, tensor.grad)
+    if type(tensor) in (Tensor, nn.Buffer) and tensor.layout is torch.strided and not tensor.is_meta:
+        if 0 not in tensor.stride():  # what shows one element at several places cannot be written to
+            yield _values(tensor, tensor.detach().clone())
+
+
+def _gradient(tensor: Tensor, flag: bool, grad: Tensor | None) -> Callable[[], None]:
+    def undo() -> None:
+        if tensor.requires_grad is not flag:
+            tensor.requires_grad_(flag)
+        if tensor.grad is not grad:
+            tensor.grad = grad
+
+    return undo
+
+
+def _values(tensor: Tensor, before: Tensor) -> Callable[[], None]:
+    def undo() -> None:
+        if tensor.shape != before.shape or tensor.dtype != before.dtype or tensor.device != before.device:
+            tensor.data = before
+        elif not torch.equal(tensor.detach(), before):
+            with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                tensor.detach().copy_(before)
+
+    return undo
