@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .interrupts import interruptible, shielded
 from .reach import attributes, reachable, slots
 
 
@@ -24,12 +25,14 @@ def restored(model: nn.Module, closures: bool = False) -> Iterator[None]:
     Values of tensors other than parameters are copied before, and put back where they differ. Parameters are taken to
     keep their values: a copy of them could be too large.
     """
-    undo = [step for value in reachable(model, closures) for step in _steps(value)]
-    try:
-        yield
-    finally:
-        for step in undo:
-            step()
+    with shielded():
+        undo = [step for value in reachable(model, closures) for step in _steps(value)]
+        try:
+            with interruptible():
+                yield
+        finally:
+            for step in undo:
+                step()
 
 
 def _steps(value: Any) -> Iterator[Callable[[], None]]:
@@ -55,9 +58,16 @@ def _same(now: list[Any], before: list[Any]) -> bool:
 def _table(table: dict[Any, Any]) -> Callable[[], None]:
     kind: Any = OrderedDict if isinstance(table, OrderedDict) else dict  # a subclass may do more than to store
     keys, values = list(kind.keys(table)), list(kind.values(table))
+    own = set(keys)
 
     def undo() -> None:
-        if not (_same(list(kind.keys(table)), keys) and _same(list(kind.values(table)), values)):
+        """Entry by entry, as another thread may be reading them; all anew only where their order changed."""
+        for key in [key for key in kind.keys(table) if key not in own]:
+            kind.__delitem__(table, key)
+        for key, item in zip(keys, values, strict=True):
+            if kind.get(table, key, table) is not item:
+                kind.__setitem__(table, key, item)
+        if not _same(list(kind.keys(table)), keys):
             kind.clear(table)
             for key, item in zip(keys, values, strict=True):
                 kind.__setitem__(table, key, item)

@@ -40,7 +40,7 @@ def branches_on_training(modules: Iterable[nn.Module]) -> bool:
 
 
 def _class_branches(kind: type) -> _Conditions:
-    """The attributes that have to be on for the code of a class to branch on its mode; `_ALWAYS` where there is none."""
+    """The attributes that have to be on for the code of a class to branch on its mode; `_ALWAYS` where none."""
     found = _known.get(kind)
     if found is None:
         own = [k for k in kind.__mro__ if k is not nn.Module and not k.__module__.startswith(("torch.", "builtins"))]
@@ -76,7 +76,7 @@ def _condition(steps: Sequence[dis.Instruction], place: int) -> str:
 
 
 def _is_self(step: dis.Instruction) -> bool:
-    return step.opname.startswith("LOAD_FAST") and step.argval == "self"
+    return step.opname.startswith("LOAD_FAST") and bool(step.argval == "self")
 
 
 def _stops(step: dis.Instruction) -> bool:
@@ -85,7 +85,7 @@ def _stops(step: dis.Instruction) -> bool:
 
 
 def _is_flag(step: dis.Instruction) -> bool:
-    return step.argval == _FLAG
+    return bool(step.argval == _FLAG)
 
 
 def _decides(steps: Sequence[dis.Instruction], place: int) -> bool:

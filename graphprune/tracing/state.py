@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import operator
 import random
 import threading
 from collections.abc import Iterator
@@ -15,8 +14,10 @@ import torch
 from torch import nn
 
 from ..support.interrupts import interruptible, shielded
+from ..support.restoring import restored
 from .attention import recorded_openly
 from .cloning import INTERNAL, PLAIN, is_configuration
+from .names import named_tensors
 from .origin import traced_sqrt
 from .overrides import python_functions_stay_visible
 from .patches import patched
@@ -96,67 +97,22 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                     module.training = training
 
 
-def _refill(container: Any, contents: Any) -> None:
-    """Give a list, dict or set its earlier contents back."""
-    before = list(contents.items()) if type(contents) is dict else list(contents)
-    now = list(container.items()) if type(container) is dict else list(container)
-    if len(now) != len(before) or any(a is not b and not _same_item(a, b) for a, b in zip(now, before, strict=True)):
-        container.clear()
-        container.extend(contents) if type(container) is list else container.update(contents)
-
-
-def _same_item(a: Any, b: Any) -> bool:
-    return isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(operator.is_, a, b))
-
-
-_TABLES: tuple[str, ...] = ("_parameters", "_buffers", "_modules")
 # One run at a time on modules of the user's that cannot be cloned.
 _users_modules = threading.RLock()
 
 
 @contextlib.contextmanager
-def preserved(modules: dict[str, nn.Module]) -> Iterator[None]:
-    """Restore attributes, parameter and submodule tables and training flags of the user's modules, also after an error.
-    Another thread that preserves something waits."""
-    with _users_modules:
-        saved = [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in _TABLES}) for m in modules.values()]
-        containers = [
-            (value, value.copy())
-            for _, attributes, _ in saved
-            for name, value in attributes.items()
-            if name not in INTERNAL and type(value) in (list, dict, set)
-        ]
-        settings = [(value.__dict__, dict(value.__dict__)) for _, _, value in configurations(modules).values()]
-        held = [t for m in modules.values() for v in (m._parameters, m._buffers) for t in v.values()]
-        data = [(t, t.data) for t in held if t is not None and type(t) in PLAIN]
+def preserved(model: nn.Module) -> Iterator[None]:
+    """The user's model is afterwards as before (`restored`), its parameters in the same memory. Another thread that
+    preserves something waits."""
+    with _users_modules, restored(model, closures=True):
+        data = [(t, t.data) for t in named_tensors(model).values() if type(t) in PLAIN]
         try:
             yield
         finally:
             for tensor, before in data:
                 if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape:
                     tensor.data = before
-            for container, contents in containers:
-                _refill(container, contents)
-            for current, contents in settings:
-                current.clear()
-                current.update(contents)
-            for module, attributes, tables in saved:
-                _put_back(module, attributes, tables)
-
-
-def _put_back(module: nn.Module, attributes: dict[str, Any], tables: dict[str, dict[str, Any]]) -> None:
-    """Attribute by attribute: another thread may be reading them."""
-    now = module.__dict__
-    for name in now.keys() - attributes.keys():
-        del now[name]
-    for name, value in attributes.items():
-        if now.get(name, now) is not value:
-            now[name] = value
-    for name, table in tables.items():
-        current = now[name]
-        if list(map(id, current.values())) != list(map(id, table.values())) or list(current) != list(table):
-            current.clear()
-            current.update(table)
 
 
 class RandomState:

@@ -150,7 +150,7 @@ class _Run:
 
     def on_model(self) -> Trace:
         """On the model itself."""
-        with shielded(), preserved(self.modules):
+        with shielded(), preserved(self.model):
             return self._record(self.modules, self.example, True, ())
 
     def _record(

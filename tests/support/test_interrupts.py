@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -98,10 +99,9 @@ def test_another_signal_waits_too() -> None:
     before = signal.signal(signal.SIGALRM, alarm)
     try:
         moments = []
-        with pytest.raises(TimeoutError):
-            with shielded():
-                signal.raise_signal(signal.SIGALRM)
-                moments.append("later")
+        with pytest.raises(TimeoutError), shielded():
+            signal.raise_signal(signal.SIGALRM)
+            moments.append("later")
         assert moments == ["later"] and signal.getsignal(signal.SIGALRM) is alarm
     finally:
         signal.signal(signal.SIGALRM, before)
@@ -125,28 +125,23 @@ def test_a_handler_that_only_takes_note_is_called_and_the_run_goes_on() -> None:
 
 def test_what_an_interrupt_unwinds_is_not_interrupted_again() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt):
-        with shielded():
-            try:
-                with interruptible():
-                    signal.raise_signal(signal.SIGINT)
-            finally:
+    with pytest.raises(KeyboardInterrupt), shielded():
+        try:
+            with interruptible():
                 signal.raise_signal(signal.SIGINT)
-                done.append("put back")
+        finally:
+            signal.raise_signal(signal.SIGINT)
+            done.append("put back")
     assert done == ["put back"]
 
 
 def test_an_interrupt_that_was_caught_does_not_make_the_rest_deaf(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interrupts, "_PATIENCE", -1.0)
-    with pytest.raises(KeyboardInterrupt):
-        with shielded():
-            with interruptible():
-                try:
-                    signal.raise_signal(signal.SIGINT)
-                except KeyboardInterrupt:
-                    pass
+    with pytest.raises(KeyboardInterrupt), shielded():
+        with interruptible(), contextlib.suppress(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-            pytest.fail("the second one was not let through")
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("the second one was not let through")
 
 
 def test_other_threads_leave_the_handlers_alone() -> None:

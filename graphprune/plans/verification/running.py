@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...support.interrupts import interruptible, shielded
 from ...support.restoring import restored
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.state import evaluating
@@ -40,13 +41,14 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
 def run(model: nn.Module, example: ExampleInput, what: str) -> Any:
     """One run in eval mode without gradients, from the same random state each time. What the model's code keeps of it
     does not stay."""
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    with restored(model), evaluating(model):
+    with shielded(), restored(model), evaluating(model):
+        numpy_state, python_state = np.random.get_state(), random.getstate()
         try:
             torch.manual_seed(0)
             np.random.seed(0)
             random.seed(0)
-            return run_model(model, example.clone(), what)
+            with interruptible():
+                return run_model(model, example.clone(), what)
         finally:
             np.random.set_state(numpy_state)
             random.setstate(python_state)
