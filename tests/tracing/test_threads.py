@@ -39,7 +39,7 @@ class Net(nn.Module):
         self.notes = 0
 
     def note(self) -> None:
-        self.notes += 0
+        assert self.notes == 0
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(self.first(x)) / math.sqrt(self.width)
