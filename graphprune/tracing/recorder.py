@@ -7,6 +7,7 @@ import linecache
 import operator
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -162,6 +163,11 @@ class Recorder:
     def _keep_value(node: fx.Node, tensor: Tensor) -> None:
         if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex and tensor.numel() <= _MAX_KEPT_VALUE:
             node.meta["value"] = tensor.detach()
+
+    @property
+    def here(self) -> bool:
+        """Whether the running thread is the one that records: where a model cannot be cloned, others may use it."""
+        return self.session.thread == threading.get_ident()
 
     def release(self) -> None:
         """The run is over: numbers are plain, and writes are undone."""

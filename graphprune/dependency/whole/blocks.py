@@ -107,6 +107,8 @@ class Watch:
 
     def _entering(self, path: str, recorder: Recorder) -> Any:
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not recorder.here:
+                return
             named = [(key, v) for key, v in (*enumerate(args), *kwargs.items()) if isinstance(v, Tensor)]
             inputs = [(key, recorder.node_of(value)) for key, value in named if value.is_floating_point()]
             first = recorder.node_of(named[0][1]) if named else None
@@ -122,6 +124,8 @@ class Watch:
 
     def _leaving(self, recorder: Recorder) -> Any:
         def leave(module: nn.Module, args: Any, out: Any) -> None:
+            if not recorder.here:
+                return
             call = self.stack.pop()
             first = out
             if type(out) in (tuple, list) and out:

@@ -222,6 +222,8 @@ class PartRecorder(TorchFunctionMode):
     def _forward(self, path: str, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if not self.recorder.here:
+                return original(*args, **kwargs)
             if not self._stack or self._stack[-1][0] is not None or self._stack[-1][1] is not module:
                 return original(*args, **kwargs)  # called by other code, not as a module
             part = Part(path, module)
