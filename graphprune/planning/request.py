@@ -21,6 +21,7 @@ from ..plans.verification import verify as run_verification
 from ..recovery import auto_possible, check_method
 from ..recovery import recover as recover_accuracy
 from ..runtimes.latency import Target
+from ..support.doors import door
 from ..support.types import Ignore, LossFunction
 from ..tracing.example import ExampleInput
 from ..tracing.pause import paused_collector
@@ -35,6 +36,7 @@ from .within_latency import plan_within, width_step
 Criterionlike = str | Callable[..., Any]
 
 
+@door("model")
 def plan(
     model: nn.Module,
     example_input: Any,
@@ -264,6 +266,7 @@ class _Job:
                     return graph, dataclasses.replace(found, output=self.output)
 
 
+@door("model")
 def prune(
     model: nn.Module,
     example_input: Any,

@@ -17,6 +17,7 @@ from ..dependency.temperature import Rescale
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.experts import Experts
 from ..errors import GraphPruneError
+from ..support.doors import door
 from ..support.files import replacing
 from ..support.types import PathLike
 from ..support.versions import running_versions
@@ -118,6 +119,7 @@ class Plan:
         """It does something else than leaving layers out."""
         return any((self.removed, self.attributes, self.folds, self.rescales, self.rewrites, self.experts))
 
+    @door("model")
     def apply(self, model: nn.Module) -> nn.Module:
         """A pruned copy of `model`, which must have the names and shapes the plan was made for. The copy remembers the
         plan: `graphprune.save` writes it beside the weights.
@@ -127,6 +129,7 @@ class Plan:
         self.check(model)
         return remember(close_gaps(self.operated(model), model, self.layers), model, self)
 
+    @door("model")
     def operated(self, model: nn.Module) -> nn.Module:
         """The pruned copy while the layers that are left out still have their places, and all others their names."""
         small = bypass_layers(model, self.layers) if self.layers else model
@@ -137,6 +140,7 @@ class Plan:
             small = replace(small, self.rewrites)
         return small
 
+    @door("model")
     def check(self, model: nn.Module) -> None:
         """Raise GraphPruneError unless the plan fits `model`."""
         found = structure_of(model)

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import GraphPruneError
+from ..support.doors import door
 from ..support.types import Names
 from .masks import put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import Weight, select_weights
 
 
+@door("model")
 def n_m(
     model: nn.Module,
     n: int = 2,
@@ -79,6 +81,7 @@ def _keep_n_of_m(weight: Weight, n: int, m: int) -> Tensor:
     return keep.flatten(-2).movedim(-1, axis)
 
 
+@door("model")
 def blocks(
     model: nn.Module,
     sparsity: float,

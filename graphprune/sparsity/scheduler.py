@@ -22,6 +22,7 @@ from ..planning.widths import plan_from_graph
 from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
 from ..recovery import carry_optimizer
+from ..support.doors import door
 from ..support.types import Ignore, LossFunction
 from .magnitudes import magnitude
 from .ranking import check_sparsity
@@ -52,6 +53,7 @@ class Scheduler:
     whether the last step changed the model. Raises GraphPruneError where the schedule leaves [0, 1) or falls.
     """
 
+    @door("model", keep_wrapper=True)
     def __init__(
         self,
         model: nn.Module,
@@ -70,6 +72,7 @@ class Scheduler:
         self.changed = False
         self._follow()
 
+    @door()
     def step(self) -> nn.Module:
         """Count a step, prune if the schedule asks for more, and return the model to go on with."""
         self.steps += 1
@@ -159,6 +162,7 @@ class Channels:
         self.widths: dict[str, int] = {}
         self.plan: Plan | None = None
 
+    @door("model")
     def __call__(self, model: nn.Module, sparsity: float) -> nn.Module:
         """A smaller copy of the model."""
         graph = trace(model, self.example_input)

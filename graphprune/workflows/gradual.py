@@ -19,12 +19,14 @@ from ..plans.verification import verify as run_verification
 from ..recovery import check_method, recover
 from ..sparsity.scheduler import Channels
 from ..sparsity.schedules import schedule as make_schedule
+from ..support.doors import door
 from ..support.types import Ignore, LossFunction
 from ..tracing.counting import count
 
 Train = Callable[[nn.Module, int], nn.Module | None]
 
 
+@door("model")
 def prune_gradually(
     model: nn.Module,
     example_input: Any,

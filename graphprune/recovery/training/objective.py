@@ -61,8 +61,6 @@ class Objective:
     ) -> None:
         if teacher is None and distillation is not None:
             raise GraphPruneError("distillation: needs a network to learn from; pass teacher=, the dense model")
-        if teacher is not None and not isinstance(teacher, nn.Module):
-            raise GraphPruneError(f"teacher: expected a torch.nn.Module, got {type(teacher).__name__}")
         if loss_fn is not None and not callable(loss_fn):
             raise GraphPruneError(f"loss_fn: expected a function (output, targets), got {type(loss_fn).__name__}")
         self._loss_fn = loss_fn

@@ -23,6 +23,7 @@ from ...sparsity import make_permanent, masks
 from ...sparsity import schedule as make_schedule
 from ...sparsity.ranking import check_sparsity
 from ...sparsity.scheduler import Method
+from ...support.doors import door
 from ...support.types import LossFunction, PathLike
 from ..reporting.summary import Report, report
 from .steps import GradualPruner, PruningStep, method_of
@@ -58,6 +59,7 @@ class PipelineResult:
         return {"report": self.report.to_dict(), **course, "steps": [dataclasses.asdict(s) for s in self.steps]}
 
 
+@door("model")
 def pipeline(
     model: nn.Module,
     example_input: Any,
