@@ -58,6 +58,11 @@ class GroupPlan:
     asked: float | None = None
     weight: float = 1.0
 
+    @property
+    def rounded(self) -> bool:
+        """Whether another number stays than the one asked for, rounded to nearest."""
+        return self.asked is not None and abs(self.asked - self.kept) > 0.5
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -178,10 +183,14 @@ class Plan:
             return "\n".join([head, *lines])
         lines = first if self.layers else []
         cut = [g for g in self.groups if g.kept < g.size]
+        listed = [g for g in self.groups if g.kept < g.size or g.rounded]
         lines.append(f"{len(cut)} of {len(self.groups)} groups pruned, {len(self.folds)} batch norms folded")
         if self.asked is not None and self.gone is not None:
             lines.append(f"  asked to remove {self.asked:.1%} of each on average, removed {self.gone:.1%}")
-        lines += [f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" for g in cut]
+        lines += [
+            f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" + (f", {g.asked:.4g} asked for" if g.rounded else "")
+            for g in listed
+        ]
         lines += [f"  {change}" for change in self.attributes]
         lines += [f"  {r.module or 'the model'} becomes a graph of its recorded calls" for r in self.rewrites]
         if self.latency is not None:

@@ -92,6 +92,7 @@ def pipeline(
     checkpoint: PathLike | None = None,
     progress: bool = True,
     on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
+    strict: bool = False,
 ) -> PipelineResult:
     """Train a copy of `model`, prune it at once or gradually, fine-tune it, and report; `model` stays as it is.
 
@@ -115,6 +116,9 @@ def pipeline(
     - `checkpoint`: a folder, made if it is not there, whose two files are written after every epoch and read first: a
       run that was stopped at any moment goes on and ends with the same result.
 
+    - `strict`: whether it is an error, instead of a GraphPruneWarning, where channels or layers were asked to go and
+      none went.
+
     Batch norms are not folded, as training goes on; `graphprune.fold_conv_bn` does it afterwards.
 
     Raises GraphPruneError for arguments out of range, unknown names, data in another form, checkpoints of another run,
@@ -129,7 +133,7 @@ def pipeline(
     tuned = dataclasses.replace(tuned, epochs=finetune_epochs + (gradual or 0))
     curve = _curve(schedule, amount, gradual)
     batches = data if calibration is None else calibration
-    chosen = method_of(method, example_input, budget, options, batches, loss_fn, seed)
+    chosen = method_of(method, example_input, budget, options, batches, loss_fn, seed, strict)
     ask = evaluator(evaluate)
     settings = {
         "method": method if isinstance(method, str) else "own", "schedule": schedule, "sparsity": amount,
