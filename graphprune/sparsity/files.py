@@ -69,7 +69,7 @@ def _rounded(tensor: Tensor, values: str) -> bool:
 def load(path: PathLike, model: None = None, *, max_bytes: int | None = None) -> dict[str, Tensor]: ...
 @overload
 def load(path: PathLike, model: nn.Module, *, masks: bool = True) -> nn.Module: ...
-@door("model")
+@door("model", in_place=True)
 def load(
     path: PathLike,
     model: nn.Module | None = None,

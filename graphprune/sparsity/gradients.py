@@ -18,7 +18,7 @@ from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import Weight, find_weights, select_weights
 
 
-@door("model")
+@door("model", in_place=True)
 def gradient(
     model: nn.Module,
     data: Iterable[Any],

@@ -11,7 +11,7 @@ from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import select_weights
 
 
-@door("model")
+@door("model", in_place=True)
 def magnitude(
     model: nn.Module,
     sparsity: float,

@@ -19,7 +19,7 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
     return {w.name: w.mask.clone() for w in find_weights(model) if w.mask is not None}
 
 
-@door("model")
+@door("model", in_place=True)
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Put masks in force, replacing the ones of the same weights, and return the model, which is changed in place.
 
@@ -114,7 +114,7 @@ def _unregister(site: Site) -> None:
         del steps[-1]
 
 
-@door("model")
+@door("model", in_place=True)
 def make_permanent(model: nn.Module) -> nn.Module:
     """Turn every mask into zeros in an ordinary parameter, and return the model, which is changed in place.
 

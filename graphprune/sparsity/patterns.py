@@ -16,7 +16,7 @@ from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import Weight, select_weights
 
 
-@door("model")
+@door("model", in_place=True)
 def n_m(
     model: nn.Module,
     n: int = 2,
@@ -81,7 +81,7 @@ def _keep_n_of_m(weight: Weight, n: int, m: int) -> Tensor:
     return keep.flatten(-2).movedim(-1, axis)
 
 
-@door("model")
+@door("model", in_place=True)
 def blocks(
     model: nn.Module,
     sparsity: float,

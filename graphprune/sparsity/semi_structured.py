@@ -26,7 +26,7 @@ def semi_structured_support(device: torch.device | str | None = None) -> str | N
     return None
 
 
-@door("model")
+@door("model", in_place=True)
 def semi_structured(model: nn.Module) -> list[str]:
     """Store the 2:4 sparse Linear weights of `model` in torch's compressed form, in place; returns their names.
 

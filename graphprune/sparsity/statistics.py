@@ -16,7 +16,7 @@ from ..tracing.example import ExampleInput
 Statistics = tuple[Tensor, Tensor]
 
 
-@door("model", "dense")
+@door("model", "dense", in_place=True)
 def match_statistics(model: nn.Module, dense: nn.Module, inputs: Any) -> nn.Module:
     """Set the running statistics of `model` so that its batch norms put out what those of `dense` do, on average.
 

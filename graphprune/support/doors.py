@@ -11,18 +11,21 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from .unwrapping import checked_model
+from .unwrapping import check_changeable, checked_model
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def door(*names: str, keep_wrapper: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def door(
+    *names: str, keep_wrapper: bool = False, in_place: bool = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """For a public function whose arguments of these names are models.
 
     The function sees the modules inside `torch.compile`'s and the data-parallel wrappers (with `keep_wrapper`, what was
     handed over), after `checked_model`; None where that is the default. A function that returns the very module it was
-    given, since it works in place, returns it in its wrapper. Under `torch.inference_mode()` it works as outside:
+    given, since it works in place, returns it in its wrapper; `in_place`: the first of the models is such a one, and
+    must not consist of tensors that cannot be changed. Under `torch.inference_mode()` it works as outside:
     tensors made there could not be trained, and many of torch's operators are invisible.
     """
 
@@ -41,6 +44,8 @@ def door(*names: str, keep_wrapper: bool = False) -> Callable[[Callable[P, R]], 
                     if found is None and (parameters[name].default is None or not _passed(name, place, values, named)):
                         continue  # not given: optional, or python's own error says so
                     module = checked_model(found, name, keep_wrapper=keep_wrapper)
+                    if in_place and not given:
+                        check_changeable(module, name)
                     given.append((found, module))
                     if name in named:
                         named[name] = module

@@ -58,6 +58,17 @@ def checked_model(value: Any, what: str = "model", *, keep_wrapper: bool = False
     return value if keep_wrapper else model
 
 
+def check_changeable(model: nn.Module, what: str) -> None:
+    """Raise GraphPruneError where tensors of the model were made under `torch.inference_mode()`: nothing can be written
+    to them."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_inference():
+            raise GraphPruneError(
+                f"{what}: {name} was made under torch.inference_mode() and cannot be changed in place; pass a copy "
+                f"that is made outside of it: copy.deepcopy({what})"
+            )
+
+
 def no_model(value: Any, what: str, wanted: str = "a torch.nn.Module") -> GraphPruneError:
     """The error for something that is no module: what it is, and what to pass instead."""
     told, cure = _described(value, what)

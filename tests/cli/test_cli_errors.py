@@ -32,7 +32,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (["inspect", "zoo:number"], "zoo:number is no function but int"),
         (["inspect", "zoo:broken"], "failed: RuntimeError: first line | second line (zoo.py:"),
         (["inspect", "zoo:needs"], "calling it without arguments failed: TypeError: needs() missing 1 required"),
-        (["inspect", "zoo:nothing"], "returned: expected a torch.nn.Module, got None; pass the network; the function returns a model, or a pair"),
+        (["inspect", "zoo:nothing"], "returned: expected a torch.nn.Module, got None; pass the network; the function returns"),
         (["inspect", "zoo:Net"], "zoo:Net returns a model without an example input; add --input-shape"),
         (["inspect", "zoo:Net", "--input-shape", "1,4,8,8"], "example_input held tensors of shape (1, 4, 8, 8)"),
         (["inspect", "zoo:net", "--explain", "first.wieght"], "no parameter or buffer named 'first.wieght'"),

@@ -17,7 +17,7 @@ from .randomness import random_state_kept
 from .runs import Epoch, Finetuning, Run
 
 
-@door("model", "teacher", keep_wrapper=True)
+@door("model", keep_wrapper=True)
 def finetune(
     model: nn.Module,
     data: Any,
