@@ -69,8 +69,8 @@ def _nothing(plan: Plan, settings: Settings, graph: DependencyGraph | None) -> s
         kinds = Counter(g.kind for g in plan.groups)
         there = ", ".join(f"{n} group{'s' if n > 1 else ''} of {kind}s" for kind, n in kinds.most_common())
         return (
-            f"granularity={settings.granularity!r}, and nothing of that kind can go here; there are {there}: choose "
-            f'another granularity, or leave it out ("auto")'
+            f"granularity={settings.granularity!r}, and nothing of that kind can go here, only {there}: choose another "
+            f'granularity, or leave it out ("auto")'
         )
     frozen = () if graph is None else graph.frozen
     return f"nothing of this network can go: {_reasons(frozen)}; graphprune.doctor(model, example_input) says more"

@@ -20,7 +20,7 @@ from ..planning.allocation.steps import RoundTo, nearest
 from ..planning.request import Criterionlike
 from ..planning.shortfall import hopeless, shortfall, tell
 from ..planning.widths import plan_from_graph
-from ..plans.plan import Plan
+from ..plans.plan import GroupPlan, Plan
 from ..plans.verification import verify as run_verification
 from ..recovery import carry_optimizer
 from ..support.doors import door
@@ -178,7 +178,7 @@ class Channels:
         if not groups:
             kinds = self.settings.granularity
             raise GraphPruneError(
-                f"Channels: this model has nothing to remove with granularity={kinds!r}; see graphprune.doctor"
+                f"Channels: this model has no channels to remove (granularity={kinds!r}); see graphprune.doctor"
             )
         if not self.widths:
             self.widths = {_key(g): g.size for g in groups}
@@ -188,17 +188,23 @@ class Channels:
         decided = plan_from_graph(
             model, graph, settings, self.criterion, ignore=self.ignore, fold_bn=False, seed=self.seed, source=source
         )
-        self._note(decided, dataclasses.replace(settings, ratio=sparsity), graph)
+        self._note(decided, dataclasses.replace(settings, ratio=sparsity), graph, {_key(g) for g in groups})
         small = decided.apply(model)
         if self.verify:
             run_verification(model, small, decided, self.example_input, graph=graph).raise_on_failure()
         self.plan = decided
         return small
 
-    def _note(self, decided: Plan, settings: Settings, graph: DependencyGraph) -> None:
-        whole = self.plan is None or self.plan.empty
-        self.shortfall = shortfall(decided, settings, None, graph) if whole else ""
-        if self.shortfall and not self.told and hopeless(decided, settings):
+    def _note(self, decided: Plan, settings: Settings, graph: DependencyGraph, chosen: set[str]) -> None:
+        """Find out whether the sparsity so far came to nothing, and say at once what no sparsity can change."""
+        self.shortfall = ""
+        if not decided.empty or not (self.plan is None or self.plan.empty):
+            return
+        left = 1 - float(settings.ratio)  # type: ignore[arg-type]
+        asked = [(g, left * g.size if _key(g) in chosen else None) for g in decided.groups]
+        wanted = dataclasses.replace(decided, groups=tuple(dataclasses.replace(g, asked=n) for g, n in asked))
+        self.shortfall = shortfall(wanted, settings, None, graph)
+        if self.shortfall and not self.told and hopeless(wanted, settings):
             self.told = True
             tell(self.shortfall, self.strict)
 
@@ -221,5 +227,5 @@ def _producer(group: Group) -> str:
     return next((m.parameter for m in group.members if m.role == "out"), group.members[0].parameter)
 
 
-def _key(group: Group) -> str:
+def _key(group: Group | GroupPlan) -> str:
     return f"{group.name} {group.kind}"

@@ -96,6 +96,8 @@ def pipeline(
 ) -> PipelineResult:
     """Train a copy of `model`, prune it at once or gradually, fine-tune it, and report; `model` stays as it is.
 
+    Training runs in this process: of a model in a DataParallel or DistributedDataParallel the module inside is taken.
+
     - `data`: training batches (inputs, targets), as for `finetune`. `sparsity`: the fraction to remove, in [0, 1),
       default 0.5; or a `budget` (structured, at once).
     - `method`: "channels" or "layers" (structured, through `graphprune.plan`), "magnitude" or "gradient" (masks, see
