@@ -239,27 +239,28 @@ def exported() -> Any:
 THINGS: dict[str, tuple[Callable[[], Any], str]] = {
     "class": (lambda: nn.Linear, r"the class Linear; make an instance: Linear\(\.\.\.\)"),
     "none": (lambda: None, "got None; pass the network"),
-    "state dict": (lambda: network().state_dict(), r"a OrderedDict, a state dict; build the network and load it"),
+    "state dict": (lambda: network().state_dict(), r"an OrderedDict, a state dict; build the network and load it"),
     "checkpoint": (lambda: {"model": network().state_dict(), "epoch": 3}, r"load checkpoint\['model'\] into it first"),
     "dict of modules": (lambda: {"ema": network()}, r"a dict that holds modules; pass one of them: \['ema'\]"),
     "path": (lambda: "model.pt", r"the path 'model.pt'; build the network and load the file"),
     "function": (lambda: network, "the function network; pass the network that it makes"),
+    "method": (lambda: network().forward, "the method forward of a Sequential; pass the network itself"),
     "list": (lambda: [network()], "a list; pass one network at a time"),
     "tensor": (lambda: X, "a tensor; .* comes before its inputs"),
-    "number": (lambda: 3, "a int; pass the network itself"),
-    "pipeline": (Pipeline, r"a Pipeline, which holds networks and is none; pass [\w\[\]']+\.unet or [\w\[\]']+\.vae"),
-    "trainer": (Trainer, r"a Trainer, which holds networks and is none; pass [\w\[\]']+\.lightning_module"),
+    "number": (lambda: 3, "an int; pass the network itself"),
+    "pipeline": (Pipeline, r"a Pipeline, which holds networks and is none; pass its \.unet or \.vae"),
+    "trainer": (Trainer, r"a Trainer, which holds networks and is none; pass its \.lightning_module"),
     "yolo": (YOLO, r"a YOLO of ultralytics.*pass its \.model"),
     "scripted": (scripted, r"is TorchScript \(a RecursiveScriptModule\).*pass the Python module"),
     "scripted part": (lambda: nn.Sequential(scripted(), nn.ReLU()), r"\.0 is TorchScript"),
-    "exported": (exported, "a torch.export.ExportedProgram; pass the module that it was exported from"),
+    "exported": (exported, "an ExportedProgram of torch.export; pass the module that it was exported from"),
 }
 # What can be run and cannot be pruned: good enough for a teacher, and for a score.
 ONLY_RUN = ("scripted", "scripted part", "yolo")
 # What the argument takes beside a module that can be pruned.
 TAKEN = {
     "graphprune.sparsity.save.model": ("state dict", "checkpoint", "dict of modules"),
-    "graphprune.load.build_model": ("class", "function", "exported"),
+    "graphprune.load.build_model": ("class", "function", "method", "exported"),
     "graphprune.benchmark.models": ("path",),
     "graphprune.finetune.teacher": ("none", *ONLY_RUN),
     "graphprune.Evaluation.__call__.model": ONLY_RUN,

@@ -129,7 +129,7 @@ def _loaded(module: str, name: str) -> Any:
 
 def _described(value: Any, what: str) -> tuple[str, str]:
     """What was handed over instead of a module, and what to pass."""
-    kind = type(value).__name__
+    kind = _kind(value)
     if isinstance(value, type):
         cure = f"make an instance: {value.__name__}(...)" if issubclass(value, nn.Module) else "pass a network"
         return f"the class {value.__name__}", cure
@@ -141,30 +141,40 @@ def _described(value: Any, what: str) -> tuple[str, str]:
     if isinstance(value, Tensor):
         return "a tensor", f"{what} is the network, and comes before its inputs"
     if isinstance(value, Mapping):
-        return _described_mapping(value, kind)
+        return _described_mapping(value)
     if isinstance(value, (list, tuple)):
-        return f"a {kind}", "pass one network at a time"
+        return kind, "pass one network at a time"
     known = _described_library(value)
     if known is not None:
         return known
     places = _networks_in(value)
     if places:
-        return f"a {kind}, which holds networks and is none", f"pass {what}{f' or {what}'.join(places)}"
+        return f"{kind}, which holds networks and is none", f"pass its {' or '.join(places)}"
+    owner = getattr(value, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return f"the method {value.__name__} of {_kind(owner)}", "pass the network itself"
     if callable(value):
         name = getattr(value, "__name__", kind)
-        return f"the function {name}" if inspect.isroutine(value) else f"a {kind}", "pass the network that it makes"
-    return f"a {kind}", "pass the network itself"
+        return f"the function {name}" if inspect.isroutine(value) else kind, "pass the network that it makes"
+    return kind, "pass the network itself"
 
 
-def _described_mapping(value: Mapping[Any, Any], kind: str) -> tuple[str, str]:
+def _kind(value: Any) -> str:
+    """The class of an object, with an article."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOUaeiou' else 'a'} {name}"
+
+
+def _described_mapping(value: Mapping[Any, Any]) -> tuple[str, str]:
+    kind = _kind(value)
     modules = [repr(k) for k, v in value.items() if isinstance(v, nn.Module)]
     if modules:
-        return f"a {kind} that holds modules", f"pass one of them: [{'], ['.join(modules[:4])}]"
+        return f"{kind} that holds modules", f"pass one of them: [{'], ['.join(modules[:4])}]"
     dicts = [k for k, v in value.items() if isinstance(v, Mapping) and any(isinstance(t, Tensor) for t in v.values())]
     inner = f"checkpoint[{dicts[0]!r}]" if dicts else "it"
     if not dicts and not any(isinstance(v, Tensor) for v in value.values()):
-        return f"a {kind}", "pass the network itself"
-    told = f"a {kind}, a checkpoint" if dicts else f"a {kind}, a state dict"
+        return kind, "pass the network itself"
+    told = f"{kind}, a checkpoint" if dicts else f"{kind}, a state dict"
     return told, f"build the network and load {inner} into it first: model.load_state_dict(...)"
 
 
@@ -172,12 +182,12 @@ def _described_library(value: Any) -> tuple[str, str] | None:
     """Objects of torch and ONNX that stand for a network and cannot be changed."""
     exported = _loaded("torch.export", "ExportedProgram")
     if exported is not None and isinstance(value, exported):
-        return "a torch.export.ExportedProgram", "pass the module that it was exported from, and export the result"
+        return "an ExportedProgram of torch.export", "pass the module that it was exported from, and export the result"
     if isinstance(value, (torch.jit.ScriptFunction, torch._C.ScriptModule)):
         return "TorchScript", "pass the Python module that it was made from"
     home = type(value).__module__.partition(".")[0]
     if home in ("onnx", "onnxruntime", "tensorrt", "openvino"):
-        return f"a {type(value).__name__} of {home}", "pass the PyTorch module that it was exported from"
+        return f"{_kind(value)} of {home}", "pass the PyTorch module that it was exported from"
     return None
 
 

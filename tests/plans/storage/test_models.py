@@ -269,7 +269,7 @@ def test_another_dense_network_is_named(tmp_path: Path) -> None:
         (wider, r"small.safetensors: .*body.3.weight has shape \(16, 8, 3, 3\), the plan expects \(8, 8, 3, 3\)"),
         (deeper, "it knows no body.5.weight"),
         (nn.Linear(3, 4), "this one has no body.0.weight"),
-        (lambda: 3, "what build_model returned: expected a torch.nn.Module, got a int"),
+        (lambda: 3, "what build_model returned: expected a torch.nn.Module, got an int"),
         (lambda: 1 / 0, "build_model failed: ZeroDivisionError"),
         (None, "build_model: expected a function or a torch.nn.Module, got None"),
         (graphprune.fold_conv_bn(Classifier().eval(), IMAGE), "pruned already"),
