@@ -155,11 +155,13 @@ class _Decision:
     plan: Plan
     settings: Settings
     whole: str | None = None
+    step: int | None = None  # of the widths that a target likes
 
     @property
     def shortfall(self) -> str:
         """What was asked for and did not come, and why; empty where all is well."""
-        return shortfall(self.plan, self.settings, self.whole, self.graph)
+        told = shortfall(self.plan, self.settings, self.whole, self.graph)
+        return f"{told}; {self.step} is what the target likes" if told and self.step else told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +237,7 @@ class _Job:
             found = plan_within(self.model, self.example, target, budget.seconds, stepped._maker(chosen))
         else:
             found = stepped._maker(chosen)(None)
-        return _Decision(*found, stepped.settings)
+        return _Decision(*found, stepped.settings, step=step if step > 1 else None)
 
     def _whole(self) -> Plan:
         """Layers, branches or experts alone."""

@@ -93,7 +93,7 @@ _TEXTS = {
     "ratio": "the ratio is less than half a unit of {what} {kinds}: raise it",
     "min_channels": "min_channels={s.min_channels} keeps all of {what} {kinds}: lower it",
     "max_ratio": "max_ratio={s.max_ratio:g} allows no unit of {what} {kinds} to go: raise it",
-    "round_to": "round_to={s.round_to} (given, or of the target) leaves no narrower width to {what} {kinds}: lower it",
+    "round_to": "round_to={s.round_to} leaves no narrower width to {what} {kinds}: lower it",
     "code": "what the code allows leaves no narrower width to {what} {kinds}: ask for more",
 }
 
@@ -137,8 +137,19 @@ def _named(plan: Plan, ratio: Mapping[str, float], settings: Settings, graph: De
             kinds = ", ".join(sorted({f"{plan.groups[i].kind}s" for i in mine}))
             parts.append(f"{pattern!r} (granularity={settings.granularity!r}, and these are {kinds})")
         elif not any(matches(pattern, name) for names in makers for name in names):
-            parts.append(f"{pattern!r} ({_reasons(_produced(pattern, graph))})")
+            carried = _carried(pattern, graph)
+            if not carried:
+                parts.append(f"{pattern!r} ({_reasons(_produced(pattern, graph))})")
+            elif not any(plan.groups[i].kept < plan.groups[i].size for i in carried):
+                parts.append(f"{pattern!r} (its channels are made by {makers[carried[0]][0]}: give that a ratio)")
     return f"ratio: nothing was removed of {'; '.join(parts)}" if parts else ""
+
+
+def _carried(pattern: str, graph: DependencyGraph) -> list[int]:
+    """The groups of which parameters of this name are a part without producing or only reading them: those of norms."""
+    firsts = {first for name, first in graph.trace.aliases.items() if matches(pattern, name)}
+    held = [any(m.parameter in firsts and m.role != "in" for m in group.members) for group in graph.groups]
+    return [i for i, holds in enumerate(held) if holds]
 
 
 def _produced(pattern: str, graph: DependencyGraph) -> list[Frozen]:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import graphprune
 from graphprune import Budget, GraphPruneError, GraphPruneWarning, sparsity
 
+from ..runtimes.latency.law import table
+
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -57,7 +59,7 @@ def said(call: Any) -> list[str]:
 CASES: list[tuple[Any, Any, Any, dict[str, Any], str]] = [
     (network, X, 0.5, {"granularity": "heads"}, r"granularity='heads'.*only 2 groups of channels: choose"),
     (network, X, 0.5, {"granularity": ["qk features", "mlp"]}, r"granularity=\['qk features', 'mlp'\].*2 groups of ch"),
-    (network, X, 0.5, {"round_to": 64}, r"round_to=64 .*to 2 groups, the widest 0\.weight\[0\] of 16 channels: lower"),
+    (network, X, 0.5, {"round_to": 64}, r"round_to=64 leaves .*to 2 groups, the widest 0\.weight\[0\] of 16 chan"),
     (network, X, 0.5, {"min_channels": 99}, r"min_channels=99 keeps all of 2 groups, the widest .* of 16 channels: lo"),
     (network, X, 0.5, {"max_ratio": 0.01}, r"max_ratio=0\.01 allows no unit of 2 groups, .* of 16 channels to go: rai"),
     (network, X, 0.01, {}, r"ratio=0\.01 was asked for: the ratio is less than half a unit of 2 groups, .* raise it"),
@@ -69,6 +71,7 @@ CASES: list[tuple[Any, Any, Any, dict[str, Any], str]] = [
     (network, X, 0.5, {"ignore": "*"}, r"nothing of this network can go: \* is ignored, \d+ axes; .*graphprune\.doc"),
     (Literal, X, 0.5, {}, r"size 1 in view\(\) is the literal 16 \(test_shortfall\.py:\d+ in forward\), 3 axes; "),
     (network, X, {"5": 0.5}, {}, r"nothing was removed of '5' \(part of the model's output .*, 2 axes\)$"),
+    (network, X, {"1": 0.5}, {}, r"nothing was removed of '1' \(its channels are made by 0\.weight: give that a "),
     (network, X, {"2": 0.5, "0": 0.5}, {}, r"nothing was removed of '2' \(it has no parameters with channels\)$"),
     (network, X, {"0": 0.5, "3": 0.01}, {}, r"removed of '3' \(the ratio is less than half a unit of 1 group, the wid"),
     (network, X, {"*": 0.5}, {"granularity": "heads"}, r"removed of '\*' \(granularity='heads', and these are chan"),
@@ -101,6 +104,7 @@ def test_what_leaves_nothing_is_named(make: Any, x: Tensor, ratio: Any, options:
         (network, X, 0.0, {"granularity": "heads"}),
         (network, X, {"5": 0.0, "0": 0.5}, {}),
         (network, X, {"*": 0.5, "0": 0.25, "3": 0.25}, {}),
+        (network, X, {"0": 0.5, "1": 0.5}, {}),
         (network, X, 0.5, {}),
         (network, X, None, {"budget": Budget(macs=0.5)}),
         (network, X, None, {"budget": Budget(macs=1.0)}),
@@ -112,6 +116,13 @@ def test_what_leaves_nothing_is_named(make: Any, x: Tensor, ratio: Any, options:
 )
 def test_nothing_is_said_where_all_is_well(make: Any, x: Tensor, ratio: Any, options: Any) -> None:
     assert said(lambda: graphprune.prune(make(), x, ratio, strict=True, **options)) == []
+
+
+def test_the_steps_of_a_target() -> None:
+    target = graphprune.Target(table=table(64))
+    with pytest.warns(GraphPruneWarning, match=r"round_to=64 leaves no narrower.*; 64 is what the target likes$"):
+        assert graphprune.plan(network(), X, 0.5, target=target).empty
+    assert said(lambda: graphprune.plan(network(), X, 0.5, target=graphprune.Target(table=table(4)))) == []
 
 
 def test_what_looks_around_says_nothing() -> None:
