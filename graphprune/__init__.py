@@ -8,7 +8,7 @@ graphprune.benchmark({"dense": model, "small": small}, example_input)
 from . import importance, rules, runtimes, sparsity
 from ._version import __version__
 from .dependency import DependencyGraph, Frozen, Group, Member, trace
-from .errors import GraphPruneError
+from .errors import GraphPruneError, GraphPruneWarning
 from .importance import criterion
 from .planning.allocation import Budget
 from .planning.kernels import plan_kernels, shrink_kernels
@@ -44,6 +44,7 @@ __all__ = [
     "Finetuning",
     "Frozen",
     "GraphPruneError",
+    "GraphPruneWarning",
     "Group",
     "Latency",
     "LatencyTable",

@@ -14,7 +14,8 @@ import graphprune
 from tests import documents
 from tests.documents import ROOT
 
-WITH_CODE = ["ARCHITECTURE.md", "CONTRIBUTING.md", "docs/guide/first-steps.md", "docs/guide/choosing.md"]
+GUIDE = [f"docs/guide/{page}.md" for page in ("first-steps", "choosing", "said")]
+WITH_CODE = ["ARCHITECTURE.md", "CONTRIBUTING.md", *GUIDE]
 PAGES = [*WITH_CODE, "README.md", "docs/guide/limits.md", "findings/README.md"]
 
 

@@ -16,6 +16,7 @@ from ..support.files import check_target
 from .factories import Loaded, common_input, load_factory
 from .proof import proof_of
 from .terminal import (
+    AllowOption,
     JsonOption,
     ModelArgument,
     PlanOption,
@@ -43,6 +44,7 @@ def export(
     plan: PlanOption = None,
     ratio: RatioOption = None,
     pruned: PrunedOption = None,
+    allow_nothing: AllowOption = False,
     verify_it: VerifyOption = True,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; the exporter's choice if not given.")] = None,
     fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only the example's batch size.")] = False,
@@ -70,7 +72,9 @@ def export(
         if pruning:
             work.step("pruning")
             decided = (
-                Plan.load(plan) if plan is not None else make_plan(loaded.model, example, wanted or 0.0, seed=seed)
+                Plan.load(plan)
+                if plan is not None
+                else make_plan(loaded.model, example, wanted or 0.0, seed=seed, strict=not allow_nothing)
             )
             exported = decided.apply(loaded.model)
             proof = proof_of(loaded, exported, decided, example) if verify_it else None

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphPruneError
 from ..support.types import PathLike
+from ..support.unwrapping import checked_model
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -114,10 +115,10 @@ def load_factory(spec: str, *, weights: PathLike | None = None, seed: int = 0) -
     """
     made = _made(spec, "model", "torchvision.models:resnet18", seed)
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
-        raise GraphPruneError(
-            f"{spec} returned {type(made).__name__}; expected a torch.nn.Module or a pair (module, example input)"
-        )
+    try:
+        model = checked_model(model, f"what {spec} returned")
+    except GraphPruneError as error:
+        raise GraphPruneError(f"{error}; the function returns a model, or a pair (model, example input)") from error
     if weights is not None:
         load_weights(model, weights)
     return Loaded(spec, model, example)

@@ -16,6 +16,7 @@ from ..tracing.counting import count
 from .factories import load_factory
 from .proof import proof_of
 from .terminal import (
+    AllowOption,
     BudgetOption,
     CriterionOption,
     FoldOption,
@@ -72,6 +73,7 @@ def prune(
     fold_bn: FoldOption = True,
     output_mode: ModeOption = "module",
     recover: RecoverOption = "auto",
+    allow_nothing: AllowOption = False,
     verify_it: VerifyOption = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -104,6 +106,7 @@ def prune(
             budget=limits,
             target=target,
             layer_criterion=layer_criterion,
+            strict=not allow_nothing,
         )
         work.step("cutting")
         small = decided.apply(loaded.model)
@@ -123,7 +126,9 @@ def prune(
         "model": model,
         "before": before.to_dict(),
         "after": after.to_dict(),
-        "groups": [{"name": g.name, "kind": g.kind, "size": g.size, "kept": g.kept} for g in decided.groups],
+        "groups": [
+            {"name": g.name, "kind": g.kind, "size": g.size, "asked": g.asked, "kept": g.kept} for g in decided.groups
+        ],
         "layers": [block.module for block in decided.layers],
         "frozen": list(decided.frozen),
         "folded": len(decided.folds),

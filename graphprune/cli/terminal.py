@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ..errors import GraphPruneError
+from ..errors import GraphPruneError, GraphPruneWarning
 from ..planning.allocation import Budget
 from ..plans.verification import VerificationReport
 from ..runtimes.latency import Target
@@ -141,6 +142,12 @@ TableOption = Annotated[
 FoldOption = Annotated[
     bool, _option(_PRUNING, "Merge batch norms into layers, or keep them for training.", "--fold-bn/--keep-bn")
 ]
+AllowOption = Annotated[
+    bool,
+    _option(
+        _PRUNING, "Go on, with a warning, where nothing was removed of what was asked for.", "--allow-nothing"
+    ),
+]
 VerifyOption = Annotated[bool, _option(_PRUNING, "Prove the pruned model.", "--verify/--no-verify")]
 PlanOption = Annotated[Path | None, _option(_PRUNING, "A plan that the command prune wrote.", "--plan", metavar="FILE")]
 PrunedOption = Annotated[
@@ -183,12 +190,29 @@ def working(steps: int) -> Iterator[Work]:
     try:
         console = Console(stderr=True)
         bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
-        with bar, contextlib.redirect_stdout(sys.stderr):
+        with bar, contextlib.redirect_stdout(sys.stderr), _warnings_told():
             yield Work(bar, steps)
     except (GraphPruneError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         typer.echo("error: " + " | ".join(lines), err=True)
         raise typer.Exit(1) from None
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Our own warnings as one line of the command, without a line of code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", GraphPruneWarning)
+        others = warnings.showwarning
+
+        def tell(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if issubclass(category, GraphPruneWarning):
+                typer.echo(f"warning: {message}", err=True)
+            else:
+                others(message, category, *where, **more)
+
+        warnings.showwarning = tell
+        yield
 
 
 def show(as_json: bool, data: dict[str, Any], *text: Any) -> None:

@@ -13,7 +13,17 @@ from ..plans.storage import save
 from ..support.files import check_target
 from ..workflows.pipelines import PipelineResult, pipeline
 from .factories import load_data, load_factory
-from .terminal import JsonOption, ModelArgument, SeedOption, ShapeOption, WeightsOption, parse_options, show, working
+from .terminal import (
+    AllowOption,
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    ShapeOption,
+    WeightsOption,
+    parse_options,
+    show,
+    working,
+)
 
 _TRAINING = "Training"
 _PRUNING = "How to prune"
@@ -82,6 +92,7 @@ def run_pipeline(
         Path | None,
         typer.Option(metavar="FOLDER", help="Go on from here, if it was stopped.", rich_help_panel=_TRAINING),
     ] = None,
+    allow_nothing: AllowOption = False,
     speed: Annotated[bool, typer.Option("--speed", help="Measure the latency before and after.")] = False,
     report: Annotated[
         list[Path] | None,
@@ -121,6 +132,7 @@ def run_pipeline(
             speed=speed,
             seed=seed,
             checkpoint=checkpoint,
+            strict=not allow_nothing,
         )
         files = _written(done, output, report or [])
     data_out = {"model": model, **done.to_dict(), "files": files}

@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from ..errors import GraphPruneError
+from ..support.doors import door
 from ..tracing.names import operator_name
 from ..tracing.pause import paused_collector
 from ..tracing.trace import Trace, record_run
@@ -289,6 +290,7 @@ class DependencyGraph:
         return f"DependencyGraph({len(self._groups)} groups, {len(self.trace.parameters)} parameters)"
 
 
+@door("model")
 def trace(model: nn.Module, example_input: Any) -> DependencyGraph:
     """Record one run of `model` and find out which slices of which parameters are one channel.
 

@@ -16,6 +16,7 @@ from ..dependency.graph import trace
 from ..errors import GraphPruneError
 from ..plans.plan import AttributeChange, Plan, structure_of
 from ..plans.verification import verify as run_verification
+from ..support.doors import door
 from ..support.types import Ignore
 from ..tracing.names import operator_name
 from .allocation import ignored_positions
@@ -24,6 +25,7 @@ _STOCK = (conv.Conv1d, conv.Conv2d, conv.Conv3d, conv.ConvTranspose1d, conv.Conv
 _PADDED = "_reversed_padding_repeated_twice"  # what padding modes other than zeros read
 
 
+@door("model")
 def plan_kernels(
     model: nn.Module,
     example_input: Any,
@@ -49,6 +51,7 @@ def plan_kernels(
     return _decide(model, trace(model, example_input), float(threshold), ignore)
 
 
+@door("model")
 def shrink_kernels(
     model: nn.Module,
     example_input: Any,

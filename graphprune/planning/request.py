@@ -21,6 +21,7 @@ from ..plans.verification import verify as run_verification
 from ..recovery import auto_possible, check_method
 from ..recovery import recover as recover_accuracy
 from ..runtimes.latency import Target
+from ..support.doors import door
 from ..support.types import Ignore, LossFunction
 from ..tracing.example import ExampleInput
 from ..tracing.pause import paused_collector
@@ -29,12 +30,14 @@ from .allocation.steps import RoundTo
 from .experts import plan_experts
 from .layers import ignored_names, plan_layers, split_granularity
 from .layers_and_widths import JointPlanner, LayerChoice
+from .shortfall import shortfall, tell
 from .widths import plan_once
 from .within_latency import plan_within, width_step
 
 Criterionlike = str | Callable[..., Any]
 
 
+@door("model")
 def plan(
     model: nn.Module,
     example_input: Any,
@@ -55,6 +58,7 @@ def plan(
     loss_fn: LossFunction | None = None,
     target: Target | None = None,
     layer_criterion: Any = None,
+    strict: bool = False,
 ) -> Plan:
     """Decide what to remove from `model`, without changing it.
 
@@ -119,14 +123,45 @@ def plan(
     With `round_to=1` numbers are rounded to nearest (0.34 of 10 removes 3); ties between equal scores keep the lower
     index.
 
+    - `strict`: whether it is an error, instead of a GraphPruneWarning, where a ratio above 0 removes nothing at all, or
+      nothing of a name in the dict. Either names the option, or the most frequent reasons in the code.
+
     Raises GraphPruneError for arguments out of range, unknown names, weights that are NaN, and models that fail on the
     example input. A model with nothing to prune gives a plan that removes nothing and says why, axis by axis.
     """
-    return _Job.of(
+    decision = _Job.of(
         model, example_input, ratio, budget, granularity, layer_criterion, scope, round_to, min_channels, max_ratio,
         criterion=criterion, ignore=ignore, fold_bn=fold_bn, seed=seed, output=output, data=data, loss_fn=loss_fn,
         target=target,
-    ).decided()[1]  # fmt: skip
+    ).decided()  # fmt: skip
+    tell(decision.shortfall, strict)
+    return decision.plan
+
+
+def decide(
+    model: nn.Module, example_input: Any, ratio: float | Mapping[str, float] | None = None, **options: Any
+) -> tuple[Plan, str]:
+    """`plan` for callers in this package that tell themselves where nothing came of it, once; and what to tell then."""
+    decision = _Job.of(model, example_input, ratio, **options).decided()
+    return decision.plan, decision.shortfall
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decision:
+    """A plan with what it was made of: the graph (None for wholes), the settings as they were in the end, and what was
+    asked for as a whole."""
+
+    graph: DependencyGraph | None
+    plan: Plan
+    settings: Settings
+    whole: str | None = None
+    step: int | None = None  # of the widths that a target likes
+
+    @property
+    def shortfall(self) -> str:
+        """What was asked for and did not come, and why; empty where all is well."""
+        told = shortfall(self.plan, self.settings, self.whole, self.graph)
+        return f"{told}; {self.step} is what the target likes" if told and self.step else told
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,28 +174,28 @@ class _Job:
     whole: str | None  # "layer", "branch" or "experts"
     widths: bool
     layer_criterion: Any
-    criterion: Criterionlike | None
-    ignore: Ignore
-    fold_bn: bool
-    seed: int
-    output: str
-    data: Any
-    loss_fn: LossFunction | None
-    target: Target | None
+    criterion: Criterionlike | None = None
+    ignore: Ignore = ()
+    fold_bn: bool = True
+    seed: int = 0
+    output: str = "module"
+    data: Any = None
+    loss_fn: LossFunction | None = None
+    target: Target | None = None
 
     @classmethod
     def of(
         cls,
         model: nn.Module,
         example: Any,
-        ratio: float | Mapping[str, float] | None,
-        budget: Budget | None,
-        granularity: str | Sequence[str],
-        layer_criterion: Any,
-        scope: str,
-        round_to: RoundTo,
-        min_channels: int,
-        max_ratio: float,
+        ratio: float | Mapping[str, float] | None = None,
+        budget: Budget | None = None,
+        granularity: str | Sequence[str] = "auto",
+        layer_criterion: Any = None,
+        scope: str = "local",
+        round_to: RoundTo = "auto",
+        min_channels: int = 1,
+        max_ratio: float = 1.0,
         **others: Any,
     ) -> _Job:
         whole, widths = split_granularity(granularity)
@@ -181,11 +216,11 @@ class _Job:
             )
         return cls(model, example, settings, whole, widths is not None, layer_criterion, **others)
 
-    def decided(self) -> tuple[DependencyGraph | None, Plan]:
-        """The graph and the plan made from it. Arguments are checked before the model runs."""
+    def decided(self) -> _Decision:
+        """The plan, and what it was made of. Arguments are checked before the model runs."""
         self.settings.check()
         if not self.widths:
-            return None, self._whole()
+            return _Decision(None, self._whole(), self.settings, self.whole)
         check_output(self.output)
         chosen = resolve_criterion(self.criterion)
         chosen.check_data(self.data, self.loss_fn)
@@ -193,14 +228,16 @@ class _Job:
         budget = self.settings.budget
         timed = budget is not None and budget.timed
         if self.target is None and not timed:
-            return self._maker(chosen)(None)
+            return _Decision(*self._maker(chosen)(None), self.settings)
         step = 1 if self.settings.auto else int(self.settings.round_to)  # on a target widths are those that it likes
         if not timed:
             step = math.lcm(step, width_step(self.model, self.example, target))
         stepped = dataclasses.replace(self, settings=dataclasses.replace(self.settings, round_to=step))
         if budget is not None and timed:
-            return plan_within(self.model, self.example, target, budget.seconds, stepped._maker(chosen))
-        return stepped._maker(chosen)(None)
+            found = plan_within(self.model, self.example, target, budget.seconds, stepped._maker(chosen))
+        else:
+            found = stepped._maker(chosen)(None)
+        return _Decision(*found, stepped.settings, step=step if step > 1 else None)
 
     def _whole(self) -> Plan:
         """Layers, branches or experts alone."""
@@ -264,6 +301,7 @@ class _Job:
                     return graph, dataclasses.replace(found, output=self.output)
 
 
+@door("model")
 def prune(
     model: nn.Module,
     example_input: Any,
@@ -286,12 +324,14 @@ def prune(
     recover: str | None = "auto",
     target: Target | None = None,
     layer_criterion: Any = None,
+    strict: bool = False,
 ) -> nn.Module:
     """A physically smaller copy of `model`; the model itself is not touched.
 
     The same as `plan(...).apply(model)`, followed by `verify` unless `verify=False`, and by `recover`. All other
     arguments are those of `plan`. Verification costs four forward passes and two copies of the model; it raises
-    GraphPruneError if the pruned network is not what the plan says.
+    GraphPruneError if the pruned network is not what the plan says. Of a model in a wrapper (`torch.compile`,
+    DataParallel, DistributedDataParallel) the result is the module inside, to be wrapped anew.
 
     `recover`: how what was lost is repaired after verification, without labels or training. "auto" (default): with
     `data` by least squares, no layer given a new bias; without, behind batch norms, by the means and variances that
@@ -313,7 +353,9 @@ def prune(
     check_method(recover, data)
     if job.whole == "experts" and recover not in (None, "auto", "batchnorm"):
         raise GraphPruneError(f"recover={recover!r} repairs layers that lost inputs; here none has")
-    graph, decided = job.decided()
+    decision = job.decided()
+    tell(decision.shortfall, strict)
+    graph, decided = decision.graph, decision.plan
     with paused_collector():
         small = decided.apply(model)
     if verify:

@@ -6,11 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from ..support.doors import door
 from ..tracing.trace import record_run
 from .plan import folding
 from .surgery import find_folds
 
 
+@door("model")
 def fold_conv_bn(model: nn.Module, example_input: Any) -> nn.Module:
     """A copy of `model` with every foldable batch norm merged into the layer before it and replaced by nn.Identity.
 

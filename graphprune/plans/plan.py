@@ -17,6 +17,7 @@ from ..dependency.temperature import Rescale
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.experts import Experts
 from ..errors import GraphPruneError
+from ..support.doors import door
 from ..support.files import replacing
 from ..support.types import PathLike
 from ..support.versions import running_versions
@@ -56,6 +57,11 @@ class GroupPlan:
     kept: int
     asked: float | None = None
     weight: float = 1.0
+
+    @property
+    def rounded(self) -> bool:
+        """Whether another number stays than the one asked for, rounded to nearest."""
+        return self.asked is not None and abs(self.asked - self.kept) > 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +124,7 @@ class Plan:
         """It does something else than leaving layers out."""
         return any((self.removed, self.attributes, self.folds, self.rescales, self.rewrites, self.experts))
 
+    @door("model")
     def apply(self, model: nn.Module) -> nn.Module:
         """A pruned copy of `model`, which must have the names and shapes the plan was made for. The copy remembers the
         plan: `graphprune.save` writes it beside the weights.
@@ -127,6 +134,7 @@ class Plan:
         self.check(model)
         return remember(close_gaps(self.operated(model), model, self.layers), model, self)
 
+    @door("model")
     def operated(self, model: nn.Module) -> nn.Module:
         """The pruned copy while the layers that are left out still have their places, and all others their names."""
         small = bypass_layers(model, self.layers) if self.layers else model
@@ -137,6 +145,7 @@ class Plan:
             small = replace(small, self.rewrites)
         return small
 
+    @door("model")
     def check(self, model: nn.Module) -> None:
         """Raise GraphPruneError unless the plan fits `model`."""
         found = structure_of(model)
@@ -174,10 +183,14 @@ class Plan:
             return "\n".join([head, *lines])
         lines = first if self.layers else []
         cut = [g for g in self.groups if g.kept < g.size]
+        listed = [g for g in self.groups if g.kept < g.size or g.rounded]
         lines.append(f"{len(cut)} of {len(self.groups)} groups pruned, {len(self.folds)} batch norms folded")
         if self.asked is not None and self.gone is not None:
             lines.append(f"  asked to remove {self.asked:.1%} of each on average, removed {self.gone:.1%}")
-        lines += [f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" for g in cut]
+        lines += [
+            f"  {g.name}: {g.kept} of {g.size} {g.kind}s kept" + (f", {g.asked:.4g} asked for" if g.rounded else "")
+            for g in listed
+        ]
         lines += [f"  {change}" for change in self.attributes]
         lines += [f"  {r.module or 'the model'} becomes a graph of its recorded calls" for r in self.rewrites]
         if self.latency is not None:

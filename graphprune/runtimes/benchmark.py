@@ -13,6 +13,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import GraphPruneError
+from ..support.doors import door
+from ..support.unwrapping import checked_model, no_model
 from .arguments import FlatArguments
 from .candidates import Candidates, Model
 from .machine import describe_machine, describe_versions, usable_cores
@@ -22,6 +24,7 @@ from .results import BenchmarkReport, BenchmarkRow
 from .sessions import device_of
 
 
+@door()
 def benchmark(
     models: Mapping[str, Model],
     example_input: Any,
@@ -121,11 +124,10 @@ def _check_models(models: Mapping[str, Model], baseline: str | None) -> str:
     for name, model in models.items():
         if not isinstance(name, str) or not name:
             raise GraphPruneError(f"models: a name must be a string that is not empty, got {name!r}")
-        kind: Any = type(model)
-        if not issubclass(kind, (nn.Module, str, os.PathLike)):
-            raise GraphPruneError(
-                f"models: {name!r} must be a torch.nn.Module or the path of an ONNX file, got {kind.__name__}"
-            )
+        if not isinstance(model, (nn.Module, str, os.PathLike)):
+            raise no_model(model, f"models[{name!r}]", "a torch.nn.Module or the path of an ONNX file")
+        if isinstance(model, nn.Module):
+            checked_model(model, f"models[{name!r}]")
     if baseline is not None and baseline not in models:
         raise GraphPruneError(f"baseline {baseline!r} is not among the models: {', '.join(models)}")
     return next(iter(models)) if baseline is None else baseline

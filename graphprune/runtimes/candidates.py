@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import nn
 
 from ..errors import GraphPruneError
 from ..support.types import PathLike
+from ..support.unwrapping import checked_model
 from .arguments import FlatArguments
 from .export import export_onnx
 
@@ -50,9 +52,10 @@ class Candidates:
         self._names = list(models)
         for number, (name, model) in enumerate(models.items()):
             advance(f"exporting {name}" if isinstance(model, nn.Module) else f"reading {name}")
-            if not isinstance(model, nn.Module):
+            if isinstance(model, (str, os.PathLike)):
                 self._any[name] = _existing(name, Path(model))
                 continue
+            model = checked_model(model, f"models[{name!r}]")
             arguments = FlatArguments.of(example_input, model)
             if arguments.batch_size is not None:
                 try:

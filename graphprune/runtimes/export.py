@@ -10,9 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import GraphPruneError
+from ..support.doors import door
 from ..support.files import check_target, move_into_place, workspace
 from ..support.types import PathLike
-from ..support.unwrapping import unwrapped
 from .arguments import FlatArguments, named_outputs
 from .capture import capture, inference_state, optimise, quiet, run_model
 from .initializers import Initializers, Removal, check_captured, check_file, planned_shapes
@@ -63,6 +63,7 @@ class ExportReport:
         return f"{self.path}: {', '.join(facts)}" + "".join(f"; {note}" for note in self.notes)
 
 
+@door("model")
 def export_onnx(
     model: nn.Module,
     example_input: Any,
@@ -105,7 +106,7 @@ def export_onnx(
             ONNX Runtime cannot run the file or computes something else.
     """
     target = check_target(path)
-    model = _check_arguments(model, opset, tolerance)
+    _check_arguments(model, opset, tolerance)
     planned = {} if plan is None else planned_shapes(model, plan)
     arguments = FlatArguments.of(example_input, model)
     if dynamic_batch and arguments.batch_size is None:
@@ -157,11 +158,7 @@ def export_onnx(
     )
 
 
-def _check_arguments(model: nn.Module, opset: int | None, tolerance: float | None) -> nn.Module:
-    """The module to export: `model` itself, or the one inside `torch.compile`'s or a data-parallel wrapper."""
-    if not isinstance(model, nn.Module):
-        raise GraphPruneError(f"expected a torch.nn.Module to export, got {type(model).__name__}")
-    model = unwrapped(model)
+def _check_arguments(model: nn.Module, opset: int | None, tolerance: float | None) -> None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type == "meta":
             raise GraphPruneError(f"{name!r} is on the meta device and has no values; load the weights first")
@@ -175,7 +172,6 @@ def _check_arguments(model: nn.Module, opset: int | None, tolerance: float | Non
             )
     if tolerance is not None and not (tolerance >= 0 and math.isfinite(tolerance)):
         raise GraphPruneError(f"tolerance must be a finite number of at least 0, got {tolerance!r}")
-    return model
 
 
 def _batch_sizes(own: int | None, dynamic_batch: bool) -> tuple[int | None, ...]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..support.doors import door
 from ..support.types import PathLike
+from ..support.unwrapping import checked_model, no_model
 from .container import SparseFile, write_file
 from .encoding import DamagedError, Entry, decode, encode
 from .masks import put_in_force
@@ -20,6 +22,7 @@ _SMALLEST_LIMIT = 256 * 2**20
 _EXPANSION = 1024  # what zlib itself can reach
 
 
+@door()
 def save(
     model: nn.Module | Mapping[str, Tensor],
     path: PathLike,
@@ -42,13 +45,13 @@ def save(
     if values not in ("exact", "float16"):
         raise GraphPruneError(f"values: expected 'exact' or 'float16', got {values!r}")
     if isinstance(model, nn.Module):
-        state = PlainState.of(model)
+        state = PlainState.of(checked_model(model))
         tensors: Mapping[str, Any] = state.tensors
         masks = state.masks
     elif isinstance(model, Mapping):
         tensors, masks = model, {}
     else:
-        raise GraphPruneError(f"expected a torch.nn.Module or a state dict, got {type(model).__name__}")
+        raise no_model(model, "model", "a torch.nn.Module or a state dict")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise GraphPruneError(f"{name!r} is {type(tensor).__name__}: only tensors under names can be stored")
@@ -66,6 +69,7 @@ def _rounded(tensor: Tensor, values: str) -> bool:
 def load(path: PathLike, model: None = None, *, max_bytes: int | None = None) -> dict[str, Tensor]: ...
 @overload
 def load(path: PathLike, model: nn.Module, *, masks: bool = True) -> nn.Module: ...
+@door("model", in_place=True)
 def load(
     path: PathLike,
     model: nn.Module | None = None,

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 
 from ..errors import GraphPruneError
 from ..plans.surgery.copying import clone_with
+from ..support.doors import door
 from ..support.types import LossFunction, Names
-from ..tracing.example import ExampleInput
+from ..tracing.example import ExampleInput, ordinary
 from .masks import make_plain, put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import Weight, find_weights, select_weights
 
 
+@door("model", in_place=True)
 def gradient(
     model: nn.Module,
     data: Iterable[Any],
@@ -111,7 +113,7 @@ def _loss(model: nn.Module, batch: Any, loss_fn: LossFunction, device: torch.dev
     if targets is None:
         targets = dict(inputs.kwargs)
     elif isinstance(targets, Tensor):
-        targets = targets.to(device)
+        targets = ordinary(targets).to(device)
     tensors = inputs.tensors()
     size = int(tensors[0].shape[0]) if tensors and tensors[0].dim() else 1
     try:

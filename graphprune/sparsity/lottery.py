@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphPruneError
 from ..plans.surgery.copying import clone_with
+from ..support.doors import door
 from ..support.types import Names, PathLike
 from .checkpoints import Progress, read_progress, write_progress
 from .magnitudes import magnitude
@@ -51,12 +52,14 @@ class LotteryTicket:
     rewind: int
     rounds: tuple[Round, ...]
 
+    @door()
     def fresh(self) -> nn.Module:
         """A copy of the ticket at step `rewind`, masks in force: train it from there."""
         copied = clone_with(self.model, {})
         PlainState.of(copied).write(self.rewound)
         return copied
 
+    @door()
     def random_reinit(self, build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
         """The control with the ticket's masks on new initial weights: train it from step 0.
 
@@ -66,6 +69,7 @@ class LotteryTicket:
             model = build()
         return set_masks(model, self.masks)
 
+    @door()
     def random_masks(self, seed: int = 0) -> nn.Module:
         """The control with the ticket's weights at step `rewind`, as many of them pruned in each tensor, at random."""
         generator = torch.Generator().manual_seed(seed)
@@ -76,6 +80,7 @@ class LotteryTicket:
         return set_masks(self.fresh(), shuffled)
 
 
+@door("model")
 def lottery_ticket(
     model: nn.Module,
     train: TrainFunction,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..support.doors import door
 from ..support.types import Names
 from .masks import put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import select_weights
 
 
+@door("model", in_place=True)
 def magnitude(
     model: nn.Module,
     sparsity: float,

@@ -9,14 +9,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..errors import GraphPruneError
+from ..support.doors import door
 from .weights import Mask, Site, Weight, find_weights, mask_at, steps_of
 
 
+@door("model")
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """Copies of the masks in force: name of the weight ("fc.weight") -> boolean tensor, true where a weight stays."""
     return {w.name: w.mask.clone() for w in find_weights(model) if w.mask is not None}
 
 
+@door("model", in_place=True)
 def set_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Put masks in force, replacing the ones of the same weights, and return the model, which is changed in place.
 
@@ -111,6 +114,7 @@ def _unregister(site: Site) -> None:
         del steps[-1]
 
 
+@door("model", in_place=True)
 def make_permanent(model: nn.Module) -> nn.Module:
     """Turn every mask into zeros in an ordinary parameter, and return the model, which is changed in place.
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..support.doors import door
 from .weights import find_weights, is_weight
 
 
@@ -90,6 +91,7 @@ class SparsityReport:
         )
 
 
+@door("model")
 def report(model: nn.Module) -> SparsityReport:
     """Count zeros as the network computes with them: masks applied, shared parameters once.
 

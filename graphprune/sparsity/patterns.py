@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import GraphPruneError
+from ..support.doors import door
 from ..support.types import Names
+from ..support.warning import warn
 from .masks import put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import Weight, select_weights
 
 
+@door("model", in_place=True)
 def n_m(
     model: nn.Module,
     n: int = 2,
@@ -49,7 +50,7 @@ def n_m(
     if not fitting:
         raise GraphPruneError(f"n_m: no weight has an input axis that is a multiple of {m}")
     if left:
-        warnings.warn(f"n_m: the input axis of {', '.join(left)} is no multiple of {m}; left dense", stacklevel=2)
+        warn(f"n_m: the input axis of {', '.join(left)} is no multiple of {m}; left dense", UserWarning)
     put_in_force([(w, _keep_n_of_m(w, n, m)) for w in fitting])
     return model
 
@@ -79,6 +80,7 @@ def _keep_n_of_m(weight: Weight, n: int, m: int) -> Tensor:
     return keep.flatten(-2).movedim(-1, axis)
 
 
+@door("model", in_place=True)
 def blocks(
     model: nn.Module,
     sparsity: float,

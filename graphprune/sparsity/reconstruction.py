@@ -22,6 +22,7 @@ from ..importance.calibration import (
 from ..plans.surgery import clone_with, find_folds
 from ..recovery.repair import walk
 from ..recovery.repair.solve import masked_ridge_solution
+from ..support.doors import door
 from ..tracing.example import ExampleInput
 from ..tracing.names import named_tensors
 from ..tracing.trace import record_run
@@ -29,6 +30,7 @@ from .masks import make_permanent
 from .weights import Mask, Weight, find_weights, steps_of
 
 
+@door("model", "dense", in_place=True)
 def reconstruct(model: nn.Module, dense: nn.Module, example_input: Any, data: Any, *, ridge: float = 1e-3) -> nn.Module:
     """Fit the unmasked weights of `model` again so that its layers make what those of `dense` do; masks stay in force.
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..dependency import Group
+from ..dependency import DependencyGraph, Group
 from ..dependency.graph import trace
 from ..errors import GraphPruneError
 from ..importance import resolve_criterion
@@ -18,10 +18,12 @@ from ..planning.allocation import Settings
 from ..planning.allocation.selection import chosen_groups
 from ..planning.allocation.steps import RoundTo, nearest
 from ..planning.request import Criterionlike
+from ..planning.shortfall import hopeless, shortfall, tell
 from ..planning.widths import plan_from_graph
-from ..plans.plan import Plan
+from ..plans.plan import GroupPlan, Plan
 from ..plans.verification import verify as run_verification
 from ..recovery import carry_optimizer
+from ..support.doors import door
 from ..support.types import Ignore, LossFunction
 from .magnitudes import magnitude
 from .ranking import check_sparsity
@@ -52,6 +54,7 @@ class Scheduler:
     whether the last step changed the model. Raises GraphPruneError where the schedule leaves [0, 1) or falls.
     """
 
+    @door("model", keep_wrapper=True)
     def __init__(
         self,
         model: nn.Module,
@@ -70,6 +73,7 @@ class Scheduler:
         self.changed = False
         self._follow()
 
+    @door()
     def step(self) -> nn.Module:
         """Count a step, prune if the schedule asks for more, and return the model to go on with."""
         self.steps += 1
@@ -130,6 +134,9 @@ class Channels:
     scope is not "local"), however many steps lead there. The arguments are those of `graphprune.plan`; batch norms are
     not folded, as training goes on. With `verify` (default) every step is checked like `graphprune.prune` does it.
     `plan` is the plan of the latest step.
+
+    Where options (`round_to`, `min_channels`) keep every group whole, whatever the sparsity, that is a
+    GraphPruneWarning, once, or with `strict` a GraphPruneError. A model without channels to remove is an error.
     """
 
     def __init__(
@@ -146,6 +153,7 @@ class Channels:
         verify: bool = True,
         data: Any = None,
         loss_fn: LossFunction | None = None,
+        strict: bool = False,
     ) -> None:
         self.example_input = example_input
         self.ignore = ignore if isinstance(ignore, (str, nn.Module)) else list(ignore)
@@ -157,14 +165,21 @@ class Channels:
         self.seed = seed
         self.verify = verify
         self.widths: dict[str, int] = {}
+        self.strict = strict
         self.plan: Plan | None = None
+        self.shortfall = ""  # why the latest plan removes nothing, where it does
+        self.told = False
 
+    @door("model")
     def __call__(self, model: nn.Module, sparsity: float) -> nn.Module:
         """A smaller copy of the model."""
         graph = trace(model, self.example_input)
         groups = [g for g, c in zip(graph.groups, chosen_groups(graph, self.settings.granularity), strict=True) if c]
         if not groups:
-            raise GraphPruneError("Channels: this model has no channels to remove; see graphprune.plan")
+            kinds = self.settings.granularity
+            raise GraphPruneError(
+                f"Channels: this model has no channels to remove (granularity={kinds!r}); see graphprune.doctor"
+            )
         if not self.widths:
             self.widths = {_key(g): g.size for g in groups}
         ratio = self._relative(groups, check_sparsity(sparsity))
@@ -173,11 +188,25 @@ class Channels:
         decided = plan_from_graph(
             model, graph, settings, self.criterion, ignore=self.ignore, fold_bn=False, seed=self.seed, source=source
         )
+        self._note(decided, dataclasses.replace(settings, ratio=sparsity), graph, {_key(g) for g in groups})
         small = decided.apply(model)
         if self.verify:
             run_verification(model, small, decided, self.example_input, graph=graph).raise_on_failure()
         self.plan = decided
         return small
+
+    def _note(self, decided: Plan, settings: Settings, graph: DependencyGraph, chosen: set[str]) -> None:
+        """Find out whether the sparsity so far came to nothing, and say at once what no sparsity can change."""
+        self.shortfall = ""
+        if not decided.empty or not (self.plan is None or self.plan.empty):
+            return
+        left = 1 - float(settings.ratio)  # type: ignore[arg-type]
+        asked = [(g, left * g.size if _key(g) in chosen else None) for g in decided.groups]
+        wanted = dataclasses.replace(decided, groups=tuple(dataclasses.replace(g, asked=n) for g, n in asked))
+        self.shortfall = shortfall(wanted, settings, None, graph)
+        if self.shortfall and not self.told and hopeless(wanted, settings):
+            self.told = True
+            tell(self.shortfall, self.strict)
 
     def _relative(self, groups: Sequence[Group], sparsity: float) -> float | dict[str, float]:
         """Fractions of what is left now that leave the wanted fraction of what there was."""
@@ -198,5 +227,5 @@ def _producer(group: Group) -> str:
     return next((m.parameter for m in group.members if m.role == "out"), group.members[0].parameter)
 
 
-def _key(group: Group) -> str:
+def _key(group: Group | GroupPlan) -> str:
     return f"{group.name} {group.kind}"

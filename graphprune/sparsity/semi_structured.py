@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..support.doors import door
 from .masks import make_plain
 from .weights import find_weights
 
@@ -25,6 +26,7 @@ def semi_structured_support(device: torch.device | str | None = None) -> str | N
     return None
 
 
+@door("model", in_place=True)
 def semi_structured(model: nn.Module) -> list[str]:
     """Store the 2:4 sparse Linear weights of `model` in torch's compressed form, in place; returns their names.
 

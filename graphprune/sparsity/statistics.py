@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import GraphPruneError
+from ..support.doors import door
 from ..tracing.example import ExampleInput
 
 Statistics = tuple[Tensor, Tensor]
 
 
+@door("model", "dense", in_place=True)
 def match_statistics(model: nn.Module, dense: nn.Module, inputs: Any) -> nn.Module:
     """Set the running statistics of `model` so that its batch norms put out what those of `dense` do, on average.
 

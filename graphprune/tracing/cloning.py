@@ -92,16 +92,16 @@ class SameMemory:
     memory of their own get another one, as forward passes write into them. What is no ordinary tensor stays itself."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        distinct = {id(t): t for t in tensors if type(t) in PLAIN}.values()
+        distinct = {id(t): t for t in tensors if type(t) in PLAIN and t.layout is torch.strided}.values()
         self.owners = collections.Counter(t.untyped_storage()._cdata for t in distinct)
 
     def __call__(self, tensor: Tensor) -> Tensor:
         if type(tensor) not in PLAIN:
             return tensor
         new = tensor.detach()
-        alone = self.owners[tensor.untyped_storage()._cdata] == 1
-        if not isinstance(tensor, nn.Parameter) and alone and new.nbytes <= _LARGE and new.layout is torch.strided:
-            new = new.clone()
+        if not isinstance(tensor, nn.Parameter) and tensor.layout is torch.strided and new.nbytes <= _LARGE:
+            if self.owners[tensor.untyped_storage()._cdata] == 1:
+                new = new.clone()
         return _like(tensor, new)
 
 

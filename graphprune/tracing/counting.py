@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphPruneError
+from ..support.doors import door
 from ..support.tables import Column, render, table
 from .example import ExampleInput
 from .trace import record_run
@@ -91,6 +92,7 @@ class Count:
         }
 
 
+@door("model")
 def count(model: nn.Module, example_input: Any) -> Count:
     """Parameters and multiply-accumulates (MACs) of `model`, in all and per layer.
 

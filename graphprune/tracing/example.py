@@ -42,7 +42,7 @@ class ExampleInput:
             )
         if not example.args and not example.kwargs:
             raise GraphPruneError("example_input is empty: pass what you would pass to model(...)")
-        return example
+        return example.map(ordinary) if any(map(_restricted, example.tensors())) else example
 
     def call(self, model: Callable[..., Any]) -> Any:
         """`model(*args, **kwargs)`."""
@@ -62,6 +62,16 @@ class ExampleInput:
 
     def to(self, device: torch.device | str) -> ExampleInput:
         return self.map(lambda t: t.to(device))
+
+
+def _restricted(tensor: Tensor) -> bool:
+    """Made under `torch.inference_mode()`: outside it cannot be written to, and no gradient goes through it."""
+    return tensor.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy of one that was made under `torch.inference_mode()`, which backward passes refuse."""
+    return tensor.clone() if _restricted(tensor) else tensor
 
 
 def flatten_tensors(value: Any) -> list[Tensor]:

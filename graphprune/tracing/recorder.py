@@ -120,7 +120,7 @@ class Recorder:
         for name, tensor in named_tensors(model).items():
             if id(tensor) not in self._names:
                 self._names[id(tensor)] = name
-                self._owners[tensor.untyped_storage()._cdata] = tensor
+                self._own(tensor)
         for index, tensor in enumerate(inputs):
             if id(tensor) in self._by_id or id(tensor) in self._names:
                 continue
@@ -128,8 +128,13 @@ class Recorder:
             node.meta["val"] = TensorMeta(tuple(tensor.shape), tensor.dtype)
             self._by_id[id(tensor)] = node
             self._keep.append(tensor)
-            self._owners[tensor.untyped_storage()._cdata] = tensor
+            self._own(tensor)
         self._inputs = dict(self._by_id)
+
+    def _own(self, tensor: Tensor) -> None:
+        """What is written into the tensor's memory is written into the tensor."""
+        if tensor.layout is torch.strided:
+            self._owners[tensor.untyped_storage()._cdata] = tensor
 
     # -- tensors -> nodes
 
@@ -294,7 +299,8 @@ class Recorder:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Tensor):
                 base = value._base if value._base is not None else value
-                owner = self._owners.get(value.untyped_storage()._cdata)
+                strided = value.layout is torch.strided
+                owner = self._owners.get(value.untyped_storage()._cdata) if strided else None
                 if owner is not None:
                     base = owner
                 elif self.whole_depth or self.made(base):

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import GraphPruneError
 from ..support.interrupts import interruptible, shielded
-from .cloning import PLAIN, Bare, SameMemory, clone_modules
+from .cloning import INTERNAL, PLAIN, Bare, SameMemory, clone_modules
 from .example import ExampleInput, result_tensors
 from .modes import WHOLE, DispatchMode, FunctionMode
 from .names import named_tensors
@@ -190,7 +190,7 @@ def _caches(recorder: Recorder, modules: dict[str, nn.Module]) -> tuple[tuple[st
         (path, name)
         for path, module in modules.items()
         for name, value in module.__dict__.items()
-        if type(value) is dict and any(isinstance(v, Tensor) and recorder.made(v) for v in value.values())
+        if type(value) is dict and name not in INTERNAL and any(isinstance(v, Tensor) and recorder.made(v) for v in value.values())
     )
 
 

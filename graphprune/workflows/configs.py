@@ -21,6 +21,7 @@ from ..errors import GraphPruneError
 from ..plans.rewriting import RewrittenModule
 from ..plans.surgery import clone_with
 from ..plans.verification.results import relative_error
+from ..support.doors import door
 from ..tracing.example import ExampleInput
 from ..tracing.names import all_modules, named_tensors
 from ..tracing.origin import Attribute, Expr, Session, TracedInt, evaluate, is_traced, leaves
@@ -53,6 +54,7 @@ class _FieldInt(TracedInt):
         return self
 
 
+@door("model")
 def fit_config(model: nn.Module, example_input: Any, *, tolerance: float = 1e-6) -> ConfigFit:
     """Bring `model.config` in line with the pruned `model`, so that `save_pretrained` and `from_pretrained` return it.
 

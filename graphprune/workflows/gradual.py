@@ -12,19 +12,22 @@ from ..planning.allocation import Budget
 from ..planning.allocation.selection import check_ratio
 from ..planning.allocation.steps import RoundTo
 from ..planning.layers import ignored_names
-from ..planning.request import Criterionlike, plan
+from ..planning.request import Criterionlike, decide
+from ..planning.shortfall import tell
 from ..plans.folding import fold_conv_bn
 from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
 from ..recovery import check_method, recover
 from ..sparsity.scheduler import Channels
 from ..sparsity.schedules import schedule as make_schedule
+from ..support.doors import door
 from ..support.types import Ignore, LossFunction
 from ..tracing.counting import count
 
 Train = Callable[[nn.Module, int], nn.Module | None]
 
 
+@door("model")
 def prune_gradually(
     model: nn.Module,
     example_input: Any,
@@ -46,6 +49,7 @@ def prune_gradually(
     data: Any = None,
     loss_fn: LossFunction | None = None,
     recover: str | None = None,
+    strict: bool = False,
 ) -> nn.Module:
     """A smaller copy of `model`, pruned in `steps` steps that each choose anew from the weights as they are then.
 
@@ -57,6 +61,7 @@ def prune_gradually(
       copy, such as `lambda model, step: graphprune.finetune(model, loader, epochs=1).model`. Without it the steps alone
       are taken, after `recover` if that is given.
     - `recover`: as in `prune`, applied at every step before `train`, against the model of the step before.
+    - `strict`: whether it is an error, instead of a GraphPruneWarning, where nothing at all was removed in the end.
     - `fold_bn`: whether batch norms are folded into layers at the end. They stay while there is training.
 
     The others are those of `plan`. `macs` and `params` of a budget may be fractions or counts; other limits must be
@@ -84,12 +89,16 @@ def prune_gradually(
     }  # fmt: skip
     wanted = check_ratio(0.5 if ratio is None else ratio)
     shrink: _ByRatio | _ByBudget = (
-        _ByRatio(example_input, wanted, verify, chosen)
+        _ByRatio(example_input, wanted, verify, {**chosen, "strict": strict})
         if budget is None
         else _ByBudget(model, example_input, budget, verify, chosen)
     )
+    removed = False
     for step in range(1, steps + 1):
         small, made = shrink(model, way(step) / 0.5)
+        removed = removed or not made.empty
+        if step == steps and not removed:
+            tell(shrink.shortfall, strict)
         if recover is not None:
             small = _recovered(model, made, example_input, data, recover)
         model = small if train is None else _trained(train, small, step)
@@ -106,6 +115,11 @@ class _ByRatio:
         small = self.channels(model, self.ratio * part)
         assert self.channels.plan is not None
         return small, self.channels.plan
+
+    @property
+    def shortfall(self) -> str:
+        """Why nothing went in the latest step; empty where it was told already, or nothing was asked."""
+        return "" if self.channels.told else self.channels.shortfall
 
 
 class _ByBudget:
@@ -131,12 +145,15 @@ class _ByBudget:
                 self.before[name], self.ends[name] = 1.0, float(value)
         self.counted = frozenset(full)
         self.last = dict(self.before)
+        self.shortfall = ""
 
     def __call__(self, model: nn.Module, part: float) -> tuple[nn.Module, Plan]:
         now = {n: full + (self.ends[n] - full) * part for n, full in self.before.items()}
         limits = {n: value if n in self.counted else value / self.last[n] for n, value in now.items()}
         self.last = now
-        made = plan(model, self.example_input, budget=Budget(**limits), fold_bn=False, **self.chosen)
+        made, self.shortfall = decide(
+            model, self.example_input, budget=Budget(**limits), fold_bn=False, **self.chosen
+        )
         small = made.apply(model)
         if self.verify:
             run_verification(model, small, made, self.example_input).raise_on_failure()

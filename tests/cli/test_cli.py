@@ -126,6 +126,7 @@ def test_prune_prints_a_comparison() -> None:
     assert "not verified" in text and "written: pruned.plan.json, pruned.safetensors" in text
 
 
+@pytest.mark.filterwarnings("ignore::graphprune.GraphPruneWarning")
 def test_options_reach_the_plan() -> None:
     base = load_factory("zoo:net")
     cases: list[tuple[list[str], dict[str, Any]]] = [
@@ -138,7 +139,7 @@ def test_options_reach_the_plan() -> None:
         (["--criterion", "random", "--seed", "7"], {"criterion": "random", "seed": 7}),
         (["--criterion", "zoo_first"], {"criterion": "zoo_first"}),
         (["--granularity", "channels", "--granularity", "heads"], {"granularity": ["channels", "heads"]}),
-        (["--granularity", "heads"], {"granularity": "heads"}),
+        (["--granularity", "heads", "--allow-nothing"], {"granularity": "heads"}),
     ]
     for arguments, options in cases:
         ok("prune", "zoo:net", *arguments)

@@ -13,7 +13,7 @@ import torch
 import graphprune
 from graphprune import GraphPruneError
 from graphprune.cli.factories import load_factory
-from tests.cli.command_line import failed, ok, written, wrong, zoo_folder
+from tests.cli.command_line import failed, ok, run, written, wrong, zoo_folder
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (["inspect", "zoo:number"], "zoo:number is no function but int"),
         (["inspect", "zoo:broken"], "failed: RuntimeError: first line | second line (zoo.py:"),
         (["inspect", "zoo:needs"], "calling it without arguments failed: TypeError: needs() missing 1 required"),
-        (["inspect", "zoo:nothing"], "returned NoneType; expected a torch.nn.Module or a pair"),
+        (["inspect", "zoo:nothing"], "returned: expected a torch.nn.Module, got None; pass the network; the function"),
         (["inspect", "zoo:Net"], "zoo:Net returns a model without an example input; add --input-shape"),
         (["inspect", "zoo:Net", "--input-shape", "1,4,8,8"], "example_input held tensors of shape (1, 4, 8, 8)"),
         (["inspect", "zoo:net", "--explain", "first.wieght"], "no parameter or buffer named 'first.wieght'"),
@@ -124,6 +124,24 @@ def test_a_plan_of_another_model_is_refused() -> None:
     line = failed("export", "zoo:tokens", "a.onnx", "--plan", "pruned.plan.json", "--input-shape", "1,2:int64",
                   "--input-shape", "1,2,1")  # fmt: skip
     assert "the plan was made for another model" in line and not Path("a.onnx").exists()
+
+
+@pytest.mark.filterwarnings("error")  # a warning would be told twice
+def test_nothing_removed_is_an_error_or_one_line() -> None:
+    nothing = "nothing was removed, although ratio=0.5 was asked for: "
+    assert f"{nothing}granularity='heads'" in failed("prune", "zoo:net", "--granularity", "heads")
+    assert f"{nothing}round_to=64" in failed("prune", "zoo:net", "--round-to", "64")
+    assert "nothing was removed of 'head' (part of the model's out" in failed("prune", "zoo:net", "--ratio", "head=0.5")
+    assert f"{nothing[:19]}, although ratio=0.01" in failed("export", "zoo:net", "a.onnx", "--ratio", "0.01")
+    assert f"{nothing}round_to=64" in failed(
+        "pipeline", "zoo:net", "zoo:batches", "--option", "round_to=64", "--finetune-epochs", "0"
+    )
+    assert not written()
+    done = run("prune", "zoo:net", "--round-to", "64", "--allow-nothing")
+    (line,) = [line for line in done.stderr.splitlines() if "removed" in line]
+    assert line.startswith(f"warning: {nothing}round_to=64") and done.exit_code == 0 and written()
+    done = run("prune", "zoo:net", "--ratio", "0")
+    assert "nothing was removed" not in done.stderr and done.exit_code == 0
 
 
 def test_what_fails_verification_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,7 +201,7 @@ NET: dict[str, Any] = {"a": nets.ConvNet()}
     [
         ({}, {}, "at least one entry"),
         (nets.ConvNet(), {}, "at least one entry"),
-        ({"a": 3}, {}, "'a' must be a torch.nn.Module or the path"),
+        ({"a": 3}, {}, "models\\['a'\\]: expected a torch.nn.Module or the path of an ONNX file, got an int"),
         ({3: nets.ConvNet()}, {}, "name must be a string"),
         ({"a": "missing.onnx"}, {}, "there is no file missing.onnx"),
         ({"a": __file__}, {}, "is no ONNX file"),

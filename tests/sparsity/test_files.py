@@ -239,7 +239,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
 
     for thing, options, message in (
         (Extra(2, 2), {}, "_extra_state' is dict: only tensors"),
-        ([1], {}, "expected a torch.nn.Module or a state dict, got list"),
+        ([1], {}, "expected a torch.nn.Module or a state dict, got a list"),
         ({"w": torch.zeros(2, device="meta")}, {}, "w: only ordinary tensors"),
         ({"w": torch.zeros(2, 2).to_sparse()}, {}, "w: only ordinary tensors"),
         (mlp(), {"values": "int8"}, "values: expected 'exact' or 'float16'"),

@@ -152,7 +152,7 @@ def test_errors_change_nothing() -> None:
         sparsity.magnitude(nn.LazyLinear(3), 0.5)
     with pytest.raises(GraphPruneError, match="meta device"):
         sparsity.magnitude(nn.Linear(2, 2, device="meta"), 0.5)
-    with pytest.raises(GraphPruneError, match=r"expected a torch.nn.Module, got dict"):
+    with pytest.raises(GraphPruneError, match=r"expected a torch.nn.Module, got a dict"):
         sparsity.magnitude({}, 0.5)  # type: ignore[arg-type]
     after = model.state_dict()
     assert all(torch.equal(after[k].nan_to_num(7), v.nan_to_num(7)) for k, v in before.items())

@@ -1,4 +1,4 @@
-"""Data-parallel and compiled models are pruned as they are, and stay what they were."""
+"""Data-parallel and compiled models: the module inside is pruned, and the model stays what it was."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) 
     model = wrap(net())
     plan = graphprune.plan(model, X, 0.5)
     small = graphprune.prune(model, X, 0.5)  # which proves it
-    assert type(small) is type(model) and type(unwrapped(small)) is type(unwrapped(model))
+    assert type(small) is type(unwrapped(model)), "the module inside the wrapper"
     widths = {m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)}
     assert 4 in widths and 8 not in widths
     plain = nn.Sequential(*(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.ReLU))))

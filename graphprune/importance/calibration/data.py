@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...tracing.example import ExampleInput, flatten_tensors
+from ...tracing.example import ExampleInput, flatten_tensors, ordinary
 
 # Length of the batches a plain tensor is cut into.
 _BATCH = 64
@@ -102,8 +102,6 @@ def _length(item: Any) -> str:
 
 def _to(value: Any, device: torch.device) -> Any:
     tensors = flatten_tensors(value)
-    if not tensors or all(t.device == device for t in tensors):
+    if not tensors or all(t.device == device and ordinary(t) is t for t in tensors):
         return value
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return ExampleInput((value,), {}).to(device).args[0]
+    return ExampleInput((value,), {}).map(ordinary).to(device).args[0]

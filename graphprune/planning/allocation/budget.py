@@ -103,7 +103,7 @@ def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float], f
             raise UnreachableBudget(
                 f"budget: {limit.name} cannot be brought to {m:{form}}: with the least number of channels allowed "
                 f"{found:{form}} remain ({found / full:.1%} of {full:{form}}); raise the budget or max_ratio, lower "
-                f"min_channels, or ignore less",
+                f"min_channels, ignore less, or let other things go too (granularity)",
                 limit,
                 found,
             )

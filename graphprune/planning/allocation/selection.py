@@ -45,7 +45,8 @@ def check_ratio(value: Any, where: str = "ratio") -> float:
     return float(value)
 
 
-def _matches(pattern: str, parameter: str) -> bool:
+def matches(pattern: str, parameter: str) -> bool:
+    """Whether a name, or a pattern, means this parameter or a module that holds it."""
     return (
         pattern in ("", "*")
         or parameter == pattern
@@ -63,7 +64,7 @@ def _prefixes(parameter: str) -> Iterable[str]:
 
 def _check_known(pattern: str, graph: DependencyGraph, where: str) -> None:
     names = [*graph.trace.aliases, *graph.trace.modules]
-    if not any(_matches(pattern, name) or name == pattern for name in names):
+    if not any(matches(pattern, name) or name == pattern for name in names):
         close = difflib.get_close_matches(pattern, names, 1)
         hint = f"; did you mean {close[0]!r}?" if close else "; see model.named_modules() and model.named_parameters()"
         raise GraphPruneError(f"{where}: no module or parameter matches {pattern!r}{hint}")
@@ -78,25 +79,25 @@ def matching_ratios(ratio: float | Mapping[str, float], graph: DependencyGraph) 
         raise GraphPruneError("ratio: the dict is empty; map names of modules, or patterns, to fractions")
     for pattern in patterns:
         _check_known(pattern, graph, "ratio")
-    aliases = _aliases(graph)
-    return [_group_ratio(group, patterns, aliases) for group in graph.groups]
+    return [0.0 if pattern is None else patterns[pattern] for pattern in winners(patterns, graph)]
 
 
-def _aliases(graph: DependencyGraph) -> dict[str, list[str]]:
-    out: dict[str, list[str]] = {}
+def winners(patterns: Iterable[str], graph: DependencyGraph) -> list[str | None]:
+    """For every group the longest of the patterns that match what produces it; None where none does."""
+    fitting = ([p for p in patterns if any(matches(p, name) for name in names)] for names in producers(graph))
+    return [max(found, key=len, default=None) for found in fitting]
+
+
+def producers(graph: DependencyGraph) -> list[list[str]]:
+    """For every group the parameters that produce its channels, under all their names."""
+    aliases: dict[str, list[str]] = {}
     for name, first in graph.trace.aliases.items():
-        out.setdefault(first, []).append(name)
+        aliases.setdefault(first, []).append(name)
+    out = []
+    for group in graph.groups:
+        makers = [m for m in group.members if m.role == "out"] or list(group.members)
+        out.append([name for m in makers for name in aliases.get(m.parameter, [m.parameter])])
     return out
-
-
-def _group_ratio(group: Group, patterns: dict[str, float], aliases: dict[str, list[str]]) -> float:
-    producers = [m for m in group.members if m.role == "out"] or list(group.members)
-    names = [n for m in producers for n in aliases.get(m.parameter, [m.parameter])]
-    best, found = -1, 0.0
-    for pattern, value in patterns.items():
-        if len(pattern) > best and any(_matches(pattern, name) for name in names):
-            best, found = len(pattern), value
-    return found
 
 
 def ignored_positions(
@@ -122,7 +123,7 @@ def ignored_positions(
         else:
             raise GraphPruneError(f"ignore: expected modules, names or patterns, got {type(item).__name__}")
         for name, first in graph.trace.aliases.items():
-            if first not in graph.trace.parameters or not _matches(pattern, name):
+            if first not in graph.trace.parameters or not matches(pattern, name):
                 continue
             for axis in range(len(graph.trace.parameters[first].meta["val"].shape)):
                 if (first, axis) in analysis.dims.roots and roles[(first, axis)] != "in":

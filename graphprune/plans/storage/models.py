@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from ...errors import GraphPruneError
+from ...support.doors import door
 from ...support.types import PathLike
-from ...support.unwrapping import unwrapped
+from ...support.unwrapping import checked_model, no_model
 from ..history import changed_since, histories, note_repairs
 from ..surgery import clone_with
 from .container import ModelFile, write_file
@@ -20,6 +21,7 @@ from .rebuilding import rebuilt
 from .state import State
 
 
+@door("model")
 def save(model: nn.Module, path: PathLike) -> Path:
     """Write `model` to one safetensors file, with everything that `load` needs to rebuild its pruned structure from the
     dense network; returns the path.
@@ -36,9 +38,6 @@ def save(model: nn.Module, path: PathLike) -> Path:
     extra state, for a model whose tensors were given other names or shapes since it was pruned, which nothing could
     rebuild, and when the path cannot be written.
     """
-    if not isinstance(model, nn.Module):
-        raise GraphPruneError(f"save: expected a torch.nn.Module, got {type(model).__name__}")
-    model = unwrapped(model)
     changed = changed_since(model)
     if changed:
         raise GraphPruneError(
@@ -52,6 +51,7 @@ def save(model: nn.Module, path: PathLike) -> Path:
     return write_file(path, state.values(), Document(plans, state.aliases, state.transient, repairs))
 
 
+@door()
 def load(
     path: PathLike,
     build_model: Callable[[], nn.Module] | nn.Module,
@@ -83,16 +83,14 @@ def load(
 
 def _built(build_model: Callable[[], nn.Module] | nn.Module) -> nn.Module:
     if isinstance(build_model, nn.Module):
-        return clone_with(unwrapped(build_model), {})
+        return clone_with(checked_model(build_model, "build_model"), {})
     if not callable(build_model):
-        raise GraphPruneError(f"build_model: expected a function or a module, got {type(build_model).__name__}")
+        raise no_model(build_model, "build_model", "a function or a torch.nn.Module")
     try:
         made = build_model()
     except Exception as error:
         raise GraphPruneError(f"build_model failed: {type(error).__name__}: {error}") from error
-    if not isinstance(made, nn.Module):
-        raise GraphPruneError(f"build_model returned {type(made).__name__}, expected a torch.nn.Module")
-    return unwrapped(made)
+    return checked_model(made, "what build_model returned")
 
 
 def _device(device: str | torch.device | None) -> torch.device | None:

@@ -194,7 +194,9 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(module)] = out
     target = out.__dict__
     for name, value in module.__dict__.items():
-        if name == "_modules":
+        if name == "_compiled_call_impl":
+            continue  # of module.compile(): it goes on running the module it was made for; torch's copies lack it
+        elif name == "_modules":
             target[name] = type(value)((k, None if m is None else _copy_module(m, memo)) for k, m in value.items())
         elif name in _TABLES and not value:
             target[name] = type(value)()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ...dependency import DependencyGraph, Group
 from ...dependency.graph import trace
 from ...errors import GraphPruneError
+from ...support.doors import door
 from ...tracing.example import ExampleInput
 from ...tracing.names import named_tensors, operator_name
 from ..history import repair_after
@@ -93,6 +94,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
+@door("original", "pruned")
 def verify(
     original: nn.Module,
     pruned: nn.Module,

@@ -14,6 +14,7 @@ from ...importance.calibration import CalibrationData
 from ...plans.history import remember
 from ...plans.plan import Plan
 from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds
+from ...support.doors import door
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from .batchnorm import reestimate
@@ -49,6 +50,7 @@ def check_method(method: Any, data: Any) -> None:
         raise GraphPruneError(f"recover={method!r} needs inputs to measure on: pass data=, a loader or list of batches")
 
 
+@door("model")
 def recover(
     model: nn.Module,
     plan: Plan,

@@ -13,6 +13,7 @@ from ...errors import GraphPruneError
 from ...plans.plan import Plan
 from ...plans.surgery.cutting import cut_tensor
 from ...plans.surgery.folding import fold_names
+from ...support.doors import door
 from ...tracing.names import all_modules, named_tensors
 
 # Averages of gradients and of their squares, in torch's optimizers: where a parameter is multiplied by f, its
@@ -28,6 +29,7 @@ _POWERS = {
 }
 
 
+@door("model", "small")
 def carry_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module, small: nn.Module, plan: Plan
 ) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData
 from ...support.restoring import restored
+from ...support.unwrapping import no_model
 from ...tracing.example import ExampleInput
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
@@ -40,6 +41,8 @@ class Evaluation:
 
     def __call__(self, model: nn.Module) -> float:
         """The metric of `model`; with top-1 accuracy between 0 and 1. The model and random states stay as they are."""
+        if not isinstance(model, nn.Module):
+            raise no_model(model, "model")
         metric = _Top1() if self._metric is None else self._metric
         metric.reset()
         with restored(model), evaluating(model):

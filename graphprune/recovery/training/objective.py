@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ...errors import GraphPruneError
 from ...support.types import LossFunction
+from ...support.unwrapping import no_model
 from ...tracing.example import ExampleInput
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
@@ -62,7 +63,7 @@ class Objective:
         if teacher is None and distillation is not None:
             raise GraphPruneError("distillation: needs a network to learn from; pass teacher=, the dense model")
         if teacher is not None and not isinstance(teacher, nn.Module):
-            raise GraphPruneError(f"teacher: expected a torch.nn.Module, got {type(teacher).__name__}")
+            raise no_model(teacher, "teacher")
         if loss_fn is not None and not callable(loss_fn):
             raise GraphPruneError(f"loss_fn: expected a function (output, targets), got {type(loss_fn).__name__}")
         self._loss_fn = loss_fn

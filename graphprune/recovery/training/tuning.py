@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ...support.doors import door
 from ...support.types import LossFunction, PathLike
 from .distillation import Distillation
 from .evaluation import evaluator
@@ -16,6 +17,7 @@ from .randomness import random_state_kept
 from .runs import Epoch, Finetuning, Run
 
 
+@door("model", keep_wrapper=True)
 def finetune(
     model: nn.Module,
     data: Any,

@@ -9,12 +9,14 @@ from torch import nn
 from ...dependency import trace
 from ...errors import GraphPruneError
 from ...plans.plan import structural_hash
+from ...support.doors import door
 from .forecast import Forecast, measured_context
 from .networks import Bench
 from .table import LatencyTable
 from .target import Target, keep, own_table, provider_of
 
 
+@door("model")
 def latency_table(model: nn.Module, example_input: Any, target: Target | None = None) -> LatencyTable:
     """The latency table of this machine for `model`: everything that planning with a latency budget looks up.
 

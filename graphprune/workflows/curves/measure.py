@@ -27,6 +27,7 @@ from ...planning.request import Criterionlike
 from ...planning.widths import assemble
 from ...plans.plan import Plan
 from ...plans.surgery import effective_folds
+from ...support.doors import door
 from ...support.files import check_target
 from ...support.types import Ignore, LossFunction, PathLike
 from ...tracing.example import ExampleInput, result_tensors
@@ -38,6 +39,7 @@ from .curve import Curve, Sensitivity
 RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
 
+@door("model")
 def sensitivity(
     model: nn.Module,
     example_input: Any,

@@ -16,6 +16,7 @@ from ...recovery.training.evaluation import evaluator, metric_name
 from ...runtimes import benchmark
 from ...runtimes.machine import cpu_model, usable_cores
 from ...sparsity import masks, semi_structured_support
+from ...support.doors import door
 from ...support.tables import Column, render, table
 from ...tracing.example import ExampleInput
 from .candidates import Option, Outputs, Trial, check_real
@@ -82,6 +83,7 @@ def _times(value: float) -> str:
     return f"{value:.2f}x"
 
 
+@door("model")
 def advise(
     model: nn.Module,
     example_input: Any,

@@ -21,6 +21,7 @@ from ...errors import GraphPruneError
 from ...importance import resolve_criterion
 from ...planning.allocation import Settings
 from ...planning.widths import plan_from_graph
+from ...support.doors import door
 from ...support.tables import Column, render, table
 from ...tracing.example import ExampleInput
 from ...tracing.pause import paused_collector
@@ -141,6 +142,7 @@ def _where(blocker: Blocker) -> str:
     return f"{blocker.source}: {blocker.code}" if blocker.code else blocker.source
 
 
+@door("model")
 def doctor(model: nn.Module, example_input: Any, *, ratio: float = 0.5, sort: str = "parameters") -> Doctor:
     """Say what of `model` can be pruned, what cannot, why and at which line of your code, the dearest blockers first.
 

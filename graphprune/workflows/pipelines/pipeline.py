@@ -23,6 +23,7 @@ from ...sparsity import make_permanent, masks
 from ...sparsity import schedule as make_schedule
 from ...sparsity.ranking import check_sparsity
 from ...sparsity.scheduler import Method
+from ...support.doors import door
 from ...support.types import LossFunction, PathLike
 from ..reporting.summary import Report, report
 from .steps import GradualPruner, PruningStep, method_of
@@ -58,6 +59,7 @@ class PipelineResult:
         return {"report": self.report.to_dict(), **course, "steps": [dataclasses.asdict(s) for s in self.steps]}
 
 
+@door("model")
 def pipeline(
     model: nn.Module,
     example_input: Any,
@@ -90,8 +92,11 @@ def pipeline(
     checkpoint: PathLike | None = None,
     progress: bool = True,
     on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
+    strict: bool = False,
 ) -> PipelineResult:
     """Train a copy of `model`, prune it at once or gradually, fine-tune it, and report; `model` stays as it is.
+
+    Training runs in this process: of a model in a DataParallel or DistributedDataParallel the module inside is taken.
 
     - `data`: training batches (inputs, targets), as for `finetune`. `sparsity`: the fraction to remove, in [0, 1),
       default 0.5; or a `budget` (structured, at once).
@@ -113,6 +118,9 @@ def pipeline(
     - `checkpoint`: a folder, made if it is not there, whose two files are written after every epoch and read first: a
       run that was stopped at any moment goes on and ends with the same result.
 
+    - `strict`: whether it is an error, instead of a GraphPruneWarning, where channels or layers were asked to go and
+      none went.
+
     Batch norms are not folded, as training goes on; `graphprune.fold_conv_bn` does it afterwards.
 
     Raises GraphPruneError for arguments out of range, unknown names, data in another form, checkpoints of another run,
@@ -127,7 +135,7 @@ def pipeline(
     tuned = dataclasses.replace(tuned, epochs=finetune_epochs + (gradual or 0))
     curve = _curve(schedule, amount, gradual)
     batches = data if calibration is None else calibration
-    chosen = method_of(method, example_input, budget, options, batches, loss_fn, seed)
+    chosen = method_of(method, example_input, budget, options, batches, loss_fn, seed, strict)
     ask = evaluator(evaluate)
     settings = {
         "method": method if isinstance(method, str) else "own", "schedule": schedule, "sparsity": amount,

@@ -12,7 +12,8 @@ from torch import nn
 from ...errors import GraphPruneError
 from ...importance import resolve_criterion
 from ...planning.allocation import Budget
-from ...planning.request import plan as make_plan
+from ...planning.request import decide
+from ...planning.shortfall import tell
 from ...plans.plan import Plan
 from ...plans.verification import verify
 from ...recovery import recover
@@ -46,12 +47,16 @@ class Planned:
     def __init__(self, example_input: Any, budget: Budget | None, options: Mapping[str, Any]) -> None:
         self.example_input, self.budget, self.options = example_input, budget, dict(options)
         self.checked = bool(self.options.pop("verify", True))
+        self.strict = bool(self.options.pop("strict", False))
         self.plan: Plan | None = None
 
     def __call__(self, model: nn.Module, sparsity: float) -> nn.Module:
         """A smaller copy of the model."""
         ratio = None if self.budget is not None else sparsity
-        self.plan = make_plan(model, self.example_input, ratio, budget=self.budget, fold_bn=False, **self.options)
+        self.plan, shortfall = decide(
+            model, self.example_input, ratio, budget=self.budget, fold_bn=False, **self.options
+        )
+        tell(shortfall, self.strict)
         small = self.plan.apply(model)
         if self.checked:
             verify(model, small, self.plan, self.example_input).raise_on_failure()
@@ -66,9 +71,12 @@ def method_of(
     calibration: Any,
     loss_fn: LossFunction | None,
     seed: int,
+    strict: bool,
 ) -> Method:
     """A function (model, sparsity) -> model, from the public arguments. Raises GraphPruneError for what is none."""
     chosen = dict(options or {})
+    if method in ("channels", "layers"):
+        chosen = {"strict": strict, **chosen}
     if method not in ("channels", "layers") and budget is not None:
         raise GraphPruneError("budget: only methods 'channels' and 'layers' work towards one; give a sparsity instead")
     if callable(method):
@@ -144,6 +152,8 @@ class GradualPruner:
                 small = recover(old, plan, self.example_input, self.calibration, self.recovery).model
             if plan is not None:
                 self.plans.append(plan)
+        if isinstance(self.method, Channels) and epoch + 1 >= self.steps and all(plan.empty for plan in self.plans):
+            tell("" if self.method.told else self.method.shortfall, self.method.strict)
         trainer.prune(small, plan)
         self._reached = wanted
         score = None if self.evaluate is None else self.evaluate(trainer.model)

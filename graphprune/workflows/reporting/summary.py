@@ -19,10 +19,12 @@ from ...runtimes import BenchmarkReport, benchmark
 from ...sparsity.files import save as save_sparse
 from ...sparsity.overview import SparsityReport
 from ...sparsity.overview import report as sparsity_of
+from ...support.doors import door
 from ...support.files import check_target, replacing
 from ...support.registry import Registry
 from ...support.tables import Column, render, table
 from ...support.types import PathLike
+from ...support.unwrapping import checked_model
 from ...tracing.counting import Count, LayerCount, count
 from ...tracing.names import all_modules, named_tensors
 from ..curves import Sensitivity
@@ -197,6 +199,7 @@ LAYER_COLUMNS = [
 ]
 
 
+@door("model", "pruned", "unrecovered")
 def report(
     model: nn.Module,
     pruned: nn.Module,
@@ -355,7 +358,7 @@ def _curve(curve: Any, example_input: Any) -> list[Point]:
         return points
     out = []
     for name, (network, score) in curve.items():
-        counted = count(network, example_input)
+        counted = count(checked_model(network, f"curve[{name!r}]"), example_input)
         out.append(Point(str(name), float(score), counted.macs, counted.parameters))
     return out
 

@@ -269,9 +269,9 @@ def test_another_dense_network_is_named(tmp_path: Path) -> None:
         (wider, r"small.safetensors: .*body.3.weight has shape \(16, 8, 3, 3\), the plan expects \(8, 8, 3, 3\)"),
         (deeper, "it knows no body.5.weight"),
         (nn.Linear(3, 4), "this one has no body.0.weight"),
-        (lambda: 3, "build_model returned int"),
+        (lambda: 3, "what build_model returned: expected a torch.nn.Module, got an int"),
         (lambda: 1 / 0, "build_model failed: ZeroDivisionError"),
-        (None, "build_model: expected a function or a module, got NoneType"),
+        (None, "build_model: expected a function or a torch.nn.Module, got None"),
         (graphprune.fold_conv_bn(Classifier().eval(), IMAGE), "pruned already"),
     ):
         with pytest.raises(GraphPruneError, match=message):
@@ -320,7 +320,7 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
         (bare, "on the meta device and has no values"),
         (Extra(2, 2), "_extra_state is no tensor"),
         (sparse, "weight: only ordinary tensors"),
-        ({"w": torch.zeros(2)}, "expected a torch.nn.Module, got dict"),
+        ({"w": torch.zeros(2)}, "expected a torch.nn.Module, got a dict, a state dict; build the network"),
     ):
         with pytest.raises(GraphPruneError, match=message):
             graphprune.save(thing, tmp_path / "small.safetensors")  # type: ignore[arg-type]

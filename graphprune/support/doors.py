@@ -1,0 +1,67 @@
+"""What every public function that takes a model does first, in one place."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from .modes import kept_modes
+from .unwrapping import check_changeable, checked_model
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def door(
+    *names: str, keep_wrapper: bool = False, in_place: bool = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """For a public function whose arguments of these names are models.
+
+    The function sees the modules inside `torch.compile`'s and the data-parallel wrappers (with `keep_wrapper`, what was
+    handed over), after `checked_model`; None where that is the default. A function that returns the very module it was
+    given, since it works in place, returns it in its wrapper; `in_place`: the first of the models is such a one, and
+    must not consist of tensors that cannot be changed. Under `torch.inference_mode()` it works as outside:
+    tensors made there could not be trained, and many of torch's operators are invisible. Modes of the thread are as
+    before, however it ends (`kept_modes`).
+    """
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        parameters = inspect.signature(function).parameters
+        order = list(parameters)
+        places = {name: order.index(name) for name in names}
+
+        @functools.wraps(function)
+        def entered(*args: P.args, **kwargs: P.kwargs) -> R:
+            values, named = list(args), dict(kwargs)
+            given: list[tuple[Any, nn.Module]] = []
+            inferring = torch.is_inference_mode_enabled()
+            with kept_modes(), torch.inference_mode(False) if inferring else contextlib.nullcontext():
+                for name, place in places.items():
+                    found: Any = named.get(name) if name in named else values[place] if place < len(values) else None
+                    if found is None and (parameters[name].default is None or not _passed(name, place, values, named)):
+                        continue  # not given: optional, or python's own error says so
+                    module = checked_model(found, name, keep_wrapper=keep_wrapper)
+                    if in_place and not given:
+                        check_changeable(module, name)
+                    given.append((found, module))
+                    if name in named:
+                        named[name] = module
+                    else:
+                        values[place] = module
+                result = function(*values, **named)  # type: ignore[arg-type]
+            return next((whole for whole, module in given if module is result), result)
+
+        return entered
+
+    return decorated
+
+
+def _passed(name: str, place: int, values: list[Any], named: dict[str, Any]) -> bool:
+    return name in named or place < len(values)
+
