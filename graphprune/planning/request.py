@@ -126,6 +126,9 @@ def plan(
     - `strict`: whether it is an error, instead of a GraphPruneWarning, where a ratio above 0 removes nothing at all, or
       nothing of a name in the dict. Either names the option, or the most frequent reasons in the code.
 
+    Warns of parameters that the model sets itself from the first data it sees, where it has seen none yet (`prune`
+    refuses such a model).
+
     Raises GraphPruneError for arguments out of range, unknown names, weights that are NaN, and models that fail on the
     example input. A model with nothing to prune gives a plan that removes nothing and says why, axis by axis.
     """
@@ -134,6 +137,7 @@ def plan(
         criterion=criterion, ignore=ignore, fold_bn=fold_bn, seed=seed, output=output, data=data, loss_fn=loss_fn,
         target=target,
     ).decided()  # fmt: skip
+    tell(decision.unready, strict)
     tell(decision.shortfall, strict)
     return decision.plan
 
@@ -156,6 +160,11 @@ class _Decision:
     settings: Settings
     whole: str | None = None
     step: int | None = None  # of the widths that a target likes
+
+    @property
+    def unready(self) -> str:
+        """Which parameters the model's first run on data would set."""
+        return "" if self.graph is None else self.graph.trace.unready
 
     @property
     def shortfall(self) -> str:
@@ -354,6 +363,7 @@ def prune(
     if job.whole == "experts" and recover not in (None, "auto", "batchnorm"):
         raise GraphPruneError(f"recover={recover!r} repairs layers that lost inputs; here none has")
     decision = job.decided()
+    tell(decision.unready, strict=True)
     tell(decision.shortfall, strict)
     graph, decided = decision.graph, decision.plan
     with paused_collector():

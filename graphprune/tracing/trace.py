@@ -50,6 +50,17 @@ class Trace:
     outputs: int = 0
     initialised: tuple[str, ...] = ()
 
+    @property
+    def unready(self) -> str:
+        """What to tell a user whose model has parameters that its first run on data sets; "" where it has none."""
+        if not self.initialised:
+            return ""
+        names = ", ".join(self.initialised[:3]) + (" and others" if len(self.initialised) > 3 else "")
+        return (
+            f"{names}: set by the model itself from the data of its first run, so their values are not there yet; run "
+            f"the model once on a representative batch before it is pruned"
+        )
+
     def canonical(self, name: str) -> str:
         """The first name of a shared parameter."""
         return self.aliases.get(name, name)
@@ -190,7 +201,8 @@ def _caches(recorder: Recorder, modules: dict[str, nn.Module]) -> tuple[tuple[st
         (path, name)
         for path, module in modules.items()
         for name, value in module.__dict__.items()
-        if type(value) is dict and name not in INTERNAL and any(isinstance(v, Tensor) and recorder.made(v) for v in value.values())
+        if type(value) is dict and name not in INTERNAL
+        if any(isinstance(v, Tensor) and recorder.made(v) for v in value.values())
     )
 
 

@@ -178,6 +178,8 @@ def _verified(
     if graph is None and plan.rewrites:
         graph = dependency_graph(original, example, plan.output, [r.module for r in plan.rewrites])
     graph = graph or trace(original, example)
+    if graph.trace.unready:
+        raise GraphPruneError(graph.trace.unready)
     outputs = run(original, example, "verify (original)"), run(pruned, example, "verify (pruned)")
     checks = [same_shapes(outputs[1], outputs[0]), *first]
     if any(p.is_meta for p in original.parameters()):
