@@ -12,12 +12,14 @@ something of the user's, or of the process, is changed for a while,
             put_back()
 
 lets a signal through only inside `interruptible`. One that comes at another time waits until the shield is gone, and
-one that comes from within is the last one until then: what it unwinds is not interrupted again. Handlers run in the
-main thread only, so elsewhere both do nothing.
+one that comes from within is the last one until then: what it unwinds is not interrupted again. A context manager that
+changes something yields inside `lifted()` of its shield instead. Handlers run in the main thread only, so elsewhere all
+of this does nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 import time
@@ -27,6 +29,8 @@ from typing import Any
 
 # A second Ctrl-C, this long after the first in seconds, is let through: whatever caught the first one goes on.
 _PATIENCE = 2.0
+# A signal between two things comes again after so long, in seconds.
+_SOON = 0.002
 
 
 class _Shield:
@@ -49,6 +53,9 @@ class _Shield:
         if not self.open and not again:
             if number not in self.waiting:
                 self.waiting.append(number)
+            return
+        if frame is not None and _between(frame):
+            _again_soon(number)
             return
         was, self.open = self.open, False
         try:
@@ -95,6 +102,19 @@ class _Shield:
 _shield = _Shield()
 
 
+def _between(frame: FrameType) -> bool:
+    """A context manager is on its way in or out: raised now, an interrupt would come after it has changed something and
+    before anybody is to put it back, or the reverse."""
+    code = frame.f_code
+    return code.co_name in ("__enter__", "__exit__") or code.co_filename == contextlib.__file__
+
+
+def _again_soon(number: int) -> None:
+    timer = threading.Timer(_SOON, signal.raise_signal, (number,))
+    timer.daemon = True
+    timer.start()
+
+
 def _in_main_thread() -> bool:
     return threading.get_ident() == threading.main_thread().ident
 
@@ -102,14 +122,15 @@ def _in_main_thread() -> bool:
 class shielded:
     """See the module's docstring."""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> shielded:
         self._active = _in_main_thread()
         if self._active:
-            self._before, _shield.open = _shield.open, False
+            self._before, _shield.open = _shield.open or not _shield.depth, False
             if _shield.depth:
                 _shield.depth += 1
             else:
                 _shield.install()
+        return self
 
     def __exit__(self, *error: object) -> None:
         if not self._active:
@@ -119,15 +140,21 @@ class shielded:
             return
         _shield.depth -= 1
         _shield.open = self._before and _shield.raised is None
-        if _shield.open:
-            _deliver()
+        _deliver()
+
+    def lifted(self) -> interruptible:
+        """Signals get through inside where they did outside of this block: for the `yield` of a context manager."""
+        return interruptible(self._active and self._before)
 
 
 class interruptible:
     """Signals get through inside. Outside of `shielded` it does nothing."""
 
+    def __init__(self, wanted: bool = True) -> None:
+        self._wanted = wanted
+
     def __enter__(self) -> None:
-        self._active = _in_main_thread() and _shield.depth > 0 and _shield.raised is None
+        self._active = self._wanted and _in_main_thread() and _shield.depth > 0 and _shield.raised is None
         if self._active:
             _shield.open = True
             _deliver()

@@ -9,18 +9,18 @@ from collections.abc import Iterator
 
 import torch
 
-from .interrupts import interruptible, shielded
+from .interrupts import shielded
 
 
 @contextlib.contextmanager
 def kept_modes() -> Iterator[None]:
     """Gradients, torch's modes for functions and calls, and the garbage collector are afterwards as before, and no
     interrupt gets through before they are."""
-    with shielded():
+    with shielded() as shield:
         gradients, collecting = torch.is_grad_enabled(), gc.isenabled()
         functions, calls = torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
         try:
-            with interruptible():
+            with shield.lifted():
                 yield
         finally:
             while torch._C._len_torch_function_stack() > functions:

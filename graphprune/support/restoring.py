@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .interrupts import interruptible, shielded
+from .interrupts import shielded
 from .reach import attributes, reachable, slots
 
 
@@ -25,10 +25,10 @@ def restored(model: nn.Module, closures: bool = False) -> Iterator[None]:
     Values of tensors other than parameters are copied before, and put back where they differ. Parameters are taken to
     keep their values: a copy of them could be too large.
     """
-    with shielded():
+    with shielded() as shield:
         undo = [step for value in reachable(model, closures) for step in _steps(value)]
         try:
-            with interruptible():
+            with shield.lifted():
                 yield
         finally:
             for step in undo:

@@ -70,19 +70,21 @@ def patched(owner: Any, name: str, make: Callable[[Any], Any], *, whole: bool = 
     `whole`: a class, or what else is no function; it must behave like what it replaces by itself, as other threads see
     it too.
     """
-    with shielded(), _lock:
-        place = _places.get((id(owner), name)) or _places.setdefault((id(owner), name), _Place(owner, name))
-        replacement = make(place.stack[-1] if place.stack else place.original)
-        if not place.users:
-            place.fill(whole, replacement)
-        place.users += 1
-        place.stack.append(replacement)
-    try:
-        yield
-    finally:
-        with shielded(), _lock:
-            place.stack.pop()
-            place.users -= 1
+    with shielded() as shield:
+        with _lock:
+            place = _places.get((id(owner), name)) or _places.setdefault((id(owner), name), _Place(owner, name))
+            replacement = make(place.stack[-1] if place.stack else place.original)
             if not place.users:
-                place.empty()
-                del _places[id(owner), name]
+                place.fill(whole, replacement)
+            place.users += 1
+            place.stack.append(replacement)
+        try:
+            with shield.lifted():
+                yield
+        finally:
+            with _lock:
+                place.stack.pop()
+                place.users -= 1
+                if not place.users:
+                    place.empty()
+                    del _places[id(owner), name]

@@ -6,14 +6,18 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
+from ..support.interrupts import shielded
+
 
 @contextlib.contextmanager
 def paused_collector() -> Iterator[None]:
     """Tracing and planning make many objects that live on; collecting in between finds nothing and takes long."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    with shielded() as shield:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            with shield.lifted():
+                yield
+        finally:
+            if enabled:
+                gc.enable()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..support.interrupts import interruptible, shielded
+from ..support.interrupts import shielded
 from ..support.restoring import restored
 from .attention import recorded_openly
 from .cloning import INTERNAL, PLAIN, is_configuration
@@ -84,12 +84,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     The flags are set one by one: `train()` and `eval()` may be overridden to do more (merge adapters, for example).
     """
     flags = [(module, module.training) for module in model.modules()]
-    with shielded(), torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
+    with shielded() as shield, torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
         try:
             for module, training in flags:
                 if training:
                     module.training = False
-            with interruptible():
+            with shield.lifted():
                 yield
         finally:
             for module, training in flags:
@@ -105,10 +105,11 @@ _users_modules = threading.RLock()
 def preserved(model: nn.Module) -> Iterator[None]:
     """The user's model is afterwards as before (`restored`), its parameters in the same memory. Another thread that
     preserves something waits."""
-    with _users_modules, restored(model, closures=True):
+    with shielded() as shield, _users_modules, restored(model, closures=True):
         data = [(t, t.data) for t in named_tensors(model).values() if type(t) in PLAIN]
         try:
-            yield
+            with shield.lifted():
+                yield
         finally:
             for tensor, before in data:
                 if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape:

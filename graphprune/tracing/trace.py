@@ -161,7 +161,7 @@ class _Run:
 
     def on_model(self) -> Trace:
         """On the model itself."""
-        with shielded(), preserved(self.model):
+        with shielded(), preserved(self.model), shielded():
             return self._record(self.modules, self.example, True, ())
 
     def _record(

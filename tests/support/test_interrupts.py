@@ -6,8 +6,9 @@ import contextlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import pytest
@@ -52,6 +53,25 @@ class Thing:
             finally:
                 self.changed = False
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        with shielded() as shield:
+            self.begun += 1
+            self.changed = True
+            try:
+                with shield.lifted():
+                    yield
+            finally:
+                self.changed = False
+
+    def managed(self) -> None:
+        with self.held():
+            self.long_run()
+
+    def several(self) -> None:
+        with shielded(), self.held(), self.held(), interruptible():
+            self.long_run()
+
     def long_run(self) -> None:
         for _ in range(3):
             sum(range(3))
@@ -61,15 +81,20 @@ def signalled_at(event: int, run: Callable[[], None], number: int = signal.SIGIN
     """Run with a signal at the given line or call of this library or this file; whether it came out, and the events."""
     seen = 0
 
-    def watch(frame: FrameType, _what: str, _value: Any) -> Any:
+    def watch(frame: FrameType, what: str, _value: Any) -> Any:
         nonlocal seen
-        seen += 1
-        if seen == event:
+        seen += what != "return"  # where signals are never looked at
+        if seen == event and what != "return":
             signal.raise_signal(number)
         return watch
 
-    ours = (interrupts.__file__, __file__)
-    sys.settrace(lambda frame, *_: watch if frame.f_code.co_filename in ours else None)
+    def ours(code: CodeType) -> bool:
+        # a function that only uses a context manager is never asked about signals on its way out of the block
+        return code.co_filename == interrupts.__file__ or (
+            code.co_filename == __file__ and code.co_name not in ("managed", "several")
+        )
+
+    sys.settrace(lambda frame, *_: watch if ours(frame.f_code) else None)
     try:
         run()
     except KeyboardInterrupt:
@@ -79,7 +104,7 @@ def signalled_at(event: int, run: Callable[[], None], number: int = signal.SIGIN
     return False, seen
 
 
-@pytest.mark.parametrize("name", ["use", "nested"])
+@pytest.mark.parametrize("name", ["use", "nested", "managed", "several"])
 def test_a_signal_at_any_moment_leaves_the_thing_whole_and_comes_out(name: str) -> None:
     out, total = signalled_at(0, getattr(Thing(), name))
     assert not out and total > 60
@@ -90,6 +115,21 @@ def test_a_signal_at_any_moment_leaves_the_thing_whole_and_comes_out(name: str) 
         assert out, event
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, event
         assert interrupts._shield.depth == 0 and not interrupts._shield.waiting
+
+
+def test_a_lifted_shield_lets_through_what_the_one_around_it_does() -> None:
+    moments = []
+    with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+        with shielded():
+            with Thing().held():
+                signal.raise_signal(signal.SIGINT)
+                moments.append("inside")
+            moments.append("after")
+    assert moments == ["inside", "after"]
+    with pytest.raises(KeyboardInterrupt), Thing().held():
+        signal.raise_signal(signal.SIGINT)
+        moments.append("never")
+    assert len(moments) == 2
 
 
 def test_another_signal_waits_too() -> None:
@@ -142,6 +182,25 @@ def test_an_interrupt_that_was_caught_does_not_make_the_rest_deaf(monkeypatch: p
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         pytest.fail("the second one was not let through")
+
+
+def test_a_context_manager_gets_in_and_out() -> None:
+    """Interrupted where nobody would put back what it has changed, or it has changed nothing yet that is put back."""
+    on = []
+
+    class Mode:
+        def __enter__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+            on.append(1)
+
+        def __exit__(self, *error: object) -> None:
+            on.pop()
+
+    with pytest.raises(KeyboardInterrupt), shielded(), interruptible(), Mode():
+        assert on
+        while True:
+            time.sleep(0.001)
+    assert not on
 
 
 def test_other_threads_leave_the_handlers_alone() -> None:

@@ -213,10 +213,10 @@ def _interrupted(model: nn.Module, moment: int) -> int:
     library = str(Path(graphprune.__file__).parent)
     seen = 0
 
-    def watch(frame: FrameType, _what: str, _value: Any) -> Any:
+    def watch(frame: FrameType, what: str, _value: Any) -> Any:
         nonlocal seen
-        seen += 1
-        if seen == moment:
+        seen += what != "return"  # where signals are never looked at
+        if seen == moment and what != "return":
             signal.raise_signal(signal.SIGINT)
         return watch
 

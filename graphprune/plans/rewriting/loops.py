@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ...support.interrupts import shielded
 from ...tracing.origin import is_traced
 from ...tracing.patches import patched
 
@@ -36,9 +37,10 @@ class WatchedRange(metaclass=_Watched):
 def watched_ranges(note: Callable[[Any], None]) -> Iterator[None]:
     """Call `note` with every traced bound of a `range` on this thread; the loops themselves run as ever."""
     notes = _running.__dict__.setdefault("notes", [])
-    notes.append(note)
-    try:
-        with patched(builtins, "range", lambda _: WatchedRange, whole=True):
-            yield
-    finally:
-        notes.pop()
+    with shielded() as shield:
+        notes.append(note)
+        try:
+            with patched(builtins, "range", lambda _: WatchedRange, whole=True), shield.lifted():
+                yield
+        finally:
+            notes.pop()
