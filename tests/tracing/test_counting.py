@@ -211,7 +211,7 @@ def test_the_model_is_left_alone_and_pruned_models_count_less() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(GraphPruneError, match=r"expected a torch\.nn\.Module, got int"):
+    with pytest.raises(GraphPruneError, match=r"expected a torch\.nn\.Module, got an int"):
         graphprune.count(3, torch.randn(2))  # type: ignore[arg-type]
     with pytest.raises(GraphPruneError, match="example_input is empty"):
         graphprune.count(nn.Linear(2, 2), ())
