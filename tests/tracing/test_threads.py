@@ -114,7 +114,7 @@ def test_one_model_in_several_threads(closed: bool) -> None:
             done.set()
 
     def serve() -> Any:
-        found = []
+        found: list[bool] = []
         while not done.is_set() or not found:
             found.append(torch.allclose(model(X), answer, atol=1e-6))
         return found
