@@ -44,7 +44,8 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(self.first(x)) / math.sqrt(self.width)
         h = h + self.attention(h, h, h, need_weights=False)[0]
-        return self.last(self.layer(h).view(x.shape[0], -1, self.heads, self.width // self.heads).flatten(2))
+        out: Tensor = self.last(self.layer(h).view(x.shape[0], -1, self.heads, self.width // self.heads).flatten(2))
+        return out
 
 
 def process() -> tuple[Any, ...]:
