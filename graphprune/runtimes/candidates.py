@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import GraphPruneError
+from ..support.files import as_path, check_source
 from ..support.types import PathLike
 from .arguments import FlatArguments
 from .export import export_onnx
@@ -51,7 +52,7 @@ class Candidates:
         for number, (name, model) in enumerate(models.items()):
             advance(f"exporting {name}" if isinstance(model, nn.Module) else f"reading {name}")
             if not isinstance(model, nn.Module):
-                self._any[name] = _existing(name, Path(model))
+                self._any[name] = _existing(name, as_path(model))
                 continue
             arguments = FlatArguments.of(example_input, model)
             if arguments.batch_size is not None:
@@ -101,10 +102,12 @@ class Candidates:
 
 
 def _existing(name: str, path: Path) -> ModelFile:
-    if not path.is_file():
-        raise GraphPruneError(f"model {name!r}: there is no file {path}")
     import onnx
 
+    try:
+        check_source(path)
+    except GraphPruneError as error:
+        raise GraphPruneError(f"model {name!r}: {error}") from error
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:
