@@ -15,7 +15,7 @@ from typing import Any
 import networkx as nx
 
 from ..errors import GraphPruneError
-from ..support.files import replacing
+from ..support.files import check_target, replacing
 from ..support.types import PathLike
 from .groups import Group
 
@@ -97,7 +97,7 @@ def draw_dependencies(groups: Sequence[Group], ties: nx.MultiGraph, path: PathLi
     Raises:
         GraphPruneError: another ending, a path that cannot be written, or matplotlib is not installed.
     """
-    target = Path(path)
+    target = check_target(path)
     suffix = target.suffix.lower()
     if suffix not in FORMATS:
         raise GraphPruneError(f"cannot draw {target}: its name must end in one of {', '.join(FORMATS)}")

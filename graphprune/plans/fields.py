@@ -1,4 +1,4 @@
-"""Values of a plan as others may have written them: each has its type, or a TypeError or ValueError says which has not."""
+"""Values of a plan as others may have written them: each of its type, else a TypeError or ValueError says so."""
 
 from __future__ import annotations
 

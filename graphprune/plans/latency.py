@@ -71,7 +71,8 @@ class Latency:
         chosen = whole(found["chosen"])
         if not 0 <= chosen < len(attempts):
             raise GraphPruneError("not a plan: its latency names an attempt that is not there")
-        return cls(_time(found["requested_ms"]), _time(found["dense_ms"]), attempts, chosen, dict(table(found["about"])))
+        about = dict(table(found["about"]))
+        return cls(_time(found["requested_ms"]), _time(found["dense_ms"]), attempts, chosen, about)
 
 
 def _time(value: Any) -> float:

@@ -239,7 +239,8 @@ class Plan:
     def _counts(self) -> dict[str, int]:
         """How many entries there are of what changes a network: one that gets lost is missed."""
         sections = ("attributes", "folds", "rescales", "rewrites", "caches", "layers", "experts")
-        return {"removed": sum(map(len, self.removed.values())), **{name: len(getattr(self, name)) for name in sections}}
+        cuts = sum(len(axes) for axes in self.removed.values())
+        return {"removed": cuts, **{name: len(getattr(self, name)) for name in sections}}
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
@@ -336,7 +337,7 @@ class Plan:
             if layer not in self.structure or norm not in self.structure:
                 raise GraphPruneError(f"the plan folds {fold.batch_norm} into {fold.layer}, which it does not describe")
             if fold.axis not in (0, 1):
-                raise GraphPruneError(f"the plan folds {fold.batch_norm} into axis {fold.axis}; outputs lie along 0 or 1")
+                raise GraphPruneError(f"the plan folds {fold.batch_norm} along axis {fold.axis}; expected 0 or 1")
         if len({f.layer for f in self.folds}) + len({f.batch_norm for f in self.folds}) != 2 * len(self.folds):
             raise GraphPruneError("the plan folds two batch norms into one layer, or one into two")
         for scale in self.rescales:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import GraphPruneError
-from ..support.files import as_path, check_source
+from ..support.files import as_path, check_source, is_there
 from ..support.types import PathLike
 from .arguments import FlatArguments
 from .export import export_onnx
@@ -104,10 +104,9 @@ class Candidates:
 def _existing(name: str, path: Path) -> ModelFile:
     import onnx
 
-    try:
-        check_source(path)
-    except GraphPruneError as error:
-        raise GraphPruneError(f"model {name!r}: {error}") from error
+    if not is_there(path):
+        raise GraphPruneError(f"model {name!r}: there is no file {path}")
+    check_source(path)
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:

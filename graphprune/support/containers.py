@@ -40,6 +40,18 @@ def write_tensors(path: PathLike, tensors: Mapping[str, Tensor], key: str, docum
     return Path(path)
 
 
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, each contiguous and with memory of its own; a tensor that is so already is not copied."""
+    out: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        value = tensor.detach().contiguous()
+        storage = value.untyped_storage().data_ptr()
+        out[name] = value.clone() if storage in storages else value
+        storages.add(storage)
+    return out
+
+
 def seal(path: Path) -> None:
     """Put the digest of a file into the place for it in its header, whatever stands there."""
     with path.open("r+b") as file:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import GraphPruneError
 from ..support.types import PathLike
-from .files import replacing
+from .files import check_target, replacing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,9 +33,7 @@ def save_figure(figure: Any, path: PathLike, *, dpi: int = 150) -> Path:
     Raises:
         GraphPruneError: the path cannot be written or its ending is no format that matplotlib writes.
     """
-    from pathlib import Path
-
-    target = Path(path)
+    target = check_target(path)
     formats = sorted(figure.canvas.get_supported_filetypes())
     if target.suffix[1:].lower() not in formats:
         raise GraphPruneError(f"cannot draw {target}: its name must end in one of .{', .'.join(formats)}")

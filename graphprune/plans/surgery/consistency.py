@@ -18,7 +18,7 @@ def check_consistent(model: nn.Module, small: nn.Module) -> None:
         found = _misfit(module)
         if found and path in before and not _misfit(before[path]):
             raise GraphPruneError(
-                f"the plan does not fit together: {path or 'the model'} would have {found}; entries were lost or changed"
+                f"the plan does not fit together: {path or 'the model'} would have {found}; an entry is lost or wrong"
             )
 
 
