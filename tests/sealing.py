@@ -1,4 +1,4 @@
-"""Digests of files that a test has changed on purpose, computed as docs/ says: what would be damage becomes an attack."""
+"""Digests of files that a test has changed on purpose, as docs/ describe them: damage becomes an attack."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from ..dependency.temperature import Rescale
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.experts import Experts
 from ..errors import GraphPruneError
-from ..support.documents import read_document, write_document
+from ..support.documents import DIGEST, check_digest, read_document, write_document
 from ..support.types import PathLike
 from ..support.versions import running_versions
 from ..tracing.names import named_tensors
@@ -244,11 +244,17 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
-        """The inverse of `to_dict`. Raises GraphPruneError for anything that is not a plan, or one that lost or gained
-        an entry."""
+        """The inverse of `to_dict`; what `save` wrote, with its digest, is taken too.
+
+        Raises GraphPruneError for anything that is not a plan, does not match its digest, or lost or gained an entry.
+        """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
             raise GraphPruneError(f"not a plan: expected format {FORMAT!r}, found {str(found)[:60]!r}")
+        unknown = [str(name)[:60] for name in data if name not in _ENTRIES]
+        if unknown:
+            raise GraphPruneError(f"not a plan: it has an entry {unknown[0]!r}, and plans have no such entries")
+        check_digest(data, edited=True)
         try:
             plan = cls(
                 removed={
@@ -365,6 +371,9 @@ class Plan:
             return cls.from_dict(data)
         except GraphPruneError as error:
             raise GraphPruneError(f"the plan {path} cannot be used: {error}") from error
+
+
+_ENTRIES = {f.name for f in dataclasses.fields(Plan)} | {"format", "structural_hash", "counts", DIGEST}
 
 
 def _length(value: Any) -> int:

@@ -125,19 +125,24 @@ def read_document(path: PathLike, what: str, *, edited: bool = False) -> Any:
     try:
         data = from_json(raw)
         if isinstance(data, dict):
-            _check_digest(data, edited)
+            check_digest(data, edited=edited)
             data.pop(DIGEST, None)
     except GraphPruneError as error:
         raise GraphPruneError(f"the {what} {path} is damaged: {error}") from error
     return data
 
 
-def _check_digest(data: Mapping[str, Any], edited: bool) -> None:
+def check_digest(data: Mapping[str, Any], *, edited: bool = False) -> None:
+    """Raise GraphPruneError unless the digest in `data` is that of the rest; `edited`: or there is none."""
     if DIGEST not in data:
         if not edited:
             raise GraphPruneError("it has no digest; make it again with this version")
         return
-    if data[DIGEST] != digest_of(data):
+    try:
+        found = digest_of(data)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GraphPruneError(f"it has a digest, and is no JSON: {error}") from error
+    if data[DIGEST] != found:
         raise GraphPruneError(
             "it was changed since it was written (its contents do not match its digest); "
             + (f'whoever changed it on purpose removes the entry "{DIGEST}"' if edited else "make it again")

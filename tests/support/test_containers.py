@@ -96,7 +96,7 @@ def test_runs(tmp_path: Path) -> None:
     for settings, message in (({"a": 1}, r"a \[1, 2\] instead of 1"), ({"shapes": {}}, "names or shapes")):
         with pytest.raises(GraphPruneError, match=message):
             read_run(path, "run/1", settings)
-    with pytest.raises(GraphPruneError, match="no checkpoint of such a run.*delete it"):
+    with pytest.raises(GraphPruneError, match=r"no checkpoint of such a run.*delete it"):
         read_run(path, "run/2", {})
     for document in ("{}", "[]", '{"settings": 3}', "{"):
         write_tensors(path, TENSORS, "run/1", document)

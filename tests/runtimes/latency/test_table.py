@@ -13,7 +13,6 @@ from graphprune import GraphPruneError
 from graphprune.runtimes.latency.context import Context
 from graphprune.runtimes.latency.kernels import Kernel, Sample
 from graphprune.runtimes.latency.table import LatencyTable
-
 from tests.sealing import sealed_json
 
 from .law import law, table
