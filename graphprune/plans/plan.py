@@ -29,7 +29,6 @@ from .surgery import (
     Fold,
     attribute_at,
     bypass_layers,
-    check_consistent,
     check_folds,
     close_gaps,
     fold_names,
@@ -134,13 +133,11 @@ class Plan:
         plan: `graphprune.save` writes it beside the weights.
 
         Raises GraphPruneError, naming the first parameter that differs, when it has not, and where a plan that was
-        changed does not fit together. `model` is never touched.
+        changed cannot be carried out. `model` is never touched.
         """
         self.check(model)
         try:
-            small = self.operated(model)
-            check_consistent(model, small)
-            return remember(close_gaps(small, model, self.layers), model, self)
+            return remember(close_gaps(self.operated(model), model, self.layers), model, self)
         except GraphPruneError:
             raise
         except Exception as error:  # whatever a plan made to mislead broke, it broke in a copy
@@ -237,10 +234,12 @@ class Plan:
 
     @property
     def _counts(self) -> dict[str, int]:
-        """How many entries there are of what changes a network: one that gets lost is missed."""
+        """How many entries there are of what changes a network, so that one that gets lost is missed; and how many
+        different lists of indices, so that of axes that go together none is changed alone."""
         sections = ("attributes", "folds", "rescales", "rewrites", "caches", "layers", "experts")
-        cuts = sum(len(axes) for axes in self.removed.values())
-        return {"removed": cuts, **{name: len(getattr(self, name)) for name in sections}}
+        cuts = [gone for axes in self.removed.values() for gone in axes.values()]
+        lists = set({id(gone): gone for gone in cuts}.values())  # many axes may share one
+        return {"removed": len(cuts), "lists": len(lists), **{name: len(getattr(self, name)) for name in sections}}
 
     @classmethod
     def from_dict(cls, data: Any) -> Plan:

@@ -99,4 +99,4 @@ def test_killed_before_any_change_of_the_folder_the_path_holds_a_whole_network(
     old, new = [1.0, -1.0], [2.0, -2.0]
     assert step > 2 and answers[0] == old and answers[-1] == new
     assert answers == [old] * answers.count(old) + [new] * answers.count(new)
-    assert len([p for p in target.parent.iterdir()]) == 1 + after
+    assert len(list(target.parent.iterdir())) == 1 + after

@@ -1,7 +1,6 @@
 """Cut tensors, set attributes, fold batch norms: always on a copy."""
 
 from .attributes import attribute_at
-from .consistency import check_consistent
 from .copying import clone_with
 from .cutting import operate
 from .folding import Fold, apply_folds, check_folds, effective_folds, find_folds, fold_names, folded_tensors
@@ -12,7 +11,6 @@ __all__ = [
     "apply_folds",
     "attribute_at",
     "bypass_layers",
-    "check_consistent",
     "check_folds",
     "clone_with",
     "close_gaps",

@@ -152,7 +152,7 @@ def test_a_list_that_is_named_thousands_of_times_is_not_expanded(good: Path, tmp
     plan.update(attributes=[], folds=[], rescales=[], rewrites=[], caches=[], layers=[], experts=[])
     document["indices"] = [list(range(30_000))]
     plan["removed"] = {name: {"0": 0} for name in names}
-    plan["counts"] = dict.fromkeys(plan["counts"], 0) | {"removed": 3000}
+    plan["counts"] = dict.fromkeys(plan["counts"], 0) | {"removed": 3000, "lists": 1}
     header["__metadata__"]["graphprune"] = json.dumps(document)
     path = tmp_path / "large.safetensors"
     path.write_bytes(forged(header, payload))
