@@ -27,9 +27,9 @@ State = dict[str, Tensor]
 EPOCHS = 4
 
 
-def net(seed: int) -> nn.Module:
+def net(seed: int, outputs: int = 4000) -> nn.Module:
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(3, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4000)).eval()
+    return nn.Sequential(nn.Linear(3, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, outputs)).eval()
 
 
 def state(model: nn.Module) -> State:
@@ -102,7 +102,7 @@ def _answers(path: Path) -> list[bool]:
 
 def _finetuned(path: Path | None) -> State:
     done = graphprune.finetune(
-        net(0), [(X, Y)] * 2, epochs=EPOCHS, optimizer="adamw", evaluate=lambda m: float(m[0].weight.sum()),  # type: ignore[index]
+        net(0, 40), [(X, Y)] * 2, epochs=EPOCHS, optimizer="adamw", evaluate=lambda m: float(m[0].weight.sum()),  # type: ignore[index]
         patience=EPOCHS, checkpoint=path, progress=False,
     )  # fmt: skip
     return state(done.model)
@@ -110,7 +110,7 @@ def _finetuned(path: Path | None) -> State:
 
 def _piped(path: Path | None) -> State:
     done = graphprune.pipeline(
-        net(0), X, [(X, Y)], 0.5, schedule="linear", prune_epochs=2, train_epochs=2, finetune_epochs=2, progress=False,
+        net(0, 40), X, [(X, Y)], 0.5, schedule="linear", prune_epochs=2, train_epochs=2, finetune_epochs=2, progress=False,
         checkpoint=None if path is None else path.parent,
     )  # fmt: skip
     return state(done.model)
@@ -122,7 +122,7 @@ def _ticket(path: Path | None) -> State:
             for parameter in model.parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
 
-    found = sparsity.lottery_ticket(net(0), train, 0.5, steps=2, rounds=3, checkpoint=path)
+    found = sparsity.lottery_ticket(net(0, 40), train, 0.5, steps=2, rounds=3, checkpoint=path)
     return state(found.model)
 
 
@@ -219,7 +219,7 @@ def kill(writer: Writer, folder: Path, count: int, seed: int = 0) -> Result:
     start = time.perf_counter()
     for version in (1, 0, 1, 0):
         writer.write(path, version)
-    longest = 2 * (time.perf_counter() - start) / 4 + 0.01
+    longest = (1 if writer.resumes else 4) * (time.perf_counter() - start) / 4 + 0.01
     for _ in range(count):
         if writer.resumes:
             shutil.rmtree(folder)
