@@ -1,4 +1,4 @@
-"""Files that are read, mutated: damaged ones (the digest stays what it was) and hostile ones (with a digest that fits)."""
+"""Files that are read, mutated: damaged (the digest stays what it was) or hostile (with a digest that fits)."""
 
 from __future__ import annotations
 

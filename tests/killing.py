@@ -8,6 +8,8 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +20,11 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import sparsity
-from graphprune.runtimes import export
+from graphprune.runtimes import export as exporting
 from graphprune.runtimes.arguments import FlatArguments
 from graphprune.runtimes.capture import capture
-from tests.attacks import X, Y, table
+from tests.attacks import X, Y
+from tests.runtimes.latency.law import table
 
 State = dict[str, Tensor]
 EPOCHS = 4
@@ -56,6 +59,7 @@ class Writer:
     expected: Callable[[int], Any]
     resumes: bool = False
     beside: int = 0  # files beside the one that is named
+    trains: bool = False  # torch cannot train in a fork of a process that has trained
 
 
 @functools.cache
@@ -80,12 +84,12 @@ def _captured(version: int) -> Any:
 
 def _export(path: Path, version: int, external: bool) -> None:
     """An export whose network was captured before, so that most of its time goes into writing."""
-    original = export.capture
-    export.capture = lambda *_, **__: _captured(version)
+    original = vars(exporting)["capture"]
+    vars(exporting)["capture"] = lambda *_, **__: _captured(version)
     try:
         graphprune.export_onnx(net(version), X, path, check=False, external_data=external)
     finally:
-        export.capture = original
+        vars(exporting)["capture"] = original
 
 
 def _answers(path: Path) -> list[bool]:
@@ -102,7 +106,7 @@ def _answers(path: Path) -> list[bool]:
 
 def _finetuned(path: Path | None) -> State:
     done = graphprune.finetune(
-        net(0, 40), [(X, Y)] * 2, epochs=EPOCHS, optimizer="adamw", evaluate=lambda m: float(m[0].weight.sum()),  # type: ignore[index]
+        net(0, 40), [(X, Y)] * 2, epochs=EPOCHS, optimizer="adamw", evaluate=lambda m: float(m[0].weight.sum()),
         patience=EPOCHS, checkpoint=path, progress=False,
     )  # fmt: skip
     return state(done.model)
@@ -110,8 +114,8 @@ def _finetuned(path: Path | None) -> State:
 
 def _piped(path: Path | None) -> State:
     done = graphprune.pipeline(
-        net(0, 40), X, [(X, Y)], 0.5, schedule="linear", prune_epochs=2, train_epochs=2, finetune_epochs=2, progress=False,
-        checkpoint=None if path is None else path.parent,
+        net(0, 40), X, [(X, Y)], 0.5, schedule="linear", prune_epochs=2, train_epochs=2, finetune_epochs=2,
+        progress=False, checkpoint=None if path is None else path.parent,
     )  # fmt: skip
     return state(done.model)
 
@@ -156,8 +160,10 @@ WRITERS = {
         Writer("export_onnx", "m.onnx", lambda p, v: _export(p, v, False), _answers, lambda v: [v == 0, v == 1]),
         Writer("export_onnx, weights beside", "e.onnx", lambda p, v: _export(p, v, True), _answers,
                lambda v: [v == 0, v == 1], beside=1),
-        Writer("finetune", "run.safetensors", _again(_finetuned), _finetuned, lambda v: _finetuned(None), True),
-        Writer("pipeline", "tuning.safetensors", _again(_piped), _piped, lambda v: _piped(None), True),
+        Writer("finetune", "run.safetensors", _again(_finetuned), _finetuned, lambda v: _finetuned(None), True,
+               trains=True),
+        Writer("pipeline", "tuning.safetensors", _again(_piped), _piped, lambda v: _piped(None), True,
+               trains=True),
         Writer("lottery_ticket", "ticket.safetensors", _again(_ticket), _ticket, lambda v: _ticket(None), True),
     )
 }  # fmt: skip
@@ -175,28 +181,41 @@ class Result:
     failures: list[str] = dataclasses.field(default_factory=list)
 
 
-def _child(writer: Writer, path: Path) -> int:
-    """A process that writes without end; its id."""
+def _write_on(writer: Writer, path: Path) -> None:
+    for turn in range(1, 10**9):
+        writer.write(path, 0 if writer.resumes else turn % 2)
+
+
+def _kill_fork(writer: Writer, path: Path, delay: float) -> int:
+    """How a fork that writes without end ended when it was killed after `delay` seconds."""
     child = os.fork()
-    if child:
-        return child
-    try:
-        for version in iter(lambda: 1, 0) if writer.resumes else (i % 2 for i in range(1, 10**9)):
-            writer.write(path, version)
-    finally:
-        os._exit(1)
+    if not child:
+        try:
+            _write_on(writer, path)
+        finally:
+            os._exit(1)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _kill_process(writer: Writer, path: Path, delay: float) -> int:
+    """The same with a process that begins anew; `delay` runs from when it begins to write."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.killing", writer.name, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None and child.stdout.readline() == b"ready\n"
+        time.sleep(delay)
+        child.kill()
+        return child.wait()
 
 
 def attempt(writer: Writer, folder: Path, delay: float, expected: list[Any], result: Result) -> None:
     """Kill a writer after `delay` seconds; what has the name then must be whole."""
     path = folder / writer.file
-    child = _child(writer, path)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
+    ended = (_kill_process if writer.trains else _kill_fork)(writer, path, delay)
     result.kills += 1
     result.inside += any(file.name.endswith(".unfinished") for file in folder.iterdir())
-    if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
+    if ended != -signal.SIGKILL:
         result.failures.append(f"{result.kills}: the writer ended by itself")
     try:
         found = writer.read(path)
@@ -228,8 +247,15 @@ def kill(writer: Writer, folder: Path, count: int, seed: int = 0) -> Result:
     for left in folder.iterdir():
         if not left.name.endswith(".safetensors"):
             os.utime(left, (0, 0))  # as if time had passed since
-    writer.write(path, 0)
+    for _ in range(2):  # a run that was killed after its end has nothing to write
+        writer.write(path, 0)
     kept = sorted(file.name for file in folder.iterdir())
     if len(kept) > (0 if writer.resumes else 1 + writer.beside):
         result.failures.append(f"left behind: {', '.join(kept)}")
     return result
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print("ready", flush=True)
+    _write_on(WRITERS[sys.argv[1]], Path(sys.argv[2]))

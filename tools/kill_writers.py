@@ -3,7 +3,7 @@
     python -m tools.kill_writers --count 20
 
 A child writes without end and is killed (SIGKILL) after a random time, `--count` times for each writer; then the file
-is loaded. Runs that resume (finetune, pipeline, lottery_ticket) must end with the result of a run that was never killed.
+is loaded. Runs that resume (finetune, pipeline, lottery_ticket) must end as a run does that was never killed.
 Prints a table and writes docs/robustness.json; exit status 1 where a file was damaged or something stayed behind.
 """
 
