@@ -121,9 +121,15 @@ def read_document(path: PathLike, what: str, *, edited: bool = False) -> Any:
     Raises:
         GraphPruneError: there is no such file, it is no JSON, it was changed since it was written, or has no digest.
     """
-    raw = read_bytes(path, LARGEST)
+    try:
+        raw = read_bytes(path, LARGEST)
+    except GraphPruneError as error:
+        raise GraphPruneError(f"the {what} {path}: cannot be read: {error}") from error
     try:
         data = from_json(raw)
+    except GraphPruneError as error:
+        raise GraphPruneError(f"the {what} {path} {str(error).removeprefix('it ')}") from error
+    try:
         if isinstance(data, dict):
             check_digest(data, edited=edited)
             data.pop(DIGEST, None)

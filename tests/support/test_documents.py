@@ -127,5 +127,8 @@ def test_documents(tmp_path: Path) -> None:
     assert read_document(path, "thing", edited=True) == data
     path.write_text("[3]")
     assert read_document(path, "thing") == [3]
-    with pytest.raises(GraphPruneError, match="there is no such file"):
+    path.write_text("[NaN]")
+    with pytest.raises(GraphPruneError, match=r"the thing .*a\.json is no JSON \(NaN"):
+        read_document(path, "thing")
+    with pytest.raises(GraphPruneError, match=r"the thing .*none: cannot be read: .*there is no such file"):
         read_document(tmp_path / "none", "thing")
