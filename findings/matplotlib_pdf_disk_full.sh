@@ -3,7 +3,8 @@
 #
 # The OSError of the first write that fails is replaced while the file is closed: the stream that was
 # being written has its length but not its position. So it is with plots of some thousand bytes; a
-# nearly empty one, and the other formats, let the OSError out. Here no file may become larger than 100 bytes, which is what a full disk looks like to a writer.
+# nearly empty one, and the other formats, let the OSError out. Here no file may become larger than
+# 100 bytes, which is what a full disk looks like to a writer.
 #
 # Expected: OSError ("File too large", or "No space left on device"), as from savefig to .svg or .png.
 #
