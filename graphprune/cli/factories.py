@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..support.files import check_source
 from ..support.types import PathLike
 from ..support.unwrapping import checked_model
 
@@ -190,7 +191,7 @@ def _file_input(path: str, seed: int) -> dict[str, Tensor]:
     import onnx
 
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        graph = onnx.load(check_source(path), load_external_data=False).graph
     except Exception as error:
         raise GraphPruneError(f"{path} cannot be read as an ONNX file: {error}") from error
     weights = {tensor.name for tensor in graph.initializer}
@@ -215,8 +216,8 @@ def load_weights(model: nn.Module, path: PathLike) -> None:
         GraphPruneError: no such file, no safetensors file, or a name or shape that does not fit.
     """
     try:
-        found = safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
+        found = safetensors.torch.load_file(check_source(path))
+    except (OSError, GraphPruneError, safetensors.SafetensorError) as error:
         raise GraphPruneError(f"the weights {path} cannot be read: {error}") from error
     wanted = {n: t for n, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     for name, tensor in found.items():

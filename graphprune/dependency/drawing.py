@@ -15,7 +15,8 @@ from typing import Any
 import networkx as nx
 
 from ..errors import GraphPruneError
-from ..support.files import replacing
+from ..support.files import check_target, replacing
+from ..support.plots import write_figure
 from ..support.types import PathLike
 from .groups import Group
 
@@ -97,7 +98,7 @@ def draw_dependencies(groups: Sequence[Group], ties: nx.MultiGraph, path: PathLi
     Raises:
         GraphPruneError: another ending, a path that cannot be written, or matplotlib is not installed.
     """
-    target = Path(path)
+    target = check_target(path)
     suffix = target.suffix.lower()
     if suffix not in FORMATS:
         raise GraphPruneError(f"cannot draw {target}: its name must end in one of {', '.join(FORMATS)}")
@@ -114,9 +115,8 @@ def draw_dependencies(groups: Sequence[Group], ties: nx.MultiGraph, path: PathLi
     width, height = figure.get_size_inches()
     dpi = min(150.0, _MOST_PIXELS / max(width, height), math.sqrt(_LARGEST_AREA / (width * height)))
     # Text stays text, so that a browser finds a parameter by its name.
-    with matplotlib.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}), replacing(target) as temporary:
-        figure.savefig(temporary, dpi=dpi, facecolor="white")
-    return target
+    with matplotlib.rc_context({"svg.fonttype": "none", "pdf.fonttype": 42}):
+        return write_figure(figure, target, dpi=dpi, facecolor="white")
 
 
 def as_dot(groups: Sequence[Group], ties: nx.MultiGraph) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import GraphPruneError
+from .fields import number, table, whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Latency:
             )
             for a in found["attempts"]
         )
-        chosen = int(found["chosen"])
+        chosen = whole(found["chosen"])
         if not 0 <= chosen < len(attempts):
             raise GraphPruneError("not a plan: its latency names an attempt that is not there")
-        return cls(_time(found["requested_ms"]), _time(found["dense_ms"]), attempts, chosen, dict(found["about"]))
+        about = dict(table(found["about"]))
+        return cls(_time(found["requested_ms"]), _time(found["dense_ms"]), attempts, chosen, about)
 
 
 def _time(value: Any) -> float:
-    number = float(value)
-    if not 0 <= number < math.inf:
+    if number(value) < 0:
         raise ValueError(f"{value!r} is no time")
-    return number
+    return number(value)

@@ -17,15 +17,25 @@ from ..dependency.temperature import Rescale
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.experts import Experts
 from ..errors import GraphPruneError
+from ..support.documents import DIGEST, check_digest, read_document, write_document
 from ..support.doors import door
-from ..support.files import replacing
 from ..support.types import PathLike
 from ..support.versions import running_versions
 from ..tracing.names import named_tensors
+from .fields import axis, flag, indices, listed, number, table, text, whole
 from .history import remember
 from .latency import Latency
 from .rewriting import OUTPUTS, Rewrite, replace
-from .surgery import Fold, attribute_at, bypass_layers, close_gaps, fold_names, operate, remove_listed_experts
+from .surgery import (
+    Fold,
+    attribute_at,
+    bypass_layers,
+    check_folds,
+    close_gaps,
+    fold_names,
+    operate,
+    remove_listed_experts,
+)
 
 FORMAT = "graphprune.plan/1"
 
@@ -129,10 +139,16 @@ class Plan:
         """A pruned copy of `model`, which must have the names and shapes the plan was made for. The copy remembers the
         plan: `graphprune.save` writes it beside the weights.
 
-        Raises GraphPruneError, naming the first parameter that differs, when it has not. `model` is never touched.
+        Raises GraphPruneError, naming the first parameter that differs, when it has not, and where a plan that was
+        changed cannot be carried out. `model` is never touched.
         """
         self.check(model)
-        return remember(close_gaps(self.operated(model), model, self.layers), model, self)
+        try:
+            return remember(close_gaps(self.operated(model), model, self.layers), model, self)
+        except GraphPruneError:
+            raise
+        except Exception as error:  # whatever a plan made to mislead broke, it broke in a copy
+            raise GraphPruneError(f"the plan cannot be carried out ({type(error).__name__}: {error})") from error
 
     @door("model")
     def operated(self, model: nn.Module) -> nn.Module:
@@ -164,6 +180,7 @@ class Plan:
             value = attribute_at(model, a.module, a.name, a.key)
             if value != a.old:
                 raise GraphPruneError(f"the plan was made for another model: expected {a}, found {value!r}")
+        check_folds(model, self.folds)
 
     @property
     def structural_hash(self) -> str:
@@ -210,6 +227,7 @@ class Plan:
         return {
             "format": FORMAT,
             "structural_hash": self.structural_hash,
+            "counts": self._counts,
             "versions": dict(self.versions),
             "structure": {k: list(v) for k, v in self.structure.items()},
             "removed": {n: {str(a): list(i) for a, i in axes.items()} for n, axes in self.removed.items()},
@@ -227,49 +245,74 @@ class Plan:
             "latency": None if self.latency is None else self.latency.to_dict(),
         }
 
+    @property
+    def _counts(self) -> dict[str, int]:
+        """How many entries there are of what changes a network, so that one that gets lost is missed; and how many
+        different lists of indices, so that of axes that go together none is changed alone."""
+        sections = ("attributes", "folds", "rescales", "rewrites", "caches", "layers", "experts")
+        cuts = [gone for axes in self.removed.values() for gone in axes.values()]
+        lists = set({id(gone): gone for gone in cuts}.values())  # many axes may share one
+        return {"removed": len(cuts), "lists": len(lists), **{name: len(getattr(self, name)) for name in sections}}
+
     @classmethod
     def from_dict(cls, data: Any) -> Plan:
-        """The inverse of `to_dict`. Raises GraphPruneError for anything that is not a plan."""
+        """The inverse of `to_dict`; what `save` wrote, with its digest, is taken too.
+
+        Raises GraphPruneError for anything that is not a plan, does not match its digest, or lost or gained an entry.
+        """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise GraphPruneError(f"not a plan: expected format {FORMAT!r}, found {found!r}")
+            raise GraphPruneError(f"not a plan: expected format {FORMAT!r}, found {str(found)[:60]!r}")
+        unknown = [str(name)[:60] for name in data if name not in _ENTRIES]
+        if unknown:
+            raise GraphPruneError(f"not a plan: it has an entry {unknown[0]!r}, and plans have no such entries")
+        check_digest(data, edited=True)
         try:
             plan = cls(
                 removed={
-                    str(n): {int(a): tuple(int(i) for i in idx) for a, idx in axes.items()}
-                    for n, axes in data["removed"].items()
+                    n: {axis(a): indices(idx) for a, idx in table(axes).items()}
+                    for n, axes in table(data["removed"]).items()
                 },
-                attributes=tuple(
-                    AttributeChange(a["module"], a["name"], tuple(a["key"]), int(a["old"]), int(a["new"]))
-                    for a in data["attributes"]
+                attributes=tuple(map(_attribute, listed(data["attributes"]))),
+                folds=tuple(
+                    Fold(text(f["layer"]), text(f["batch_norm"]), whole(f["axis"])) for f in listed(data["folds"])
                 ),
-                folds=tuple(Fold(f["layer"], f["batch_norm"], int(f["axis"])) for f in data["folds"]),
                 rescales=tuple(
-                    Rescale(r["parameter"], int(r["axis"]), tuple(int(i) for i in r["indices"]), float(r["factor"]))
-                    for r in data["rescales"]
+                    Rescale(text(r["parameter"]), whole(r["axis"]), indices(r["indices"]), number(r["factor"]))
+                    for r in listed(data["rescales"])
                 ),
-                groups=tuple(_group(g) for g in data["groups"]),
-                frozen=tuple(map(str, data["frozen"])),
-                structure={str(k): tuple(int(n) for n in v) for k, v in data["structure"].items()},
-                statistics=bool(data["statistics"]),
-                caches=tuple((str(path), str(name)) for path, name in data.get("caches", ())),
-                output=str(data.get("output", "module")),
-                rewrites=tuple(Rewrite.from_dict(r) for r in data.get("rewrites", ())),
-                layers=tuple(Block.from_dict(b) for b in data.get("layers", ())),
-                experts=tuple(Experts.from_dict(e) for e in data.get("experts", ())),
-                latency=None if data.get("latency") is None else Latency.from_dict(data["latency"]),
-                versions={str(k): str(v) for k, v in data["versions"].items()},
+                groups=tuple(map(_group, listed(data["groups"]))),
+                frozen=tuple(map(text, listed(data["frozen"]))),
+                structure={k: tuple(map(_length, listed(v))) for k, v in table(data["structure"]).items()},
+                statistics=flag(data["statistics"]),
+                caches=tuple((text(path), text(name)) for path, name in listed(data["caches"])),
+                output=text(data["output"]),
+                rewrites=tuple(map(Rewrite.from_dict, listed(data["rewrites"]))),
+                layers=tuple(map(Block.from_dict, listed(data["layers"]))),
+                experts=tuple(map(Experts.from_dict, listed(data["experts"]))),
+                latency=None if data["latency"] is None else Latency.from_dict(data["latency"]),
+                versions={k: text(v) for k, v in table(data["versions"]).items()},
             )
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            counts, stated = table(data["counts"]), text(data["structural_hash"])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise GraphPruneError(f"not a plan: {type(error).__name__}: {error}") from error
         if plan.output not in OUTPUTS:
             raise GraphPruneError(f"not a plan: output is {plan.output!r}, expected one of {', '.join(OUTPUTS)}")
-        if data.get("structural_hash", plan.structural_hash) != plan.structural_hash:
+        if stated != plan.structural_hash:
             raise GraphPruneError("not a plan: its structural hash is not that of the structure it describes")
         plan._check_indices()
         plan._check_layers()
         plan._check_factors()
+        plan._check_counts(counts)
         return plan
+
+    def _check_counts(self, counts: Mapping[str, Any]) -> None:
+        for name, found in self._counts.items():
+            if counts.get(name) != found:
+                raise GraphPruneError(
+                    f"the plan has lost or gained entries: its counts say {counts.get(name)!r} {name}, and it lists "
+                    f"{found}; whoever changed it on purpose corrects the entry \"counts\""
+                )
 
     def _check_layers(self) -> None:
         for e in self.experts:
@@ -290,18 +333,20 @@ class Plan:
                 raise GraphPruneError(f"the plan changes {name.rstrip('.')}, which lies in a layer that it leaves out")
 
     def _check_indices(self) -> None:
+        ordered: dict[int, bool] = {}  # lists that many axes share are looked at once
         for name, axes in self.removed.items():
             shape = self.structure.get(name)
-            for axis, indices in axes.items():
-                if shape is None or not 0 <= axis < len(shape):
-                    raise GraphPruneError(f"the plan removes from axis {axis} of {name}, which it does not describe")
-                ordered = all(a < b for a, b in itertools.pairwise(indices))
-                if not ordered or (indices and not 0 <= indices[0] <= indices[-1] < shape[axis]):
+            for at, gone in axes.items():
+                if shape is None or not 0 <= at < len(shape):
+                    raise GraphPruneError(f"the plan removes from axis {at} of {name}, which it does not describe")
+                if len(gone) >= shape[at]:
+                    raise GraphPruneError(f"the plan removes all of axis {at} of {name}; at least one must stay")
+                if id(gone) not in ordered:
+                    ordered[id(gone)] = all(a < b for a, b in itertools.pairwise(gone))
+                if not ordered[id(gone)] or (gone and not 0 <= gone[0] <= gone[-1] < shape[at]):
                     raise GraphPruneError(
-                        f"the plan's indices for axis {axis} of {name} must be increasing and lie in [0, {shape[axis]})"
+                        f"the plan's indices for axis {at} of {name} must be increasing and lie in [0, {shape[at]})"
                     )
-                if len(indices) >= shape[axis]:
-                    raise GraphPruneError(f"the plan removes all of axis {axis} of {name}; at least one must stay")
 
     def _check_factors(self) -> None:
         """Folds and rescales name what the plan describes."""
@@ -309,39 +354,57 @@ class Plan:
             layer, norm = fold_names(fold)[0], f"{fold.batch_norm}.running_mean"
             if layer not in self.structure or norm not in self.structure:
                 raise GraphPruneError(f"the plan folds {fold.batch_norm} into {fold.layer}, which it does not describe")
+            if fold.axis not in (0, 1):
+                raise GraphPruneError(f"the plan folds {fold.batch_norm} along axis {fold.axis}; expected 0 or 1")
+        if len({f.layer for f in self.folds}) + len({f.batch_norm for f in self.folds}) != 2 * len(self.folds):
+            raise GraphPruneError("the plan folds two batch norms into one layer, or one into two")
         for scale in self.rescales:
             shape = self.structure.get(scale.parameter, ())
-            inside = 0 <= scale.axis < len(shape) and all(0 <= i < shape[scale.axis] for i in scale.indices)
-            if not inside or not math.isfinite(scale.factor):
+            at = scale.indices
+            inside = 0 <= scale.axis < len(shape) and len(at) <= shape[scale.axis]
+            if not inside or (at and not 0 <= min(at) <= max(at) < shape[scale.axis]):
                 raise GraphPruneError(
                     f"the plan rescales axis {scale.axis} of {scale.parameter} by {scale.factor}, which cannot be"
                 )
 
     def save(self, path: PathLike) -> Path:
-        """Write the plan as JSON, to a temporary name first. Raises GraphPruneError when the path cannot be written."""
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.to_dict()), encoding="utf-8")
-        return Path(path)
+        """Write the plan as JSON with a digest, to a temporary name first. Raises GraphPruneError when the path cannot
+        be written."""
+        return write_document(path, self.to_dict())
 
     @classmethod
     def load(cls, path: PathLike) -> Plan:
-        """Read a plan written by `save`. Raises GraphPruneError when there is none or it is damaged."""
+        """Read a plan written by `save`. Whoever changed it by hand removes its entry "digest".
+
+        Raises GraphPruneError when there is none, it is damaged, was changed since it was written, or lost an entry.
+        """
+        data = read_document(path, "plan", edited=True)
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise GraphPruneError(f"the plan {path} cannot be read: {error.strerror}") from error
-        except ValueError as error:
-            raise GraphPruneError(f"the plan {path} is no JSON: {error}") from error
-        return cls.from_dict(data)
+            return cls.from_dict(data)
+        except GraphPruneError as error:
+            raise GraphPruneError(f"the plan {path} cannot be used: {error}") from error
+
+
+_ENTRIES = {f.name for f in dataclasses.fields(Plan)} | {"format", "structural_hash", "counts", DIGEST}
+
+
+def _length(value: Any) -> int:
+    if whole(value) < 0:
+        raise ValueError(f"{value} is no length")
+    return whole(value)
+
+
+def _attribute(data: Mapping[str, Any]) -> AttributeChange:
+    key = tuple(step if isinstance(step, str) else whole(step) for step in listed(data["key"]))
+    return AttributeChange(text(data["module"]), text(data["name"]), key, whole(data["old"]), whole(data["new"]))
 
 
 def _group(data: Mapping[str, Any]) -> GroupPlan:
-    asked = data.get("asked")
-    kept, size = int(data["kept"]), int(data["size"])
-    weight = float(data.get("weight", 1.0))
-    if not (weight > 0 and math.isfinite(weight)):
-        raise ValueError(f"a group's weight is {weight}")
-    return GroupPlan(data["name"], data["kind"], size, kept, None if asked is None else float(asked), weight)
+    asked = None if data["asked"] is None else number(data["asked"])
+    kept, size, weight = whole(data["kept"]), whole(data["size"]), number(data["weight"])
+    if not (weight > 0 and 0 <= kept <= size and size > 0):
+        raise ValueError(f"a group of weight {weight} keeps {kept} of {size}")
+    return GroupPlan(text(data["name"]), text(data["kind"]), size, kept, asked, weight)
 
 
 def folding(model: nn.Module, folds: Sequence[Fold]) -> Plan:

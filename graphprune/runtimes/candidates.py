@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import GraphPruneError
+from ..support.files import as_path, check_source, is_there
 from ..support.types import PathLike
 from ..support.unwrapping import checked_model
 from .arguments import FlatArguments
@@ -53,7 +54,7 @@ class Candidates:
         for number, (name, model) in enumerate(models.items()):
             advance(f"exporting {name}" if isinstance(model, nn.Module) else f"reading {name}")
             if isinstance(model, (str, os.PathLike)):
-                self._any[name] = _existing(name, Path(model))
+                self._any[name] = _existing(name, as_path(model))
                 continue
             model = checked_model(model, f"models[{name!r}]")
             arguments = FlatArguments.of(example_input, model)
@@ -104,10 +105,11 @@ class Candidates:
 
 
 def _existing(name: str, path: Path) -> ModelFile:
-    if not path.is_file():
-        raise GraphPruneError(f"model {name!r}: there is no file {path}")
     import onnx
 
+    if not is_there(path):
+        raise GraphPruneError(f"model {name!r}: there is no file {path}")
+    check_source(path)
     try:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:

@@ -11,10 +11,11 @@ from torch import nn
 
 from ..errors import GraphPruneError
 from ..support.doors import door
-from ..support.files import check_target, move_into_place, workspace
+from ..support.files import check_target, workspace
 from ..support.types import PathLike
 from .arguments import FlatArguments, named_outputs
 from .capture import capture, inference_state, optimise, quiet, run_model
+from .external import named_by_contents, put_network_in_place
 from .initializers import Initializers, Removal, check_captured, check_file, planned_shapes
 from .parity import check_parity, default_tolerance
 
@@ -97,8 +98,9 @@ def export_onnx(
         tolerance: largest allowed relative error, max|onnx - torch| / max|torch| of each output; integer outputs
             must be equal. None: 1e-4, or 1e-2 where float16 and 5e-2 where bfloat16 is involved.
         provider: where to check, "cpu" unless said (see `resolve_provider`). Half precision may need "cuda".
-        external_data: put the weights into a second file, `path` + ".data". None: only where a single file would be
-            larger than the 2 GiB that the format allows.
+        external_data: put the weights into a second file beside `path`, whose name is that of `path`, 12 digits of
+            the SHA-256 of what is in it, and ".data"; that of an earlier export to `path` is removed. None: only where
+            a single file would be larger than the 2 GiB that the format allows.
 
     Raises:
         GraphPruneError: the path cannot be written; the model does not run, cannot be captured or has an operator
@@ -136,10 +138,7 @@ def export_onnx(
         if check:
             error, notes = check_parity(temporary, model, arguments, sizes, tolerance=tolerance, provider=provider)
         size = sum(file.stat().st_size for file in (temporary, data) if file is not None)
-        moves = [(temporary, target)]
-        if data is not None:
-            moves.insert(0, (data, target.with_name(data.name)))
-        move_into_place(moves)
+        data = put_network_in_place(temporary, data, target)
     return ExportReport(
         path=target,
         opset=written_opset,
@@ -149,7 +148,7 @@ def export_onnx(
         outputs=tuple(output_names),
         nodes=nodes,
         size=size,
-        external_data=None if data is None else target.with_name(data.name),
+        external_data=data,
         max_relative_error=error,
         tolerance=tolerance,
         checked_batch_sizes=sizes,
@@ -189,10 +188,10 @@ def _save(program: Any, path: Path, external_data: bool | None) -> Path | None:
     try:
         with quiet():
             program.save(path, external_data=external_data)
+        others = sorted(file for file in path.parent.iterdir() if file != path)
+        return named_by_contents(path, others[0]) if others else None
     except OSError as error:
         raise GraphPruneError(f"cannot write {path.name}: {error.strerror or error}") from error
-    others = sorted(file for file in path.parent.iterdir() if file != path)
-    return others[0] if others else None
 
 
 def _inspect(path: Path, inputs: list[str], outputs: list[str]) -> tuple[dict[str, tuple[int, ...]], int, int]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import GraphPruneError
-from ..support.files import replacing
+from ..support.runs import read_run, score, write_run
 from ..support.types import PathLike
 
 _KEY = "graphprune.lottery/1"
@@ -34,41 +30,46 @@ class Progress:
 
 def write_progress(path: PathLike, progress: Progress) -> None:
     """Replace the file by one of this state. Raises GraphPruneError when it cannot be written."""
-    tensors = {
-        f"{part}/{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for part in _PARTS
-        for name, tensor in getattr(progress, part).items()
-    }
-    about = json.dumps({"settings": progress.settings, "scores": progress.scores})
-    with replacing(path) as temporary:
-        save_file(tensors, str(temporary), {_KEY: about})
+    tensors = {f"{part}/{name}": tensor for part in _PARTS for name, tensor in getattr(progress, part).items()}
+    write_run(path, _KEY, {"settings": progress.settings, "scores": progress.scores}, tensors)
 
 
-def read_progress(path: PathLike, settings: Mapping[str, Any]) -> Progress:
-    """The state in a file. Raises GraphPruneError if it is damaged, or of a run with other settings, naming one."""
+def read_progress(path: PathLike, settings: Mapping[str, Any]) -> Progress | None:
+    """The state in a file, None where there is no file.
+
+    Raises GraphPruneError if it is damaged, or of a run with other settings, naming one.
+    """
+    found = read_run(path, _KEY, settings)
+    if found is None:
+        return None
+    about, tensors = found
     parts: dict[str, dict[str, Tensor]] = {part: {} for part in _PARTS}
     try:
-        with safe_open(str(path), "pt") as file:
-            about = json.loads((file.metadata() or {})[_KEY])
-            scores = tuple(None if s is None else float(s) for s in about["scores"])
-            found = dict(about["settings"])
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                part, _, name = key.partition("/")
-                parts[part][name] = file.get_tensor(key)
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        scores = tuple(map(score, about["scores"]))
+        for key, tensor in tensors.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = tensor
+        _check(parts, len(scores), settings)
+    except (KeyError, TypeError, ValueError) as error:
         raise GraphPruneError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}: {error}); delete it to start again"
+            f"the checkpoint {path} is damaged ({type(error).__name__}: {error}); delete it to start again"
         ) from error
-    for name, value in settings.items():
-        if found.get(name) != value:
-            what = "names or shapes" if name == "shapes" else f"{name} {found.get(name)!r} instead of {value!r}"
-            raise GraphPruneError(f"the checkpoint {path} is of another run, with {what}; delete it to start again")
-    shapes = settings["shapes"]
+    return Progress(settings, parts["initial"], parts["rewound"], parts["masks"], parts["trained"], scores)
+
+
+def _check(parts: Mapping[str, Mapping[str, Tensor]], done: int, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError unless these are the tensors of a run with these settings after so many trainings."""
+    shapes, types = settings["shapes"], settings["types"]
+    finished = done == settings["rounds"] + 1
+    if done > settings["rounds"] + 1:
+        raise ValueError(f"{done} trainings of {settings['rounds'] + 1} are done")
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
-            fits = tensor.dtype == torch.bool if part == "masks" else list(tensor.shape) == shapes.get(name)
-            if not fits:
-                raise GraphPruneError(f"the checkpoint {path} is damaged: {part}/{name} does not fit the model")
-    if set(parts["initial"]) != set(shapes) or set(parts["rewound"]) != set(shapes):
-        raise GraphPruneError(f"the checkpoint {path} is damaged: tensors are missing")
-    return Progress(settings, parts["initial"], parts["rewound"], parts["masks"], parts["trained"], scores)
+            kind = "bool" if part == "masks" else types.get(name)
+            if list(tensor.shape) != shapes.get(name) or str(tensor.dtype).removeprefix("torch.") != kind:
+                raise ValueError(f"{part}/{name} does not fit the model")
+    for part in ("initial", "rewound", *(("trained",) if finished else ())):
+        if parts[part].keys() != shapes.keys():
+            raise ValueError(f"tensors of {part} are missing")
+    if bool(parts["masks"]) != (done > 0) or (parts["trained"] and not finished):
+        raise ValueError("masks are missing, or there are some too early")

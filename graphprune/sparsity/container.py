@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import GraphPruneError
-from ..support.files import replacing
+from ..support.documents import from_json
+from ..support.files import as_path, read_bytes, replacing
 from ..support.types import PathLike
 from .encoding import DamagedError, Entry, entry_from_list, entry_to_list, inflate
 
@@ -46,13 +47,8 @@ class SparseFile:
     """
 
     def __init__(self, path: PathLike) -> None:
-        self.path = Path(path)
-        try:
-            if not self.path.is_file():
-                raise GraphPruneError(f"cannot read {self.path}: there is no such file")
-            self._data = memoryview(self.path.read_bytes())
-        except OSError as error:
-            raise GraphPruneError(f"cannot read {self.path}: {error.strerror or error}") from error
+        self.path = as_path(path)
+        self._data = memoryview(read_bytes(self.path))
         self.size = len(self._data)
         try:
             self.entries = self._read_header()
@@ -72,9 +68,9 @@ class SparseFile:
             raise DamagedError("the header is damaged: it is longer than the file, or than 16 MiB")
         header = inflate(bytes(data[start : start + packed]), length, length, "header")
         try:
-            listed = json.loads(header)
-        except (ValueError, RecursionError) as error:
-            raise DamagedError(f"the header is damaged: {type(error).__name__}") from error
+            listed = from_json(header)
+        except GraphPruneError as error:
+            raise DamagedError(f"the header is damaged: {error}") from error
         if not isinstance(listed, list):
             raise DamagedError("the header is damaged: it is no list")
         entries = [entry_from_list(item) for item in listed]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import GraphPruneError
 from ..plans.surgery.copying import clone_with
 from ..support.doors import door
+from ..support.files import check_target
 from ..support.types import Names, PathLike
 from .checkpoints import Progress, read_progress, write_progress
 from .magnitudes import magnitude
@@ -144,6 +144,8 @@ class _Run:
         if self.rewind >= self.steps:
             raise GraphPruneError(f"lottery_ticket: expected rewind < steps, got {self.rewind} and {self.steps}")
         check_scope(self.scope)
+        if self.checkpoint is not None:
+            check_target(self.checkpoint)
         if masks_of(self.model):
             raise GraphPruneError("lottery_ticket: the model has masks already; start from a dense one")
         select_weights(self.model, self.parameters, self.ignore)
@@ -175,9 +177,11 @@ class _Run:
         state = PlainState.of(self.model)
         shapes = {name: list(tensor.shape) for name, tensor in state.tensors.items()}
         names = ("sparsity", "steps", "rounds", "rewind", "scope", "parameters", "ignore", "seed")
-        settings = {**{name: getattr(self, name) for name in names}, "shapes": shapes}
-        if self.checkpoint is not None and os.path.exists(self.checkpoint):
-            return read_progress(self.checkpoint, settings)
+        types = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in state.tensors.items()}
+        settings = {**{name: getattr(self, name) for name in names}, "shapes": shapes, "types": types}
+        found = None if self.checkpoint is None else read_progress(self.checkpoint, settings)
+        if found is not None:
+            return found
         initial = state.copy()
         rewound = initial
         if self.rewind:

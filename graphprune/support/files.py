@@ -1,4 +1,4 @@
-"""Writing files: either the whole new file has the name, or nothing has changed.
+"""Reading and writing files. What is written is whole or nothing has changed; what is read is a file and no pipe.
 
 New files are made in a hidden folder beside their place and renamed. A writer that is killed leaves its folder there;
 the next writer of the same file removes it. Which folders are left over is told by a lock that a living writer holds.
@@ -29,16 +29,31 @@ _ENDING = ".unfinished"
 _PATIENCE = 60.0
 
 
+def as_path(path: PathLike, what: str = "a file") -> Path:
+    """`path` as a Path that the system can be asked for.
+
+    Raises:
+        GraphPruneError: it is no path (None, a number, bytes), or holds what no name of a file can hold.
+    """
+    try:
+        found = Path(path)
+        os.fsencode(found)
+    except TypeError as error:
+        raise GraphPruneError(f"expected the path of {what}, got {type(path).__name__}") from error
+    except ValueError as error:
+        raise GraphPruneError(f"{str(path)!r} is not the path of {what}: {error}") from error
+    if "\0" in str(found):
+        raise GraphPruneError(f"{str(path)!r} is not the path of {what}: it holds a null character")
+    return found
+
+
 def check_target(path: PathLike) -> Path:
     """`path` as a Path, if a file of that name can be made.
 
     Raises:
         GraphPruneError: its folder does not exist or is no folder, or the path itself is a folder, a pipe or a device.
     """
-    try:
-        target = Path(path)
-    except TypeError as error:
-        raise GraphPruneError(f"expected the path of a file, got {type(path).__name__}") from error
+    target = as_path(path)
     if not target.name:
         raise GraphPruneError(f"{str(target)!r} is not the path of a file")
     folder = target.parent
@@ -57,6 +72,68 @@ def check_target(path: PathLike) -> Path:
     except OSError as error:
         raise GraphPruneError(f"cannot write {target}: {error.strerror or error}") from error
     return target
+
+
+def check_source(path: PathLike) -> Path:
+    """`path` as a Path, if there is a file to read. A pipe is none: whoever opens it may wait for ever.
+
+    Raises:
+        GraphPruneError: there is nothing of that name, or a folder, a pipe or a device.
+    """
+    source = as_path(path)
+    try:
+        if not source.is_file():
+            other = source.exists() and not source.is_dir()
+            raise GraphPruneError(
+                f"cannot read {source}: "
+                + ("it is a pipe, a socket or a device; give the path of a file" if other else "there is no such file")
+            )
+    except OSError as error:
+        raise GraphPruneError(f"cannot read {source}: {error.strerror or error}") from error
+    return source
+
+
+def is_there(path: PathLike) -> bool:
+    """Whether there is something of that name, of whatever kind.
+
+    Raises:
+        GraphPruneError: it is no path, or the system cannot say.
+    """
+    source = as_path(path)
+    try:
+        return source.exists()
+    except OSError as error:
+        raise GraphPruneError(f"cannot read {source}: {error.strerror or error}") from error
+
+
+def read_bytes(path: PathLike, most: int | None = None) -> bytes:
+    """All of a file; no more than `most` bytes.
+
+    Raises:
+        GraphPruneError: there is no such file, it cannot be read, or it is larger.
+    """
+    source = check_source(path)
+    try:
+        size = source.stat().st_size
+        if most is not None and size > most:
+            raise GraphPruneError(f"cannot read {source}: it has {size} bytes, more than {most}")
+        return source.read_bytes()
+    except OSError as error:
+        raise GraphPruneError(f"cannot read {source}: {error.strerror or error}") from error
+
+
+def make_folder(path: PathLike) -> Path:
+    """The folder of that name, made with those around it where it is not there.
+
+    Raises:
+        GraphPruneError: it is no path, or cannot be made.
+    """
+    folder = as_path(path, "a folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GraphPruneError(f"{folder} cannot be made a folder: {error.strerror or error}") from error
+    return folder
 
 
 @contextlib.contextmanager
@@ -132,37 +209,24 @@ def replacing(path: PathLike) -> Iterator[Path]:
             yield temporary
         except OSError as error:
             raise GraphPruneError(f"cannot write {target}: {error.strerror or error}") from error
-        move_into_place([(temporary, target)])
+        put_in_place(temporary, target)
 
 
-def move_into_place(moves: list[tuple[Path, Path]]) -> None:
-    """Rename (new file, its final path) pairs, in order; all of them or, after an error, none.
-
-    The new files lie in one `workspace`, where files that they replace are kept until all are in place.
+def put_in_place(new: Path, final: Path) -> None:
+    """Rename a file of a `workspace` to its final path, in one step, once all of it is on the disk. It has the
+    permissions of the file that it replaces.
 
     Raises:
-        GraphPruneError: a file cannot be renamed.
+        GraphPruneError: it cannot be renamed; a file that has the name stays.
     """
-    undo: list[tuple[Path, Path | None]] = []
     try:
-        for new, final in moves:
-            kept: Path | None = None
-            if final.exists():
-                shutil.copymode(final, new)
-            # A single rename needs no copy to go back to: it happens or it does not.
-            if len(moves) > 1 and final.exists():
-                kept = new.with_name(new.name + ".previous")
-                os.replace(final, kept)
-                undo.append((final, kept))
-                os.replace(new, final)
-            else:
-                os.replace(new, final)
-                undo.append((final, None))
+        handle = os.open(new, os.O_RDWR)
+        try:
+            os.fsync(handle)  # some file systems say only now that the disk is full
+        finally:
+            os.close(handle)
+        if final.exists():
+            shutil.copymode(final, new)
+        os.replace(new, final)
     except OSError as error:
-        for final, kept in reversed(undo):
-            with contextlib.suppress(OSError):
-                if kept is not None:
-                    os.replace(kept, final)
-                else:
-                    final.unlink()
-        raise GraphPruneError(f"cannot write {moves[-1][1]}: {error.strerror or error}") from error
+        raise GraphPruneError(f"cannot write {final}: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import GraphPruneError
 from ..support.types import PathLike
-from .files import replacing
+from .files import check_target, replacing
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,14 +33,25 @@ def save_figure(figure: Any, path: PathLike, *, dpi: int = 150) -> Path:
     Raises:
         GraphPruneError: the path cannot be written or its ending is no format that matplotlib writes.
     """
-    from pathlib import Path
-
-    target = Path(path)
+    target = check_target(path)
     formats = sorted(figure.canvas.get_supported_filetypes())
     if target.suffix[1:].lower() not in formats:
         raise GraphPruneError(f"cannot draw {target}: its name must end in one of .{', .'.join(formats)}")
+    return write_figure(figure, target, dpi=dpi)
+
+
+def write_figure(figure: Any, target: Path, **options: Any) -> Path:
+    """Draw a figure into memory, then write it: matplotlib's writers do not all survive a full disk.
+
+    Raises:
+        GraphPruneError: the path cannot be written.
+    """
+    import io
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=target.suffix[1:].lower(), **options)
     with replacing(target) as temporary:
-        figure.savefig(temporary, dpi=dpi)
+        temporary.write_bytes(buffer.getbuffer())
     return target
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from pathlib import Path
@@ -195,26 +196,76 @@ def test_names_that_the_graph_uses_itself(tmp_path: Path) -> None:
         np.testing.assert_allclose(found[name], expected.detach(), rtol=1e-4, atol=1e-6)
 
 
+def weights_beside(folder: Path) -> list[str]:
+    """The names of files of weights, each of which must be that of what is in it."""
+    found = sorted(set(os.listdir(folder)) - {"net.onnx"})
+    for name in found:
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        assert name == f"net.onnx.{digest[:12]}.data"
+    return found
+
+
 def test_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, target = torch.randn(2, 3, 8, 8), tmp_path / "net.onnx"
     report = export_onnx(nets.ConvNet(width=32), x, target, external_data=True)
-    assert report.external_data == tmp_path / "net.onnx.data"
-    assert sorted(os.listdir(tmp_path)) == ["net.onnx", "net.onnx.data"]
+    assert report.external_data is not None and weights_beside(tmp_path) == [report.external_data.name]
     assert report.size == sum(file.stat().st_size for file in tmp_path.iterdir())
     first = run(report, x=x)["output"]
-    before = [(tmp_path / name).read_bytes() for name in ("net.onnx", "net.onnx.data")]
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     monkeypatch.setattr(parity, "run_once", lambda *a: [torch.zeros(2, 4)])
     with pytest.raises(GraphPruneError, match="differs"):
         export_onnx(nets.ConvNet(width=32), x, target, external_data=True)
-    assert before == [(tmp_path / name).read_bytes() for name in ("net.onnx", "net.onnx.data")]
+    assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     monkeypatch.undo()
     # Too large for one file: the same without being asked for.
     monkeypatch.setattr(export, "_LARGE", 1000)
     torch.manual_seed(5)
-    report = export_onnx(nets.ConvNet(width=32), x, target)
+    again = export_onnx(nets.ConvNet(width=32), x, target)
+    assert again.external_data is not None and weights_beside(tmp_path) == [again.external_data.name]
+    assert again.external_data != report.external_data
+    assert not np.allclose(first, run(again, x=x)["output"])
+    # In one file again: nothing is left beside it.
+    export_onnx(nets.ConvNet(width=32), x, target, external_data=False)
+    assert os.listdir(tmp_path) == ["net.onnx"]
+
+
+def test_only_weights_that_are_certainly_superseded_are_removed(tmp_path: Path) -> None:
+    x, target = torch.randn(2, 3, 8, 8), tmp_path / "net.onnx"
+    fresh, old = tmp_path / f"net.onnx.{'a' * 12}.data", tmp_path / f"net.onnx.{'b' * 12}.data"
+    others = [tmp_path / name for name in ("net.onnx.data", "net.onnx.abc.data", f"other.onnx.{'b' * 12}.data")]
+    for path in (fresh, old, *others):
+        path.write_text("")
+        os.utime(path, (0, 0))
+    os.utime(fresh)  # perhaps of an export that is about to put its graph in place
+    target.write_text("no graph at all")
+    report = export_onnx(nets.ConvNet(), x, target, external_data=True)
     assert report.external_data is not None
-    assert sorted(os.listdir(tmp_path)) == ["net.onnx", "net.onnx.data"]
-    assert not np.allclose(first, run(report, x=x)["output"])
+    assert set(tmp_path.iterdir()) == {target, report.external_data, fresh, *others}
+    assert export_onnx(nets.ConvNet(), x, target, external_data=True, check=False).path == target
+
+
+def test_the_same_weights_again_and_a_graph_that_cannot_be_put_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, target = torch.randn(2, 3, 8, 8), tmp_path / "net.onnx"
+    model, other = nets.ConvNet(), nets.ConvNet(width=24)
+    report = export_onnx(model, x, target, external_data=True, check=False)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    original = os.replace
+
+    def fail(source: Any, final: Any) -> None:
+        if Path(final) == target:
+            raise OSError(28, "No space left on device")
+        original(source, final)
+
+    monkeypatch.setattr(os, "replace", fail)
+    for tried in (model, other):
+        with pytest.raises(GraphPruneError, match="No space left"):
+            export_onnx(tried, x, target, external_data=True, check=False)
+        assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    monkeypatch.undo()
+    assert export_onnx(model, x, target, external_data=True).external_data == report.external_data
+    assert weights_beside(tmp_path) == [report.external_data.name]  # type: ignore[union-attr]
 
 
 def test_half_precision(tmp_path: Path) -> None:

@@ -13,7 +13,16 @@ import pytest
 
 from graphprune.errors import GraphPruneError
 from graphprune.support import files
-from graphprune.support.files import check_target, move_into_place, replacing, workspace
+from graphprune.support.files import (
+    as_path,
+    check_source,
+    check_target,
+    is_there,
+    make_folder,
+    put_in_place,
+    read_bytes,
+    replacing,
+)
 
 
 def test_a_file_appears_whole(tmp_path: Path) -> None:
@@ -55,32 +64,66 @@ def test_bad_targets(tmp_path: Path) -> None:
             raise AssertionError("the block ran")
 
 
-def test_several_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finals = [tmp_path / name for name in ("a", "b", "c")]
-    finals[0].write_text("old a")
-    finals[2].write_text("old c")
-    original = os.replace
+def test_a_file_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "file.txt"
+    target.write_text("old")
 
-    def fail_for_c(source: Any, target: Any) -> None:
-        if Path(target) == finals[2] and Path(source).name == "c":
-            raise OSError(28, "No space left on device")
-        original(source, target)
+    def fail(*paths: Any) -> None:
+        raise OSError(28, "No space left on device")
 
-    def attempt() -> None:
-        with workspace(tmp_path / "a") as folder:
-            for final in finals:
-                (folder / final.name).write_text(f"new {final.name}")
-            move_into_place([(folder / final.name, final) for final in finals])
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(GraphPruneError, match=r"file.txt: No space left"), replacing(target) as temporary:
+        temporary.write_text("new")
+    assert target.read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
 
-    monkeypatch.setattr(os, "replace", fail_for_c)
-    with pytest.raises(GraphPruneError, match="No space left"):
-        attempt()
-    assert sorted(os.listdir(tmp_path)) == ["a", "c"]
-    assert finals[0].read_text() == "old a" and finals[2].read_text() == "old c"
-    monkeypatch.undo()
-    attempt()
-    assert [final.read_text() for final in finals] == ["new a", "new b", "new c"]
-    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+def test_a_disk_that_is_full_when_the_file_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, new = tmp_path / "file.txt", tmp_path / "new.txt"
+    target.write_text("old")
+    new.write_text("new")
+
+    def fail(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(GraphPruneError, match=r"file.txt: No space left"):
+        put_in_place(new, target)
+    assert target.read_text() == "old"
+
+
+@pytest.mark.parametrize("path", [None, 3, 2.5, b"file", ["file"], object(), "a\0b", "\ud800"])
+@pytest.mark.parametrize("function", [as_path, check_target, check_source, is_there, make_folder, read_bytes])
+def test_what_is_no_path_is_refused(function: Any, path: Any) -> None:
+    with pytest.raises(GraphPruneError, match="the path of a f"):
+        function(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_no_reader_waits_for_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(GraphPruneError, match="is a pipe, a socket or a device"):
+            read_bytes(tmp_path / name)
+    with pytest.raises(GraphPruneError, match="is a pipe, a socket or a device"):
+        check_source(os.devnull)
+    for path in (tmp_path, tmp_path / "missing", tmp_path / ("x" * 300), tmp_path / "pipe" / "file"):
+        with pytest.raises(GraphPruneError, match="cannot read"):
+            check_source(path)
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+    assert read_bytes(tmp_path / "file", 5) == b"12345"
+    with pytest.raises(GraphPruneError, match="5 bytes, more than 4"):
+        read_bytes(tmp_path / "file", 4)
+
+
+def test_folders(tmp_path: Path) -> None:
+    assert make_folder(tmp_path / "a" / "b").is_dir() and make_folder(tmp_path / "a").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GraphPruneError, match="cannot be made a folder"):
+        make_folder(tmp_path / "file")
 
 
 def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

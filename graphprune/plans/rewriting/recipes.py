@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from ...dependency.sizes import COMPARE, describe
 from ...errors import GraphPruneError
 from ...tracing.origin import Attribute, Expr, Literal, Operation, evaluate, recorded_value
 from ...tracing.recorder import Guard
+from ..fields import listed, table, text
 from .arguments import rewritten, takes_sizes
 from .fitting import Survivors, Unfit
 from .parts import Call, Choice, Number, Part, Ref
@@ -33,8 +35,9 @@ class Rewrite:
 
     @classmethod
     def from_dict(cls, data: Any) -> Rewrite:
-        steps = [[str(op), str(target), args, kwargs] for op, target, args, kwargs in data["steps"]]
-        return cls(str(data["module"]), str(data["home"]), tuple(steps))
+        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError for anything else."""
+        steps = [[text(op), text(target), listed(args), table(kwargs)] for op, target, args, kwargs in data["steps"]]
+        return cls(text(data["module"]), text(data["home"]), tuple(steps))
 
 
 # -- values as plain data
@@ -42,6 +45,10 @@ class Rewrite:
 
 def encode(value: Any) -> Any:
     """A value of a recorded call as JSON data. Raises Unfit for what JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        raise Unfit(f"passes on {value}, which has more than 64 bits")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Ref):
@@ -80,6 +87,8 @@ def decode(data: Any, nodes: list[Any]) -> Any:
         return slice(*(decode(v, nodes) for v in value))
     if kind == "ellipsis":
         return Ellipsis
+    if kind == "float" and value in ("inf", "-inf", "nan"):
+        return float(value)
     if kind == "device":
         return torch.device(value)
     found = getattr(torch, value, None) if kind == "torch" else None

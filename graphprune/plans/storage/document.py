@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ...errors import GraphPruneError
+from ...support.documents import from_json, to_json
 from ...support.versions import running_versions
+from ..fields import indices, listed, table, whole
+from ..fields import text as text_of
 from ..history import Applied
 from ..plan import Plan
 
@@ -33,21 +35,20 @@ class Document:
 
     def to_json(self) -> str:
         """The document as text. Raises GraphPruneError when it is too long for a header."""
-        indices: dict[tuple[int, ...], int] = {}
+        shared: dict[tuple[int, ...], int] = {}
         history = [
-            {"module": path, "plans": [_compact(plan, indices) for plan in plans], **self._repaired(path)}
+            {"module": path, "plans": [_compact(plan, shared) for plan in plans], **self._repaired(path)}
             for path, plans in self.histories.items()
         ]
-        text = json.dumps(
+        text = to_json(
             {
                 "format": FORMAT,
                 "versions": running_versions(),
                 "aliases": dict(self.aliases),
                 "transient": {name: str(dtype).removeprefix("torch.") for name, dtype in self.transient.items()},
-                "indices": [list(found) for found in indices],
+                "indices": [list(found) for found in shared],
                 "history": history,
-            },
-            separators=(",", ":"),
+            }
         )
         if len(text) > LARGEST:
             raise GraphPruneError(f"the plans of the model take {len(text)} bytes, more than the {LARGEST} of a header")
@@ -63,18 +64,19 @@ class Document:
         if len(text) > LARGEST:
             raise GraphPruneError(f"its description takes {len(text)} bytes, more than {LARGEST}")
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise GraphPruneError(f"its description is no JSON ({type(error).__name__})") from error
+            data = from_json(text)
+        except GraphPruneError as error:
+            raise GraphPruneError(f"its description cannot be read: {error}") from error
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
         if found != FORMAT:
             raise GraphPruneError(f"its description has the format {str(found)[:60]!r}, expected {FORMAT!r}")
         try:
-            indices = [[_integer(i) for i in found] for found in data["indices"]]
-            entries = [(_text(e["module"]), tuple(_plan(p, indices) for p in e["plans"])) for e in data["history"]]
-            repairs = {_text(e["module"]): tuple(map(_text, e["repairs"])) for e in data["history"] if "repairs" in e}
-            aliases = {_text(name): _text(of) for name, of in data["aliases"].items()}
-            transient = {_text(name): _dtype(dtype) for name, dtype in data["transient"].items()}
+            shared = tuple(map(indices, listed(data["indices"])))
+            entries = [(text_of(e["module"]), tuple(_plan(p, shared) for p in e["plans"])) for e in data["history"]]
+            told = {text_of(e["module"]): e["repairs"] for e in data["history"] if "repairs" in e}
+            repairs = {name: tuple(map(text_of, listed(found))) for name, found in told.items()}
+            aliases = {name: text_of(of) for name, of in table(data["aliases"]).items()}
+            transient = {name: _dtype(dtype) for name, dtype in table(data["transient"]).items()}
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
             raise GraphPruneError(f"its description is damaged ({type(error).__name__}: {str(error)[:80]})") from error
         if len(dict(entries)) != len(entries):
@@ -82,43 +84,33 @@ class Document:
         return cls(dict(entries), aliases, transient, repairs)
 
 
-def _compact(plan: Applied, indices: dict[tuple[int, ...], int]) -> dict[str, Any]:
+def _compact(plan: Applied, shared: dict[tuple[int, ...], int]) -> dict[str, Any]:
     """A plan without what is for people only; the same indices, which many axes lose, are listed once."""
     data = {**plan.to_dict(), "frozen": [], "groups": []}
     data["removed"] = {
-        name: {str(axis): indices.setdefault(tuple(gone), len(indices)) for axis, gone in axes.items()}
+        name: {str(axis): shared.setdefault(tuple(gone), len(shared)) for axis, gone in axes.items()}
         for name, axes in plan.removed.items()
     }
     return data
 
 
-def _plan(data: Any, indices: list[list[int]]) -> Plan:
+def _plan(data: Any, shared: Sequence[tuple[int, ...]]) -> Plan:
+    """The plan, in which axes share the lists that the file names once: however often it names one, there is one."""
     removed = {
-        name: {axis: indices[_index(number)] for axis, number in axes.items()} for name, axes in data["removed"].items()
+        name: {axis: shared[_place(number)] for axis, number in table(axes).items()}
+        for name, axes in table(data["removed"]).items()
     }
     return Plan.from_dict({**data, "removed": removed})
 
 
-def _integer(value: Any) -> int:
-    if type(value) is not int:
-        raise ValueError(f"{str(value)[:40]!r} is no whole number")
-    return value
-
-
-def _index(value: Any) -> int:
-    if _integer(value) < 0:
+def _place(value: Any) -> int:
+    if whole(value) < 0:
         raise ValueError(f"{value} is no place in a list")
-    return int(value)
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{str(value)[:40]!r} is no name")
-    return value
+    return whole(value)
 
 
 def _dtype(value: Any) -> torch.dtype:
-    found = getattr(torch, _text(value), None)
+    found = getattr(torch, text_of(value), None)
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{value[:40]!r} is no data type")
     return found

@@ -14,7 +14,7 @@ from .state import transient_names
 def fill(model: nn.Module, file: ModelFile) -> None:
     """Fill `model` from `file`. Names, shapes and kinds are compared before anything is read."""
     slots = Slots(model)
-    document = file.document
+    document = file.description
     for alias, name in document.aliases.items():
         if name not in file.names or alias in file.names:
             raise GraphPruneError(f"the file is damaged: {alias} is said to be {name}")

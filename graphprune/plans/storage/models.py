@@ -73,9 +73,9 @@ def load(
     file = ModelFile(path)
     target = _device(device)
     try:
-        model = rebuilt(_built(build_model), file.document.histories)
+        model = rebuilt(_built(build_model), file.description.histories)
         fill(model, file)
-        note_repairs(model, file.document.repairs)
+        note_repairs(model, file.description.repairs)
         return model if target is None else model.to(target)
     except GraphPruneError as error:
         raise GraphPruneError(f"{file.path}: {error}") from error

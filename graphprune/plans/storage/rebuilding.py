@@ -33,7 +33,7 @@ def rebuilt(model: nn.Module, histories: Mapping[str, tuple[Applied, ...]]) -> n
                     layer._parameters["bias"] = None
                 failures.append(f"{error}{f' (in {path})' if path else ''}")
                 continue
-            model = _with(model, path, _applied(plans.pop(0), module))
+            model = _with(model, path, plans.pop(0).apply(module))
             break
         else:
             raise GraphPruneError(failures[0])
@@ -71,15 +71,6 @@ def _module(model: nn.Module, path: str) -> nn.Module:
     if found is None:
         raise GraphPruneError(f"the file describes another model: this one has no module {path}")
     return found
-
-
-def _applied(plan: Applied, module: nn.Module) -> nn.Module:
-    try:
-        return plan.apply(module)
-    except GraphPruneError:
-        raise
-    except Exception as error:  # a plan made to mislead: whatever it broke, it broke in a copy
-        raise GraphPruneError(f"the plan cannot be carried out ({type(error).__name__}: {error})") from error
 
 
 def _with(model: nn.Module, path: str, new: nn.Module) -> nn.Module:

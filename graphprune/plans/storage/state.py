@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
+from ...support.containers import separate
 from ...tracing.names import all_modules, named_tensors
 
 
@@ -45,14 +46,7 @@ class State:
 
     def values(self) -> dict[str, Tensor]:
         """Tensors to write: contiguous, none with the memory of another."""
-        out: dict[str, Tensor] = {}
-        storages: set[int] = set()
-        for name, tensor in self.tensors.items():
-            value = tensor.detach().contiguous()
-            storage = value.untyped_storage().data_ptr()
-            out[name] = value.clone() if storage in storages else value
-            storages.add(storage)
-        return out
+        return separate(self.tensors)
 
 
 def transient_names(model: nn.Module) -> set[str]:

@@ -3,7 +3,7 @@
 from .attributes import attribute_at
 from .copying import clone_with
 from .cutting import operate
-from .folding import Fold, apply_folds, effective_folds, find_folds, fold_names, folded_tensors
+from .folding import Fold, apply_folds, check_folds, effective_folds, find_folds, fold_names, folded_tensors
 from .layers import bypass_layers, close_gaps, remove_layers, remove_listed_experts, uncounted_tokens
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "apply_folds",
     "attribute_at",
     "bypass_layers",
+    "check_folds",
     "clone_with",
     "close_gaps",
     "effective_folds",

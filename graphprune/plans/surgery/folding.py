@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ...errors import GraphPruneError
 from ...tracing.names import all_modules, operator_name
 from ...tracing.trace import Trace
 from .copying import clone_with
@@ -134,6 +135,25 @@ def _uses_bias(layer: nn.Module) -> bool:
         return True
     code = getattr(forward, "__code__", None)
     return code is not None and bool({"super", "bias"} & set(code.co_names))
+
+
+def check_folds(model: nn.Module, folds: Sequence[Fold]) -> None:
+    """Raise GraphPruneError unless `model` has these layers and batch norms, and they fit each other."""
+    modules = all_modules(model)
+    for fold in folds:
+        layer, norm = modules.get(fold.layer), modules.get(fold.batch_norm)
+        statistics = getattr(norm, "running_mean", None)
+        if not isinstance(norm, _BatchNorm) or not isinstance(statistics, Tensor):
+            raise GraphPruneError(f"the plan folds {fold.batch_norm}, which is no batch norm with statistics")
+        if not isinstance(layer, (_ConvNd, nn.Linear)):
+            raise GraphPruneError(f"the plan folds {fold.batch_norm} into {fold.layer}, which is no layer with weights")
+        transposed = isinstance(layer, _ConvNd) and layer.transposed
+        outputs = layer.out_channels if isinstance(layer, _ConvNd) else layer.out_features
+        if fold.axis != int(transposed) or len(statistics) != outputs:
+            raise GraphPruneError(
+                f"the plan folds {fold.batch_norm} of {len(statistics)} channels along axis {fold.axis} of "
+                f"{fold.layer}.weight, whose {outputs} outputs lie along axis {int(transposed)}"
+            )
 
 
 def folded_tensors(model: nn.Module, folds: list[Fold]) -> dict[str, Tensor]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...support.files import replacing
+from ...support.runs import Checkpoint, read_run, write_run
 from ...support.types import PathLike
 from ...tracing.names import named_tensors
 
@@ -22,34 +18,15 @@ _KEY = "graphprune.training/1"
 
 def write_checkpoint(path: PathLike, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Replace the file by one of this state. Raises GraphPruneError when it cannot be written."""
-    plain = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(plain, str(temporary), {_KEY: json.dumps(about)})
+    write_run(path, _KEY, about, tensors)
 
 
-def read_checkpoint(
-    path: PathLike, settings: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+def read_checkpoint(path: PathLike, settings: Mapping[str, Any]) -> Checkpoint | None:
     """What `write_checkpoint` wrote, None where there is no file.
 
     Raises GraphPruneError if the file is damaged, or of a run with other settings, naming one.
     """
-    if not os.path.exists(path):
-        return None
-    try:
-        with safe_open(str(path), "pt") as file:
-            about = json.loads((file.metadata() or {})[_KEY])
-            found = dict(about["settings"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise GraphPruneError(
-            f"the checkpoint {path} cannot be read ({type(error).__name__}: {error}); delete it to start again"
-        ) from error
-    for name, value in json.loads(json.dumps(settings)).items():
-        if found.get(name) != value:
-            what = "names or shapes" if name == "shapes" else f"{name} {found.get(name)!r} instead of {value!r}"
-            raise GraphPruneError(f"the checkpoint {path} is of another run, with {what}; delete it to start again")
-    return about, tensors
+    return read_run(path, _KEY, settings)
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -67,15 +44,21 @@ def model_state(model: nn.Module, part: str = "model") -> dict[str, Tensor]:
 
 def load_model(model: nn.Module, tensors: Mapping[str, Tensor], what: str, part: str = "model") -> None:
     """Copy tensors into the model's own. Raises GraphPruneError, changing nothing, where they do not fit."""
+    stored = check_fit(model, tensors, what, part)
+    with torch.no_grad():
+        for name, tensor in own_tensors(model).items():
+            tensor.copy_(stored[name])
+
+
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], what: str, part: str = "model") -> dict[str, Tensor]:
+    """The tensors of that part by name. Raises GraphPruneError unless they are those of the model."""
     own = own_tensors(model)
     stored = {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")}
     for name in own.keys() | stored.keys():
         fits = name in own and name in stored and own[name].shape == stored[name].shape
         if not fits or own[name].dtype != stored[name].dtype:
             raise GraphPruneError(f"{what} is damaged or of another model: {name} does not fit")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])
+    return stored
 
 
 def optimizer_state(
@@ -107,14 +90,20 @@ def load_optimizer(
     plain: Mapping[str, Mapping[str, Any]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """The inverse of `optimizer_state`; options of the parameter groups stay as they are."""
+    """The inverse of `optimizer_state`; options of the parameter groups stay as they are.
+
+    Raises GraphPruneError, changing nothing, for state of what the optimizer does not train.
+    """
     names = {id(tensor): name for name, tensor in own_tensors(model).items()}
+    order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     stored: dict[str, dict[str, Any]] = {name: dict(values) for name, values in plain.items()}
     for key, tensor in tensors.items():
         if key.startswith("optimizer/"):
             name, _, what = key.removeprefix("optimizer/").rpartition("/")
             stored.setdefault(name, {})[what] = tensor
+    for name in stored:
+        if name not in order:
+            raise GraphPruneError(f"it holds state of the optimizer for {name!r}, which is not trained")
     packed = optimizer.state_dict()
-    order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    packed["state"] = {i: stored[names[id(p)]] for i, p in enumerate(order) if names[id(p)] in stored}
+    packed["state"] = {i: stored[name] for i, name in enumerate(order) if name in stored}
     optimizer.load_state_dict(packed)

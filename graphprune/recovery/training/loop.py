@@ -128,6 +128,7 @@ class Trainer:
         device = next(p.device for p in model.parameters())
         self._dtype = mixed_precision(options.amp, device)
         self._device = device.type
+        self._resumed = ""
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype is torch.float16)
         self.steps = self._count_steps()
 
@@ -177,9 +178,22 @@ class Trainer:
             self._scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.options.clip)
-        self._scaler.step(self.optimizer)
+        self._update()
         self._scaler.update()
         return float(loss.detach())
+
+    def _update(self) -> None:
+        """A step of the optimizer; the first one after `load` shows whether its state was whole."""
+        try:
+            self._scaler.step(self.optimizer)
+        except Exception as error:
+            if not self._resumed:
+                raise
+            raise GraphPruneError(
+                f"{self._resumed} is damaged: the optimizer cannot go on from its state there ({type(error).__name__}: "
+                f"{error}); delete it to start again"
+            ) from error
+        self._resumed = ""
 
     def prune(self, small: nn.Module, plan: Plan | None) -> tuple[str, ...]:
         """Go on with `small`, made from the model by `plan`; see `carry_optimizer`. The model itself, masked: as is."""
@@ -200,12 +214,18 @@ class Trainer:
     def load(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
         """Go on from a `state`. The model must have its structure already."""
         load_model(self.model, tensors, what)
+        unknown = [name for name in tensors if not name.startswith(("model/", "best/", "optimizer/"))]
+        if unknown:
+            raise GraphPruneError(f"{what} is damaged: nothing is called {unknown[0]!r}")
         try:
             load_optimizer(self.optimizer, self.model, about["optimizer"], tensors)
             if about["scaler"]:
                 self._scaler.load_state_dict(about["scaler"])
+        except GraphPruneError as error:
+            raise GraphPruneError(f"{what} is damaged: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"{what} is damaged: {type(error).__name__}: {error}") from error
+        self._resumed = what
 
 
 @contextlib.contextmanager

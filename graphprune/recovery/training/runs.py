@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from ...errors import GraphPruneError
 from ...plans.surgery.copying import clone_with
 from ...support.files import check_target
+from ...support.runs import counted, score
 from ...support.tables import Column, render, table
 from ...support.types import PathLike
 from ...tracing.names import all_modules
-from .checkpoints import load_model, model_state, own_tensors, read_checkpoint, write_checkpoint
+from .checkpoints import check_fit, load_model, model_state, own_tensors, read_checkpoint, write_checkpoint
 from .loop import Trainer, Training, progress_bar
 from .objective import Objective
 
@@ -192,15 +193,44 @@ class Run:
         about, tensors = found
         what = f"the checkpoint {self.checkpoint}"
         try:
-            self.history = [Epoch(**entry) for entry in about["history"]]
-            self.before, (self.best_epoch, self.best_score) = about["before"], about["best"]
+            self._take(about)
             if self.pruner is not None:
                 self.pruner.restore(self.trainer, about["pruner"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise GraphPruneError(f"{what} is damaged: {type(error).__name__}: {error}") from error
-        self.trainer.load(about, tensors, what)
-        self.best = {name: tensor for name, tensor in tensors.items() if name.startswith("best/")}
+            self.trainer.load(about, tensors, what)
+            self.best = {name: tensor for name, tensor in tensors.items() if name.startswith("best/")}
+            self._check_best()
+        except GraphPruneError as error:
+            raise GraphPruneError(f"{what} cannot be used: {error}; delete it to start again") from error
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
+            raise GraphPruneError(
+                f"{what} is damaged ({type(error).__name__}: {error}); delete it to start again"
+            ) from error
         return True
+
+    def _take(self, about: Mapping[str, Any]) -> None:
+        """History and scores; TypeError and the like for what no run of these settings can have written."""
+        self.history = [_epoch(entry, number) for number, entry in enumerate(about["history"], 1)]
+        if not 0 < len(self.history) <= self.trainer.options.epochs:
+            raise ValueError(f"{len(self.history)} of {self.trainer.options.epochs} epochs are done")
+        self.before, (best, reached) = score(about["before"]), about["best"]
+        self.best_epoch, self.best_score = counted(best, len(self.history)), score(reached)
+        scored = [self.before, *(epoch.score for epoch in self.history)]
+        if any((value is None) == (self.evaluate is not None) for value in scored):
+            raise ValueError("scores are missing")
+
+    def _check_best(self) -> None:
+        """The weights of the best epoch fit the model, before anything else is trained."""
+        if self.best:
+            check_fit(self.trainer.model, self.best, "the best epoch", "best")
+        if bool(self.best) != (self.best_score is not None):
+            raise ValueError("the weights of the best epoch are missing")
+
+
+def _epoch(entry: Any, number: int) -> Epoch:
+    found = Epoch(**entry)
+    if found.number != number or any(score(n) is None for n in (found.loss, found.lr, found.seconds)):
+        raise ValueError(f"the history is not that of epoch {number}")
+    return dataclasses.replace(found, score=score(found.score))
 
 
 def check_patience(patience: int | None, evaluate: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import nn
 
 from ..arguments import FlatArguments
-from ..export import export_onnx
+from ..export import ExportReport, export_onnx
 from ..measure import Settings, alternate
 from ..providers import CPU, Provider
 from ..sessions import BoundSession, device_of, match_inputs, open_session
@@ -32,7 +32,7 @@ class Bench:
         self._folder = tempfile.TemporaryDirectory(prefix="graphprune-")
         self._count = 0
         try:
-            self._dense = self._export(model)
+            self._dense = self._export(model).path
             self._session = self._open(self._dense)
         except BaseException:
             self._folder.cleanup()
@@ -57,18 +57,19 @@ class Bench:
 
     def compare(self, small: nn.Module) -> tuple[float, float]:
         """Median seconds of a call of the dense and of this network, by turns."""
-        path = self._export(small)
+        report = self._export(small)
         try:
-            dense, pruned = self._times([self._session, self._open(path)])
+            dense, pruned = self._times([self._session, self._open(report.path)])
         finally:
-            path.unlink(missing_ok=True)
+            for file in (report.path, report.external_data):
+                if file is not None:
+                    file.unlink(missing_ok=True)
         return dense, pruned
 
-    def _export(self, model: nn.Module) -> Path:
+    def _export(self, model: nn.Module) -> ExportReport:
         self._count += 1
         path = Path(self._folder.name) / f"{self._count}.onnx"
-        export_onnx(model, self.example, path, dynamic_batch=False, check=False)
-        return path
+        return export_onnx(model, self.example, path, dynamic_batch=False, check=False)
 
     def _open(self, path: Path) -> BoundSession:
         session = open_session(path, self.provider, threads=self.threads, provider_options=self.options)

@@ -83,8 +83,8 @@ class Stairs:
     penalty: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        good = self.steps and all(0 <= s < PERIOD for s in self.steps) and len(self.penalty) == PERIOD
-        if not good or not all(0.2 < p < 10 for p in self.penalty):
+        good = self.steps and all(type(s) is int and 0 <= s < PERIOD for s in self.steps)
+        if not good or len(self.penalty) != PERIOD or not all(0.2 < p < 10 for p in self.penalty):
             raise GraphPruneError(f"latency table: stairs must be remainders modulo {PERIOD} and as many factors")
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy.typing as npt
 from scipy.interpolate import RegularGridInterpolator
 
 from ...errors import GraphPruneError
-from ...support.files import replacing
+from ...support.documents import read_document, write_document
 from ...support.types import PathLike
 from .chains import KINDS, kind_of
 from .context import Context
@@ -98,8 +97,8 @@ class LatencyTable:
         return self._surfaces[key]
 
     def save(self, path: PathLike) -> Path:
-        """Write the table as JSON, to a temporary name first."""
-        target = Path(path)
+        """Write the table as JSON with a digest, to a temporary name first. Raises GraphPruneError when the path cannot
+        be written."""
         document = {
             "format": FORMAT,
             "about": dict(self.about),
@@ -110,9 +109,7 @@ class LatencyTable:
             },
             "contexts": {name: context.to_dict() for name, context in self.contexts.items()},
         }
-        with replacing(target) as temporary:
-            temporary.write_text(json.dumps(document, indent=0) + "\n", encoding="utf-8")
-        return target
+        return write_document(path, document, indent=0)
 
     @classmethod
     def of(cls, table: LatencyTable | PathLike) -> LatencyTable:
@@ -121,11 +118,8 @@ class LatencyTable:
 
     @classmethod
     def load(cls, path: PathLike) -> LatencyTable:
-        """Read a table. Raises GraphPruneError for a file that is none."""
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise GraphPruneError(f"latency table {path}: cannot be read: {error}") from error
+        """Read a table. Raises GraphPruneError for a file that is none, or was changed since it was written."""
+        document = read_document(path, "latency table")
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise GraphPruneError(f"latency table {path}: not a table (its format must be {FORMAT!r})")
         try:
@@ -133,7 +127,7 @@ class LatencyTable:
             stairs = {k: Stairs(tuple(v["steps"]), tuple(v["penalty"])) for k, v in document["stairs"].items()}
             contexts = {k: Context.from_dict(v) for k, v in document["contexts"].items()}
             about = dict(document["about"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise GraphPruneError(f"latency table {path}: damaged ({type(error).__name__}: {error})") from error
         if not set(stairs) <= set(KINDS):
             raise GraphPruneError(f"latency table {path}: unknown kinds of stairs {sorted(set(stairs) - set(KINDS))}")

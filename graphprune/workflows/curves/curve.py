@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ...dependency.groups import Group
 from ...errors import GraphPruneError
 from ...importance import Criterion, ImportanceContext, resolve_criterion
 from ...importance.context import Floats
 from ...importance.reconstruction import scores_in_order
-from ...support.files import replacing
+from ...support.documents import read_document, write_document
 from ...support.plots import new_figure, save_figure
 from ...support.types import PathLike
 
@@ -36,6 +36,16 @@ class Curve:
         """What each unit adds to the error as it goes, first to last, shape (size,): the slopes of the greatest convex
         function below the curve, which starts at no error and never falls. Beyond the last width measured the last
         slope goes on."""
+        lengths, slopes = self._pieces()
+        return np.repeat(slopes, lengths)
+
+    def _total(self) -> float:
+        """What all units together add by `marginal`."""
+        lengths, slopes = self._pieces()
+        return float((lengths * slopes).sum())
+
+    def _pieces(self) -> tuple[npt.NDArray[np.int64], Floats]:
+        """The slopes, and for how many units each of them goes on."""
         x = np.array([0, *self.removed], np.float64)
         y = np.maximum.accumulate(np.array([0.0, *self.errors]))
         hull = [0]
@@ -43,10 +53,11 @@ class Curve:
             while len(hull) > 1 and _slope(x, y, hull[-2], hull[-1]) >= _slope(x, y, hull[-1], i):
                 hull.pop()
             hull.append(i)
-        slopes = np.zeros(self.size)
-        for a, b in itertools.pairwise(hull):
-            slopes[int(x[a]) :] = _slope(x, y, a, b)
-        return slopes
+        if len(hull) < 2:
+            return np.array([self.size], np.int64), np.zeros(1)
+        slopes = np.array([_slope(x, y, a, b) for a, b in itertools.pairwise(hull)])
+        ends = np.array([*(int(x[b]) for b in hull[1:-1]), self.size], np.int64)
+        return np.diff(ends, prepend=0), slopes
 
 
 def _slope(x: Floats, y: Floats, a: int, b: int) -> float:
@@ -75,13 +86,14 @@ class Sensitivity:
     def ordered_by(self, criterion: Any) -> Criterion:
         """The same with another criterion (a name, function or object) for the order of units inside a group."""
         base = resolve_criterion(criterion)
-        found = {(c.name, c.kind, c.size): c.marginal() for c in self.curves}
-        worst = max((float(m.sum()) for m in found.values()), default=1.0)
+        found = {(c.name, c.kind, c.size): c for c in self.curves}
+        worst = max((c._total() for c in self.curves), default=1.0)
 
         def scores(context: ImportanceContext, group: Group) -> Floats:
             order = np.argsort(-base(context, group), kind="stable")[::-1]
-            unmeasured = np.full(group.size, worst)
-            return scores_in_order(order.tolist(), found.get((group.name, group.kind, group.size), unmeasured).tolist())
+            curve = found.get((group.name, group.kind, group.size))
+            added = np.full(group.size, worst) if curve is None else curve.marginal()
+            return scores_in_order(order.tolist(), added.tolist())
 
         return Criterion(f"sensitivity ({base.name})", scores, comparable=True, needs=base.needs)
 
@@ -109,30 +121,31 @@ class Sensitivity:
         return float(np.median([abs(e) for c in self.curves for e in c.errors])) / 10
 
     def save(self, path: PathLike) -> Path:
-        """Write the curves as JSON. Raises GraphPruneError when the path cannot be written."""
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1), encoding="utf-8")
-        return Path(path)
+        """Write the curves as JSON with a digest. Raises GraphPruneError when the path cannot be written."""
+        return write_document(path, {"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
 
     @classmethod
     def load(cls, path: PathLike) -> Sensitivity:
-        """Read what `save` wrote. Raises GraphPruneError when there is none or it is damaged."""
+        """Read what `save` wrote. Raises GraphPruneError when there is none, it is damaged, or was changed since."""
+        data = read_document(path, "sensitivity file")
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(data, dict) or data.get("format") != FORMAT:
                 raise ValueError(f"expected format {FORMAT!r}")
             curves = tuple(_curve(c) for c in data["curves"])
-            return cls(str(data["measure"]), str(data["order"]), str(data["source"]), curves)
-        except OSError as error:
-            raise GraphPruneError(f"the sensitivity file {path} cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+            measure, order, source = (data[name] for name in ("measure", "order", "source"))
+            if measure not in ("loss", "error") or not isinstance(order, str) or not isinstance(source, str):
+                raise ValueError("it does not say what was measured")
+            return cls(measure, order, source, curves)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise GraphPruneError(f"{path} is no sensitivity file: {type(error).__name__}: {error}") from error
 
 
 def _curve(data: Any) -> Curve:
-    size, removed = int(data["size"]), tuple(int(n) for n in data["removed"])
-    errors = tuple(float(e) for e in data["errors"])
+    name, kind, size, removed, errors = (data[f] for f in ("name", "kind", "size", "removed", "errors"))
+    whole = all(type(n) is int for n in (size, *removed))
+    if not whole or not all(type(e) is float for e in errors) or not all(isinstance(t, str) for t in (name, kind)):
+        raise ValueError(f"the curve of {str(name)[:60]} has values of another type")
     rising = all(a < b for a, b in zip((0, *removed), (*removed, size), strict=True))
     if len(removed) != len(errors) or not rising or not np.isfinite(errors).all():
-        raise ValueError(f"the curve of {data['name']} is inconsistent")
-    return Curve(str(data["name"]), str(data["kind"]), size, removed, errors)
+        raise ValueError(f"the curve of {name[:60]} is inconsistent")
+    return Curve(name, kind, size, tuple(removed), tuple(errors))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from ...planning.widths import assemble
 from ...plans.plan import Plan
 from ...plans.surgery import effective_folds
 from ...support.doors import door
-from ...support.files import check_target
+from ...support.files import check_target, is_there
 from ...support.types import Ignore, LossFunction, PathLike
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.names import named_tensors
@@ -202,7 +201,7 @@ class _Cache:
     def __init__(self, path: PathLike | None, blank: Sensitivity) -> None:
         self.path = None if path is None else check_target(path)
         self.curves = blank
-        if self.path is not None and Path(self.path).exists():
+        if self.path is not None and is_there(self.path):
             held = Sensitivity.load(self.path)
             if dataclasses.replace(held, curves=()) != blank:
                 raise GraphPruneError(

@@ -24,6 +24,7 @@ from ...sparsity import schedule as make_schedule
 from ...sparsity.ranking import check_sparsity
 from ...sparsity.scheduler import Method
 from ...support.doors import door
+from ...support.files import make_folder
 from ...support.types import LossFunction, PathLike
 from ..reporting.summary import Report, report
 from .steps import GradualPruner, PruningStep, method_of
@@ -193,12 +194,10 @@ def _told(options: Mapping[str, Any] | None) -> str:
 def _folder(checkpoint: PathLike | None) -> Path | None:
     if checkpoint is None:
         return None
-    folder = Path(checkpoint)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise GraphPruneError(f"checkpoint: {folder} cannot be made a folder: {error.strerror or error}") from error
-    return folder
+        return make_folder(checkpoint)
+    except GraphPruneError as error:
+        raise GraphPruneError(f"checkpoint: {error}") from error
 
 
 def _objective(loss_fn: LossFunction | None, dense: nn.Module, distillation: Distillation | bool) -> Objective:

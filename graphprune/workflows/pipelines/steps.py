@@ -24,6 +24,7 @@ from ...recovery.training.runs import Score
 from ...sparsity import Channels, gradient, magnitude, masks, set_masks
 from ...sparsity.scheduler import Method
 from ...sparsity.weights import find_weights
+from ...support.runs import counted, score
 from ...support.types import LossFunction
 
 METHODS = ("channels", "layers", "magnitude", "gradient")
@@ -172,13 +173,22 @@ class GradualPruner:
         }
 
     def restore(self, trainer: Trainer, state: Mapping[str, Any]) -> None:
-        """Cut and mask the trainer's model as it was; its values come from the checkpoint."""
+        """Cut and mask the trainer's model as it was; its values come from the checkpoint. Raises TypeError, ValueError
+        and the like for what `state` cannot have returned."""
         self.plans = [Plan.from_dict(plan) for plan in state["plans"]]
-        self.done = [PruningStep(**step) for step in state["done"]]
-        self._reached = float(state["reached"])
+        self.done = [
+            PruningStep(counted(step["epoch"], self.steps), score(step["sparsity"]), score(step["score"]))
+            for step in state["done"]
+        ]
+        self._reached = float(score(state["reached"]) or 0.0)
+        widths, masked = state["widths"].items(), state["masked"]
+        if not all(isinstance(name, str) for name in masked):
+            raise TypeError("a masked parameter has no name")
         if isinstance(self.method, Channels):
-            self.method.widths = {str(k): int(v) for k, v in state["widths"].items()}
+            self.method.widths = {str(k): counted(v, 2**31) for k, v in widths}
         for plan in self.plans:
             trainer.prune(plan.apply(trainer.model), plan)
-        weights = [weight for weight in find_weights(trainer.model) if weight.name in state["masked"]]
+        weights = [weight for weight in find_weights(trainer.model) if weight.name in masked]
+        if len(weights) != len(masked):
+            raise ValueError("a masked parameter is missing")
         set_masks(trainer.model, {w.name: torch.ones_like(w.value, dtype=torch.bool) for w in weights})

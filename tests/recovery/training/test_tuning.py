@@ -300,6 +300,7 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) 
     length = int.from_bytes(good[:8], "little")
     header = json.loads(good[8 : 8 + length])
     about = json.loads(header["__metadata__"]["graphprune.training/1"])
+    assert header["__metadata__"]["sha256"]
     for damage in ("history", "optimizer", "before", "best", "scaler"):
         broken = {k: v for k, v in about.items() if k != damage}
         text = json.dumps({**header, "__metadata__": {"graphprune.training/1": json.dumps(broken)}}).encode()

@@ -111,7 +111,7 @@ class Net(nn.Module):
         n, t, _ = x.shape
         q, k, v = self.qkv(x).reshape(n, t, 3, 4, -1).permute(2, 0, 3, 1, 4)
         y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, -1)
-        return self.head(x + self.out(y)).mean(1)
+        return self.head(x + self.out(y)).mean(1)  # type: ignore[no-any-return]
 
 
 def net() -> tuple[nn.Module, Tensor]:

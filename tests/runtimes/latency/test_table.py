@@ -13,6 +13,7 @@ from graphprune import GraphPruneError
 from graphprune.runtimes.latency.context import Context
 from graphprune.runtimes.latency.kernels import Kernel, Sample
 from graphprune.runtimes.latency.table import LatencyTable
+from tests.sealing import sealed_json
 
 from .law import law, table
 
@@ -121,7 +122,8 @@ def damages() -> list[Any]:
         change("points", {"linear[]": {"1x2": 0.5}}),
         change("points", {"linear[]": {"1x2x3": "0.5"}}),
         change("points", {"linear[]": {"1x2x3": -0.5}}),
-        change("points", {"linear[]": {"1x2x3": float("nan")}}),
+        change("points", {"linear[]": {"1x2x3": 1e300}}),
+        change("stairs/conv/steps", [0.5]),
         change("points", {"linear[]": {"1x2x999999999999": 0.5}}),
         change("points", {"__import__[]": {}}),
         change("stairs/conv/steps", []),
@@ -140,8 +142,28 @@ def test_damaged_files_are_refused(tmp_path: Path, damage: Any) -> None:
     made = table(8)
     made.surface(CONV, (64, 64), (True, True))
     path = made.save(tmp_path / "t.json")
-    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
-    with pytest.raises(GraphPruneError, match="latency table"):
+    path.write_text(sealed_json(damage(json.loads(path.read_text()))))
+    with pytest.raises(GraphPruneError, match="latency table") as caught:
+        LatencyTable.load(path)
+    assert "digest" not in str(caught.value)
+
+
+def test_tables_that_were_changed_or_have_no_digest(tmp_path: Path) -> None:
+    made = table(8)
+    made.surface(CONV, (64, 64), (True, True))
+    path = made.save(tmp_path / "t.json")
+    text = path.read_text()
+    path.write_text(text.replace('"steps"', '"steps" ', 1))  # white space says nothing
+    assert LatencyTable.load(path).points == made.points
+    data = json.loads(text)
+    kernel, found = next(iter(data["points"].items()))
+    data["points"][kernel] = {at: 2 * seconds for at, seconds in found.items()}
+    path.write_text(json.dumps(data))
+    with pytest.raises(GraphPruneError, match="changed since it was written"):
+        LatencyTable.load(path)
+    del data["digest"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(GraphPruneError, match="has no digest"):
         LatencyTable.load(path)
 
 

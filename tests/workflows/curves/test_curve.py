@@ -14,6 +14,7 @@ from torch import nn
 
 import graphprune
 from graphprune import Curve, GraphPruneError, Sensitivity
+from tests.sealing import sealed_json
 
 
 @st.composite
@@ -61,18 +62,42 @@ def test_a_file_gives_the_same_curves_back(tmp_path: Path) -> None:
         lambda d: d["curves"][0].update(removed=[4, 2]),
         lambda d: d["curves"][0].update(removed=[2, 8]),
         lambda d: d["curves"][0].update(errors=[0.5]),
-        lambda d: d["curves"][0].update(errors=[0.5, float("nan")]),
+        lambda d: d["curves"][0].update(errors=[0.5, "1"]),
+        lambda d: d["curves"][0].update(size=8.0),
+        lambda d: d["curves"][0].update(kind=None),
+        lambda d: d.update(measure="beauty"),
+        lambda d: d.update(order=3),
+        lambda d: d.update(curves=3),
     ],
 )
 def test_damaged_files_are_refused(tmp_path: Path, damage: object) -> None:
     path = KNOWN.save(tmp_path / "curves.json")
     data = json.loads(path.read_text())
     damage(data)  # type: ignore[operator]
-    path.write_text(json.dumps(data))
+    path.write_text(sealed_json(data))
     with pytest.raises(GraphPruneError, match="is no sensitivity file"):
         Sensitivity.load(path)
-    with pytest.raises(GraphPruneError, match="cannot be read"):
+    with pytest.raises(GraphPruneError, match="cannot read"):
         Sensitivity.load(tmp_path / "absent.json")
+
+
+def test_a_curve_that_claims_much_takes_no_memory(tmp_path: Path) -> None:
+    large = Sensitivity("error", "l2", "abc", (Curve("0.weight[0]", "channel", 10**15, (2, 4), (0.25, 1.0)),))
+    criterion = Sensitivity.load(large.save(tmp_path / "curves.json")).criterion
+    model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    assert graphprune.plan(model, torch.randn(1, 3), 0.5, criterion=criterion).removed
+
+
+def test_curves_that_were_changed_or_have_no_digest(tmp_path: Path) -> None:
+    path = KNOWN.save(tmp_path / "curves.json")
+    text = path.read_text()
+    assert sealed_json(json.loads(text)) == json.dumps(json.loads(text))
+    path.write_text(text.replace("0.25", "0.75"))
+    with pytest.raises(GraphPruneError, match="changed since it was written"):
+        Sensitivity.load(path)
+    path.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "digest"}))
+    with pytest.raises(GraphPruneError, match="has no digest"):
+        Sensitivity.load(path)
 
 
 def test_plot_writes_a_picture_and_needs_curves(tmp_path: Path) -> None:
