@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -41,12 +42,14 @@ def door(
             values, named = list(args), dict(kwargs)
             given: list[tuple[Any, nn.Module]] = []
             inferring = torch.is_inference_mode_enabled()
-            with kept_modes(), torch.inference_mode(False) if inferring else contextlib.nullcontext():
+            with kept_modes(), _looked_at() as known, torch.inference_mode(False) if inferring else contextlib.nullcontext():
                 for name, place in places.items():
                     found: Any = named.get(name) if name in named else values[place] if place < len(values) else None
                     if found is None and (parameters[name].default is None or not _passed(name, place, values, named)):
                         continue  # not given: optional, or python's own error says so
-                    module = checked_model(found, name, keep_wrapper=keep_wrapper)
+                    module = found if id(found) in known else checked_model(found, name, keep_wrapper=keep_wrapper)
+                    if not keep_wrapper:
+                        known.append(id(module))
                     if in_place and not given:
                         check_changeable(module, name)
                     given.append((found, module))
@@ -60,6 +63,20 @@ def door(
         return entered
 
     return decorated
+
+
+_running = threading.local()
+
+
+@contextlib.contextmanager
+def _looked_at() -> Iterator[list[int]]:
+    """The modules that the doors around this one, on this thread, have looked at."""
+    known: list[int] = _running.__dict__.setdefault("known", [])
+    before = len(known)
+    try:
+        yield known
+    finally:
+        del known[before:]
 
 
 def _passed(name: str, place: int, values: list[Any], named: dict[str, Any]) -> bool:

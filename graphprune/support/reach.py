@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import sys
 import types
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
+_PLAIN = frozenset((list, tuple, set, frozenset, dict))
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, range, slice))
 _CLOSED = (type, types.ModuleType, types.BuiltinFunctionType)
@@ -23,20 +26,20 @@ def reachable(root: Any, closures: bool = False) -> list[Any]:
     bound methods, attributes and gradients of tensors, and with `closures` what functions (hooks) have kept of where
     they were made. Not through classes, Python modules and global names."""
     closed = _CLOSED if closures else (*_CLOSED, types.FunctionType)
-    found: dict[int, Any] = {}
+    found: dict[int, Any] = {id(root): root}
     waiting = [root]
     while waiting:
-        value = waiting.pop()
-        if type(value) not in _ATOMS and not isinstance(value, closed) and id(value) not in found:
-            found[id(value)] = value
-            waiting.extend(_held(value))
+        for value in _held(waiting.pop()):
+            if type(value) not in _ATOMS and id(value) not in found and not isinstance(value, closed):
+                found[id(value)] = value
+                if type(value) not in _PLAIN or value:
+                    waiting.append(value)
     return list(found.values())
 
 
 def attributes(value: Any) -> dict[str, Any] | None:
     """The table of a value's attributes, or None where it has none that can be changed."""
-    home = type(value).__module__.partition(".")[0]
-    if home in sys.stdlib_module_names and home not in _OPEN and home != "builtins":
+    if not _form(type(value)).open:
         return None
     table = getattr(value, "__dict__", None)
     return table if type(table) is dict else None
@@ -44,17 +47,43 @@ def attributes(value: Any) -> dict[str, Any] | None:
 
 def slots(value: Any) -> tuple[str, ...]:
     """The names of a value's slots."""
-    names: list[str] = []
-    for kind in type(value).__mro__:
-        own = kind.__dict__.get("__slots__", ())
-        for name in (own,) if isinstance(own, str) else own:
-            hidden = name.startswith("__") and not name.endswith("__")
-            names.append(f"_{kind.__name__.lstrip('_')}{name}" if hidden else name)
-    return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+    return _form(type(value)).slots
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """What there is to look at in the objects of a class: attributes, and slots, whose names these are."""
+
+    open: bool
+    slots: tuple[str, ...]
+    foreign: bool  # of the standard library
+
+
+_forms: weakref.WeakKeyDictionary[type, _Form] = weakref.WeakKeyDictionary()
+
+
+def _form(kind: type) -> _Form:
+    found = _forms.get(kind)
+    if found is None:
+        home = kind.__module__.partition(".")[0]
+        closed = home in sys.stdlib_module_names and home not in _OPEN and home != "builtins"
+        names: list[str] = []
+        for base in kind.__mro__:
+            own = base.__dict__.get("__slots__", ())
+            for name in (own,) if isinstance(own, str) else own:
+                hidden = name.startswith("__") and not name.endswith("__")
+                names.append(f"_{base.__name__.lstrip('_')}{name}" if hidden else name)
+        kept = tuple(name for name in names if name not in ("__dict__", "__weakref__"))
+        found = _forms[kind] = _Form(not closed, kept, kind.__module__ in sys.stdlib_module_names)
+    return found
 
 
 def _held(value: Any) -> Iterable[Any]:
-    held: list[Any] = list((attributes(value) or {}).values())
+    kind = type(value)
+    if kind in _PLAIN:
+        return [*value.keys(), *value.values()] if kind is dict else value
+    table = attributes(value)
+    held: list[Any] = list(table.values()) if table else []
     if isinstance(value, Tensor):
         if value.is_leaf and value.grad is not None:
             held.append(value.grad)
@@ -69,7 +98,7 @@ def _held(value: Any) -> Iterable[Any]:
         held += [_content(cell) for cell in value.__closure__ or ()]
     elif isinstance(value, functools.partial):
         held += [value.func, value.args, value.keywords]
-    elif attributes(value) is not None or type(value).__module__ not in sys.stdlib_module_names:
+    elif table is not None or not _form(kind).foreign:
         held += [getattr(value, name) for name in slots(value) if hasattr(value, name)]
     return held
 

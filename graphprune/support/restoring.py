@@ -16,11 +16,11 @@ from .reach import attributes, reachable, slots
 
 
 @contextlib.contextmanager
-def restored(model: nn.Module, closures: bool = False) -> Iterator[None]:
-    """Whatever `model` holds is afterwards as before, also after an error: attributes, tables of parameters, buffers,
-    modules and hooks; lists, dicts, sets and deques at any depth, which stay the same objects, shared or not;
-    attributes and slots of plain objects; `requires_grad` and gradients; with `closures`, what hooks have kept of where
-    they were made.
+def restored(model: Any, closures: bool = False) -> Iterator[None]:
+    """Whatever `model`, or anything else, holds is afterwards as before, also after an error: attributes, tables of
+    parameters, buffers, modules and hooks; lists, dicts, sets and deques at any depth, which stay the same objects,
+    shared or not; attributes and slots of plain objects; `requires_grad` and gradients; with `closures`, what hooks
+    have kept of where they were made.
 
     Values of tensors other than parameters are copied before, and put back where they differ. Parameters are taken to
     keep their values: a copy of them could be too large.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 import enum
 import functools
 import types
@@ -34,7 +35,7 @@ INTERNAL = frozenset(
     "training _parameters _buffers _modules _non_persistent_buffers_set _is_full_backward_hook _version".split()
 )
 _TABLES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
-_ATOMS = frozenset(
+ATOMS = frozenset(
     (
         int, float, bool, str, type(None), bytes, complex, type, torch.dtype, torch.device, torch.Size, range, slice,
         torch.layout, torch.memory_format, types.BuiltinFunctionType, types.ModuleType, types.EllipsisType,
@@ -55,13 +56,19 @@ def is_configuration(value: Any) -> bool:
 
 def is_plain_object(value: Any) -> bool:
     """An object of a class of the user's with a `__dict__`, copied the ordinary way."""
-    kind = type(value)
-    return (
-        type(getattr(value, "__dict__", None)) is dict
-        and not isinstance(value, (nn.Module, Tensor, type, enum.Enum, types.FunctionType, types.MethodType))
-        and not kind.__module__.startswith(_NOT_THE_USERS)
-        and not hasattr(kind, "__deepcopy__")
-    )
+    return _is_plain(type(value)) and type(getattr(value, "__dict__", None)) is dict
+
+
+_plain_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+_NO_OBJECTS = (nn.Module, Tensor, type, enum.Enum, types.FunctionType, types.MethodType)
+
+
+def _is_plain(kind: type) -> bool:
+    found = _plain_kinds.get(kind)
+    if found is None:
+        foreign = issubclass(kind, _NO_OBJECTS) or kind.__module__.startswith(_NOT_THE_USERS)
+        found = _plain_kinds[kind] = not foreign and not hasattr(kind, "__deepcopy__")
+    return found
 
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -114,8 +121,17 @@ def _like(tensor: Tensor, new: Tensor) -> Tensor:
     return new
 
 
-def clone_modules(modules: Mapping[str, nn.Module], tensor: Convert) -> dict[str, nn.Module]:
-    """The modules of a model (path -> module, "" the model itself) as clones under the same paths.
+@dataclasses.dataclass(frozen=True)
+class Clones:
+    """`modules`: clones under the paths of the user's. `functions`: what they share with those and cannot be copied,
+    hooks for example; what such functions have kept of where they were made is the user's."""
+
+    modules: dict[str, nn.Module]
+    functions: tuple[Any, ...]
+
+
+def clone_modules(modules: Mapping[str, nn.Module], tensor: Convert) -> Clones:
+    """The modules of a model (path -> module, "" the model itself) as clones.
 
     `tensor` makes the clone's tensor of each parameter and buffer; plain tensors that also lie elsewhere follow them.
 
@@ -125,7 +141,7 @@ def clone_modules(modules: Mapping[str, nn.Module], tensor: Convert) -> dict[str
     for path, module in modules.items():
         cloner.path = path
         cloner.module(module)
-    return {path: cloner.made[id(module)] for path, module in modules.items()}
+    return Clones({path: cloner.made[id(module)] for path, module in modules.items()}, tuple(cloner.functions))
 
 
 class _Cloner:
@@ -136,6 +152,7 @@ class _Cloner:
         self.made: dict[int, Any] = {}
         self.keep: list[Any] = []  # a number in `made` must not become that of another object
         self.harmless: set[int] = set()
+        self.functions: list[Any] = []
         self.path = ""
         for module in modules.values():
             self.tensors(module, tensor)
@@ -165,7 +182,7 @@ class _Cloner:
         self.made[id(module)] = new
         target = new.__dict__
         for name, value in module.__dict__.items():
-            if type(value) in _ATOMS:
+            if type(value) in ATOMS:
                 target[name] = value
             elif name in _TABLES:
                 target[name] = self.table(value)
@@ -186,7 +203,7 @@ class _Cloner:
     def value(self, value: Any, settings: bool = False) -> Any:
         """What stands for `value` in the clone. `settings`: a module's attribute, where plain objects are copied."""
         kind = type(value)
-        if kind in _ATOMS:
+        if kind in ATOMS:
             return value
         if isinstance(value, (int, float)):  # a number with an origin, where another thread records the same model
             return plain(value)
@@ -212,6 +229,8 @@ class _Cloner:
             return self.plain(value) if (settings and not callable(value)) or self.reaches(value) else value
         if self.reaches(value):
             raise Unclonable(f"{self.path or 'the model'} holds a {kind.__name__} that holds a module of the model")
+        if kind is types.FunctionType and value.__closure__:
+            self.functions.append(value)
         return value
 
     def container(self, value: Any) -> Any:
@@ -224,10 +243,10 @@ class _Cloner:
                 new.update((self.value(key), self.value(item)) for key, item in value.items())
                 return new
             for key, item in value.items():
-                if type(item) not in _ATOMS:
+                if type(item) not in ATOMS:
                     new[key] = self.value(item)
             return new
-        if all(type(item) in _ATOMS for item in value):
+        if all(type(item) in ATOMS for item in value):
             return value if kind in (tuple, frozenset) else self.note(value, copy.copy(value))
         if kind is list or kind is collections.deque:
             new = self.note(value, copy.copy(value))
@@ -249,7 +268,7 @@ class _Cloner:
         kind: Any = type(value)
         new = self.note(value, kind.__new__(kind))
         for key, item in value.__dict__.items():
-            new.__dict__[key] = item if type(item) in _ATOMS else self.value(item)
+            new.__dict__[key] = item if type(item) in ATOMS else self.value(item)
         return new
 
     # -- what cannot be taken apart
@@ -261,7 +280,7 @@ class _Cloner:
         while todo and len(seen) < _MOST:
             item, depth = todo.pop()
             kind = type(item)
-            if kind in _ATOMS or id(item) in seen or id(item) in self.harmless or isinstance(item, Tensor):
+            if kind in ATOMS or id(item) in seen or id(item) in self.harmless or isinstance(item, Tensor):
                 continue
             seen.add(id(item))
             if isinstance(item, nn.Module):

@@ -16,7 +16,7 @@ from torch import nn
 from ..support.interrupts import shielded
 from ..support.restoring import restored
 from .attention import recorded_openly
-from .cloning import INTERNAL, PLAIN, is_configuration
+from .cloning import ATOMS, INTERNAL, PLAIN, is_configuration
 from .names import named_tensors
 from .origin import traced_sqrt
 from .overrides import python_functions_stay_visible
@@ -48,7 +48,9 @@ def configurations(modules: dict[str, nn.Module]) -> dict[int, tuple[str, str, A
     found: dict[int, tuple[str, str, Any]] = {}
     for path, module in modules.items():
         for name, value in module.__dict__.items():
-            if name not in INTERNAL and id(value) not in found and is_configuration(value):
+            if type(value) in ATOMS or name in INTERNAL or id(value) in found:
+                continue
+            if is_configuration(value):
                 found[id(value)] = (path, name, value)
     return found
 

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..errors import GraphPruneError
 from ..support.interrupts import interruptible, shielded
+from ..support.restoring import restored
 from .cloning import INTERNAL, PLAIN, Bare, SameMemory, clone_modules
 from .example import ExampleInput, result_tensors
 from .modes import WHOLE, DispatchMode, FunctionMode
@@ -155,9 +156,12 @@ class _Run:
         """On clones; with `data` false their tensors have no values."""
         with shielded():
             convert = SameMemory(named_tensors(self.model).values()) if data else Bare()
-            modules = clone_modules(self.modules, convert)
+            clones = clone_modules(self.modules, convert)
             example = self.example if data else self.example.map(convert)
-            return self._record(modules, example, data, {id(module) for module in self.modules.values()})
+            own = {id(module) for module in self.modules.values()}
+            kept = restored(clones.functions, closures=True) if clones.functions else contextlib.nullcontext()
+            with kept, shielded():
+                return self._record(clones.modules, example, data, own)
 
     def on_model(self) -> Trace:
         """On the model itself."""

@@ -46,7 +46,7 @@ class Net(nn.Module):
 
 def clones(model: nn.Module, data: bool = True) -> dict[str, nn.Module]:
     convert = SameMemory(named_tensors(model).values()) if data else Bare()
-    return clone_modules(dict(model.named_modules()), convert)
+    return clone_modules(dict(model.named_modules()), convert).modules
 
 
 def everything(value: Any, found: dict[int, Any], depth: int = 0) -> dict[int, Any]:
@@ -228,6 +228,16 @@ def test_what_forward_stores_stays_with_the_clone() -> None:
     net = Net(lambda n: {}, _store)
     record_run(net, torch.randn(2, 4))
     assert net.settings.seen == [] and net.settings.width == 8 and not hasattr(net.first, "last") and net.kept == {}
+
+
+def test_what_hooks_collect_stays_as_it_was() -> None:
+    net, features = Net(), {"all": [torch.ones(1)]}
+    first = features["all"][0]
+    net.first.register_forward_hook(lambda module, args, out: features["all"].append(out))
+    net.second.register_forward_hook(lambda module, args, out: features.update(last=out))
+    plan = graphprune.plan(net, torch.randn(2, 4), 0.5)
+    assert len(plan.removed["first.weight"][0]) == 4
+    assert features.keys() == {"all"} and len(features["all"]) == 1 and features["all"][0] is first
 
 
 def test_attributes_of_parameters_go_along() -> None:

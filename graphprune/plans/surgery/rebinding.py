@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+_FUNCTIONS = (types.FunctionType,)
+
 
 def rebind(pairs: Iterable[tuple[nn.Module, nn.Module]], memo: Mapping[int, Any]) -> None:
     """Make functions anew that remember modules or tensors of the original (`module.forward = lambda x: old(x) * 2`):
@@ -19,9 +21,10 @@ def rebind(pairs: Iterable[tuple[nn.Module, nn.Module]], memo: Mapping[int, Any]
     made: dict[int, Any] = {}
     for old, new in pairs:
         tables: list[tuple[Any, Any]] = [(old.__dict__, new.__dict__)]
-        tables += [(v, new.__dict__.get(n)) for n, v in old.__dict__.items() if isinstance(v, (dict, list))]
+        tables += [(v, new.__dict__.get(n)) for n, v in old.__dict__.items() if isinstance(v, (dict, list)) and v]
         for before, after in tables:
-            if after is before or type(after) is not type(before):
+            values = before.values() if isinstance(before, dict) else before
+            if after is before or type(after) is not type(before) or not any(type(v) in _FUNCTIONS for v in values):
                 continue
             for key, value in list(after.items() if isinstance(after, dict) else enumerate(after)):
                 if isinstance(value, types.FunctionType) and value.__closure__:
