@@ -42,7 +42,8 @@ def door(
             values, named = list(args), dict(kwargs)
             given: list[tuple[Any, nn.Module]] = []
             inferring = torch.is_inference_mode_enabled()
-            with kept_modes(), _looked_at() as known, torch.inference_mode(False) if inferring else contextlib.nullcontext():
+            outside = torch.inference_mode(False) if inferring else contextlib.nullcontext()
+            with kept_modes(), _looked_at() as known, outside:
                 for name, place in places.items():
                     found: Any = named.get(name) if name in named else values[place] if place < len(values) else None
                     if found is None and (parameters[name].default is None or not _passed(name, place, values, named)):
