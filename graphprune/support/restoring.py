@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +33,21 @@ def restored(model: Any, closures: bool = False) -> Iterator[None]:
         finally:
             for step in undo:
                 step()
+
+
+def kept_attributes(modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
+    """What puts back the attributes of modules, their tables and the lists, dicts and sets among them: `restored` for
+    every run of a model, without what lies deeper and without values of tensors."""
+    undo = []
+    for module in modules:
+        held = module.__dict__
+        undo.append(_table(held))
+        for value in held.values():
+            if type(value) in (dict, OrderedDict):
+                undo.append(_table(value))
+            elif type(value) in (list, set, deque):
+                undo.append(_items(value))
+    return undo
 
 
 def _steps(value: Any) -> Iterator[Callable[[], None]]:

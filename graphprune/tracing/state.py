@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..support.interrupts import shielded
-from ..support.restoring import restored
+from ..support.restoring import kept_attributes, restored
 from .attention import recorded_openly
 from .cloning import ATOMS, INTERNAL, PLAIN, is_configuration
 from .names import named_tensors
@@ -80,23 +80,23 @@ def _cuda_devices(model: nn.Module) -> list[int]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; training flags and random state as before afterwards, also after an error or an
-    interrupt.
+    """Eval mode and no gradients; training flags, random state and what modules hold as before afterwards, also after an
+    error or an interrupt.
 
     The flags are set one by one: `train()` and `eval()` may be overridden to do more (merge adapters, for example).
     """
-    flags = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())
     with shielded() as shield, torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
+        undo = kept_attributes(modules)
         try:
-            for module, training in flags:
-                if training:
+            for module in modules:
+                if module.training:
                     module.training = False
             with shield.lifted():
                 yield
         finally:
-            for module, training in flags:
-                if module.training is not training:
-                    module.training = training
+            for step in undo:
+                step()
 
 
 # One run at a time on modules of the user's that cannot be cloned.

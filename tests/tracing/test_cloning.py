@@ -278,3 +278,18 @@ def test_a_module_compiled_in_place_runs_uncompiled() -> None:
     net.inner._compiled_call_impl = lambda *args: pytest.fail("the compiled code ran")
     assert clones(net)[""](torch.randn(2, 4)).shape == (2, 3)
     assert net.inner._compiled_call_impl is not None
+
+
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_nothing_stays_of_any_run_of_the_model(data: bool, training: bool) -> None:
+    """Planning with data, verification and repair run the model itself."""
+    net, x = Net(lambda n: {}, _store).train(training), torch.randn(4, 4)
+    net.settings.__dict__.pop("seen")  # plain objects are restored where the whole run is, not batch by batch
+    net.__dict__["use"] = lambda n, h: (n.kept.update(features=h), setattr(n.first, "last", h), n.train())
+    given = [x, x + 1] if data else None
+    plan = graphprune.plan(net, x, 0.5, data=given, criterion="activation_mean" if data else None)
+    small = graphprune.prune(net, x, 0.5, data=given)
+    graphprune.recover(net, plan, x, given or [x])
+    assert small.first.weight.shape == (4, 4)
+    assert net.kept == {} and not hasattr(net.first, "last") and net.training is training
