@@ -60,8 +60,10 @@ class _Shield:
         was, self.open = self.open, False
         try:
             handler(number, frame)
-        except BaseException:
+        except BaseException as error:
             self.raised = time.monotonic()
+            with contextlib.suppress(AttributeError):  # exceptions with slots
+                error._graphprune_signal = True  # type: ignore[attr-defined]
             raise
         self.open = was  # a handler that only takes note
 
@@ -100,6 +102,11 @@ class _Shield:
 
 
 _shield = _Shield()
+
+
+def from_signal(error: BaseException) -> bool:
+    """A signal's handler raised it: nothing went wrong, and nothing else is to be tried."""
+    return getattr(error, "_graphprune_signal", False)
 
 
 def _between(frame: FrameType) -> bool:

@@ -22,8 +22,8 @@ def restored(model: Any, closures: bool = False) -> Iterator[None]:
     shared or not; attributes and slots of plain objects; `requires_grad` and gradients; with `closures`, what hooks
     have kept of where they were made.
 
-    Values of tensors other than parameters are copied before, and put back where they differ. Parameters are taken to
-    keep their values: a copy of them could be too large.
+    Values of tensors other than parameters are copied before, and put back where they differ. Parameters get
+    the memory back that they had (`.data = ...`) and are taken to keep what is in it: a copy could be too large.
     """
     with shielded() as shield:
         undo = [step for value in reachable(model, closures) for step in _steps(value)]
@@ -114,9 +114,19 @@ def _slots(value: Any, held: dict[str, Any]) -> Callable[[], None]:
 def _tensor(tensor: Tensor) -> Iterator[Callable[[], None]]:
     if tensor.is_leaf:
         yield _gradient(tensor, tensor.requires_grad, tensor.grad)
+    if type(tensor) is nn.Parameter and tensor.layout is torch.strided and not tensor.is_meta:
+        yield _memory(tensor, tensor.data)
     if type(tensor) in (Tensor, nn.Buffer) and tensor.layout is torch.strided and not tensor.is_meta:
         if 0 not in tensor.stride():  # what shows one element at several places cannot be written to
             yield _values(tensor, tensor.detach().clone())
+
+
+def _memory(tensor: Tensor, before: Tensor) -> Callable[[], None]:
+    def undo() -> None:
+        if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape:
+            tensor.data = before
+
+    return undo
 
 
 def _gradient(tensor: Tensor, flag: bool, grad: Tensor | None) -> Callable[[], None]:

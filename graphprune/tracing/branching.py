@@ -1,20 +1,26 @@
 """Does code do another thing in training mode? Read off its bytecode, once per function.
 
-`dropout(x, p, self.training)` and `0.0 if not self.training else self.p` change numbers; a branch that calls, stores or
-returns something may change what a module returns.
+`dropout(x, p, self.training)` and `0.0 if not self.training else self.p` change numbers; everything else that reads the
+flag may change what a module returns.
 """
 
 from __future__ import annotations
 
 import dis
+import functools
 import inspect
 import types
 import weakref
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
 
 _FLAG = "training"
+# Names of functions, and ends of names, that take the flag and change numbers only.
+_RANDOM = frozenset("dropout path depth drop attention norm dropout1d dropout2d dropout3d".split())
+# How many functions are followed from one.
+_MOST = 64
 _Conditions = frozenset[str]
 _ALWAYS = ""
 _known: weakref.WeakKeyDictionary[type, _Conditions] = weakref.WeakKeyDictionary()
@@ -30,24 +36,58 @@ _SILENT = frozenset("CACHE EXTENDED_ARG NOP TO_BOOL NOT_TAKEN PRECALL PUSH_NULL"
 def branches_on_training(modules: Iterable[nn.Module]) -> bool:
     """Whether the code of one of these modules does more in one mode than in the other. torch.nn's does not.
 
-    A branch behind an attribute of its own that is off (`if self.gradient_checkpointing and self.training`) is none.
+    Code is that of its class and of the functions of the user's that this names, its hooks, and a `forward` of its own.
+    A branch behind an attribute that is off (`if self.gradient_checkpointing and self.training`) is none.
     """
     return any(
         condition == _ALWAYS or getattr(module, condition, True)
         for module in modules
-        for condition in _class_branches(type(module))
+        for condition in (*_class_branches(type(module)), *_own_branches(module))
     )
+
+
+def _own_branches(module: nn.Module) -> set[str]:
+    """Of functions that the module itself holds, and not its class."""
+    own = [module.__dict__.get("forward"), *module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return {condition for value in own if value is not None for condition in _branches_of(value)}
 
 
 def _class_branches(kind: type) -> _Conditions:
     """The attributes that have to be on for the code of a class to branch on its mode; `_ALWAYS` where none."""
     found = _known.get(kind)
     if found is None:
-        own = [k for k in kind.__mro__ if k is not nn.Module and not k.__module__.startswith(("torch.", "builtins"))]
-        functions = [inspect.unwrap(f) for k in own for f in vars(k).values() if isinstance(f, types.FunctionType)]
-        functions += [f for k in own for f in vars(k).values() if hasattr(f, "__wrapped__")]
-        codes = {code for f in functions if (code := getattr(f, "__code__", None)) is not None}
-        found = _known[kind] = frozenset(condition for code in codes for condition in _branches(code))
+        values = [inspect.getattr_static(kind, name, None) for name in ("forward", "__call__")]
+        found = _known[kind] = frozenset(condition for value in values for condition in _branches_of(value, kind))
+    return found
+
+
+def _foreign(module: str | None) -> bool:
+    return module is None or module.startswith(("torch.", "builtins"))
+
+
+def _branches_of(value: Any, kind: type | None = None) -> set[str]:
+    """Of a function, however it is wrapped, and of those of the user's that it calls by name: methods of its class
+    `kind`, and functions of its file (of a library's others there are too many)."""
+    found: set[str] = set()
+    seen: set[types.CodeType] = set()
+    waiting: list[Any] = [value]
+    while waiting and len(seen) < _MOST:
+        value = waiting.pop()
+        if isinstance(value, property):
+            waiting.append(value.fget)
+        elif isinstance(value, functools.partial):
+            waiting.append(value.func)
+        elif isinstance(value, (staticmethod, classmethod, types.MethodType)):
+            waiting.append(value.__func__)
+        elif isinstance(value, types.FunctionType) and value.__code__ not in seen and not _foreign(value.__module__):
+            code = value.__code__
+            seen.add(code)
+            found |= _branches(code)
+            waiting.append(getattr(value, "__wrapped__", None))
+            named = (value.__globals__.get(name) for name in code.co_names)
+            waiting += [f for f in named if isinstance(f, types.FunctionType) and f.__module__ == value.__module__]
+            if kind is not None:
+                waiting += [inspect.getattr_static(kind, name, None) for name in code.co_names]
     return found
 
 
@@ -59,7 +99,8 @@ def _branches(code: types.CodeType) -> set[str]:
     if _FLAG in code.co_names:
         steps = list(dis.get_instructions(code))
         places = [i for i, step in enumerate(steps) if step.opname == "LOAD_ATTR" and _is_flag(step)]
-        found |= {_condition(steps, i) for i in places if _decides(steps, i)}
+        known = any(name in _RANDOM or name.rpartition("_")[2] in _RANDOM for name in code.co_names)
+        found |= {_condition(steps, i) for i in places if _decides(steps, i, known)}
     return found
 
 
@@ -88,15 +129,16 @@ def _is_flag(step: dis.Instruction) -> bool:
     return bool(step.argval == _FLAG)
 
 
-def _decides(steps: Sequence[dis.Instruction], place: int) -> bool:
-    """The flag read here chooses between two courses, one of which is more than a number."""
+def _decides(steps: Sequence[dis.Instruction], place: int, known: bool) -> bool:
+    """The flag read here may choose what is returned. `known`: the code calls a function that takes the flag to drop
+    something or not, and changes numbers only."""
     after = place + 1
     while steps[after].opname in _IDLE and steps[after].opname != "POP_TOP":
         after += 1
     if steps[after].opname.startswith("STORE_"):  # training = self.training: who knows
         return True
     if not steps[after].opname.startswith(_JUMPS):
-        return False
+        return not known
     target = steps[after].argval
     first = next((i for i, step in enumerate(steps) if step.offset == target), len(steps))
     arm = steps[after + 1 : first]

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..support.reach import slots
 from .origin import plain
 
 Convert = Callable[[Tensor], Tensor]
@@ -63,11 +65,19 @@ _plain_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary(
 _NO_OBJECTS = (nn.Module, Tensor, type, enum.Enum, types.FunctionType, types.MethodType)
 
 
+# What `copy.copy` copies the ordinary way, and what does something when it is gone, is no plain object.
+_SPECIAL = ("__deepcopy__", "__copy__", "__del__")
+# Of the standard library's classes those that only hold what they are given.
+_OPEN = frozenset(("__main__", "argparse", "collections", "dataclasses", "types"))
+
+
 def _is_plain(kind: type) -> bool:
     found = _plain_kinds.get(kind)
     if found is None:
-        foreign = issubclass(kind, _NO_OBJECTS) or kind.__module__.startswith(_NOT_THE_USERS)
-        found = _plain_kinds[kind] = not foreign and not hasattr(kind, "__deepcopy__")
+        home = kind.__module__.partition(".")[0]
+        foreign = home in sys.stdlib_module_names - _OPEN or kind.__module__.startswith(_NOT_THE_USERS)
+        special = any(hasattr(kind, name) for name in _SPECIAL)
+        found = _plain_kinds[kind] = not (foreign or special or issubclass(kind, _NO_OBJECTS))
     return found
 
 
@@ -141,6 +151,7 @@ def clone_modules(modules: Mapping[str, nn.Module], tensor: Convert) -> Clones:
     for path, module in modules.items():
         cloner.path = path
         cloner.module(module)
+    cloner.check_shared()
     return Clones({path: cloner.made[id(module)] for path, module in modules.items()}, tuple(cloner.functions))
 
 
@@ -153,6 +164,8 @@ class _Cloner:
         self.keep: list[Any] = []  # a number in `made` must not become that of another object
         self.harmless: set[int] = set()
         self.functions: list[Any] = []
+        self.shared: list[tuple[str, Any]] = []
+        self.copied: set[int] = set()
         self.path = ""
         for module in modules.values():
             self.tensors(module, tensor)
@@ -162,10 +175,12 @@ class _Cloner:
             for value in table.values():
                 if value is not None and id(value) not in self.made:
                     self.made[id(value)] = tensor(value)
+                    self.own.add(id(value))
 
     def note(self, value: Any, new: Any) -> Any:
         self.made[id(value)] = new
         self.keep.append(value)
+        self.copied.add(id(value))
         return new
 
     # -- modules
@@ -177,6 +192,8 @@ class _Cloner:
         kind = type(module)
         if isinstance(module, torch.jit.ScriptModule):
             raise Unclonable(f"{self.path or 'the model'} is TorchScript")
+        if hasattr(kind, "__del__"):
+            raise Unclonable(f"{self.path or 'the model'} does something when it is gone")
         self.own.add(id(module))
         new: nn.Module = object.__new__(kind)
         self.made[id(module)] = new
@@ -225,13 +242,24 @@ class _Cloner:
             target = value()
             new = self.made.get(id(target), target)
             return value if new is target else weakref.ref(new)
-        if is_plain_object(value):
-            return self.plain(value) if (settings and not callable(value)) or self.reaches(value) else value
-        if self.reaches(value):
+        if isinstance(value, tuple) and hasattr(kind, "_fields"):
+            items = [self.value(item) for item in value]
+            return kind(*items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
+        if is_plain_object(value) and ((settings and not callable(value)) or self.reaches(value, self.own)):
+            return self.plain(value)
+        if self.reaches(value, self.own):
             raise Unclonable(f"{self.path or 'the model'} holds a {kind.__name__} that holds a module of the model")
+        self.shared.append((self.path, value))
         if kind is types.FunctionType and value.__closure__:
             self.functions.append(value)
         return value
+
+    def check_shared(self) -> None:
+        """Raise Unclonable where what could not be copied leads to something that was: it would be two things."""
+        self.harmless.clear()
+        for path, value in self.shared:
+            if self.reaches(value, self.copied):
+                raise Unclonable(f"{path or 'the model'} holds a {type(value).__name__} that shares what others hold")
 
     def container(self, value: Any) -> Any:
         """A container of the same kind; a mutable one stays one where it is held twice."""
@@ -265,31 +293,53 @@ class _Cloner:
         return new
 
     def plain(self, value: Any) -> Any:
+        """A copy of an object of the user's; where its class is more than attributes, as the copy protocol makes it."""
         kind: Any = type(value)
-        new = self.note(value, kind.__new__(kind))
+        simple = all(k is object or "__slots__" not in vars(k) for k in kind.__mro__) and kind.__new__ is object.__new__
+        try:
+            new = self.note(value, object.__new__(kind) if simple else copy.copy(value))
+        except Exception as error:
+            raise Unclonable(f"{self.path or 'the model'} holds a {kind.__name__} that cannot be copied") from error
         for key, item in value.__dict__.items():
             new.__dict__[key] = item if type(item) in ATOMS else self.value(item)
+        if isinstance(value, dict):
+            for key, item in list(dict.items(value)):
+                if type(item) not in ATOMS:
+                    dict.__setitem__(new, key, self.value(item))
+        elif isinstance(value, list):
+            for place, item in enumerate(list.__iter__(value)):
+                if type(item) not in ATOMS:
+                    list.__setitem__(new, place, self.value(item))
+        elif not simple and self.reaches([_slot_values(value), *_items(value)], self.own):
+            raise Unclonable(f"{self.path or 'the model'} holds a {kind.__name__} that holds a module of the model")
         return new
 
     # -- what cannot be taken apart
 
-    def reaches(self, value: Any) -> bool:
-        """Whether `value` holds a module of the model, as far as can be seen."""
+    def reaches(self, value: Any, wanted: set[int]) -> bool:
+        """Whether `value` leads to one of these objects (by identity), as far as can be seen."""
         seen: set[int] = set()
         todo = [(value, 0)]
         while todo and len(seen) < _MOST:
             item, depth = todo.pop()
-            kind = type(item)
-            if kind in ATOMS or id(item) in seen or id(item) in self.harmless or isinstance(item, Tensor):
+            if type(item) in ATOMS or id(item) in seen or id(item) in self.harmless:
                 continue
+            if id(item) in wanted:
+                return True
             seen.add(id(item))
-            if isinstance(item, nn.Module):
-                if id(item) in self.own:
-                    return True
-            elif depth < _DEPTH:
+            if depth < _DEPTH and not isinstance(item, (nn.Module, Tensor)):
                 todo.extend((held, depth + 1) for held in _held(item))
-        self.harmless |= seen
+        if not todo:
+            self.harmless |= seen
         return False
+
+
+def _slot_values(value: Any) -> list[Any]:
+    return [getattr(value, name, None) for name in slots(value)]
+
+
+def _items(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, _SEQUENCES) else []
 
 
 def _held(value: Any) -> list[Any]:
@@ -309,12 +359,7 @@ def _held(value: Any) -> list[Any]:
         return [value()]
     if kind.__module__.startswith(_NOT_THE_USERS):
         return []
-    held = list(getattr(value, "__dict__", {}).values())
-    for owner in kind.__mro__:
-        slots = owner.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            held.append(getattr(value, name, None))
-    return held
+    return [*getattr(value, "__dict__", {}).values(), *_slot_values(value)]
 
 
 def _held_by_function(function: types.FunctionType) -> list[Any]:
@@ -326,5 +371,5 @@ def _held_by_function(function: types.FunctionType) -> list[Any]:
         except ValueError:  # not filled yet
             continue
     known = function.__globals__
-    held += [known[n] for n in function.__code__.co_names if isinstance(known.get(n), nn.Module)]
+    held += [known[n] for n in function.__code__.co_names if isinstance(known.get(n), (nn.Module, Tensor))]
     return held

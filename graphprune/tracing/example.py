@@ -114,6 +114,9 @@ def _flatten(value: Any, found: list[Tensor], depth: int, caches: bool = True) -
     elif hasattr(value, "__dict__"):
         for item in vars(value).values():
             _flatten(item, found, depth + 1, caches)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):  # with slots
+        for field in dataclasses.fields(value):
+            _flatten(getattr(value, field.name, None), found, depth + 1, caches)
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

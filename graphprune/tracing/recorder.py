@@ -100,7 +100,8 @@ class Recorder:
         self._random: dict[Any, bool] = {}
         self.guards: list[Guard] = []
         self.constants: dict[str, Tensor] = {}
-        self.touched: dict[int, tuple[str | None, Tensor, Tensor]] = {}
+        self.touched: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what was written, its memory, and what it held
+        self.escaped = ""
         self.active = True
         self.shapes_only = False
         self.whole_depth = 0
@@ -307,7 +308,7 @@ class Recorder:
                     continue  # made in this run; everything else is the user's
                 name = self._names.get(id(base))
                 if id(base) not in self.touched:
-                    self.touched[id(base)] = (name, base, base.detach().clone())
+                    self.touched[id(base)] = (base, base.detach(), base.detach().clone())
                 if isinstance(base, nn.Parameter):
                     self._note_initialised(name, [*args, *kwargs.values()])
 
@@ -345,10 +346,11 @@ class Recorder:
         return found
 
     def undo_writes(self) -> None:
+        """The memory that was written to holds what it held; the tensor may be another's by now (`.data = ...`)."""
         with torch.no_grad():
-            for _, tensor, before in self.touched.values():
-                if tensor.shape == before.shape:
-                    tensor.detach().copy_(before)
+            for tensor, memory, before in self.touched.values():
+                if memory.shape == before.shape:
+                    memory.copy_(before)
                 else:
                     tensor.data = before
 
@@ -393,7 +395,8 @@ class Recorder:
                 path = paths.get(id(module))
                 if path is None:
                     if id(module) in forbidden:
-                        raise Unclonable(f"a {type(module).__name__} of the model was reached past its clone")
+                        self.escaped = f"a {type(module).__name__} of the model was reached past its clone"
+                        raise Unclonable(self.escaped)  # which the model's own code may catch
                     return original(module, *args, **kwargs)
                 stack.append(path)
                 try:

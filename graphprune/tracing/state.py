@@ -80,8 +80,8 @@ def _cuda_devices(model: nn.Module) -> list[int]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients; training flags, random state and what modules hold as before afterwards, also after an
-    error or an interrupt.
+    """Eval mode and no gradients; training flags, random state and what modules hold as before afterwards, also after
+    an error or an interrupt.
 
     The flags are set one by one: `train()` and `eval()` may be overridden to do more (merge adapters, for example).
     """

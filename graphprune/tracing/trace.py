@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import GraphPruneError
-from ..support.interrupts import interruptible, shielded
+from ..support.interrupts import from_signal, interruptible, shielded
 from ..support.restoring import restored
-from .cloning import INTERNAL, PLAIN, Bare, SameMemory, clone_modules
+from .cloning import INTERNAL, PLAIN, Bare, SameMemory, Unclonable, clone_modules
 from .example import ExampleInput, result_tensors
 from .modes import WHOLE, DispatchMode, FunctionMode
 from .names import named_tensors
@@ -82,6 +82,8 @@ def run_model(model: nn.Module, example: ExampleInput, what: str) -> Any:
     except GraphPruneError:
         raise
     except Exception as error:
+        if from_signal(error):
+            raise
         shapes = ", ".join(str(tuple(t.shape)) for t in example.tensors()) or "no tensors"
         raise GraphPruneError(
             f"{what}: the model raised {type(error).__name__}{_user_line(error)}\n  {error}\n"
@@ -117,11 +119,14 @@ def record_run(
             recorded = run.on_clones(data=False)
             if _self_contained(recorded):
                 return recorded
-        except Exception:  # whatever went wrong without data, the run with data decides
-            pass
+        except Exception as error:  # whatever went wrong without data, the run with data decides
+            if from_signal(error):
+                raise
     try:
         return run.on_clones(data=True)
-    except Exception:  # whatever went wrong on clones, the run on the model itself decides
+    except Exception as error:  # whatever went wrong on clones, the run on the model itself decides
+        if from_signal(error):
+            raise
         return run.on_model()
 
 
@@ -189,6 +194,8 @@ class _Run:
             ):
                 with watched, interruptible():
                     out = run_model(model, example, "tracing")
+                if recorder.escaped:
+                    raise Unclonable(recorder.escaped)
                 outputs = tuple(dict.fromkeys(recorder.node_of(t) for t in result_tensors(out)))
                 caches = _caches(recorder, modules)
                 extra = record_training_paths(recorder, model, example, outputs) if self.training_paths else ()

@@ -19,7 +19,8 @@ class Divided(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.heads, self.width, self.scaled = 2, 8, scaled
-        self.first, self.norm, self.layer, self.last = nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.first, self.norm = nn.Linear(6, 8), nn.LayerNorm(8)
+        self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(self.first(x))

@@ -133,8 +133,11 @@ def test_a_fast_path_that_was_off_stays_off() -> None:
         torch.backends.mha.set_fastpath_enabled(True)
 
 
+_seen: list[Any] = []  # not the hooks' own: what those collect is put back
+
+
 def test_forward_runs_once_in_eval_mode_without_gradients_with_hooks() -> None:
-    seen: list[Any] = []
+    seen, _ = _seen, _seen.clear()
 
     class Watched(nn.Module):
         def __init__(self) -> None:
@@ -146,8 +149,8 @@ def test_forward_runs_once_in_eval_mode_without_gradients_with_hooks() -> None:
             return self.fc(x)
 
     model = Watched().train()
-    model.fc.register_forward_hook(lambda m, args, out: seen.append("hook") or out * 2)
-    model.fc.register_forward_pre_hook(lambda m, args: seen.append("pre"))
+    model.fc.register_forward_hook(lambda m, args, out: _seen.append("hook") or out * 2)
+    model.fc.register_forward_pre_hook(lambda m, args: _seen.append("pre"))
     before = picture_of_model(model)
     trace = record_run(model, torch.randn(2, 3))
     assert seen == [(False, False, False), "pre", "hook"]

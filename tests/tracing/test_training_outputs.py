@@ -93,12 +93,82 @@ class Inherited(Kept):
     pass
 
 
+def finish(y: Tensor, deep: Tensor, training: bool) -> Any:
+    return (y, deep) if training else y
+
+
+def look_up(net: nn.Module, y: Tensor, deep: Tensor) -> Any:
+    if net.training:
+        return y, deep
+    return y
+
+
+class PassedOn(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.body(x))
+        return finish(self.out(h), self.deep(h), self.training)
+
+
+class ByHelper(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.body(x))
+        return look_up(self, self.out(h), self.deep(h))
+
+
+class ByStaticMethod(Net):
+    @staticmethod
+    def of(net: nn.Module, y: Tensor, deep: Tensor) -> Any:
+        return (y, deep) if net.training else y
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.body(x))
+        return self.of(self, self.out(h), self.deep(h))
+
+
+class ByProperty(Net):
+    @property
+    def deeply(self) -> bool:
+        return self.training
+
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.body(x))
+        y = self.out(h)
+        return (y, self.deep(h)) if self.deeply else y
+
+
+class AsIndex(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.body(x))
+        return (self.out(h), self.deep(h))[: 1 + self.training]
+
+
+class FeatureByFlag(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.body(x))
+        return finish(self.out(h), h, self.training)
+
+
+@dataclasses.dataclass(slots=True)
+class SlottedRecord:
+    y: Tensor
+    deep: Tensor | None = None
+
+
+class Slotted(Net):
+    def forward(self, x: Tensor) -> Any:
+        h = torch.relu(self.body(x))
+        return SlottedRecord(self.out(h), self.deep(h) if self.training else None)
+
+
 def _method(net: Net, h: Tensor, y: Tensor) -> Any:
     deep = net.deep(h)
     return Record(y, deep) if net.training else Record(y)
 
 
-FORMS = [Stacked, Kept, Feature, Chosen, InCondition, ByName, Inherited]
+FORMS = [
+    Stacked, Kept, Feature, Chosen, InCondition, ByName, Inherited, PassedOn, ByHelper, ByStaticMethod, ByProperty,
+    AsIndex, FeatureByFlag, Slotted,
+]  # fmt: skip
 
 
 def shapes(out: Any) -> list[tuple[int, ...]]:
@@ -112,7 +182,7 @@ def test_what_training_returns_is_as_wide_as_before(make: Any, training: bool) -
     x = torch.randn(2, 3, 6, 6)
     small = graphprune.prune(net, x, 0.5, fold_bn=False)
     assert shapes(small.train()(x)) == shapes(net.train()(x)) and shapes(small.eval()(x)) == shapes(net.eval()(x))
-    assert len(small.body.weight) == (16 if make is Feature else 8)
+    assert len(small.body.weight) == (16 if make in (Feature, FeatureByFlag) else 8)
 
 
 class Dropped(nn.Module):
