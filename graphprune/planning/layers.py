@@ -34,6 +34,8 @@ def split_granularity(granularity: str | Sequence[str]) -> tuple[str | None, str
 
     Raises GraphPruneError for what does not go together.
     """
+    if not isinstance(granularity, Sequence) or not all(isinstance(name, str) for name in granularity):
+        raise GraphPruneError(f"granularity: expected a name or a list of names, got {granularity!r}")
     names = [granularity] if isinstance(granularity, str) else list(granularity)
     whole = [name for name in dict.fromkeys(names) if name in WHOLE]
     widths = [name for name in names if name not in WHOLE]
@@ -145,6 +147,11 @@ def held_modules(ignore: Ignore, model: nn.Module) -> set[str]:
 
 def ignored_names(ignore: Ignore, model: nn.Module) -> list[str]:
     """Ignored modules by name, for copies of the model; patterns as they are."""
+    given: Any = ignore
+    if given is None:
+        return []
+    if not isinstance(given, (str, nn.Module)) and not hasattr(given, "__iter__"):
+        raise GraphPruneError(f"ignore: expected names, modules or patterns, got {type(ignore).__name__}")
     paths = {id(m): n for n, m in all_modules(model).items()}
     out = []
     for item in [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore):

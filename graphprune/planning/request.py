@@ -37,7 +37,7 @@ from .within_latency import plan_within, width_step
 Criterionlike = str | Callable[..., Any]
 
 
-@door("model")
+@door("model", exact=True)
 def plan(
     model: nn.Module,
     example_input: Any,
@@ -310,7 +310,7 @@ class _Job:
                     return graph, dataclasses.replace(found, output=self.output)
 
 
-@door("model")
+@door("model", exact=True)
 def prune(
     model: nn.Module,
     example_input: Any,

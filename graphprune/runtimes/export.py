@@ -64,7 +64,7 @@ class ExportReport:
         return f"{self.path}: {', '.join(facts)}" + "".join(f"; {note}" for note in self.notes)
 
 
-@door("model")
+@door("model", exact=True)
 def export_onnx(
     model: nn.Module,
     example_input: Any,

@@ -59,9 +59,11 @@ def put_network_in_place(graph: Path, data: Path | None, target: Path) -> Path |
         if final is not None and not known:
             final.unlink(missing_ok=True)
         raise
+    used = _weights_of_others(target)
     for old in _all_weights(target):
         with contextlib.suppress(OSError):
-            if old != final and (old.name in before or time.time() - old.stat().st_mtime > _PATIENCE):
+            needless = old.name in before or time.time() - old.stat().st_mtime > _PATIENCE
+            if needless and old != final and old.name not in used:
                 old.unlink()
     return final
 
@@ -76,14 +78,26 @@ def _all_weights(target: Path) -> list[Path]:
 
 def _weights_of(target: Path) -> set[str]:
     """The names of files that the graph at `target`, if there is one, takes its weights from."""
+    return _named_by(target) if _all_weights(target) else set()
+
+
+def _named_by(path: Path) -> set[str]:
+    """The names of files that a graph, if it is one, takes its weights from."""
     import onnx
 
-    if not _all_weights(target):
-        return set()
-    with contextlib.suppress(Exception):  # whatever lies there is replaced
-        if target.is_file() and target.stat().st_size <= _LARGEST_GRAPH:
-            return {entry.value for entry in _locations(onnx.load(str(target), load_external_data=False).graph)}
+    with contextlib.suppress(Exception):
+        if path.is_file() and path.stat().st_size <= _LARGEST_GRAPH:
+            return {entry.value for entry in _locations(onnx.load(str(path), load_external_data=False).graph)}
     return set()
+
+
+def _weights_of_others(target: Path) -> set[str]:
+    """The names of files that other graphs in the folder take their weights from: copies of the one before, say."""
+    found: set[str] = set()
+    if _all_weights(target):
+        for other in target.parent.glob("*.onnx"):
+            found |= set() if other == target else _named_by(other)
+    return found
 
 
 def _locations(graph: Any) -> Iterator[Any]:

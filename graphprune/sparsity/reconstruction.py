@@ -30,7 +30,7 @@ from .masks import make_permanent
 from .weights import Mask, Weight, find_weights, steps_of
 
 
-@door("model", "dense", in_place=True)
+@door("model", "dense", in_place=True, exact=True)
 def reconstruct(model: nn.Module, dense: nn.Module, example_input: Any, data: Any, *, ridge: float = 1e-3) -> nn.Module:
     """Fit the unmasked weights of `model` again so that its layers make what those of `dense` do; masks stay in force.
 

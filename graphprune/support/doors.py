@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 def door(
-    *names: str, keep_wrapper: bool = False, in_place: bool = False
+    *names: str, keep_wrapper: bool = False, in_place: bool = False, exact: bool = False
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """For a public function whose arguments of these names are models.
 
@@ -28,7 +28,8 @@ def door(
     handed over), after `checked_model`; None where that is the default. A function that returns the very module it was
     given, since it works in place, returns it in its wrapper; `in_place`: the first of the models is such a one, and
     must not consist of tensors that cannot be changed. Under `torch.inference_mode()` it works as outside:
-    tensors made there could not be trained, and many of torch's operators are invisible. Modes of the thread are as
+    tensors made there could not be trained, and many of torch's operators are invisible. `exact`: so it does under
+    `torch.autocast`, as sums over data in half precision are none. Modes of the thread are as
     before, however it ends (`kept_modes`).
     """
 
@@ -43,7 +44,7 @@ def door(
             given: list[tuple[Any, nn.Module]] = []
             inferring = torch.is_inference_mode_enabled()
             outside = torch.inference_mode(False) if inferring else contextlib.nullcontext()
-            with kept_modes(), _looked_at() as known, outside:
+            with kept_modes(), _looked_at() as known, outside, _not_cast() if exact else contextlib.nullcontext():
                 for name, place in places.items():
                     found: Any = named.get(name) if name in named else values[place] if place < len(values) else None
                     if found is None and (parameters[name].default is None or not _passed(name, place, values, named)):
@@ -64,6 +65,16 @@ def door(
         return entered
 
     return decorated
+
+
+@contextlib.contextmanager
+def _not_cast() -> Iterator[None]:
+    """Without `torch.autocast`, where it is on."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 _running = threading.local()

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 _PLAIN = frozenset((list, tuple, set, frozenset, dict))
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
@@ -67,14 +67,16 @@ def _form(kind: type) -> _Form:
     if found is None:
         home = kind.__module__.partition(".")[0]
         closed = home in sys.stdlib_module_names and home not in _OPEN and home != "builtins"
+        # torch's operators and libraries keep what they have worked out in themselves, and rely on it
+        engine = home in ("torch", "triton", "numpy") and not issubclass(kind, (Tensor, nn.Module))
         names: list[str] = []
         for base in kind.__mro__:
             own = base.__dict__.get("__slots__", ())
             for name in (own,) if isinstance(own, str) else own:
                 hidden = name.startswith("__") and not name.endswith("__")
                 names.append(f"_{base.__name__.lstrip('_')}{name}" if hidden else name)
-        kept = tuple(name for name in names if name not in ("__dict__", "__weakref__"))
-        found = _forms[kind] = _Form(not closed, kept, kind.__module__ in sys.stdlib_module_names)
+        kept = tuple(name for name in names if name not in ("__dict__", "__weakref__") and not engine)
+        found = _forms[kind] = _Form(not (closed or engine), kept, kind.__module__ in sys.stdlib_module_names)
     return found
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
 from ..errors import GraphPruneError
 
@@ -50,6 +51,8 @@ def checked_model(value: Any, what: str = "model", *, keep_wrapper: bool = False
         if reason:
             raise GraphPruneError(reason)
     for name, parameter in model.named_parameters():
+        if not keep_wrapper and is_lazy(parameter):
+            raise GraphPruneError(f"{what}: {name} has no shape yet; run the model once first")
         if _is_sharded(parameter):
             raise GraphPruneError(
                 f"{what}: the parameter {name} is a DTensor, one process's part of a tensor; "

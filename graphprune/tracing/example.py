@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, ItemsView, KeysView, Mapping, Set, ValuesView
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..support.reach import slots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,12 +113,12 @@ def _flatten(value: Any, found: list[Tensor], depth: int, caches: bool = True) -
     elif isinstance(value, (tuple, list)):
         for item in value:
             _flatten(item, found, depth + 1, caches)
-    elif hasattr(value, "__dict__"):
-        for item in vars(value).values():
+    elif isinstance(value, (Set, KeysView, ValuesView, ItemsView, deque)):
+        for item in value:
             _flatten(item, found, depth + 1, caches)
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):  # with slots
-        for field in dataclasses.fields(value):
-            _flatten(getattr(value, field.name, None), found, depth + 1, caches)
+    elif not isinstance(value, type):
+        for item in (*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots(value))):
+            _flatten(item, found, depth + 1, caches)
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -34,6 +34,8 @@ WHOLE: dict[Any, Any] = {
 }
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _DATA_GETTER, _DATA_SETTER = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+# Values that leave torch are results: what becomes of them is out of sight.
+_LEAVES = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))
 _SIZE_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
 
 
@@ -56,6 +58,8 @@ class FunctionMode(TorchFunctionMode):
             return _size(recorder, func, args, kwargs)
         if name in ("numel", "nelement"):
             return math.prod(recorder.traced_size(args[0], args[0].size()))
+        if name in _LEAVES and isinstance(args[0], Tensor):
+            recorder.left.append(recorder.node_of(args[0]))
         whole = WHOLE.get(func)
         before = recorder.sizes, recorder.scalars, recorder.function_name
         recorder.function_name = name

@@ -102,6 +102,7 @@ class Recorder:
         self.constants: dict[str, Tensor] = {}
         self.touched: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what was written, its memory, and what it held
         self.escaped = ""
+        self.left: list[fx.Node] = []
         self.active = True
         self.shapes_only = False
         self.whole_depth = 0

@@ -199,7 +199,8 @@ class _Run:
                 outputs = tuple(dict.fromkeys(recorder.node_of(t) for t in result_tensors(out)))
                 caches = _caches(recorder, modules)
                 extra = record_training_paths(recorder, model, example, outputs) if self.training_paths else ()
-            recorder.graph.output((*outputs, *(node for node in extra if node not in outputs)))
+            others = dict.fromkeys((*recorder.left, *extra))
+            recorder.graph.output((*outputs, *(node for node in others if node not in outputs)))
         finally:
             recorder.release()
             random.put_back(recorder.drew)

@@ -104,7 +104,10 @@ def ignored_positions(
     ignore: Ignore, graph: DependencyGraph, model: nn.Module
 ) -> list[tuple[Any, Reason]]:
     """The outputs of ignored modules and parameters, as positions to freeze."""
-    items: Sequence[Any] = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
+    given: Any = () if ignore is None else ignore
+    if not isinstance(given, (nn.Module, str)) and not hasattr(given, "__iter__"):
+        raise GraphPruneError(f"ignore: expected modules, names or patterns, got {type(given).__name__}")
+    items: Sequence[Any] = [given] if isinstance(given, (nn.Module, str)) else list(given)
     if not items:
         return []
     paths = {id(m): n for n, m in model.named_modules()}

@@ -39,6 +39,9 @@ class Settings:
             raise GraphPruneError(f"budget: expected a graphprune.Budget, got {type(budget).__name__}")
         if budget is not None and ratio is not None:
             raise GraphPruneError("ratio and budget exclude each other: a budget decides how much of each group stays")
+        if isinstance(ratio, Mapping) and not all(isinstance(name, str) for name in ratio):
+            wrong = next(name for name in ratio if not isinstance(name, str))
+            raise GraphPruneError(f"ratio: a dict maps names of modules and parameters to fractions; {wrong!r} is none")
         return cls(0.5 if ratio is None else ratio, budget=budget, **others)
 
     def check(self) -> None:

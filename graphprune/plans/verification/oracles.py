@@ -43,7 +43,7 @@ def zeroed(model: nn.Module, plan: Plan, nearly: bool = False) -> nn.Module:
         if not name.endswith("running_var"):
             for axis, indices in axes.items():
                 tiny = torch.finfo(tensor.dtype).tiny ** 0.45 if nearly and tensor.is_floating_point() else 0
-                tensor.index_fill_(axis, torch.tensor(indices, device=tensor.device), tiny)
+                tensor.index_fill_(axis, torch.tensor(indices, dtype=torch.long, device=tensor.device), tiny)
         tensors[name] = tensor
     return clone_with(model, tensors, caches=plan.caches)
 
@@ -94,7 +94,7 @@ def _dtype_of(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
-@door("original", "pruned")
+@door("original", "pruned", exact=True)
 def verify(
     original: nn.Module,
     pruned: nn.Module,
@@ -130,6 +130,9 @@ def verify(
 
     Raises GraphPruneError where there is not enough memory for that.
     """
+    if not isinstance(plan, Plan):
+        raise GraphPruneError(f"plan: expected what graphprune.plan returns, got {type(plan).__name__}")
+    plan.check(original)
     example = ExampleInput.of(example_input)
     try:
         repair = repair_after(pruned, plan)

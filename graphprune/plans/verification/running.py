@@ -30,7 +30,9 @@ def same_shapes(got: Any, want: Any) -> Check:
     """The check that outputs have the shapes of the original's."""
     found, expected = ([tuple(t.shape) for t in result_tensors(out)] for out in (got, want))
     detail = f"{len(found)} outputs" if found == expected else f"output shapes {found}, expected {expected}"
-    return Check("forward", found == expected, math.nan, detail)
+    if not expected:  # equal, and nothing is known
+        detail = "no tensor was found in what the model returns; return tensors, in tuples, dicts or objects"
+    return Check("forward", found == expected and bool(expected), math.nan, detail)
 
 
 def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:

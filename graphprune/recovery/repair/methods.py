@@ -50,7 +50,7 @@ def check_method(method: Any, data: Any) -> None:
         raise GraphPruneError(f"recover={method!r} needs inputs to measure on: pass data=, a loader or list of batches")
 
 
-@door("model")
+@door("model", exact=True)
 def recover(
     model: nn.Module,
     plan: Plan,
@@ -102,6 +102,9 @@ def recover(
     if method is None:
         raise GraphPruneError("recover: expected a method, got None; leave it out for the one that suits the data")
     check_method(method, data)
+    if not isinstance(plan, Plan):
+        raise GraphPruneError(f"plan: expected what graphprune.plan returns, got {type(plan).__name__}")
+    plan.check(model)
     if method == "auto":
         method = "moments" if data is None else "least_squares"
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
