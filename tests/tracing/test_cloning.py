@@ -293,3 +293,190 @@ def test_nothing_stays_of_any_run_of_the_model(data: bool, training: bool) -> No
     graphprune.recover(net, plan, x, given or [x])
     assert small.first.weight.shape == (4, 4)
     assert net.kept == {} and not hasattr(net.first, "last") and net.training is training
+
+
+class AttributeDict(dict[str, Any]):
+    __getattr__ = dict.__getitem__
+
+
+class Names(list[str]):
+    pass
+
+
+class Mode(str):
+    pass
+
+
+class HalfSlotted:
+    __slots__ = ("on",)
+
+
+class WithSlots(HalfSlotted):
+    def __init__(self) -> None:
+        self.on, self.width = True, 8
+
+
+_seen: list[bool] = []  # what a closure of the model collected would be put back
+
+CONTENTS: dict[str, tuple[Callable[[], Any], Callable[[Any], bool]]] = {
+    "a dict with attributes": (lambda: AttributeDict(skip=True), lambda v: bool(v.skip and v["skip"])),
+    "a list": (lambda: Names(["a", "b"]), lambda v: len(v) == 2 and v[1] == "b"),
+    "a str": (lambda: Mode("dense"), lambda v: v == "dense"),
+    "a counter": (lambda: collections.Counter("aab"), lambda v: v["a"] == 2),
+    "a named tuple": (lambda: collections.namedtuple("T", "a b")(1, [2]), lambda v: v.b == [2]),
+    "slots and attributes": (WithSlots, lambda v: v.on and v.width == 8),
+    "a namespace": (lambda: types.SimpleNamespace(a=[1]), lambda v: v.a == [1]),
+}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_objects_of_any_class_keep_what_is_in_them(kind: str) -> None:
+    make, right = CONTENTS[kind]
+    _seen.clear()
+    net = Net(lambda n: make(), lambda n, h: _seen.append(right(n.kept)))
+    record_run(net, torch.randn(2, 4))
+    assert _seen and all(_seen) and right(net.kept)
+
+
+class Store:
+    feature: Any = None
+
+
+class StoreHook:
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __call__(self, module: nn.Module, args: Any, out: Tensor) -> None:
+        self.store.feature = out
+
+
+def _through(net: Net, store: Store, hook: Any) -> Store:
+    net.first.register_forward_hook(hook)
+    return store
+
+
+SHARING: dict[str, Callable[[Net, Store], Any]] = {
+    "a hook object": lambda net, store: _through(net, store, StoreHook(store)),
+    "a bound method": lambda net, store: _through(net, store, StoreHook(store).__call__),
+    "a partial function": lambda net, store: _through(net, store, functools.partial(_remember, store)),
+    "a closure": lambda net, store: _through(net, store, lambda m, args, out: _remember(store, m, args, out)),
+}
+
+
+def _remember(store: Store, module: nn.Module, args: Any, out: Tensor) -> None:
+    store.feature = out
+
+
+@pytest.mark.parametrize("kind", SHARING)
+def test_one_object_stays_one(kind: str) -> None:
+    """What a hook stores is what forward reads, in every plan, and nothing of it stays."""
+    store = Store()
+    _seen.clear()
+    net = Net(lambda n: SHARING[kind](n, store), lambda n, h: _seen.append(n.kept.feature is not None))
+    plans = [dict(graphprune.plan(net, torch.randn(2, 4), 0.5).removed) for _ in range(2)]
+    assert _seen and all(_seen)
+    assert plans[0] == plans[1] and store.feature is None and net.kept is store
+
+
+def test_weights_inside_objects_are_the_model_s() -> None:
+    class Operation:
+        def __init__(self, layer: nn.Linear) -> None:
+            self.weight, self.bias = layer.weight, layer.bias
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight, self.bias)
+
+    class Uses(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+            self.operation = Operation(self.first)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.operation(x).relu())
+
+    net = Uses()
+    assert len(graphprune.plan(net, torch.randn(2, 4), 0.5).removed["first.weight"][0]) == 4
+
+
+def test_what_cleans_up_when_it_is_gone_is_not_made_twice() -> None:
+    gone: list[str] = []
+
+    class Extractor(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.features = Net(), {}
+            self.handles = [self.net.first.register_forward_hook(self.save)]
+
+        def save(self, module: nn.Module, args: Any, out: Tensor) -> None:
+            self.features["first"] = out
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.net(x)
+            return self.features["first"]
+
+        def __del__(self) -> None:
+            gone.append("module")
+            for handle in self.handles:
+                handle.remove()
+
+    net = Extractor()
+    graphprune.plan(net, torch.randn(2, 4), 0.0)
+    assert not gone and len(net.net.first._forward_hooks) == 1 and net(torch.randn(2, 4)).shape == (2, 8)
+
+
+def test_memory_that_a_run_makes_is_not_put_back_into_the_user_s() -> None:
+    class Borrows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            layer = nn.Linear(8, 8)
+            layer.weight.data, layer.bias.data = self.b.weight.data, self.b.bias.data
+            return self.c(layer(self.a(x).relu()).relu())
+
+    net = Borrows()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    record_run(net, torch.randn(2, 4))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_model_s_own_fallback_does_not_hide_the_module_past_its_clone() -> None:
+    class Falls(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            try:
+                return self.second(registry["net"].first(x).relu())
+            except Exception:
+                return self.third(x)
+
+    registry: dict[str, Any] = {}
+    registry["net"] = net = Falls()
+    assert len(graphprune.plan(net, torch.randn(2, 4), 0.5).removed["first.weight"][0]) == 4
+
+
+def test_a_signal_s_own_exception_comes_out() -> None:
+    import signal
+
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            signal.raise_signal(signal.SIGUSR1)
+            return self.layer(x)
+
+    def handle(number: int, frame: Any) -> None:
+        raise TimeoutError("too slow")
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        with pytest.raises(TimeoutError, match="too slow"):
+            graphprune.plan(Slow(), torch.randn(2, 4), 0.5)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
