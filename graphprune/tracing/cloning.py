@@ -133,11 +133,11 @@ def _like(tensor: Tensor, new: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Clones:
-    """`modules`: clones under the paths of the user's. `functions`: what they share with those and cannot be copied,
-    hooks for example; what such functions have kept of where they were made is the user's."""
+    """`modules`: clones under the paths of the user's. `shared`: what these hold too, as it was not copied: objects in
+    lists, functions with what they have kept of where they were made."""
 
     modules: dict[str, nn.Module]
-    functions: tuple[Any, ...]
+    shared: tuple[Any, ...]
 
 
 def clone_modules(modules: Mapping[str, nn.Module], tensor: Convert) -> Clones:
@@ -152,7 +152,8 @@ def clone_modules(modules: Mapping[str, nn.Module], tensor: Convert) -> Clones:
         cloner.path = path
         cloner.module(module)
     cloner.check_shared()
-    return Clones({path: cloner.made[id(module)] for path, module in modules.items()}, tuple(cloner.functions))
+    shared = tuple({id(value): value for _, value in cloner.shared}.values())
+    return Clones({path: cloner.made[id(module)] for path, module in modules.items()}, shared)
 
 
 class _Cloner:
@@ -163,7 +164,6 @@ class _Cloner:
         self.made: dict[int, Any] = {}
         self.keep: list[Any] = []  # a number in `made` must not become that of another object
         self.harmless: set[int] = set()
-        self.functions: list[Any] = []
         self.shared: list[tuple[str, Any]] = []
         self.copied: set[int] = set()
         self.path = ""
@@ -249,9 +249,8 @@ class _Cloner:
             return self.plain(value)
         if self.reaches(value, self.own):
             raise Unclonable(f"{self.path or 'the model'} holds a {kind.__name__} that holds a module of the model")
-        self.shared.append((self.path, value))
-        if kind is types.FunctionType and value.__closure__:
-            self.functions.append(value)
+        if kind is not types.FunctionType or value.__closure__:
+            self.shared.append((self.path, value))
         return value
 
     def check_shared(self) -> None:
@@ -297,9 +296,12 @@ class _Cloner:
         kind: Any = type(value)
         simple = all(k is object or "__slots__" not in vars(k) for k in kind.__mro__) and kind.__new__ is object.__new__
         try:
-            new = self.note(value, object.__new__(kind) if simple else copy.copy(value))
-        except Exception as error:
-            raise Unclonable(f"{self.path or 'the model'} holds a {kind.__name__} that cannot be copied") from error
+            new = object.__new__(kind) if simple else copy.copy(value)
+        except Exception:
+            new = value
+        if new is value:  # there is one of its class, or no copy can be made
+            raise Unclonable(f"{self.path or 'the model'} holds a {kind.__name__} that cannot be copied")
+        self.note(value, new)
         for key, item in value.__dict__.items():
             new.__dict__[key] = item if type(item) in ATOMS else self.value(item)
         if isinstance(value, dict):

@@ -164,7 +164,7 @@ class _Run:
             clones = clone_modules(self.modules, convert)
             example = self.example if data else self.example.map(convert)
             own = {id(module) for module in self.modules.values()}
-            kept = restored(clones.functions, closures=True) if clones.functions else contextlib.nullcontext()
+            kept = restored(clones.shared, closures=True) if clones.shared else contextlib.nullcontext()
             with kept, shielded():
                 return self._record(clones.modules, example, data, own)
 

@@ -480,3 +480,37 @@ def test_a_signal_s_own_exception_comes_out() -> None:
             graphprune.plan(Slow(), torch.randn(2, 4), 0.5)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+class Single:
+    """There is one of it."""
+
+    _one: Single | None = None
+
+    def __new__(cls) -> Single:
+        if cls._one is None:
+            cls._one = object.__new__(cls)
+            cls._one.__dict__["width"] = 8
+        return cls._one
+
+
+@pytest.mark.parametrize("kind", ["in a list", "the only one", "inside another"])
+def test_objects_that_are_not_copied_are_as_before(kind: str) -> None:
+    held = Single() if kind == "the only one" else types.SimpleNamespace(width=8, inner=types.SimpleNamespace(seen=[]))
+    before = dict(held.__dict__)
+
+    def use(net: Net, h: Tensor) -> None:
+        net.kept_one().last = h
+        net.kept_one().width += 0
+
+    net = Net(lambda n: [held] if kind == "in a list" else held, use)
+    if kind == "inside another":
+        inner, before = held.inner, {"seen": []}
+        net.__dict__["kept_one"] = lambda: inner
+        before = dict(inner.__dict__)
+        inner.width = before["width"] = 8
+        held = inner
+    else:
+        net.__dict__["kept_one"] = (lambda: net.kept[0]) if kind == "in a list" else (lambda: net.kept)
+    graphprune.plan(net, torch.randn(2, 4), 0.5)
+    assert held.__dict__ == before and type(held.width) is int

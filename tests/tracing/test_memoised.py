@@ -66,7 +66,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second, self.head = nn.Linear(6, 24), nn.Linear(6, 24), nn.Linear(48, 5)
-        self.heads, self.sizes = (4, 4), sizes
+        self.heads, self.sizes, self.own = (4, 4), sizes, split
 
     @functools.lru_cache  # noqa: B019 - what users write
     def cached(self, shape: tuple[int, ...], heads: int) -> tuple[int, ...]:
@@ -78,7 +78,23 @@ class Net(nn.Module):
         return self.head(torch.cat([a, b], -1))
 
 
-FORMS = [by_function, by_shape, by_static_method, by_method, by_local]
+TABLE = {"split": split}
+SPLIT = functools.partial(split)
+
+
+def by_table(net: Net, x: Tensor, heads: int) -> tuple[int, ...]:
+    return TABLE["split"](x.shape, heads)
+
+
+def by_partial(net: Net, x: Tensor, heads: int) -> tuple[int, ...]:
+    return SPLIT(x.shape, heads)
+
+
+def by_attribute(net: Net, x: Tensor, heads: int) -> tuple[int, ...]:
+    return net.own(x.shape, heads)
+
+
+FORMS = [by_function, by_shape, by_static_method, by_method, by_local, by_table, by_partial, by_attribute]
 X = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
 
 
