@@ -42,6 +42,7 @@ class _Shield:
         self.handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
         self.waiting: list[int] = []
         self.raised: float | None = None
+        self.error: BaseException | None = None
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Stands in for every handler: now, or when the shield goes."""
@@ -61,7 +62,7 @@ class _Shield:
         try:
             handler(number, frame)
         except BaseException as error:
-            self.raised = time.monotonic()
+            self.raised, self.error = time.monotonic(), error
             with contextlib.suppress(AttributeError):  # exceptions with slots
                 error._graphprune_signal = True  # type: ignore[attr-defined]
             raise
@@ -97,7 +98,7 @@ class _Shield:
             if signal.getsignal(number) == self.handle:
                 signal.signal(number, handler)
         waiting = self.waiting
-        self.handlers, self.waiting, self.raised, self.open = {}, [], None, False
+        self.handlers, self.waiting, self.raised, self.error, self.open = {}, [], None, None, False
         return waiting
 
 
@@ -139,11 +140,14 @@ class shielded:
                 _shield.install()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, _: object) -> None:
         if not self._active:
             return
         if _shield.depth == 1:
+            interrupt = _shield.error
             _shield.remove()
+            if interrupt is not None and isinstance(value, Exception) and value is not interrupt:
+                raise interrupt from value  # what it met on its way has made another error of it
             return
         _shield.depth -= 1
         _shield.open = self._before and _shield.raised is None

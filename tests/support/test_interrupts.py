@@ -203,6 +203,16 @@ def test_a_context_manager_gets_in_and_out() -> None:
     assert not on
 
 
+def test_an_interrupt_of_which_a_library_made_another_error() -> None:
+    with pytest.raises(KeyboardInterrupt), shielded(), interruptible():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as interrupt:
+            raise TypeError("cannot compare") from interrupt
+    with pytest.raises(TypeError, match="no interrupt"), shielded(), interruptible():
+        raise TypeError("no interrupt")
+
+
 def test_other_threads_leave_the_handlers_alone() -> None:
     seen = []
 
