@@ -7,7 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ..errors import GraphPruneError
 from ..support.doors import door
@@ -116,7 +118,9 @@ def export_onnx(
 
     with workspace(target) as folder:
         with inference_state(model):
-            first_outputs = run_model(model, arguments)
+            with _Assignments() as assigned:
+                first_outputs = run_model(model, arguments)
+            assigned.check(model)
             taken = [*arguments.names, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))]
             output_names, output_tensors = named_outputs(first_outputs, taken)
             # A batch of 1 means more than a size to torch (it broadcasts), so another one is traced.
@@ -155,6 +159,28 @@ def export_onnx(
         initializers=initializers,
         notes=tuple(notes),
     )
+
+
+class _Assignments(TorchFunctionMode):
+    """Notes the tensors whose `.data` forward sets: torch's exporter ends the process over them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+            self.tensors.append(args[0])
+        return func(*args, **(kwargs or {}))
+
+    def check(self, model: nn.Module) -> None:
+        """Raise GraphPruneError where a parameter or buffer is among them."""
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if any(tensor is assigned for assigned in self.tensors):
+                raise GraphPruneError(
+                    f"{name}: forward sets its .data, which torch's exporter cannot record; let forward compute with "
+                    f"the value itself, or set it once and leave that code out of the model that is exported"
+                )
 
 
 def _check_arguments(model: nn.Module, opset: int | None, tolerance: float | None) -> None:

@@ -198,6 +198,10 @@ class Recorder:
             return value
         return plain(value) if isinstance(value, (int, float)) else None
 
+    def is_of_this_run(self, tensor: Tensor) -> bool:
+        """Computed in this run, or a tensor that only stands in for one of the user's."""
+        return self.made(tensor) or (tensor.is_meta and self.shapes_only)
+
     def made(self, tensor: Tensor) -> bool:
         """Computed in this run."""
         return getattr(tensor, "_graphprune_node", (None,))[0] is self

@@ -16,6 +16,7 @@ from ..support.interrupts import from_signal, interruptible, shielded
 from ..support.restoring import restored
 from .cloning import INTERNAL, PLAIN, Bare, SameMemory, Unclonable, clone_modules
 from .example import ExampleInput, result_tensors
+from .leftovers import without_leftovers
 from .modes import WHOLE, DispatchMode, FunctionMode
 from .names import named_tensors
 from .recorder import Guard, Recorder, Source, is_users_file
@@ -192,7 +193,7 @@ class _Run:
                 DispatchMode(recorder),
                 FunctionMode(recorder),
             ):
-                with watched, interruptible():
+                with watched, without_leftovers(modules.values(), recorder.is_of_this_run), interruptible():
                     out = run_model(model, example, "tracing")
                 if recorder.escaped:
                     raise Unclonable(recorder.escaped)

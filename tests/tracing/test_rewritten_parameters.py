@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,3 +131,10 @@ def test_what_training_sets_is_nothing_of_the_kind() -> None:
     net, x = Codebook(), torch.randn(5, 4)
     assert not record_run(net, x, training_paths=True).initialised
     assert len(graphprune.prune(net, x, 0.5).layer.weight) == 4 and not net.mean.any()
+
+
+def test_an_export_is_refused_by_name(tmp_path: Path) -> None:
+    net = nn.Sequential(Rep(3, 8, "data ="), nn.ReLU(), nn.Conv2d(8, 3, 1)).eval()
+    with pytest.raises(graphprune.GraphPruneError, match=r"0\.fast\.weight: forward sets its \.data"):
+        graphprune.export_onnx(net, torch.randn(1, 3, 8, 8), tmp_path / "net.onnx")
+    assert not list(tmp_path.iterdir())
