@@ -162,7 +162,7 @@ def export_onnx(
 
 
 class _Assignments(TorchFunctionMode):
-    """Notes the tensors whose `.data` forward sets: torch's exporter ends the process over them."""
+    """Notes the tensors whose `.data` forward sets, which the exporter does not follow."""
 
     def __init__(self) -> None:
         super().__init__()
