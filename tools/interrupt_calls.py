@@ -122,7 +122,8 @@ def attack(
         if picture(model) != before:
             failures.append(f"{number}: the model is not what it was ({ended})")
         if process() != state or patches._places:
-            failures.append(f"{number}: the process is not what it was ({ended})")
+            differs = [i for i, (a, b) in enumerate(zip(process(), state, strict=True)) if a != b]
+            failures.append(f"{number}: the process is not what it was ({ended}; {differs or list(patches._places)})")
         if not whole():
             failures.append(f"{number}: the file is damaged ({ended})")
         if len(failures) > 5:

@@ -23,12 +23,18 @@ import contextlib
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch.utils.weak
+
 # A second Ctrl-C, this long after the first in seconds, is let through: whatever caught the first one goes on.
 _PATIENCE = 2.0
+# How far up the stack a context manager may be on its way.
+_LEVELS = 12
+_CLEANING = frozenset((contextlib.__file__, weakref.__file__, torch.utils.weak.__file__))
 # A signal between two things comes again after so long, in seconds.
 _SOON = 0.002
 
@@ -112,9 +118,17 @@ def from_signal(error: BaseException) -> bool:
 
 def _between(frame: FrameType) -> bool:
     """A context manager is on its way in or out: raised now, an interrupt would come after it has changed something and
-    before anybody is to put it back, or the reverse."""
-    code = frame.f_code
-    return code.co_name in ("__enter__", "__exit__") or code.co_filename == contextlib.__file__
+    before anybody is to put it back, or the reverse. Or something is being forgotten, where Python drops exceptions."""
+    if frame.f_code.co_filename in _CLEANING or frame.f_code.co_name == "__del__":
+        return True
+    above: FrameType | None = frame
+    for _ in range(_LEVELS):
+        if above is None or above.f_code.co_filename == __file__:  # here every moment is a good one
+            return False
+        if above.f_code.co_name in ("__enter__", "__exit__"):
+            return True
+        above = above.f_back
+    return False
 
 
 def _again_soon(number: int) -> None:

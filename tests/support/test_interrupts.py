@@ -20,7 +20,9 @@ from graphprune.support.interrupts import interruptible, shielded
 @pytest.fixture(autouse=True)
 def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    levels, interrupts._LEVELS = interrupts._LEVELS, 0  # signals come at once, wherever a test sends them
     yield
+    interrupts._LEVELS = levels
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert interrupts._shield.depth == 0 and not interrupts._shield.handlers and not interrupts._shield.waiting
     signal.signal(signal.SIGINT, before)
@@ -184,8 +186,9 @@ def test_an_interrupt_that_was_caught_does_not_make_the_rest_deaf(monkeypatch: p
         pytest.fail("the second one was not let through")
 
 
-def test_a_context_manager_gets_in_and_out() -> None:
+def test_a_context_manager_gets_in_and_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """Interrupted where nobody would put back what it has changed, or it has changed nothing yet that is put back."""
+    monkeypatch.setattr(interrupts, "_LEVELS", 12)
     on = []
 
     class Mode:

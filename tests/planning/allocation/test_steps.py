@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import GraphPruneError
-from graphprune.planning.allocation.steps import AUTO, FINE, NEAR, Item, around, on_average, widths
+from graphprune.planning.allocation.steps import _LITTLE, AUTO, FINE, NEAR, Item, around, on_average, widths
 
 
 def allowed(width: int, size: int, grid: str) -> bool:
@@ -69,7 +69,8 @@ def test_what_is_asked_is_met_within_half_a_step(given_items: list[Any]) -> None
     asked = sum(item.asked for item in items)
     assert off == pytest.approx(abs(gone - asked), abs=1e-9)
     steps = [item.more - item.less for item in items]
-    assert off <= max(steps) / 2 + 1e-9
+    small = sum(step for step in steps if step < _LITTLE * asked)  # rounded to nearest, each by itself
+    assert off <= max(steps) / 2 + small / 2 + 1e-9
     best = min(
         abs(sum(item.more if d else item.less for item, d in zip(items, choice, strict=True)) - asked)
         for choice in itertools.product([False, True], repeat=len(items))
