@@ -161,7 +161,8 @@ def test_a_full_disk(name: str, tmp_path: Path) -> None:
             for there in tmp_path.iterdir():
                 there.unlink()
     before = contents(tmp_path)
-    for size in (0, 1, largest // 3, largest - 1):
+    nearly = largest * 9 // 10 if name in RESUMING else largest - 1  # times in a checkpoint are longer or shorter
+    for size in (0, 1, largest // 3, nearly):
         with largest_file(size), pytest.raises(GraphPruneError, match=r"cannot write .*\.\w+: |written"):
             write(path)
         if name not in ("pipeline", "lottery"):  # these have written how far they came, in smaller files
