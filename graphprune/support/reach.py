@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import operator
 import sys
 import types
 import weakref
@@ -43,6 +44,19 @@ def attributes(value: Any) -> dict[str, Any] | None:
         return None
     table = getattr(value, "__dict__", None)
     return table if type(table) is dict else None
+
+
+def same_objects(now: list[Any], before: list[Any]) -> bool:
+    """The same objects in the same order."""
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def content_of(cell: types.CellType) -> Any:
+    """What a function has kept under a name of where it was made; None where the name is not bound yet."""
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return None
 
 
 def slots(value: Any) -> tuple[str, ...]:
@@ -97,16 +111,9 @@ def _held(value: Any) -> Iterable[Any]:
     elif isinstance(value, types.MethodType):
         held.append(value.__self__)
     elif isinstance(value, types.FunctionType):
-        held += [_content(cell) for cell in value.__closure__ or ()]
+        held += map(content_of, value.__closure__ or ())
     elif isinstance(value, functools.partial):
         held += [value.func, value.args, value.keywords]
     elif table is not None or not _form(kind).foreign:
         held += [getattr(value, name) for name in slots(value) if hasattr(value, name)]
     return held
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty: a name that is not bound yet
-        return None

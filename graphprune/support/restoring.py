@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .interrupts import shielded
-from .reach import attributes, reachable, slots
+from .reach import attributes, reachable, same_objects, slots
 
 
 @contextlib.contextmanager
@@ -22,8 +21,8 @@ def restored(model: Any, closures: bool = False) -> Iterator[None]:
     shared or not; attributes and slots of plain objects; `requires_grad` and gradients; with `closures`, what hooks
     have kept of where they were made.
 
-    Values of tensors other than parameters are copied before, and put back where they differ. Parameters get
-    the memory back that they had (`.data = ...`) and are taken to keep what is in it: a copy could be too large.
+    Tensors get the memory back that they had (`.data = ...`). What is in it is copied before, and put back where it
+    differs, but for parameters, which are taken to keep their values: a copy could be too large.
     """
     with shielded() as shield:
         undo = [step for value in reachable(model, closures) for step in _steps(value)]
@@ -66,10 +65,6 @@ def _steps(value: Any) -> Iterator[Callable[[], None]]:
             yield _slots(value, held)
 
 
-def _same(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(map(operator.is_, now, before))
-
-
 def _table(table: dict[Any, Any]) -> Callable[[], None]:
     kind: Any = OrderedDict if isinstance(table, OrderedDict) else dict  # a subclass may do more than to store
     keys, values = list(kind.keys(table)), list(kind.values(table))
@@ -82,7 +77,7 @@ def _table(table: dict[Any, Any]) -> Callable[[], None]:
         for key, item in zip(keys, values, strict=True):
             if kind.get(table, key, table) is not item:
                 kind.__setitem__(table, key, item)
-        if not _same(list(kind.keys(table)), keys):
+        if not same_objects(list(kind.keys(table)), keys):
             kind.clear(table)
             for key, item in zip(keys, values, strict=True):
                 kind.__setitem__(table, key, item)
@@ -95,7 +90,7 @@ def _items(container: Any) -> Callable[[], None]:
     items = list(kind.__iter__(container))
 
     def undo() -> None:
-        if not _same(list(kind.__iter__(container)), items):
+        if not same_objects(list(kind.__iter__(container)), items):
             kind.clear(container)
             (kind.update if kind is set else kind.extend)(container, items)
 
@@ -114,16 +109,17 @@ def _slots(value: Any, held: dict[str, Any]) -> Callable[[], None]:
 def _tensor(tensor: Tensor) -> Iterator[Callable[[], None]]:
     if tensor.is_leaf:
         yield _gradient(tensor, tensor.requires_grad, tensor.grad)
-    if type(tensor) is nn.Parameter and tensor.layout is torch.strided and not tensor.is_meta:
-        yield _memory(tensor, tensor.data)
-    if type(tensor) in (Tensor, nn.Buffer) and tensor.layout is torch.strided and not tensor.is_meta:
-        if 0 not in tensor.stride():  # what shows one element at several places cannot be written to
-            yield _values(tensor, tensor.detach().clone())
+    if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or tensor.layout is not torch.strided or tensor.is_meta:
+        return
+    yield _memory(tensor, tensor.data)  # first: by now the values may be those of another of the user's tensors
+    # what shows one element at several places cannot be written to
+    if not isinstance(tensor, nn.Parameter) and 0 not in tensor.stride():
+        yield _values(tensor, tensor.detach().clone())
 
 
 def _memory(tensor: Tensor, before: Tensor) -> Callable[[], None]:
     def undo() -> None:
-        if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape:
+        if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape or tensor.dtype != before.dtype:
             tensor.data = before
 
     return undo
@@ -141,9 +137,7 @@ def _gradient(tensor: Tensor, flag: bool, grad: Tensor | None) -> Callable[[], N
 
 def _values(tensor: Tensor, before: Tensor) -> Callable[[], None]:
     def undo() -> None:
-        if tensor.shape != before.shape or tensor.dtype != before.dtype or tensor.device != before.device:
-            tensor.data = before
-        elif not torch.equal(tensor.detach(), before):
+        if not torch.equal(tensor.detach(), before):
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 tensor.detach().copy_(before)
 

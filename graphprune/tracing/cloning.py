@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..support.reach import slots
+from ..support.reach import content_of, slots
 from .origin import plain
 
 Convert = Callable[[Tensor], Tensor]
@@ -231,7 +231,7 @@ class _Cloner:
             return self.module(value)
         if isinstance(value, Tensor):
             return value
-        if kind in _SEQUENCES or kind in _MAPPINGS:
+        if kind in _SEQUENCES or kind in _MAPPINGS or _is_named_tuple(value):
             return self.container(value)
         if kind is types.MethodType:
             owner = self.value(value.__self__)
@@ -242,9 +242,6 @@ class _Cloner:
             target = value()
             new = self.made.get(id(target), target)
             return value if new is target else weakref.ref(new)
-        if isinstance(value, tuple) and hasattr(kind, "_fields"):
-            items = [self.value(item) for item in value]
-            return kind(*items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
         if is_plain_object(value) and ((settings and not callable(value)) or self.reaches(value, self.own)):
             return self.plain(value)
         if self.reaches(value, self.own):
@@ -274,7 +271,7 @@ class _Cloner:
                     new[key] = self.value(item)
             return new
         if all(type(item) in ATOMS for item in value):
-            return value if kind in (tuple, frozenset) else self.note(value, copy.copy(value))
+            return value if isinstance(value, (tuple, frozenset)) else self.note(value, copy.copy(value))
         if kind is list or kind is collections.deque:
             new = self.note(value, copy.copy(value))
             for place, item in enumerate(value):
@@ -283,7 +280,9 @@ class _Cloner:
         items = [self.value(item) for item in value]
         if kind is set:
             return self.note(value, set(items))
-        return kind(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
+        if all(a is b for a, b in zip(items, value, strict=True)):
+            return value
+        return kind(*items) if _is_named_tuple(value) else kind(items)
 
     def partial(self, value: Any) -> Any:
         args, keywords = self.value(value.args), self.value(dict(value.keywords))
@@ -336,6 +335,10 @@ class _Cloner:
         return False
 
 
+def _is_named_tuple(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
 def _slot_values(value: Any) -> list[Any]:
     return [getattr(value, name, None) for name in slots(value)]
 
@@ -367,11 +370,7 @@ def _held(value: Any) -> list[Any]:
 def _held_by_function(function: types.FunctionType) -> list[Any]:
     held: list[Any] = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     held += function.__dict__.values()
-    for cell in function.__closure__ or ():
-        try:
-            held.append(cell.cell_contents)
-        except ValueError:  # not filled yet
-            continue
+    held += map(content_of, function.__closure__ or ())
     known = function.__globals__
     held += [known[n] for n in function.__code__.co_names if isinstance(known.get(n), (nn.Module, Tensor))]
     return held

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,10 +13,9 @@ import torch
 from torch import nn
 
 from ..support.interrupts import shielded
-from ..support.restoring import kept_attributes, restored
+from ..support.restoring import kept_attributes
 from .attention import recorded_openly
-from .cloning import ATOMS, INTERNAL, PLAIN, is_configuration
-from .names import named_tensors
+from .cloning import ATOMS, INTERNAL, is_configuration
 from .origin import traced_sqrt
 from .overrides import python_functions_stay_visible
 from .patches import patched
@@ -97,25 +95,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for step in undo:
                 step()
-
-
-# One run at a time on modules of the user's that cannot be cloned.
-_users_modules = threading.RLock()
-
-
-@contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """The user's model is afterwards as before (`restored`), its parameters in the same memory. Another thread that
-    preserves something waits."""
-    with shielded() as shield, _users_modules, restored(model, closures=True):
-        data = [(t, t.data) for t in named_tensors(model).values() if type(t) in PLAIN]
-        try:
-            with shield.lifted():
-                yield
-        finally:
-            for tensor, before in data:
-                if tensor.data_ptr() != before.data_ptr() or tensor.shape != before.shape:
-                    tensor.data = before
 
 
 class RandomState:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import threading
 import traceback
 from collections.abc import Callable, Collection
 from typing import Any
@@ -20,7 +21,7 @@ from .leftovers import without_leftovers
 from .modes import WHOLE, DispatchMode, FunctionMode
 from .names import named_tensors
 from .recorder import Guard, Recorder, Source, is_users_file
-from .state import RandomState, preserved, trace_attributes, unfused
+from .state import RandomState, trace_attributes, unfused
 from .training import record_training_paths
 
 Observe = Callable[[Recorder], contextlib.AbstractContextManager[None]]
@@ -148,6 +149,10 @@ def _self_contained(recorded: Trace) -> bool:
 _WITH_STATE = tuple(WHOLE[f] for f in (torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu))
 
 
+# One run at a time on modules of the user's that cannot be cloned.
+_users_modules = threading.RLock()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """What is asked of a recording, and the ways to do it."""
@@ -166,12 +171,12 @@ class _Run:
             example = self.example if data else self.example.map(convert)
             own = {id(module) for module in self.modules.values()}
             kept = restored(clones.shared, closures=True) if clones.shared else contextlib.nullcontext()
-            with kept, shielded():
+            with kept:
                 return self._record(clones.modules, example, data, own)
 
     def on_model(self) -> Trace:
         """On the model itself."""
-        with shielded(), preserved(self.model), shielded():
+        with shielded(), _users_modules, restored(self.model, closures=True):
             return self._record(self.modules, self.example, True, ())
 
     def _record(

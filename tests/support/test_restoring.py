@@ -181,3 +181,20 @@ def test_what_does_not_belong_to_the_model_is_not_followed() -> None:
     net = nn.Linear(2, 2)
     net.log, net.kind, net.function = logging.getLogger("mine"), Record, copy.copy  # type: ignore[assignment]
     assert not any(isinstance(value, (logging.Manager, types.ModuleType)) for value in reachable(net))
+
+
+def test_a_buffer_that_borrowed_a_parameter_s_memory_gets_its_own_back() -> None:
+    """Its values must not be written to where it points by then."""
+
+    class Borrows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.register_buffer("last", torch.zeros(3, 3))
+
+    model = Borrows()
+    weight, place = model.layer.weight.detach().clone(), model.last.data_ptr()
+    with restored(model):
+        model.last.data = model.layer.weight.data
+    assert torch.equal(model.layer.weight, weight)
+    assert model.last.data_ptr() == place and not model.last.any()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import random
 from collections import deque
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ...support.reach import attributes
+from ...support.reach import attributes, same_objects
 
 _CONTAINERS = (list, tuple, dict, set, deque)
 _ATOMS = frozenset((type(None), bool, int, float, str))
@@ -64,7 +63,7 @@ class Contents:
     def _refilled(self, value: Any) -> bool:
         for container in _containers((value,)):
             before = self._items.get(id(container))
-            if before is not None and not _same(_items(container), before[1]):
+            if before is not None and not same_objects(_items(container), before[1]):
                 return True
         return False
 
@@ -93,10 +92,6 @@ def _containers(values: Iterable[Any]) -> list[Any]:
 
 def _items(container: Any) -> list[Any]:
     return [*container.keys(), *container.values()] if isinstance(container, dict) else list(container)
-
-
-def _same(now: list[Any], before: list[Any]) -> bool:
-    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 def _random_state() -> tuple[Any, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...support.reach import content_of
+
 _FUNCTIONS = (types.FunctionType,)
 
 
@@ -51,10 +53,7 @@ def _bound(value: Any, memo: Mapping[int, Any], made: dict[int, Any]) -> Any:
 
 
 def _bound_cell(cell: types.CellType, memo: Mapping[int, Any], made: dict[int, Any]) -> types.CellType:
-    try:
-        content = cell.cell_contents
-    except ValueError:  # a name that is not bound yet
-        return cell
+    content = content_of(cell)
     bound = _bound(content, memo, made)
     return cell if bound is content else types.CellType(bound)
 
