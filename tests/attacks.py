@@ -8,11 +8,10 @@ import dataclasses
 import hashlib
 import json
 import random
-import signal
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from graphprune.runtimes.latency.context import Context
 from graphprune.runtimes.latency.kernels import Kernel, Sample
 from tests.runtimes.latency.law import table
 from tests.sealing import sealed, sealed_json
+from tests.waiting import time_limit
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
@@ -356,20 +356,6 @@ def mutated(data: bytes, kind: Format, chance: random.Random) -> tuple[bytes, st
 # -- verdicts
 
 
-@contextlib.contextmanager
-def time_limit() -> Iterator[None]:
-    def expired(*_: Any) -> None:
-        raise TimeoutError(f"not loaded or refused after {LIMIT} s")
-
-    before = signal.signal(signal.SIGALRM, expired)
-    signal.alarm(LIMIT)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def unharmed(made: bytes, data: bytes, kind: Format) -> bool:
     """Whether a file that was not sealed again may be accepted: it says the same, or people may have edited it."""
     if made == data or not kind.digest:
@@ -409,7 +395,7 @@ def attack(kind: Format, folder: Path, count: int, seed: int = 0) -> Result:
         result.attacks += 1
         result.kinds[how] += 1
         try:
-            with time_limit():
+            with time_limit(LIMIT, TimeoutError(f"not loaded or refused after {LIMIT} s")):
                 kind.load(path)
         except GraphPruneError:
             result.refused += 1

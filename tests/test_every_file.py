@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import resource
-import signal
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from graphprune import GraphPruneError, sparsity
 from graphprune.cli.factories import common_input, load_weights
 from graphprune.runtimes.latency.target import Target
 from tests.runtimes.latency.law import table
+from tests.waiting import time_limit
 
 pytest.importorskip("matplotlib")
 X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
@@ -131,20 +131,6 @@ def largest_file(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@contextlib.contextmanager
-def no_waiting(seconds: int = 60) -> Iterator[None]:
-    def expired(*_: Any) -> None:
-        raise AssertionError("it waits")
-
-    before = signal.signal(signal.SIGALRM, expired)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -176,7 +162,7 @@ def test_a_full_disk(name: str, tmp_path: Path) -> None:
 def test_a_pipe_stays_one(name: str, tmp_path: Path) -> None:
     file, write = WRITERS[name]
     os.mkfifo(tmp_path / file)
-    with no_waiting(), pytest.raises(GraphPruneError, match="it is a pipe"):
+    with time_limit(60, AssertionError("it waits")), pytest.raises(GraphPruneError, match="it is a pipe"):
         write(tmp_path / file)
     assert stat.S_ISFIFO(os.stat(tmp_path / file).st_mode)
     assert {p.name for p in tmp_path.iterdir()} <= {file, "training.safetensors"}
@@ -186,7 +172,7 @@ def test_a_pipe_stays_one(name: str, tmp_path: Path) -> None:
 def test_no_reader_waits(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.onnx")
     for path in (tmp_path / "pipe.onnx", "/dev/zero"):
-        with no_waiting(), pytest.raises(GraphPruneError, match="pipe"):
+        with time_limit(60, AssertionError("it waits")), pytest.raises(GraphPruneError, match="pipe"):
             READERS[name](path)
 
 

@@ -9,34 +9,12 @@ Prints every failing seed as it is found and a summary at the end; exit status 1
 from __future__ import annotations
 
 import argparse
-import contextlib
-import signal
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from tests.examination import Outcome, examine_random
-
-
-@contextlib.contextmanager
-def time_limit(seconds: int) -> Iterator[None]:
-    """TimeoutError after so many seconds, where the system has alarms; 0 for none."""
-
-    def expired(*_: Any) -> None:
-        raise TimeoutError(f"not done after {seconds} s")
-
-    if not seconds or not hasattr(signal, "SIGALRM"):
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, expired)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+from tests.waiting import time_limit
 
 
 def main() -> int:
@@ -54,7 +32,7 @@ def main() -> int:
     shares: list[float] = []
     for done, seed in enumerate(range(options.start, options.start + options.count), 1):
         try:
-            with time_limit(options.limit):
+            with time_limit(options.limit, TimeoutError(f"not done after {options.limit} s")):
                 outcome = examine_random(seed, options.ratio, prove=options.prove)
         except TimeoutError as error:
             outcome = Outcome(crash=str(error))

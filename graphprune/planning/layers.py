@@ -23,6 +23,7 @@ from ..tracing.counting import Count, count
 from ..tracing.example import ExampleInput
 from ..tracing.names import all_modules, named_tensors
 from .allocation import Budget
+from .allocation.selection import ignored_items
 
 WHOLE = ("layer", "branch", "experts")
 
@@ -147,14 +148,9 @@ def held_modules(ignore: Ignore, model: nn.Module) -> set[str]:
 
 def ignored_names(ignore: Ignore, model: nn.Module) -> list[str]:
     """Ignored modules by name, for copies of the model; patterns as they are."""
-    given: Any = ignore
-    if given is None:
-        return []
-    if not isinstance(given, (str, nn.Module)) and not hasattr(given, "__iter__"):
-        raise GraphPruneError(f"ignore: expected names, modules or patterns, got {type(ignore).__name__}")
     paths = {id(m): n for n, m in all_modules(model).items()}
     out = []
-    for item in [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore):
+    for item in ignored_items(ignore):
         if isinstance(item, nn.Module) and id(item) not in paths:
             raise GraphPruneError(f"ignore: {type(item).__name__} is no module of this model")
         out.append(paths[id(item)] or "*" if isinstance(item, nn.Module) else item)

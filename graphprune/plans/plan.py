@@ -385,6 +385,13 @@ class Plan:
             raise GraphPruneError(f"the plan {path} cannot be used: {error}") from error
 
 
+def check_plan(plan: Any, model: nn.Module) -> None:
+    """Raise GraphPruneError unless it is a plan, and one for `model`."""
+    if not isinstance(plan, Plan):
+        raise GraphPruneError(f"plan: expected what graphprune.plan returns, got {type(plan).__name__}")
+    plan.check(model)
+
+
 _ENTRIES = {f.name for f in dataclasses.fields(Plan)} | {"format", "structural_hash", "counts", DIGEST}
 
 

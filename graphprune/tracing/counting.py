@@ -9,9 +9,7 @@ from typing import Any
 
 from rich.table import Table
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from ..errors import GraphPruneError
 from ..support.doors import door
 from ..support.tables import Column, render, table
 from .example import ExampleInput
@@ -118,10 +116,6 @@ def count(model: nn.Module, example_input: Any) -> Count:
     that never ran).
     """
     example = ExampleInput.of(example_input)
-    if isinstance(model, nn.Module):
-        for name, parameter in model.named_parameters():
-            if is_lazy(parameter):
-                raise GraphPruneError(f"{name} has no shape yet; run the model once before counting it")
     trace = record_run(model, example)
     macs: dict[str, int] = {}
     uncounted: dict[str, int] = {}

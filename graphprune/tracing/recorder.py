@@ -103,7 +103,6 @@ class Recorder:
         self.touched: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what was written, its memory, and what it held
         self.escaped = ""
         self.left: list[fx.Node] = []
-        self.active = True
         self.shapes_only = False
         self.whole_depth = 0
         self.sizes: CallSizes | None = None
@@ -178,7 +177,6 @@ class Recorder:
 
     def release(self) -> None:
         """The run is over: numbers are plain, and writes are undone."""
-        self.active = False
         self.session.close()
         self.undo_writes()
 
@@ -377,8 +375,7 @@ class Recorder:
         return None
 
     def guard(self, comparison: str, left: Expr, right: Expr, outcome: bool) -> None:
-        if self.active:
-            self.guards.append(Guard(comparison, left, right, outcome, self.source()))
+        self.guards.append(Guard(comparison, left, right, outcome, self.source()))
 
     def attribute(self, value: int, module: str, name: str, key: tuple[Any, ...]) -> TracedInt:
         return self.session.whole(value, Attribute(module, name, key, value))

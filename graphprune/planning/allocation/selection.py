@@ -100,14 +100,20 @@ def producers(graph: DependencyGraph) -> list[list[str]]:
     return out
 
 
+def ignored_items(ignore: Any) -> list[Any]:
+    """What is ignored, one by one; nothing where it is None."""
+    if isinstance(ignore, (nn.Module, str)):
+        return [ignore]
+    if ignore is not None and not hasattr(ignore, "__iter__"):
+        raise GraphPruneError(f"ignore: expected modules, names or patterns, got {type(ignore).__name__}")
+    return [] if ignore is None else list(ignore)
+
+
 def ignored_positions(
     ignore: Ignore, graph: DependencyGraph, model: nn.Module
 ) -> list[tuple[Any, Reason]]:
     """The outputs of ignored modules and parameters, as positions to freeze."""
-    given: Any = () if ignore is None else ignore
-    if not isinstance(given, (nn.Module, str)) and not hasattr(given, "__iter__"):
-        raise GraphPruneError(f"ignore: expected modules, names or patterns, got {type(given).__name__}")
-    items: Sequence[Any] = [given] if isinstance(given, (nn.Module, str)) else list(given)
+    items = ignored_items(ignore)
     if not items:
         return []
     paths = {id(m): n for n, m in model.named_modules()}

@@ -18,7 +18,7 @@ from ...support.doors import door
 from ...tracing.example import ExampleInput
 from ...tracing.names import named_tensors, operator_name
 from ..history import repair_after
-from ..plan import Plan
+from ..plan import Plan, check_plan
 from ..rewriting import dependency_graph
 from ..surgery import bypass_layers, clone_with
 from .experts import verify_experts
@@ -130,9 +130,7 @@ def verify(
 
     Raises GraphPruneError where there is not enough memory for that.
     """
-    if not isinstance(plan, Plan):
-        raise GraphPruneError(f"plan: expected what graphprune.plan returns, got {type(plan).__name__}")
-    plan.check(original)
+    check_plan(plan, original)
     example = ExampleInput.of(example_input)
     try:
         repair = repair_after(pruned, plan)

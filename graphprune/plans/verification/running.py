@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...support.interrupts import interruptible, shielded
 from ...support.restoring import restored
 from ...tracing.example import ExampleInput, result_tensors
-from ...tracing.state import evaluating
+from ...tracing.state import RandomState, evaluating
 from ...tracing.trace import run_model
 from .results import Check
 
@@ -44,7 +44,7 @@ def run(model: nn.Module, example: ExampleInput, what: str) -> Any:
     """One run in eval mode without gradients, from the same random state each time. What the model's code keeps of it
     does not stay."""
     with shielded(), restored(model), evaluating(model):
-        numpy_state, python_state = np.random.get_state(), random.getstate()
+        before = RandomState(model)
         try:
             torch.manual_seed(0)
             np.random.seed(0)
@@ -52,5 +52,4 @@ def run(model: nn.Module, example: ExampleInput, what: str) -> Any:
             with interruptible():
                 return run_model(model, example.clone(), what)
         finally:
-            np.random.set_state(numpy_state)
-            random.setstate(python_state)
+            before.put_back(drawn=True)

@@ -12,7 +12,7 @@ from torch import nn
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData
 from ...plans.history import remember
-from ...plans.plan import Plan
+from ...plans.plan import Plan, check_plan
 from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds
 from ...support.doors import door
 from ...tracing.example import ExampleInput
@@ -102,9 +102,7 @@ def recover(
     if method is None:
         raise GraphPruneError("recover: expected a method, got None; leave it out for the one that suits the data")
     check_method(method, data)
-    if not isinstance(plan, Plan):
-        raise GraphPruneError(f"plan: expected what graphprune.plan returns, got {type(plan).__name__}")
-    plan.check(model)
+    check_plan(plan, model)
     if method == "auto":
         method = "moments" if data is None else "least_squares"
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
