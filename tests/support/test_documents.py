@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from graphprune import GraphPruneError
@@ -30,10 +30,23 @@ def test_what_is_written_is_read(data: Any) -> None:
     assert from_json(json.dumps(data, ensure_ascii=False).encode()) == data
 
 
-@given(st.text())
+def as_json_reads_it(text: str) -> Any:
+    """What JSON says, where integers of more than 64 bits are errors."""
+
+    def integer(digits: str) -> int:
+        if not -(2**63) <= int(digits) < 2**64:
+            raise ValueError(digits)
+        return int(digits)
+
+    return json.loads(text, parse_int=integer)
+
+
+@given(st.text() | st.integers(-(2**70), 2**70).map(str))
+@example(str(2 * 10**19))
+@example(str(2**64 - 1))
 def test_a_text_is_read_as_json_reads_it_or_refused(text: str) -> None:
     try:
-        expected = json.loads(text)
+        expected = as_json_reads_it(text)
     except ValueError:
         with pytest.raises(GraphPruneError, match="no JSON"):
             from_json(text)
