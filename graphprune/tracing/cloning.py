@@ -33,10 +33,8 @@ class Unclonable(Exception):
 
 
 # nn.Module's own bookkeeping, which is not a size of anything
-INTERNAL = frozenset(
-    "training _parameters _buffers _modules _non_persistent_buffers_set _is_full_backward_hook _version".split()
-)
 _TABLES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
+INTERNAL = _TABLES | frozenset("training _non_persistent_buffers_set _is_full_backward_hook _version".split())
 ATOMS = frozenset(
     (
         int, float, bool, str, type(None), bytes, complex, type, torch.dtype, torch.device, torch.Size, range, slice,
@@ -61,7 +59,6 @@ def is_plain_object(value: Any) -> bool:
     return _is_plain(type(value)) and type(getattr(value, "__dict__", None)) is dict
 
 
-_plain_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 _NO_OBJECTS = (nn.Module, Tensor, type, enum.Enum, types.FunctionType, types.MethodType)
 
 
@@ -71,14 +68,15 @@ _SPECIAL = ("__deepcopy__", "__copy__", "__del__")
 _OPEN = frozenset(("__main__", "argparse", "collections", "dataclasses", "types"))
 
 
-def _is_plain(kind: type) -> bool:
-    found = _plain_kinds.get(kind)
-    if found is None:
-        home = kind.__module__.partition(".")[0]
-        foreign = home in sys.stdlib_module_names - _OPEN or kind.__module__.startswith(_NOT_THE_USERS)
-        special = any(hasattr(kind, name) for name in _SPECIAL)
-        found = _plain_kinds[kind] = not (foreign or special or issubclass(kind, _NO_OBJECTS))
-    return found
+def _look(kind: type) -> bool:
+    home = kind.__module__.partition(".")[0]
+    foreign = home in sys.stdlib_module_names - _OPEN or kind.__module__.startswith(_NOT_THE_USERS)
+    special = any(hasattr(kind, name) for name in _SPECIAL)
+    return not (foreign or special or issubclass(kind, _NO_OBJECTS))
+
+
+# bounded: it keeps classes alive, which code may make by the dozen
+_is_plain: Callable[[type], bool] = functools.lru_cache(maxsize=4096)(_look)
 
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -198,11 +196,13 @@ class _Cloner:
         new: nn.Module = object.__new__(kind)
         self.made[id(module)] = new
         target = new.__dict__
+        target.update(module.__dict__)
         for name, value in module.__dict__.items():
-            if type(value) in ATOMS:
-                target[name] = value
-            elif name in _TABLES:
-                target[name] = self.table(value)
+            held = type(value)
+            if held in ATOMS:
+                continue
+            if name in _TABLES:
+                target[name] = self.table(value) if value else held()
             elif name == "_compiled_call_impl":  # the class's own, uncompiled
                 target[name] = None
             else:
@@ -211,8 +211,6 @@ class _Cloner:
 
     def table(self, table: dict[Any, Any]) -> dict[Any, Any]:
         """One of nn.Module's dicts, each of which belongs to its module alone."""
-        if not table:
-            return type(table)()
         return type(table)((key, self.value(value)) for key, value in table.items())
 
     # -- what modules hold

@@ -24,6 +24,7 @@ from .sizes import CallSizes
 
 aten = torch.ops.aten
 _HIDDEN_DIRECTORIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
+_ATOMS = frozenset((int, float, bool, str, type(None)))
 # Values of small integer constants are kept: they may be indices.
 _MAX_KEPT_VALUE = 1 << 20
 
@@ -182,14 +183,14 @@ class Recorder:
 
     def _convert(self, value: Any) -> Any:
         kind = type(value)
-        if kind is int or kind is float or kind is bool or value is None or kind is str:
+        if kind in _ATOMS:
             return value
         if isinstance(value, Tensor):
             return self.node_of(value)
         if kind is tuple or kind is torch.Size:
-            return tuple(self._convert(v) for v in value)
+            return tuple([v if type(v) in _ATOMS else self._convert(v) for v in value])
         if isinstance(value, (list, tuple)):
-            return [self._convert(v) for v in value]
+            return [v if type(v) in _ATOMS else self._convert(v) for v in value]
         if isinstance(value, torch.SymInt):
             return int(value)
         if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, complex)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import random
@@ -27,6 +28,9 @@ _TORCH_NN = frozenset(
 )
 
 
+_CONTAINERS = frozenset((tuple, list, dict, set, frozenset, collections.OrderedDict, collections.deque))
+
+
 def _traced(value: Any, module: str, name: str, key: tuple[Any, ...], make: Any, depth: int = 0) -> Any:
     """`value` with its integers traced, or `value` itself when it holds none."""
     if type(value) is int:
@@ -46,7 +50,8 @@ def configurations(modules: dict[str, nn.Module]) -> dict[int, tuple[str, str, A
     found: dict[int, tuple[str, str, Any]] = {}
     for path, module in modules.items():
         for name, value in module.__dict__.items():
-            if type(value) in ATOMS or name in INTERNAL or id(value) in found:
+            kind = type(value)
+            if kind in ATOMS or kind in _CONTAINERS or name in INTERNAL or id(value) in found:
                 continue
             if is_configuration(value):
                 found[id(value)] = (path, name, value)
@@ -62,10 +67,9 @@ def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
     for path, module in modules.items():
         known = type(module).__module__.startswith("torch.nn.modules")
         attributes = module.__dict__
-        for name in list(attributes):
+        for name, value in list(attributes.items()):
             if name in INTERNAL or (known and name not in _TORCH_NN):
                 continue
-            value = attributes[name]
             traced = _traced(value, path, name, (), make)
             if traced is not value:
                 attributes[name] = traced
