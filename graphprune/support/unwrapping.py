@@ -46,8 +46,12 @@ def checked_model(value: Any, what: str = "model", *, keep_wrapper: bool = False
     if not isinstance(value, nn.Module):
         raise no_model(value, what)
     model = unwrapped(value)
+    kinds: dict[type, str] = {}
     for path, module in model.named_modules():
-        reason = _unfit(module, f"{what}.{path}" if path else what, not path)
+        kind = type(module)
+        if path and kinds.get(kind) == "":
+            continue
+        reason = kinds[kind] = _unfit(module, f"{what}.{path}" if path else what, not path)
         if reason:
             raise GraphPruneError(reason)
     for name, parameter in model.named_parameters():

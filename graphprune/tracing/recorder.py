@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -115,7 +115,7 @@ class Recorder:
         self._by_id: dict[int, fx.Node] = {}
         self._names: dict[int, str] = {}
         self._owners: dict[int, Tensor] = {}
-        self._user_code: dict[Any, bool] = {}
+        self._user_code: dict[int, tuple[bool, CodeType]] = {}  # by identity: code takes long to hash
         self._node_names: dict[Any, str] = {}
         self._known: dict[str, list[fx.Node]] | None = None
         self._keep: list[Tensor] = []
@@ -366,11 +366,10 @@ class Recorder:
         known = self._user_code
         while frame is not None:
             code = frame.f_code
-            user = known.get(code)
-            if user is None:
-                file = code.co_filename
-                user = known[code] = is_users_file(file)
-            if user:
+            found = known.get(id(code))
+            if found is None:
+                found = known[id(code)] = is_users_file(code.co_filename), code
+            if found[0]:
                 return Source(code.co_filename, frame.f_lineno, code.co_name)
             frame = frame.f_back
         return None
