@@ -18,8 +18,8 @@ from ..importance.calibration import CalibrationData
 from ..plans.plan import AttributeChange, Plan, structure_of
 from ..plans.verification import RouterWatch, failure_of, verify_experts
 from ..support.types import Ignore
+from ..support.walking import all_modules
 from ..tracing.example import ExampleInput
-from ..tracing.names import all_modules
 from ..tracing.state import configurations, evaluating
 from ..tracing.trace import run_model
 from .allocation import Settings

@@ -19,9 +19,9 @@ from ..plans.plan import Plan, structure_of
 from ..plans.surgery import remove_layers, uncounted_tokens
 from ..plans.verification import failure_of, verify_layers
 from ..support.types import Ignore, LossFunction
+from ..support.walking import all_modules, named_tensors
 from ..tracing.counting import Count, count
 from ..tracing.example import ExampleInput
-from ..tracing.names import all_modules, named_tensors
 from .allocation import Budget
 from .allocation.selection import ignored_items
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..tracing.names import all_modules, named_tensors
+from ..support.walking import all_modules, named_tensors
 
 _KEY = "_graphprune_history"
 

@@ -21,7 +21,7 @@ from ..support.documents import DIGEST, check_digest, read_document, write_docum
 from ..support.doors import door
 from ..support.types import PathLike
 from ..support.versions import running_versions
-from ..tracing.names import named_tensors
+from ..support.walking import named_tensors
 from .fields import axis, flag, indices, listed, number, table, text, whole
 from .history import remember
 from .latency import Latency

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 from ..errors import GraphPruneError
 from ..support.types import Names
-from ..tracing.names import all_modules
+from ..support.walking import all_modules
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

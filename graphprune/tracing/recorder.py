@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..support.walking import tensors_in
 from .cloning import Unclonable
-from .names import named_tensors
+from .names import target_name
 from .origin import Attribute, Expr, Session, TensorSize, TracedInt, plain
 from .patches import patched
 from .sizes import CallSizes
@@ -92,7 +93,6 @@ class Recorder:
     """
 
     def __init__(self, modules: dict[str, nn.Module], inputs: list[Tensor]) -> None:
-        model = modules[""]
         self.modules = modules
         self.graph = fx.Graph()
         self.session = Session(lambda *told: self.guard(*told))
@@ -116,10 +116,10 @@ class Recorder:
         self._names: dict[int, str] = {}
         self._owners: dict[int, Tensor] = {}
         self._user_code: dict[int, tuple[bool, CodeType]] = {}  # by identity: code takes long to hash
-        self._node_names: dict[Any, str] = {}
+        self._node_names: dict[Any, tuple[str, str]] = {}
         self._known: dict[str, list[fx.Node]] | None = None
         self._keep: list[Tensor] = []
-        for name, tensor in named_tensors(model).items():
+        for name, tensor in tensors_in(modules).items():
             if id(tensor) not in self._names:
                 self._names[id(tensor)] = name
                 self._own(tensor)
@@ -214,11 +214,13 @@ class Recorder:
         if self._known is not None and self._seen_before(target, inputs, named, out):
             return
         # arguments are set afterwards: create_node would walk through them first
-        node = self.graph.create_node("call_function", target, (), {}, self._node_name(target))
+        name, operation = self._node_name(target)
+        node = self.graph.create_node("call_function", target, (), {}, name)
         node.args = inputs
         if named:
             node.kwargs = named
         meta = node.meta
+        meta["operator"] = operation
         meta["source"] = self.source()
         meta["module"] = self.module_stack[-1] if self.module_stack else ""
         meta["class"] = self._classes.get(meta["module"])
@@ -260,12 +262,12 @@ class Recorder:
                 return True
         return False
 
-    def _node_name(self, target: Any) -> str:
-        """The name that a node of this target would get, which fx works out anew for every node."""
-        name = self._node_names.get(target)
-        if name is None:
-            name = self._node_names[target] = self.graph._target_to_str(target)
-        return name
+    def _node_name(self, target: Any) -> tuple[str, str]:
+        """The name that a node of this target would get, which fx works out anew for every node, and its operator's."""
+        names = self._node_names.get(target)
+        if names is None:
+            names = self._node_names[target] = self.graph._target_to_str(target), target_name(target)
+        return names
 
     def _attach(self, node: fx.Node, out: Any, constant: bool) -> None:
         if isinstance(out, Tensor):
@@ -290,6 +292,7 @@ class Recorder:
                 self._attach(known, tensor, bool(known.meta["constant_value"]))
                 return known
         part = self.graph.call_function(operator.getitem, (node, index))
+        part.meta["operator"] = "getitem"
         part.meta.update({k: node.meta[k] for k in ("source", "module", "class", "function", "constant_value")})
         self._attach(part, tensor, node.meta["constant_value"])
         return part

@@ -6,15 +6,16 @@ import collections
 import contextlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..support.interrupts import shielded
 from ..support.restoring import kept_attributes
+from ..support.walking import all_modules, first_names, named_tensors
 from .attention import recorded_openly
 from .cloning import ATOMS, INTERNAL, is_configuration
 from .origin import traced_sqrt
@@ -75,9 +76,9 @@ def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
                 attributes[name] = traced
 
 
-def _cuda_devices(model: nn.Module) -> list[int]:
+def _cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
     """The CUDA devices whose random state a run may advance."""
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
 
 
 @contextlib.contextmanager
@@ -87,8 +88,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     The flags are set one by one: `train()` and `eval()` may be overridden to do more (merge adapters, for example).
     """
-    modules = list(model.modules())
-    with shielded() as shield, torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
+    modules = list(first_names(all_modules(model)).values())
+    devices = _cuda_devices(named_tensors(model).values())
+    with shielded() as shield, torch.random.fork_rng(devices=devices), torch.no_grad():
         undo = kept_attributes(modules)
         try:
             for module in modules:
@@ -104,8 +106,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class RandomState:
     """The state of the random number generators that a run may advance."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.devices = _cuda_devices(model)
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        """`tensors`: the model's, which say on which devices it may draw."""
+        self.devices = _cuda_devices(tensors)
         self.torch = torch.get_rng_state()
         self.cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
         self.seed = torch.initial_seed()

@@ -22,8 +22,8 @@ from ..plans.rewriting import RewrittenModule
 from ..plans.surgery import clone_with
 from ..plans.verification.results import relative_error
 from ..support.doors import door
+from ..support.walking import all_modules, named_tensors
 from ..tracing.example import ExampleInput
-from ..tracing.names import all_modules, named_tensors
 from ..tracing.origin import Attribute, Expr, Session, TracedInt, evaluate, is_traced, leaves
 from ..tracing.state import evaluating
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune import Budget, GraphPruneError, Plan
 from graphprune.planning.layers_and_widths import JointPlanner
-from graphprune.tracing.names import named_tensors
+from graphprune.support.walking import named_tensors
 from tests.layered_networks import networks
 
 LAYERS = ["layer", "auto"]

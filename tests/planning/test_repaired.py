@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune import GraphPruneError
 from graphprune.plans.history import history_of, repair_after
-from graphprune.tracing.names import named_tensors
+from graphprune.support.walking import named_tensors
 
 
 class Net(nn.Module):

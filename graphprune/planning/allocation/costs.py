@@ -12,7 +12,8 @@ from ...dependency import DependencyGraph
 from ...dependency.axes import Floats, ProductCosts, axes_of
 from ...dependency.state import AxisMap, Mask
 from ...plans.surgery import Fold, fold_names
-from ...tracing.names import named_tensors, operator_name
+from ...support.walking import named_tensors
+from ...tracing.names import operator_name
 from ...tracing.work import macs_of
 
 

@@ -14,7 +14,8 @@ from ...dependency import DependencyGraph
 from ...dependency.axes import Axes, Axis, Floats
 from ...dependency.state import Mask
 from ...plans.surgery import Fold
-from ...tracing.names import named_tensors, operator_name
+from ...support.walking import named_tensors
+from ...tracing.names import operator_name
 from ...tracing.recorder import TensorMeta
 from .costs import parameter_costs
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...dependency.temperature import Rescale
 from ...errors import GraphPruneError
-from ...tracing.names import all_modules, named_tensors
+from ...support.walking import all_modules, named_tensors
 from ..history import carry
 from ..modules.recurrent import replacement_of
 from .attributes import refresh, set_attribute

@@ -17,7 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ...errors import GraphPruneError
-from ...tracing.names import all_modules, operator_name
+from ...support.walking import all_modules
+from ...tracing.names import operator_name
 from ...tracing.trace import Trace
 from .copying import clone_with
 

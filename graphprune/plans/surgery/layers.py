@@ -11,7 +11,7 @@ from torch import nn
 from ...dependency.whole.blocks import Block
 from ...dependency.whole.experts import Experts
 from ...errors import GraphPruneError
-from ...tracing.names import all_modules
+from ...support.walking import all_modules
 from ..modules.bypass import Bypass, Silence
 from .copying import clone_with
 

@@ -23,8 +23,9 @@ from ...importance.calibration import Reader, find_readers
 from ...importance.calibration.stored import Spread, by_input, read_by, stored_spreads
 from ...plans.plan import Plan
 from ...plans.surgery import Fold, find_folds, fold_names
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors, operator_name
+from ...tracing.names import operator_name
 from ...tracing.trace import record_run
 from . import walk
 from .layers import LayerRecovery

@@ -29,8 +29,8 @@ from ...plans.surgery import effective_folds
 from ...support.doors import door
 from ...support.files import check_target, is_there
 from ...support.types import Ignore, LossFunction, PathLike
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput, result_tensors
-from ...tracing.names import named_tensors
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
 from .curve import Curve, Sensitivity

@@ -25,8 +25,8 @@ from ...support.registry import Registry
 from ...support.tables import Column, render, table
 from ...support.types import PathLike
 from ...support.unwrapping import checked_model
+from ...support.walking import all_modules, named_tensors
 from ...tracing.counting import Count, LayerCount, count
-from ...tracing.names import all_modules, named_tensors
 from ..curves import Sensitivity
 
 STAGES = ("before", "after pruning", "after recovery")
