@@ -48,7 +48,7 @@ def _described(path: str, value: Any) -> Iterator[str]:
     made = _signature(value) if "__init__" in vars(value) else ""
     yield f"class {path}{made}" + (f" < {bases}" if bases else "")
     fields = getattr(value, "__dataclass_fields__", {})  # the signature shows them
-    for name, member in sorted(vars(value).items()):
+    for name, member in sorted(_members(value).items()):
         if name.startswith("_") or name in fields:
             continue
         if isinstance(member, property):
@@ -57,6 +57,14 @@ def _described(path: str, value: Any) -> Iterator[str]:
         else:
             function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
             yield f"    {path}.{name}" + (_signature(function) if callable(function) else f": {type(member).__name__}")
+
+
+def _members(value: type) -> dict[str, Any]:
+    """What a class holds, with what it has from private classes of the package: readers see no other place for it."""
+    public = {id(getattr(module, name)) for module in public_modules() for name in module.__all__}
+    inherited = (b for b in value.__mro__[:0:-1] if b.__module__.startswith("graphprune.") and id(b) not in public)
+    found = {name: member for base in inherited for name, member in vars(base).items()}
+    return {**found, **vars(value)}
 
 
 class _Text:

@@ -15,7 +15,9 @@ from torch import nn
 from ..dependency.whole.experts import Experts, Mixture, find_mixtures
 from ..errors import GraphPruneError
 from ..importance.calibration import CalibrationData
-from ..plans.plan import AttributeChange, Plan, structure_of
+from ..plans.data import AttributeChange
+from ..plans.plan import Plan
+from ..plans.structure import structure_of
 from ..plans.verification import RouterWatch, failure_of, verify_experts
 from ..support.types import Ignore
 from ..tracing.example import ExampleInput

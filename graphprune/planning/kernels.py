@@ -14,7 +14,9 @@ from torch.nn.utils import parametrize
 from ..dependency import DependencyGraph
 from ..dependency.graph import trace
 from ..errors import GraphPruneError
-from ..plans.plan import AttributeChange, Plan, structure_of
+from ..plans.data import AttributeChange
+from ..plans.plan import Plan
+from ..plans.structure import structure_of
 from ..plans.verification import verify as run_verification
 from ..support.doors import door
 from ..support.types import Ignore

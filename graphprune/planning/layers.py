@@ -15,7 +15,8 @@ from ..dependency.whole.branches import search_branches
 from ..errors import GraphPruneError
 from ..importance.calibration import CalibrationData
 from ..importance.layers import check_layer_criterion, layer_scores
-from ..plans.plan import Plan, structure_of
+from ..plans.plan import Plan
+from ..plans.structure import structure_of
 from ..plans.surgery import remove_layers, uncounted_tokens
 from ..plans.verification import failure_of, verify_layers
 from ..support.types import Ignore, LossFunction

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..dependency import DependencyGraph, Frozen
 from ..errors import GraphPruneError
-from ..plans.plan import GroupPlan, Plan
+from ..plans.data import GroupPlan
+from ..plans.plan import Plan
 from ..support.warning import warn
 from .allocation import Settings
 from .allocation.selection import matches, producers, winners

@@ -20,7 +20,8 @@ from ..planning.allocation.steps import RoundTo, nearest
 from ..planning.request import Criterionlike
 from ..planning.shortfall import hopeless, shortfall, tell
 from ..planning.widths import plan_from_graph
-from ..plans.plan import GroupPlan, Plan
+from ..plans.data import GroupPlan
+from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
 from ..recovery import carry_optimizer
 from ..support.doors import door
