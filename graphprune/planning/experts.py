@@ -19,6 +19,7 @@ from ..plans.data import AttributeChange
 from ..plans.plan import Plan
 from ..plans.structure import structure_of
 from ..plans.verification import RouterWatch, failure_of, verify_experts
+from ..support.settings import settings_of
 from ..support.types import Ignore
 from ..tracing.example import ExampleInput
 from ..tracing.names import all_modules
@@ -132,7 +133,7 @@ def _attributes(model: nn.Module, chosen: Sequence[Mixture], mixtures: Sequence[
     if len(widths) == 1:
         ((number, left),) = widths
         for path, name, settings in configurations(modules).values():
-            for key, value in settings.__dict__.items():
+            for key, value in settings_of(settings).items():
                 if type(value) is int and value == number and _counts(key):
                     out.append(AttributeChange(path, name, (key,), value, left))
     return out
