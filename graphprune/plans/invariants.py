@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 from ..errors import GraphPruneError
+from ..support.suggestions import check_choice
 from .data import PlanData
 from .rewriting import OUTPUTS
 from .surgery import fold_names
@@ -12,8 +13,7 @@ from .surgery import fold_names
 
 def check_invariants(plan: PlanData) -> None:
     """Raise GraphPruneError, naming the first entry that cannot be, unless the plan is in itself possible."""
-    if plan.output not in OUTPUTS:
-        raise GraphPruneError(f"not a plan: output is {plan.output!r}, expected one of {', '.join(OUTPUTS)}")
+    check_choice("not a plan: output", plan.output, OUTPUTS)
     _check_indices(plan)
     _check_layers(plan)
     _check_factors(plan)

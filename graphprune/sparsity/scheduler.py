@@ -26,6 +26,7 @@ from ..plans.verification import verify as run_verification
 from ..recovery import carry_optimizer
 from ..support.doors import door
 from ..support.types import Ignore, LossFunction
+from ..tracing.matching import items_of
 from .magnitudes import magnitude
 from .ranking import check_sparsity
 
@@ -157,7 +158,7 @@ class Channels:
         strict: bool = False,
     ) -> None:
         self.example_input = example_input
-        self.ignore = ignore if isinstance(ignore, (str, nn.Module)) else list(ignore)
+        self.ignore = items_of(ignore, "ignore")
         self.settings = Settings(0.0, scope, round_to, min_channels, granularity, steady=True)
         self.settings.check()
         self.criterion = resolve_criterion(criterion)

@@ -457,7 +457,7 @@ def test_plans_that_change_what_they_leave_out_are_none() -> None:
         ({"budget": Budget(macs=1e-6)}, "macs cannot be brought"),
         ({"budget": Budget(macs=0.5), "layer_criterion": "l2"}, "layers are ranked by one of"),
         ({"budget": Budget(macs=0.5), "layer_criterion": "loss"}, "needs data"),
-        ({"budget": Budget(macs=0.5), "ignore": "nothing"}, "no module matches"),
+        ({"budget": Budget(macs=0.5), "ignore": "nothing"}, "no module or parameter matches"),
         ({"budget": Budget(macs=0.5), "granularity": "layer", "layer_criterion": "output"}, "elsewhere use criterion"),
         ({"budget": Budget(macs=0.5), "granularity": ["layer", "branch", "mlp"]}, "does not go with"),
         ({"budget": Budget(macs=0.5), "granularity": ["layer", "experts"]}, "does not go with"),

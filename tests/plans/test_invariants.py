@@ -42,7 +42,7 @@ def test_good_plans(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"output": "else"}, "output is 'else', expected one of"),
+        ({"output": "else"}, "output: expected one of 'module', 'hybrid', 'graph', got 'else'"),
         ({"removed": {"c.weight": {0: (1,)}}}, "axis 0 of c.weight, which it does not describe"),
         ({"removed": {"a.weight": {2: (1,)}}}, "axis 2 of a.weight, which it does not describe"),
         ({"removed": {"a.weight": {-1: (1,)}}}, "axis -1 of a.weight, which it does not describe"),
