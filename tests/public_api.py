@@ -44,7 +44,7 @@ def _described(path: str, value: Any) -> Iterator[str]:
     if inspect.isfunction(value):
         yield f"def {path}{_signature(value)}"
         return
-    bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
+    bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object and not _is_private(base))
     made = _signature(value) if "__init__" in vars(value) else ""
     yield f"class {path}{made}" + (f" < {bases}" if bases else "")
     fields = getattr(value, "__dataclass_fields__", {})  # the signature shows them
@@ -61,10 +61,13 @@ def _described(path: str, value: Any) -> Iterator[str]:
 
 def _members(value: type) -> dict[str, Any]:
     """What a class holds, with what it has from private classes of the package: readers see no other place for it."""
+    inherited = [base for base in value.__mro__[:0:-1] if _is_private(base)]
+    return {name: member for kind in (*inherited, value) for name, member in vars(kind).items()}
+
+
+def _is_private(kind: type) -> bool:
     public = {id(getattr(module, name)) for module in public_modules() for name in module.__all__}
-    inherited = (b for b in value.__mro__[:0:-1] if b.__module__.startswith("graphprune.") and id(b) not in public)
-    found = {name: member for base in inherited for name, member in vars(base).items()}
-    return {**found, **vars(value)}
+    return kind.__module__.startswith("graphprune.") and id(kind) not in public
 
 
 class _Text:

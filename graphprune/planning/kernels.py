@@ -42,7 +42,7 @@ def plan_kernels(
     zero, its values: a convolution whose padding is smaller keeps its kernel, as do convolutions whose weight something
     else reads or whose class computes it. The plan's `frozen` says so, for those whose taps are worth little.
 
-    `ignore`: modules, names or patterns that stay. `plan.apply`, `save`, and `graphprune.verify` (zero equivalence) are
+    `ignore`: as in `plan`. `plan.apply`, `save`, and `graphprune.verify` (zero equivalence) are
     those of every plan.
 
     Raises GraphPruneError for arguments out of range, unknown names, and models that fail on the example input.

@@ -17,6 +17,7 @@ from ..importance.calibration.source import CalibrationSource
 from ..planning.allocation import Settings
 from ..planning.allocation.selection import chosen_groups
 from ..planning.allocation.steps import RoundTo, nearest
+from ..planning.layers import ignored_names
 from ..planning.request import Criterionlike
 from ..planning.shortfall import hopeless, shortfall, tell
 from ..planning.widths import plan_from_graph
@@ -175,6 +176,7 @@ class Channels:
     @door("model")
     def __call__(self, model: nn.Module, sparsity: float) -> nn.Module:
         """A smaller copy of the model."""
+        self.ignore = ignored_names(self.ignore, model)  # the models of later calls are made of copies of this one
         graph = trace(model, self.example_input)
         groups = [g for g, c in zip(graph.groups, chosen_groups(graph, self.settings.granularity), strict=True) if c]
         if not groups:

@@ -31,8 +31,12 @@ def items_of(argument: Any, where: str) -> list[Any]:
     if isinstance(argument, (str, nn.Module, Tensor)):
         return [argument]
     if not hasattr(argument, "__iter__"):
-        raise GraphPruneError(f"{where}: expected modules, names or patterns, got {type(argument).__name__}")
+        raise _no_item(argument, where)
     return list(argument)
+
+
+def _no_item(value: Any, where: str) -> GraphPruneError:
+    return GraphPruneError(f"{where}: expected modules, parameters, names or patterns, got {type(value).__name__}")
 
 
 class NameTable:
@@ -115,7 +119,7 @@ class NameTable:
                 raise GraphPruneError(f"{where}: {type(item).__name__} is no {kind} of this model")
             return {name}
         if not isinstance(item, str):
-            raise GraphPruneError(f"{where}: expected modules, names or patterns, got {type(item).__name__}")
+            raise _no_item(item, where)
         if item in self._keys:
             return {item}
         match = re.compile(fnmatch.translate(item)).match

@@ -201,9 +201,9 @@ def test_masks_leave_out_the_same(name: str) -> None:
         ("zzz*", "ignore: no module or parameter matches 'zzz*'; see model.named_modules()"),
         (nn.Linear(1, 1), "ignore: Linear is no module of this model"),
         (nn.Parameter(torch.zeros(1)), "ignore: Parameter is no parameter or buffer of this model"),
-        ([3], "ignore: expected modules, names or patterns, got int"),
-        (3, "ignore: expected modules, names or patterns, got int"),
-        ([None], "ignore: expected modules, names or patterns, got NoneType"),
+        ([3], "ignore: expected modules, parameters, names or patterns, got int"),
+        (3, "ignore: expected modules, parameters, names or patterns, got int"),
+        ([None], "ignore: expected modules, parameters, names or patterns, got NoneType"),
     ],
 )
 def test_one_answer_to_what_is_not_there(ignore: Any, message: str) -> None:
@@ -223,6 +223,23 @@ def test_one_answer_to_what_is_not_there(ignore: Any, message: str) -> None:
         with pytest.raises(GraphPruneError) as caught:
             call(Net().eval())
         assert str(caught.value).startswith(message), str(caught.value)
+
+
+@pytest.mark.parametrize("name", SELECTORS)
+def test_parts_of_a_model_are_parts_of_its_copies(name: str) -> None:
+    """Where a model is pruned step by step, or trained in between, what is ignored stays ignored."""
+    model = Net().eval()
+    channels = sparsity.Channels(X, ignore=SELECTORS[name](model), round_to=1)
+    small = channels(channels(model, 0.25), 0.5)
+    gradual = graphprune.prune_gradually(model, X, 0.5, steps=2, ignore=SELECTORS[name](model), round_to=1)
+    data = [(X, torch.zeros(1, dtype=torch.long))]
+    options = {"ignore": SELECTORS[name](model), "round_to": 1}
+    trained = graphprune.pipeline(
+        model, X, data, sparsity=0.5, finetune_epochs=2, prune_epochs=2, schedule="cubic", options=options,
+        progress=False,
+    ).model  # fmt: skip
+    for net in (small, gradual, trained):
+        assert [layer[0].out_channels for layer in net.body] == [4, 8, 4]
 
 
 def test_a_shared_module_is_ignored_under_each_of_its_names() -> None:

@@ -240,7 +240,7 @@ def test_ignored_outputs_stay(ignore: Any) -> None:
         ({"ratio": {"stem": 1.0}}, r"ratio\['stem'\]: expected a number in \[0, 1\)"),
         ({"ratio": {}}, "ratio: the dict is empty"),
         ({"ignore": "bdy"}, "ignore: no module or parameter matches 'bdy'; did you mean 'body'"),
-        ({"ignore": [3]}, "ignore: expected modules, names or patterns, got int"),
+        ({"ignore": [3]}, "ignore: expected modules, parameters, names or patterns, got int"),
         ({"ignore": nn.Linear(2, 2)}, "ignore: Linear is no module of this model"),
         ({"granularity": "rows"}, "granularity: 'rows' is unknown"),
         ({"scope": "everywhere"}, "scope: expected one of 'local', 'global', 'isomorphic', got 'everywhere'"),
