@@ -34,7 +34,7 @@ def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any, branches: boo
         raise GraphPruneError("criterion: branches make no stream of their own to compare; use \"output\"")
     if callable(name):
         return cast("Cost", name)
-    check_choice("criterion: of layers", name, LAYER_CRITERIA, "a function of a network")
+    check_choice("criterion", name, LAYER_CRITERIA, "a function of a network, for layers")
     if name in _NEED_LOSS and (data is None or loss_fn is None):
         raise GraphPruneError(
             f'criterion={name!r} needs data= with pairs (inputs, targets) and loss_fn=; "magnitude" needs neither'

@@ -11,7 +11,7 @@ from ..errors import GraphPruneError
 
 def nearest(name: Any, known: Iterable[str]) -> str | None:
     """The known name that was probably meant, or None: the same but for case, what ends with it after a point, the one
-    with the fewest letters to change, as long as half of them agree, or what begins with it."""
+    with the fewest letters to change, as long as most of them agree, or what begins with it."""
     wanted, names = str(name).lower(), list(known)
     if not wanted:
         return None
@@ -19,7 +19,7 @@ def nearest(name: Any, known: Iterable[str]) -> str | None:
     inside = (other for other in names if other.lower().endswith(f".{wanted}"))
     found = lower.get(wanted) or next(inside, None)
     if found is None:
-        close = difflib.get_close_matches(wanted, lower, n=1, cutoff=0.5)
+        close = difflib.get_close_matches(wanted, lower, n=1, cutoff=0.6)
         begun = (other for other in names if len(wanted) > 1 and other.lower().startswith(wanted))
         found = lower[close[0]] if close else next(begun, None)
     return found

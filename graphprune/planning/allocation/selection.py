@@ -113,7 +113,7 @@ def kinds_of(granularity: str | Sequence[str]) -> frozenset[str] | None:
         plain = str(name).replace("_", " ")
         found = _CHANNELS if name in _PRODUCERS else GRANULARITIES.get(_ALIASES.get(plain, plain))
         if found is None:
-            check_choice("granularity", name, ("auto", *GRANULARITIES, "filters", "neurons"))
+            check_choice("granularity", name, (*GRANULARITIES, "filters", "neurons"), "'auto' alone")
         else:
             kinds.update(found)
     if kinds.issuperset(("qk feature", "v feature")):
