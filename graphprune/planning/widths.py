@@ -14,8 +14,10 @@ from ..dependency.temperature import Rescale
 from ..importance import Criterion
 from ..importance.calibration.source import CalibrationSource
 from ..importance.scorer import Scorer
-from ..plans.plan import AttributeChange, GroupPlan, Plan, structure_of
+from ..plans.data import AttributeChange, GroupPlan
+from ..plans.plan import Plan
 from ..plans.rewriting import Rewrite, Rewriter
+from ..plans.structure import structure_of
 from ..plans.surgery import Fold, effective_folds
 from ..support.types import Ignore
 from .allocation import Allocation, Forecasts, Settings, ignored_positions, make_limits

@@ -11,9 +11,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import enum
 import functools
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..support.reach import content_of, slots
+from ..support.settings import NOT_THE_USERS, is_named_tuple, is_plain_object
 from .origin import plain
 
 Convert = Callable[[Tensor], Tensor]
@@ -43,40 +42,8 @@ ATOMS = frozenset(
 )  # fmt: skip
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
-_NOT_THE_USERS = ("torch.", "builtins", "logging")
 # How far into the user's objects modules are looked for.
 _DEPTH, _MOST = 8, 4000
-
-
-def is_configuration(value: Any) -> bool:
-    """A plain object of the user's that holds settings: no module, tensor, class, function or enumeration, and copied
-    the ordinary way."""
-    return is_plain_object(value) and not callable(value)
-
-
-def is_plain_object(value: Any) -> bool:
-    """An object of a class of the user's with a `__dict__`, copied the ordinary way."""
-    return _is_plain(type(value)) and type(getattr(value, "__dict__", None)) is dict
-
-
-_NO_OBJECTS = (nn.Module, Tensor, type, enum.Enum, types.FunctionType, types.MethodType)
-
-
-# What `copy.copy` copies the ordinary way, and what does something when it is gone, is no plain object.
-_SPECIAL = ("__deepcopy__", "__copy__", "__del__")
-# Of the standard library's classes those that only hold what they are given.
-_OPEN = frozenset(("__main__", "argparse", "collections", "dataclasses", "types"))
-
-
-def _look(kind: type) -> bool:
-    home = kind.__module__.partition(".")[0]
-    foreign = home in sys.stdlib_module_names - _OPEN or kind.__module__.startswith(_NOT_THE_USERS)
-    special = any(hasattr(kind, name) for name in _SPECIAL)
-    return not (foreign or special or issubclass(kind, _NO_OBJECTS))
-
-
-# bounded: it keeps classes alive, which code may make by the dozen
-_is_plain: Callable[[type], bool] = functools.lru_cache(maxsize=4096)(_look)
 
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -229,7 +196,7 @@ class _Cloner:
             return self.module(value)
         if isinstance(value, Tensor):
             return value
-        if kind in _SEQUENCES or kind in _MAPPINGS or _is_named_tuple(value):
+        if kind in _SEQUENCES or kind in _MAPPINGS or is_named_tuple(value):
             return self.container(value)
         if kind is types.MethodType:
             owner = self.value(value.__self__)
@@ -280,7 +247,7 @@ class _Cloner:
             return self.note(value, set(items))
         if all(a is b for a, b in zip(items, value, strict=True)):
             return value
-        return kind(*items) if _is_named_tuple(value) else kind(items)
+        return kind(*items) if is_named_tuple(value) else kind(items)
 
     def partial(self, value: Any) -> Any:
         args, keywords = self.value(value.args), self.value(dict(value.keywords))
@@ -333,10 +300,6 @@ class _Cloner:
         return False
 
 
-def _is_named_tuple(value: Any) -> bool:
-    return isinstance(value, tuple) and hasattr(value, "_fields")
-
-
 def _slot_values(value: Any) -> list[Any]:
     return [getattr(value, name, None) for name in slots(value)]
 
@@ -360,7 +323,7 @@ def _held(value: Any) -> list[Any]:
         return _held_by_function(value)
     if kind is weakref.ReferenceType:
         return [value()]
-    if kind.__module__.startswith(_NOT_THE_USERS):
+    if kind.__module__.startswith(NOT_THE_USERS):
         return []
     return [*getattr(value, "__dict__", {}).values(), *_slot_values(value)]
 

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..support.interrupts import shielded
 from ..support.restoring import kept_attributes
+from ..support.settings import DICTS, is_named_tuple, is_settings_object, settings_of, with_setting
 from ..support.walking import all_modules, first_names, named_tensors
 from .attention import recorded_openly
-from .cloning import ATOMS, INTERNAL, is_configuration
+from .cloning import ATOMS, INTERNAL
 from .origin import traced_sqrt
 from .overrides import python_functions_stay_visible
 from .patches import patched
@@ -36,12 +37,13 @@ def _traced(value: Any, module: str, name: str, key: tuple[Any, ...], make: Any,
     """`value` with its integers traced, or `value` itself when it holds none."""
     if type(value) is int:
         return make(value, module, name, key)
-    if depth < 2 and type(value) in (tuple, list) and 0 < len(value) <= 64:
+    named = is_named_tuple(value)
+    if depth < 2 and (named or type(value) in (tuple, list)) and 0 < len(value) <= 64:
         items = [_traced(v, module, name, (*key, i), make, depth + 1) for i, v in enumerate(value)]
         changed = any(a is not b for a, b in zip(items, value, strict=True))
-        return type(value)(items) if changed else value
-    if depth < 2 and type(value) is dict and 0 < len(value) <= 64:
-        entries = {k: _traced(v, module, name, (*key, k), make, depth + 1) for k, v in value.items()}
+        return (value._make(items) if named else type(value)(items)) if changed else value
+    if depth < 2 and type(value) in DICTS and 0 < len(value) <= 64:
+        entries = type(value)((k, _traced(v, module, name, (*key, k), make, depth + 1)) for k, v in value.items())
         return entries if any(entries[k] is not value[k] for k in value) else value
     return value
 
@@ -54,7 +56,7 @@ def configurations(modules: dict[str, nn.Module]) -> dict[int, tuple[str, str, A
             kind = type(value)
             if kind in ATOMS or kind in _CONTAINERS or name in INTERNAL or id(value) in found:
                 continue
-            if is_configuration(value):
+            if is_settings_object(value):
                 found[id(value)] = (path, name, value)
     return found
 
@@ -63,8 +65,10 @@ def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
     """Replace integer attributes of `modules`, and those of settings objects that they hold, by
     `make(value, module, name, key)`."""
     for path, name, settings in configurations(modules).values():
-        for key, value in list(settings.__dict__.items()):
-            settings.__dict__[key] = _traced(value, path, name, (key,), make)
+        for key, value in settings_of(settings).items():
+            traced = _traced(value, path, name, (key,), make)
+            if traced is not value:
+                with_setting(settings, key, traced)
     for path, module in modules.items():
         known = type(module).__module__.startswith("torch.nn.modules")
         attributes = module.__dict__

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import GraphPruneError
+from ...support.suggestions import check_choice
 from .budget import Budget
 from .selection import kinds_of
 from .steps import AUTO, RoundTo, check_round_to, widths
@@ -45,8 +46,7 @@ class Settings:
         return cls(0.5 if ratio is None else ratio, budget=budget, **others)
 
     def check(self) -> None:
-        if self.scope not in SCOPES:
-            raise GraphPruneError(f"scope: expected one of {', '.join(map(repr, SCOPES))}, got {self.scope!r}")
+        check_choice("scope", self.scope, SCOPES)
         check_round_to(self.round_to)
         least = self.min_channels
         if isinstance(least, bool) or not isinstance(least, int) or least < 1:

@@ -14,6 +14,7 @@ from ...dependency.sizes import Conflict, SizeSolver
 from ...dependency.state import Mask
 from ...dependency.temperature import rescales
 from ...errors import GraphPruneError
+from ...support.suggestions import check_choice
 from ...tracing.origin import Attribute
 from ...tracing.recorder import Guard
 from ...tracing.trace import Trace, record_run
@@ -230,8 +231,7 @@ def dependency_graph(model: nn.Module, example: Any, output: str, paths: Iterabl
 
 def check_output(output: str) -> None:
     """Raise GraphPruneError for an unknown output mode."""
-    if output not in OUTPUTS:
-        raise GraphPruneError(f"output: expected one of {', '.join(OUTPUTS)}, got {output!r}")
+    check_choice("output", output, OUTPUTS)
 
 
 __all__ = ["OUTPUTS", "Rewriter", "check_output", "dependency_graph"]

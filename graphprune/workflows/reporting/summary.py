@@ -22,6 +22,7 @@ from ...sparsity.overview import report as sparsity_of
 from ...support.doors import door
 from ...support.files import check_target, replacing
 from ...support.registry import Registry
+from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
 from ...support.types import PathLike
 from ...support.unwrapping import checked_model
@@ -258,8 +259,7 @@ def _all_scores(
 ) -> dict[str, float]:
     known = dict(given or {})
     for stage, value in known.items():
-        if stage not in STAGES:
-            raise GraphPruneError(f"scores: unknown stage {stage!r}; known are {', '.join(map(repr, STAGES))}")
+        check_choice("scores", stage, STAGES)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise GraphPruneError(f"scores: {stage!r} must be a finite number, got {value!r}")
     ask = evaluator(evaluate)
