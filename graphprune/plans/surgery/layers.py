@@ -63,12 +63,14 @@ def close_gaps(small: nn.Module, model: nn.Module, blocks: Iterable[Block]) -> n
     `model`: the original, which says which integers count layers; `small`: made from it by `bypass_layers`, and cut
     since or not.
     """
+    listed = [block for block in blocks if block.listed]
+    if not listed:
+        return small
     originals, modules = all_modules(model), all_modules(small)
     lists: dict[str, set[int]] = {}
-    for block in blocks:
+    for block in listed:
         owner, _, name = block.module.rpartition(".")
-        if block.listed:
-            lists.setdefault(owner, set()).add(list(originals[owner]._modules).index(name))
+        lists.setdefault(owner, set()).add(list(originals[owner]._modules).index(name))
     for path in sorted(lists, key=lambda p: p.count("."), reverse=True):  # inner ones first: outer ones are renumbered
         places = _places(list(originals[path]._modules.items()))
         _shorten(small, path, modules[path], sorted(lists[path]), places)
@@ -111,14 +113,14 @@ def _within(path: str, outer: str) -> bool:
 
 def remove_listed_experts(small: nn.Module, experts: Iterable[Experts]) -> None:
     """Shorten the lists of experts of a copy, in place; stacked ones are cut as tensors are."""
-    modules = all_modules(small)
-    for one in experts:
-        if one.listed and one.gone:
-            owner = modules.get(one.listed)
-            if not isinstance(owner, nn.ModuleList) or len(owner) <= one.gone[-1]:
-                raise GraphPruneError(f"the plan shortens {one.listed}, which is no list of that many experts")
-            places = _places(list(owner._modules.items()))
-            _shorten(small, one.listed, owner, list(one.gone), places, recount=False)
+    shortened = [one for one in experts if one.listed and one.gone]
+    modules = all_modules(small) if shortened else {}
+    for one in shortened:
+        owner = modules.get(one.listed)
+        if not isinstance(owner, nn.ModuleList) or len(owner) <= one.gone[-1]:
+            raise GraphPruneError(f"the plan shortens {one.listed}, which is no list of that many experts")
+        places = _places(list(owner._modules.items()))
+        _shorten(small, one.listed, owner, list(one.gone), places, recount=False)
 
 
 def _bypass(module: nn.Module, block: Block) -> Bypass:
