@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
+from ..tracing.work import Loop
+from .analysis import Analysis
 from .graph import DependencyGraph
 from .sizes import gone_on_axis
 from .state import AxisMap, Mask
@@ -100,9 +102,9 @@ class ProductCosts:
 
     def add(self, factor: float, axes: Sequence[tuple[AxisMap, int]]) -> None:
         """A term: `factor` times the lengths of these axes (coordinates, length)."""
-        found = [self.axes.axis(m, n) for m, n in axes]
-        free = tuple(a for a in found if a.groups)
-        factor *= math.prod(a.length for a in found if a not in free)
+        found = [self.axes.axis(m, n) if m else n for m, n in axes]
+        free = tuple(a for a in found if isinstance(a, Axis) and a.groups)
+        factor *= math.prod(a.length if isinstance(a, Axis) else a for a in found if a not in free)
         if free:
             key = tuple(sorted(id(a) for a in free))
             self._free[key] = free
@@ -160,6 +162,18 @@ class ProductCosts:
     def exact(self, gone: Mask) -> float:
         lengths = {id(a): self.axes.exact(a, gone) for a in self._used}
         return self.constant + sum(f * math.prod(lengths[id(a)] for a in axes) for f, axes in self._terms)
+
+
+def coordinates(analysis: Analysis, loop: Loop) -> AxisMap:
+    """Where the steps of a loop come from: as the first of the tensors has it that has coordinates there."""
+    for node, axis in loop.places:
+        state = analysis.states.get(node)
+        if isinstance(state, list):
+            state = state[0] if state else None
+        found = state.axis(axis) if state is not None else None
+        if found:
+            return found
+    return {}
 
 
 def axes_of(graph: DependencyGraph, node: fx.Node) -> list[tuple[AxisMap, int]]:
