@@ -169,7 +169,8 @@ def _product(left: str) -> Callable[[Call], tuple[Term, ...]]:
 
 def _addbmm(call: Call) -> tuple[Term, ...]:
     a, b = call.argument("batch1"), call.argument("batch2")
-    return ((along((a, 0), (b, 0)), along((call.node, 0), (a, 1)), along((a, 2), (b, 1)), along((call.node, 1), (b, 2))),)
+    batch, inner = along((a, 0), (b, 0)), along((a, 2), (b, 1))
+    return ((batch, along((call.node, 0), (a, 1)), inner, along((call.node, 1), (b, 2))),)
 
 
 def _grouped_mm(call: Call) -> tuple[Term, ...]:

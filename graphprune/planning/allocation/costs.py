@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 
@@ -15,6 +15,7 @@ from ...tracing.names import named_tensors
 from ...tracing.work import runs_in_eval, terms_of
 
 
+@runtime_checkable
 class CostModel(Protocol):
     """A cost that a budget limits: of fractions kept (an estimate with its slopes), and of one exact choice."""
 
