@@ -30,6 +30,9 @@ class UnreachableBudget(GraphPruneError):
 _STEPS = 64
 # How much of a limit must be used to be content, to be called met, and how many exchanges are tried to get there.
 _FULL, _NEAR, _EXCHANGES = 0.995, 0.99, 6
+# Where that is not enough: by how many steps one group is widened at once, in networks of how many groups at most (in
+# others a step of one group is a small part of a budget).
+_STRIDES, _FEW = 8, 12
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
@@ -251,7 +254,12 @@ class Widths:
             candidates = [int(g) for g in np.argsort(-gain / unit, kind="stable")[:_EXCHANGES] if gain[g] > -np.inf]
             options = [o for g in candidates if (o := self._made_room(keep, g, limits, most)) is not None]
             near = [o for o in options if self._used(o, limits, most) >= _NEAR]
-            best = max(near or options, key=self._kept_score, default=keep)
+            for steps in range(2, _STRIDES + 1) if used < _NEAR and len(keep) <= _FEW else ():
+                if near:
+                    break
+                wider = [o for g in candidates if (o := self._made_room(keep, g, limits, most, steps)) is not None]
+                near = [o for o in wider if self._used(o, limits, most) >= _NEAR]
+            best = max(near or (options if used < _NEAR else ()), key=self._kept_score, default=keep)
             if self._kept_score(best) <= self._kept_score(keep) and not (near and used < _NEAR):
                 break
             keep = best
@@ -261,10 +269,13 @@ class Widths:
         kept = self.fraction(keep)
         return max(limit.cost.value(kept) / m for limit, m in zip(limits, most, strict=True))
 
-    def _made_room(self, keep: Ints, g: int, limits: Sequence[Limit], most: Sequence[float]) -> Ints | None:
-        """`keep` with group g one step wider and others narrower, the least score per cost first; None if they
+    def _made_room(
+        self, keep: Ints, g: int, limits: Sequence[Limit], most: Sequence[float], steps_wider: int = 1
+    ) -> Ints | None:
+        """`keep` with group g some steps wider and others narrower, the least score per cost first; None if they
         cannot be."""
-        keep = self._wider(keep, g)
+        for _ in range(steps_wider):
+            keep = self._wider(keep, g)
         while not self._fits(keep, limits, most):
             unit = self._unit_costs(keep, limits, most)
             lower = self._down(keep - 1)
