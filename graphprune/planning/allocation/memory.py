@@ -30,7 +30,7 @@ _VIEWS = frozenset(
 
 class MemoryCosts:
     """Bytes of the parameters and of the activations of a run that frees every tensor after its last use, at their
-    highest. Views cost nothing; what an operator needs for itself is not counted. Buffers count as they are, and what is
+    highest. Views cost nothing; what an operator needs for itself is not counted. Buffers count as they are; what is
     computed from weights alone counts as any other result."""
 
     def __init__(self, graph: DependencyGraph, model: nn.Module, folds: Sequence[Fold]) -> None:
