@@ -14,7 +14,8 @@ from ..tracing.origin import Expr, evaluate, leaves
 from ..tracing.recorder import TensorMeta
 from ..tracing.sizes import CallSizes
 from .dims import DimTable
-from .effects import Effects, EqualCounts, Reason, SizeSite, literal_text
+from .effects import NOTHING_REWRITTEN, Effects, EqualCounts, Reason, Rewritten, SizeSite, literal_text
+from .groups import GroupKind
 from .state import AxisMap, Mixed, Partial, Refine, State, Vector, axis_groups, multiplicity, separate, spread
 
 Result = State | list["State | None"] | None
@@ -23,10 +24,13 @@ Result = State | list["State | None"] | None
 class NodeContext:
     """One node being analysed. Rules read operands through it and report ties, freezes and sizes to it."""
 
-    def __init__(self, node: fx.Node, env: dict[fx.Node, Result], dims: DimTable) -> None:
+    def __init__(
+        self, node: fx.Node, env: dict[fx.Node, Result], dims: DimTable, rewritten: Rewritten = NOTHING_REWRITTEN
+    ) -> None:
         self.node = node
         self.env = env
         self.dims = dims
+        self.rewritten = rewritten
         self.effects = Effects()
 
     # -- operands
@@ -94,8 +98,8 @@ class NodeContext:
     def freeze_dim(self, dim: int, kind: str, text: str) -> None:
         self.effects.freezes.append((self.dims.positions(dim), self.reason(kind, text)))
 
-    def mark(self, axis_map: AxisMap, kind: str) -> None:
-        """Name what the positions on an axis are ("head", "head feature"...)."""
+    def mark(self, axis_map: AxisMap, kind: GroupKind) -> None:
+        """Name what the positions on an axis are."""
         self.effects.kinds.extend((d, kind) for d in axis_map)
 
     def statistics(self, axis_map: AxisMap) -> None:
@@ -346,11 +350,11 @@ class NodeContext:
         self, expr: Expr, axis_map: AxisMap, length: int, what: str, span: tuple[int, int] | None = None
     ) -> None:
         """A number in the user's code that must equal the surviving indices of `span`. Literals freeze at once."""
-        why = self.node.meta.get("not_rewritten")
-        if self.node.meta.get("rewritten") or any(True for _ in leaves(expr)):
+        if self.node in self.rewritten.nodes or any(True for _ in leaves(expr)):
             self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span))
         elif axis_map:
             text = literal_text(what, evaluate(expr, _no_leaf), self.node.meta.get("source"))
+            why = self.rewritten.refusal(self.node)
             text += f", and no graph can stand for its module, whose forward {why}" if why else ""
             self.freeze(axis_map, "literal", text, slice(*span) if span else None)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from ..dependency.groups import GroupKind
 from ..dependency.temperature import Rescale
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.experts import Experts
@@ -62,7 +63,7 @@ class GroupPlan:
     and `Plan.gone`: the multiply-accumulates it has a part in, relative to the other groups' mean."""
 
     name: str
-    kind: str
+    kind: GroupKind
     size: int
     kept: int
     asked: float | None = None
@@ -411,7 +412,7 @@ def _group(data: Mapping[str, Any]) -> GroupPlan:
     kept, size, weight = whole(data["kept"]), whole(data["size"]), number(data["weight"])
     if not (weight > 0 and 0 <= kept <= size and size > 0):
         raise ValueError(f"a group of weight {weight} keeps {kept} of {size}")
-    return GroupPlan(text(data["name"]), text(data["kind"]), size, kept, asked, weight)
+    return GroupPlan(text(data["name"]), GroupKind(text(data["kind"])), size, kept, asked, weight)
 
 
 def folding(model: nn.Module, folds: Sequence[Fold]) -> Plan:
