@@ -32,7 +32,7 @@ class _Entries:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Part:
+class Part:
     """A group with the component number of each of its units, and the number of the entry in which each is first seen,
     which rises."""
 
@@ -45,7 +45,7 @@ class _Part:
 class Grouping:
     """The groups of an analysis, in the order in which the network first uses their parameters. `uses` names them."""
 
-    parts: tuple[_Part, ...]
+    parts: tuple[Part, ...]
     uses: ChannelUses
 
     @classmethod
@@ -73,15 +73,15 @@ class Grouping:
         left.sort(key=lambda part: int(part.first[0]))
         return Grouping(tuple(_numbered(part, number) for number, part in enumerate(left)), self.uses)
 
-    def _without(self, part: _Part, stays: Mask) -> _Part:
+    def _without(self, part: Part, stays: Mask) -> Part:
         """The units of a group that stay. What its channels are for may be clearer now that others have left."""
         units = sealed(part.units[stays])
         members = tuple(dataclasses.replace(m, positions=sealed(m.positions[stays])) for m in part.group.members)
         kind = self.uses.kind(members, units) if part.group.kind.is_channel else part.group.kind
-        return _Part(_group(part.group.index, members, kind), units, part.first[stays])
+        return Part(_group(part.group.index, members, kind), units, part.first[stays])
 
 
-def _numbered(part: _Part, number: int) -> _Part:
+def _numbered(part: Part, number: int) -> Part:
     if part.group.index == number:
         return part
     return dataclasses.replace(part, group=dataclasses.replace(part.group, index=number))
@@ -101,7 +101,7 @@ def unproduced(analysis: Analysis, roles: Mapping[Root, Role]) -> list[Freeze]:
 
 def _parts(
     analysis: Analysis, roles: Mapping[Root, Role], entries: _Entries, uses: ChannelUses
-) -> tuple[_Part, ...]:
+) -> tuple[Part, ...]:
     """All groups of removable units. Of repeated indices the one seen first counts, walking the axes in graph order."""
     label, components = entries.label, analysis.components
     first = np.full(components, len(label))
@@ -128,7 +128,7 @@ def _parts(
     ):
         mine = [member for _, member in found]
         kind = _kind({k for dim, _ in found for k in kinds.get(dim, _PLAIN)}, uses, mine, units)
-        parts.append(_Part(_group(number, tuple(mine), kind), units, seen))
+        parts.append(Part(_group(number, tuple(mine), kind), units, seen))
     return tuple(parts)
 
 
