@@ -22,7 +22,7 @@ from .context import NodeContext, Result
 from .dims import DimTable, Root
 from .effects import NOTHING_REWRITTEN, Effects, EqualCounts, Freeze, Reason, Rewritten, ScalarSite, SizeSite
 from .rules import rule_for
-from .rules.registry import unknown
+from .rules.registry import Rule, unknown
 from .state import Mask, Refine, State, Vector, sealed
 
 # Every pass factors at least one Dim; networks need 1 to 5 passes. Past the limit, what still asks is frozen.
@@ -147,7 +147,7 @@ def _kernel_weights(nodes: list[fx.Node]) -> set[fx.Node]:
     """Parameters read by convolutions alone: their kernel axes need no coordinates at all."""
     found = set()
     for node in nodes:
-        if node.op == "get_attr" and node.users:
+        if node.op == "get_attr" and node.users and len(node.meta["val"].shape) > 2:
             if all(operator_name(u) == "convolution" and u.args[1] is node for u in node.users):
                 found.add(node)
     return found
@@ -158,18 +158,20 @@ def analyse(trace: Trace, rewritten: Rewritten = NOTHING_REWRITTEN) -> Analysis:
     nodes = list(trace.graph.nodes)
     run = _Propagation(trace, nodes, rewritten)
     passes = run.settle()
-    held = [*run.unsettled(), *_plain_numbers(run.effects, nodes)]
+    held = [*run.unsettled(), *_plain_numbers(run.effects, nodes, run.operators)]
     tied = _components(run.dims, run.effects)
     label = _held(tied, (positions for e in run.effects.values() for positions, _ in e.freezes))
     found = Analysis(trace, run.dims, run.states, run.effects, passes, tied, label, rewritten=rewritten)
     return found.freezing(held)
 
 
-def _plain_numbers(effects: Mapping[fx.Node, Effects], nodes: list[fx.Node]) -> Iterator[Freeze]:
+def _plain_numbers(
+    effects: Mapping[fx.Node, Effects], nodes: list[fx.Node], operators: _Operators
+) -> Iterator[Freeze]:
     """`y * float(y.mean())`: a number that the code reads out of a tensor is lost sight of. It must stay what it is, so
     nothing may go that a mean, a norm or a softmax on the way to it runs over."""
     for node in nodes:
-        if operator_name(node) not in _READS_A_NUMBER:
+        if node.op != "call_function" or operators[node].name not in _READS_A_NUMBER:
             continue
         meta = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
         if not getattr(meta, "dtype", torch.bool).is_floating_point:
@@ -201,6 +203,26 @@ def _followers(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class _Operator:
+    name: str
+    rule: Rule
+
+
+class _Operators:
+    """Name and rule of what a node calls, looked up once for each operator: many nodes call few, and naming or hashing
+    one takes longer than a small rule."""
+
+    def __init__(self) -> None:
+        self._found: dict[int, _Operator] = {}
+
+    def __getitem__(self, node: fx.Node) -> _Operator:
+        found = self._found.get(id(node.target))
+        if found is None:
+            found = self._found[id(node.target)] = _Operator(operator_name(node), rule_for(node.target))
+        return found
+
+
 class _Propagation:
     """The states and effects of all nodes as they come about, in passes over the graph."""
 
@@ -209,6 +231,7 @@ class _Propagation:
         self.dims = DimTable()
         self.states: dict[fx.Node, Result] = {}
         self.effects: dict[fx.Node, Effects] = {}
+        self.operators = _Operators()
         self._kernels = _kernel_weights(nodes)
         self._order = {node: i for i, node in enumerate(nodes)}
         self._followers = _followers(nodes)
@@ -266,7 +289,7 @@ class _Propagation:
         """Factor at once what a call asks for in its own parameters, where nothing has read them before (the scale of a
         norm, the bias of a layer): it saves a pass over the network. True when the call has to be looked at again."""
         again = False
-        for request in self.effects[node].refines:
+        for request in self.effects[node].refines:  # mostly none
             root = self.dims.root_of[request.dim]
             if root not in self.dims.roots:
                 continue
@@ -295,7 +318,7 @@ class _Propagation:
             states[node] = source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
         else:
             try:
-                states[node] = rule_for(node.target)(context)
+                states[node] = self.operators[node].rule(context)
             except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 # A call in a form its rule does not know: never raise, never guess
                 context.effects = Effects()

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from .state import AxisMap, Refine, Vector, sealed
 
 Root = tuple[str, int]  # (parameter, axis)
+# Columns whose patterns are told apart by counting; more are sorted.
+_FEW = 12
 
 
 class DimTable:
@@ -88,8 +90,13 @@ class DimTable:
 
 def _patterns(present: npt.NDArray[np.bool_]) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
     """The different columns of a mask, and where each is found."""
-    found, number = np.unique(present, axis=1, return_inverse=True)
-    return [(found[:, k], number.reshape(-1) == k) for k in range(found.shape[1])]
+    if len(present) > _FEW:
+        found, number = np.unique(present, axis=1, return_inverse=True)
+        return [(found[:, k], number.reshape(-1) == k) for k in range(found.shape[1])]
+    weights = 1 << np.arange(len(present))[::-1]
+    number = weights @ present
+    patterns = np.flatnonzero(np.bincount(number))
+    return [((k & weights) > 0, number == k) for k in patterns.tolist()]
 
 
 def _factors(columns: Sequence[Vector], positions: int) -> list[tuple[int, Vector]]:

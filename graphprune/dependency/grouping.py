@@ -156,7 +156,8 @@ def _entries(analysis: Analysis) -> _Entries | None:
     lengths = np.fromiter(map(len, vectors), np.int64, len(vectors))
     coordinate = np.concatenate(vectors)
     offset = np.array(dims.offset)[[dim for _, dim in slots]]
-    labels = label[np.where(coordinate >= 0, np.repeat(offset, lengths) + coordinate, 0)]
+    position = np.repeat(offset, lengths) + coordinate
+    labels = label[position if coordinate.min() >= 0 else np.where(coordinate >= 0, position, 0)]
     free = np.flatnonzero(labels != label[0])
     slot = np.repeat(np.arange(len(slots)), lengths)[free]
     index = free - (np.cumsum(lengths) - lengths)[slot]
