@@ -308,7 +308,7 @@ class _Job:
                     forecast,
                 )
                 if found is not None:
-                    return graph, dataclasses.replace(found, output=self.output)
+                    return found[0], dataclasses.replace(found[1], output=self.output)
 
 
 @door("model", exact=True)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+from ..dependency.groups import GroupKind
 from ..dependency.temperature import Rescale
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.experts import Experts
@@ -38,7 +39,7 @@ class GroupPlan:
     and `Plan.gone`: the multiply-accumulates it has a part in, relative to the other groups' mean."""
 
     name: str
-    kind: str
+    kind: GroupKind
     size: int
     kept: int
     asked: float | None = None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..dependency.groups import GroupKind
 from ..dependency.temperature import Rescale
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.experts import Experts
@@ -158,4 +159,4 @@ def _group(data: Mapping[str, Any]) -> GroupPlan:
     kept, size, weight = whole(data["kept"]), whole(data["size"]), number(data["weight"])
     if not (weight > 0 and 0 <= kept <= size and size > 0):
         raise ValueError(f"a group of weight {weight} keeps {kept} of {size}")
-    return GroupPlan(text(data["name"]), text(data["kind"]), size, kept, asked, weight)
+    return GroupPlan(text(data["name"]), GroupKind(text(data["kind"])), size, kept, asked, weight)

@@ -189,7 +189,7 @@ class Channels:
         ratio = self._relative(groups, check_sparsity(sparsity))
         settings = dataclasses.replace(self.settings, ratio=ratio)
         source = CalibrationSource.of(model, self.example_input, self.data, self.loss_fn)
-        decided = plan_from_graph(
+        graph, decided = plan_from_graph(
             model, graph, settings, self.criterion, ignore=self.ignore, fold_bn=False, seed=self.seed, source=source
         )
         self._note(decided, dataclasses.replace(settings, ratio=sparsity), graph, {_key(g) for g in groups})
@@ -220,7 +220,7 @@ class Channels:
             return max(0.0, 1 - (all_of_them - nearest(sparsity * all_of_them)) / left)
         out = {}
         for group, size in zip(groups, full, strict=True):
-            if _key(group) not in self.widths and group.kind.endswith("feature"):
+            if _key(group) not in self.widths and group.kind.is_feature:
                 continue  # only one of its heads is left, and they were what goes
             keep = max(1, size - nearest(sparsity * size))
             out[_producer(group)] = max(0.0, 1 - keep / group.size)

@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from ...dependency import DependencyGraph, Group, Reason
+from ...dependency import DependencyGraph, Group, GroupKind, Reason
 from ...errors import GraphPruneError
 from ...support.suggestions import check_choice
 from ...support.types import Ignore
 from ...tracing.matching import NameTable, items_of
 
-_CHANNELS = ("channel", "mlp channel", "residual channel", "embedding channel", "conv group", "group channel")
-_FEATURES = ("head feature", "qk feature", "v feature")
-GRANULARITIES: dict[str, tuple[str, ...]] = {
+_FEATURES = tuple(kind for kind in GroupKind if kind.is_feature)
+_CHANNELS = tuple(kind for kind in GroupKind if not kind.is_head and not kind.is_feature)
+GRANULARITIES: dict[str, tuple[GroupKind, ...]] = {
     "channels": _CHANNELS,
-    "mlp": ("mlp channel",),
-    "embedding": ("residual channel", "embedding channel"),
-    "heads": ("head",),
+    "mlp": (GroupKind.MLP_CHANNEL,),
+    "embedding": (GroupKind.RESIDUAL_CHANNEL, GroupKind.EMBEDDING_CHANNEL),
+    "heads": (GroupKind.HEAD,),
     "head features": _FEATURES,
-    "qk features": ("qk feature",),
-    "v features": ("v feature",),
+    "qk features": (GroupKind.QK_FEATURE,),
+    "v features": (GroupKind.V_FEATURE,),
 }
 _ALIASES = {"channel": "channels", "head": "heads", "head feature": "head features"}
 
@@ -104,11 +104,11 @@ def ignored_positions(
     return out
 
 
-def kinds_of(granularity: str | Sequence[str]) -> frozenset[str] | None:
+def kinds_of(granularity: str | Sequence[str]) -> frozenset[GroupKind] | None:
     """The kinds of groups that a granularity speaks of; None for "auto"."""
     if granularity == "auto":
         return None
-    kinds: set[str] = set()
+    kinds: set[GroupKind] = set()
     for name in [granularity] if isinstance(granularity, str) else granularity:
         plain = str(name).replace("_", " ")
         found = _CHANNELS if name in _PRODUCERS else GRANULARITIES.get(_ALIASES.get(plain, plain))
@@ -116,8 +116,8 @@ def kinds_of(granularity: str | Sequence[str]) -> frozenset[str] | None:
             check_choice("granularity", name, (*GRANULARITIES, "filters", "neurons"), "'auto' alone")
         else:
             kinds.update(found)
-    if kinds.issuperset(("qk feature", "v feature")):
-        kinds.add("head feature")
+    if kinds.issuperset((GroupKind.QK_FEATURE, GroupKind.V_FEATURE)):
+        kinds.add(GroupKind.HEAD_FEATURE)
     return frozenset(kinds)
 
 
@@ -125,7 +125,7 @@ def apart(granularity: str | Sequence[str]) -> bool:
     """Whether the features of queries and keys, or those of values, are asked for without the others: then they need
     not stay equally wide."""
     kinds = kinds_of(granularity)
-    return kinds is not None and "head feature" not in kinds and len(kinds & set(_FEATURES)) == 1
+    return kinds is not None and GroupKind.HEAD_FEATURE not in kinds and len(kinds & set(_FEATURES)) == 1
 
 
 def chosen_groups(
@@ -187,19 +187,19 @@ def _harmless(graph: DependencyGraph) -> list[bool]:
     averaged = graph.analysis.components_of(p for e in graph.analysis.effects.values() for p in e.statistics)
     touched = [bool(averaged[graph.units(group)].any()) for group in graph.groups]
     normed = {
-        (m.parameter, m.axis) for g in graph.groups if g.kind in _FEATURES and touched[g.index] for m in g.members
+        (m.parameter, m.axis) for g in graph.groups if g.kind.is_feature and touched[g.index] for m in g.members
     }
     return [
-        not touched[g.index] or (g.kind == "head" and any((m.parameter, m.axis) in normed for m in g.members))
+        not touched[g.index] or (g.kind.is_head and any((m.parameter, m.axis) in normed for m in g.members))
         for g in graph.groups
     ]
 
 
 def _preference(group: Group, loses: bool, harmless: bool) -> int:
-    if group.kind == "head":
+    if group.kind.is_head:
         return (0 if harmless else 2) if loses else 4
-    if group.kind in _FEATURES:
+    if group.kind.is_feature:
         return 1 if harmless else 3
-    if group.kind == "group channel":
+    if group.kind is GroupKind.GROUP_CHANNEL:
         return 0 if group.size >= 4 else 2
-    return 1 if group.kind == "conv group" else 0
+    return 1 if group.kind is GroupKind.CONV_GROUP else 0

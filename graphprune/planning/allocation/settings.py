@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...dependency import GroupKind
 from ...errors import GraphPruneError
 from ...support.suggestions import check_choice
 from .budget import Budget
@@ -67,6 +68,6 @@ class Settings:
         """Whether widths are those that runtimes like."""
         return self.round_to == AUTO
 
-    def widths(self, size: int, kind: str) -> npt.NDArray[np.int64]:
+    def widths(self, size: int, kind: GroupKind) -> npt.NDArray[np.int64]:
         """The widths that `size` units of a group of this kind may have."""
-        return widths(size, self.round_to, kind == "head")
+        return widths(size, self.round_to, kind.is_head)

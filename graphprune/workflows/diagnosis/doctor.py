@@ -166,7 +166,7 @@ def doctor(model: nn.Module, example_input: Any, *, ratio: float = 0.5, sort: st
     settings.check()
     with paused_collector():
         graph = trace(model, ExampleInput.of(example_input))
-        plan_from_graph(model, graph, settings, resolve_criterion("random"))
+        graph, _ = plan_from_graph(model, graph, settings, resolve_criterion("random"))
         return examine(model, graph, float(ratio), sort)
 
 
