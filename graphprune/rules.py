@@ -53,7 +53,7 @@ from typing import Any, TypeVar
 from .dependency.context import NodeContext as Call
 from .dependency.context import Result
 from .dependency.rules.elementwise import pointwise as elementwise
-from .dependency.rules.registry import RULES, Rule
+from .dependency.rules.registry import RULES, Rule, has_rule
 from .dependency.rules.registry import empty as nothing
 from .dependency.state import State
 from .errors import GraphPruneError
@@ -88,7 +88,7 @@ def rule(*operators: Any) -> Callable[[_F], _F]:
         if not callable(function):
             raise GraphPruneError(f"rule: expected a function of one call, got {type(function).__name__}")
         for name in names:
-            if name not in _REGISTERED and _key(name) in RULES:
+            if name not in _REGISTERED and has_rule(_key(name)):
                 raise GraphPruneError(f"rule: {name} has a built-in rule")
         for name in names:
             _REGISTERED.add(name, function)
