@@ -13,7 +13,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import fx
 
-from ..tracing.names import operator_name
+from ..tracing.operators import Kind, Sliding, form_of, given, kind_of, operator_of
 from ..tracing.origin import TensorSize
 from ..tracing.recorder import Guard, TensorMeta
 from ..tracing.trace import Trace
@@ -27,11 +27,6 @@ from .state import Mask, Refine, State, Vector
 # Every pass factors at least one Dim; networks need 1 to 5 passes. Past the limit, what still asks is frozen.
 _MAX_PASSES = 60
 _MAX_OWN = 8
-_ZERO_POINTS = {
-    "fake_quantize_per_channel_affine": 2, "fake_quantize_per_channel_affine_cachemask": 2,
-    "quantize_per_channel": 2, "_fused_moving_avg_obs_fq_helper": 6,
-}  # fmt: skip
-_READS_A_NUMBER = ("_local_scalar_dense", "item", "is_nonzero")
 
 
 @dataclasses.dataclass
@@ -124,9 +119,14 @@ def _kernel_weights(graph: fx.Graph) -> set[fx.Node]:
     found = set()
     for node in graph.nodes:
         if node.op == "get_attr" and node.users:
-            if all(operator_name(u) == "convolution" and u.args[1] is node for u in node.users):
+            if all(_is_kernel(node, user) for user in node.users):
                 found.add(node)
     return found
+
+
+def _is_kernel(node: fx.Node, user: fx.Node) -> bool:
+    form = form_of(user)
+    return isinstance(form, Sliding) and given(user, form.weight) is node
 
 
 def analyse(trace: Trace) -> Analysis:
@@ -171,7 +171,7 @@ def _hold_plain_numbers(analysis: Analysis, nodes: list[fx.Node]) -> None:
     nothing may go that a mean, a norm or a softmax on the way to it runs over."""
     for node in nodes:
         meta = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
-        if operator_name(node) not in _READS_A_NUMBER or not getattr(meta, "dtype", torch.bool).is_floating_point:
+        if kind_of(node) is not Kind.READING or not getattr(meta, "dtype", torch.bool).is_floating_point:
             continue
         seen, todo = set[fx.Node](), [node]
         while todo:
@@ -289,10 +289,8 @@ def _visit(node: fx.Node, analysis: Analysis, kernels: set[fx.Node]) -> None:
 
 def _zero_point(node: fx.Node) -> bool:
     """Integers, one per channel, that go where their channels go."""
-    return bool(node.users) and all(
-        user.args[at] is node if (at := _ZERO_POINTS.get(operator_name(user))) is not None else False
-        for user in node.users
-    )
+    places = [(user, operator_of(user)) for user in node.users]
+    return bool(places) and all(found is not None and given(user, found.numbers) is node for user, found in places)
 
 
 def _parameter(node: fx.Node, dims: DimTable, kernel: bool) -> State:

@@ -36,11 +36,11 @@ class _Entries:
 def axis_roles(analysis: Analysis) -> dict[Root, Role]:
     """What each parameter axis does: produce channels, consume them, or scale them."""
     roles: dict[Root, Role] = {}
-    for name, node in analysis.trace.parameters.items():
+    for parameter, node in analysis.trace.parameters.items():
         shape = node.meta["val"].shape
         lone = sum(n > 1 for n in shape) == 1
-        roles.update(((name, a), "vector" if lone else "other") for a in range(len(shape)))
-    computed = []
+        roles.update(((parameter, a), "vector" if lone else "other") for a in range(len(shape)))
+    computed: list[Product] = []
     for node in analysis.trace.graph.nodes:
         for product in products_of(node):
             name = product.weight.meta.get("parameter") if product.weight.op == "get_attr" else None

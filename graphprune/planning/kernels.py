@@ -18,7 +18,7 @@ from ..plans.plan import AttributeChange, Plan, structure_of
 from ..plans.verification import verify as run_verification
 from ..support.doors import door
 from ..support.types import Ignore
-from ..tracing.names import operator_name
+from ..tracing.operators import Sliding, form_of, given
 from .allocation import ignored_positions
 
 _STOCK = (conv.Conv1d, conv.Conv2d, conv.Conv3d, conv.ConvTranspose1d, conv.ConvTranspose2d, conv.ConvTranspose3d)
@@ -166,7 +166,7 @@ def _refusal(path: str, module: conv._ConvNd, graph: DependencyGraph) -> str:
     node = graph.trace.parameters.get(graph.trace.canonical(name))
     if node is None:
         return "the example input does not reach it"
-    if any(operator_name(user) != "convolution" or node not in user.args[1:2] for user in node.users):
+    if not all(isinstance(form := form_of(user), Sliding) and given(user, form.weight) is node for user in node.users):
         return "its weight is read by something other than the convolution"
     return ""
 

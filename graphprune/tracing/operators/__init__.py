@@ -1,11 +1,26 @@
 """What is known of operators: the table, and the products that their calls compute."""
 
 from .kinds import Kind, Merge, Move, Operator
-from .products import Cells, Form, Layer, Matrices, Product, Sliding, argument, given, shape_of
+from .products import (
+    Cells,
+    Declared,
+    Form,
+    Layer,
+    Matrices,
+    Product,
+    Sliding,
+    argument,
+    given,
+    multiplied,
+    positions,
+    rank,
+    shape_of,
+)
 from .table import (
     OPERATORS,
     add_operator,
     declare,
+    form_of,
     function_name,
     is_layer,
     kind_of,
@@ -20,6 +35,7 @@ from .table import (
 __all__ = [
     "OPERATORS",
     "Cells",
+    "Declared",
     "Form",
     "Kind",
     "Layer",
@@ -32,14 +48,18 @@ __all__ = [
     "add_operator",
     "argument",
     "declare",
+    "form_of",
     "function_name",
     "given",
     "is_layer",
     "kind_of",
+    "multiplied",
     "named",
     "operator_of",
     "operator_of_target",
+    "positions",
     "products_of",
+    "rank",
     "remove_operator",
     "shape_of",
     "undeclare",

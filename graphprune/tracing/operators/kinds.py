@@ -98,4 +98,4 @@ class Operator:
     @property
     def passes(self) -> bool:
         """Every element of its result is one of its (first) operand's."""
-        return self.kind is Kind.MOVEMENT and self.move not in (Move.JOINS, Move.PADS)
+        return self.kind is Kind.MOVEMENT and self.move not in (None, Move.JOINS, Move.PADS)

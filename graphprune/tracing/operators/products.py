@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,8 +63,9 @@ def argument(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], positi
     if position < len(args):
         return args[position]
     if kwargs:
+        places = positions(target)
         for name, value in kwargs.items():
-            if positions(target).get(name) == position:
+            if places.get(name, places.get("self") if name == "input" else None) == position:  # what Python calls it
                 return value
     return None
 
@@ -83,6 +86,26 @@ def shape_of(node: Any) -> tuple[int, ...]:
     if isinstance(meta, tuple):
         meta = meta[0] if meta else None
     return tuple(getattr(meta, "shape", ()))
+
+
+def multiplied(node: fx.Node, product: Product, data: Tensor, weight: Tensor) -> Tensor:
+    """What a recorded call makes of other data and another weight, without bias. It has no other tensors."""
+    outputs = math.prod(weight.shape[a] for a in product.produces) * (product.groups if product.transposed else 1)
+    places = [a for a in node.target._schema.arguments if given(node, positions(node.target)[a.name]) is product.bias]  # type: ignore[union-attr]
+    optional = all(isinstance(a.type, torch.OptionalType) for a in places)
+
+    def taken(value: Any) -> Any:
+        if value is product.data:
+            return data
+        if value is product.weight:
+            return weight
+        return None if optional else data.new_zeros(outputs)
+
+    args = fx.node.map_arg(node.args, taken)
+    kwargs = fx.node.map_arg(node.kwargs, taken)
+    result = node.target(*args, **kwargs)  # type: ignore[operator]
+    found: Tensor = result if isinstance(result, Tensor) else result[0]
+    return found
 
 
 def _scaled(node: fx.Node) -> bool:

@@ -18,7 +18,7 @@ from ...errors import GraphPruneError
 from ...support.registry import Registry
 from ..names import BUILT_IN, target_name
 from .kinds import Kind, Merge, Move, Operator
-from .products import ByStep, Cells, Declared, Deformable, Layer, Matrices, Product, Rows, Sliding, Trilinear
+from .products import ByStep, Cells, Declared, Deformable, Form, Layer, Matrices, Product, Rows, Sliding, Trilinear
 
 OPERATORS: Registry[Operator] = Registry("operator")
 
@@ -167,10 +167,16 @@ def kind_of(node: fx.Node) -> Kind | None:
     return None if found is None else found.kind
 
 
+def form_of(node: fx.Node) -> Form | None:
+    """How the arguments of a recorded call make products."""
+    found = operator_of(node)
+    return None if found is None else found.form
+
+
 def products_of(node: fx.Node) -> tuple[Product, ...]:
     """The one answer to what a call multiplies with what, built-in or a user's: see `Product`."""
-    found = operator_of(node)
-    return () if found is None or found.form is None else found.form.products(node)
+    form = form_of(node)
+    return () if form is None else form.products(node)
 
 
 _LAYERS = frozenset((Kind.CONTRACTION, Kind.CONVOLUTION, Kind.RECURRENT))
