@@ -15,6 +15,7 @@ from ...tracing.operators import Merge, is_layer, operator_of
 from ...tracing.recorder import Recorder
 from ...tracing.trace import record_run
 
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """A layer that can be left out.

@@ -205,7 +205,7 @@ def _works(node: fx.Node) -> bool:
 
 
 def _zeros_stay(node: fx.Node, zeros: fx.Node | None) -> bool:
-    """Zeros go through it as zeros: products, and what moves or keeps values. `zeros`: the operand, where it matters."""
+    """Zeros go through it as zeros: products, and what moves or keeps values. `zeros`: which operand they are."""
     operator = operator_of(node)
     if operator is None or not (operator.zeros or operator.passes):
         return False

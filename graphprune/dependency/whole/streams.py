@@ -99,7 +99,7 @@ class ChannelUses:
         return "mlp channel" if all(ends.values()) else "channel"
 
     def _users(self, parameter: str) -> set[Kind]:
-        """The kinds of layers and lookups that read a weight, also one that is transposed, scaled or standardised before."""
+        """The kinds of the layers and lookups that read a weight, also one that is transposed or scaled before."""
         found: set[Kind] = set()
         queue = [self.analysis.trace.parameters[parameter]]
         seen = set(queue)

@@ -30,6 +30,7 @@ from ...tracing.trace import run_model
 from .layers import Reader
 from .replay import Replay
 
+
 @dataclasses.dataclass
 class Call:
     """One call of a layer. `x`, `y`: what it read and made; `other`: what `y` was then added to, where asked for.
@@ -121,6 +122,8 @@ class _Watch(TorchFunctionMode):
             return None
         target = func if positions(func) else getattr(torch.ops.aten, name, None)
         places = (form.left, form.left + 1) if isinstance(form, Matrices) else (form.data, form.weight)
+        if getattr(func, "__name__", "") == "__rmatmul__":
+            places = places[::-1]
         x, weight = (argument(target, args, kwargs, place) for place in places)
         reader = self.weights.get(id(weight))
         if reader is None or reader.declared:
@@ -167,6 +170,15 @@ def _repeated(func: Any, args: Any, kwargs: Any, reader: Reader, x: Tensor) -> C
         return out
 
     return again
+
+
+def data_place(function: Any, reader: Reader) -> int:
+    """The place of what a layer reads among the arguments of a call of it."""
+    operator = named(function_name(function))
+    form = None if operator is None else operator.form
+    if isinstance(form, Matrices):
+        return form.left
+    return form.data if isinstance(form, (Layer, Sliding)) else max(reader.places.data, 0)
 
 
 def _many(value: Any, n: int) -> tuple[int, ...]:
