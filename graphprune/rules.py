@@ -52,6 +52,7 @@ from typing import Any, TypeVar
 
 from .dependency.context import NodeContext as Call
 from .dependency.context import Result
+from .dependency.declared import declared_products
 from .dependency.rules.elementwise import pointwise as elementwise
 from .dependency.rules.registry import RULES, Rule, has_rule
 from .dependency.rules.registry import empty as nothing
@@ -59,6 +60,7 @@ from .dependency.state import State
 from .errors import GraphPruneError
 from .support.registry import Registry, origin_of
 from .tracing.names import BUILT_IN
+from .tracing.operators import declare, undeclare
 
 __all__ = ["Call", "Result", "State", "elementwise", "nothing", "registered", "rule", "unregister"]
 
@@ -93,6 +95,7 @@ def rule(*operators: Any) -> Callable[[_F], _F]:
         for name in names:
             _REGISTERED.add(name, function)
             RULES.add(_key(name), _checked(name, function), function)
+            declare(_key(name), functools.partial(declared_products, function))
         return function
 
     return register
@@ -107,6 +110,7 @@ def unregister(operator: Any) -> None:
         raise GraphPruneError(f"unregister: no rule was registered for {name}; registered: {known}")
     _REGISTERED.remove(name)
     RULES.remove(_key(name))
+    undeclare(_key(name))
 
 
 def registered() -> tuple[str, ...]:

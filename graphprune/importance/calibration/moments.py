@@ -107,8 +107,8 @@ def _declared_rows(
     scale = x.double().abs().amax() * weight.detach().double().abs().amax() * features
     if not bool((ours - made).abs().amax() <= 1e3 * torch.finfo(made.dtype).eps * scale):
         raise NoProducts(
-            f"{reader.weight}: {reader.declared} does not make sums over its weight along the axes that its rule says it "
-            "reads and produces"
+            f"{reader.weight}: {reader.declared} does not make sums over its weight along the axes that its rule says "
+            "it reads and produces"
         )
     if y is None:
         return x, x.new_empty(*x.shape[:2], 0)

@@ -18,9 +18,9 @@ class Product:
     of the data is summed; along each of `produces` lies what the sums give, on `result_axis` of the (first) result.
 
     Axes count from 0; `data_axis` and `result_axis` are None where they cannot be told. `slides`: axes of the weight
-    that are summed over places too, a kernel's. `groups`: into how many parts the data's axis is cut, of which each
-    result reads one. `bias`: what is added along the result's axis. `left`: the weight stands before the data.
-    `scaled`: the sums are multiplied, before or after the bias is added.
+    that are summed over places too, a kernel's. `batch`: those of which each index has data of its own. `groups`: into
+    how many parts the data's axis is cut, of which each result reads one. `bias`: what is added along the result's
+    axis. `left`: the weight stands before the data. `scaled`: the sums are multiplied, before or after the bias is added.
     """
 
     data: fx.Node
@@ -31,6 +31,7 @@ class Product:
     result_axis: int | None
     bias: Any = None
     slides: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()
     groups: int = 1
     transposed: bool = False
     left: bool = False
@@ -180,7 +181,8 @@ class Sliding:
         makes, reads = (1, 0) if turned else (0, 1)
         taps = tuple(range(2, rank(weight)))
         axis, groups = rank(data) - 1 - len(taps), int(given(node, self.groups) or 1)
-        return (Product(data, weight, (makes,), (reads,), axis, axis, bias, taps, groups, turned),)
+        found = Product(data, weight, (makes,), (reads,), axis, axis, bias, taps, groups=groups, transposed=turned)
+        return (found,)
 
     def turned(self, given: Callable[[int], Any]) -> bool:
         """Whether a call with these arguments is transposed."""
@@ -205,7 +207,7 @@ class Deformable:
 
     def products(self, node: fx.Node) -> tuple[Product, ...]:
         data, weight, bias, groups = (given(node, place) for place in (0, 1, 4, 11))
-        return (Product(data, weight, (0,), (1,), 1, 1, bias, (2, 3), int(groups)),)
+        return (Product(data, weight, (0,), (1,), 1, 1, bias, (2, 3), groups=int(groups)),)
 
 
 @dataclasses.dataclass(frozen=True)
