@@ -38,9 +38,10 @@ from .terminal import (
     ThreadsOption,
     VerifyOption,
     WeightsOption,
+    budget_of,
     checks_as_data,
     comparison,
-    parse_budget,
+    parse_limits,
     parse_ratio,
     parse_round_to,
     parse_target,
@@ -80,8 +81,8 @@ def prune(
     """Prune a model, prove it, and write the plan (JSON) and the pruned model (safetensors)."""
     if ratio and budget:
         raise typer.BadParameter("give only one of --ratio and --budget", param_hint="--budget")
-    limits, target = parse_budget(budget), parse_target(provider, threads, latency_table)
-    wanted = None if limits is not None else parse_ratio(ratio)
+    limits, target = parse_limits(budget), parse_target(provider, threads, latency_table)
+    wanted = None if limits else parse_ratio(ratio)
     kinds = granularity or ["auto"]
     method = None if recover == "none" else recover
     check_method(method, None)
@@ -103,7 +104,7 @@ def prune(
             fold_bn=fold_bn,
             seed=seed,
             output=output_mode,
-            budget=limits,
+            budget=budget_of(limits),
             target=target,
             layer_criterion=layer_criterion,
             strict=not allow_nothing,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import sys
@@ -18,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from ..errors import GraphPruneError, GraphPruneWarning
-from ..planning.allocation import Budget
+from ..planning.allocation import BUDGETS, Budget
 from ..plans.verification import VerificationReport
 from ..runtimes.latency import Target
 from ..support.tables import Column, render, table
@@ -126,7 +125,7 @@ BudgetOption = Annotated[
     _option(
         _PRUNING,
         "Instead of a ratio, a limit for the whole network: macs=0.5, params=0.5, memory=0.5 (a fraction, or a count), "
-        "latency=0.5 or latency_ms=3. Repeat it, or separate by commas.",
+        "latency=0.5, latency_ms=3, or one that the module registers. Repeat it, or separate by commas.",
         "--budget",
         metavar="LIMIT",
     ),
@@ -223,23 +222,28 @@ def show(as_json: bool, data: dict[str, Any], *text: Any) -> None:
         typer.echo(render(*text))
 
 
-def parse_budget(given: Sequence[str] | None) -> Budget | None:
-    """The budget of `--budget` options; None without any."""
-    if not given:
-        return None
-    names = [field.name for field in dataclasses.fields(Budget)]
+def parse_limits(given: Sequence[str] | None) -> dict[str, float]:
+    """What `--budget` options say, by name; nothing without any. The names are not looked up: the model's module may
+    register some."""
     limits: dict[str, float] = {}
-    for part in (p.strip() for text in given for p in text.split(",")):
+    for part in (p.strip() for text in given or () for p in text.split(",")):
         name, equals, value = part.partition("=")
         try:
             number = float(value)
         except ValueError:
             number = math.nan
-        if not equals or name not in names or name in limits or math.isnan(number):
+        if not equals or name in limits or math.isnan(number):
             raise typer.BadParameter(
-                f"{part!r}: expected one of {', '.join(names)}, each once, as in macs=0.5", param_hint="--budget"
+                f"{part!r}: expected one of {BUDGETS.listed()}, each once, as in macs=0.5", param_hint="--budget"
             )
         limits[name] = number
+    return limits
+
+
+def budget_of(limits: dict[str, float]) -> Budget | None:
+    """The budget of these limits; None without any."""
+    if not limits:
+        return None
     try:
         return Budget(**limits)
     except GraphPruneError as error:

@@ -18,9 +18,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
+from ..tracing.recorder import TensorMeta
+from ..tracing.work import Loop
+from .analysis import Analysis
 from .graph import DependencyGraph
 from .sizes import gone_on_axis
-from .state import AxisMap, Mask
+from .state import AxisMap, Mask, State
 
 Floats = npt.NDArray[np.float64]
 
@@ -79,9 +82,9 @@ class Axes:
             self._made[key] = Axis(axis_map, length, parts)
         return self._made[key]
 
-    def of(self, node: fx.Node) -> list[Axis]:
-        """The axes of a recorded tensor."""
-        return [self.axis(m, n) for m, n in axes_of(self.graph, node)]
+    def of(self, node: fx.Node, result: int = 0) -> list[Axis]:
+        """The axes of a recorded tensor; `result`: which, of a call with several."""
+        return [self.axis(m, n) for m, n in axes_of(self.graph, node, result)]
 
     def exact(self, axis: Axis, gone: Mask) -> int:
         """The length of an axis when these components are removed."""
@@ -100,9 +103,9 @@ class ProductCosts:
 
     def add(self, factor: float, axes: Sequence[tuple[AxisMap, int]]) -> None:
         """A term: `factor` times the lengths of these axes (coordinates, length)."""
-        found = [self.axes.axis(m, n) for m, n in axes]
-        free = tuple(a for a in found if a.groups)
-        factor *= math.prod(a.length for a in found if a not in free)
+        found = [self.axes.axis(m, n) if m else n for m, n in axes]
+        free = tuple(a for a in found if isinstance(a, Axis) and a.groups)
+        factor *= math.prod(a.length if isinstance(a, Axis) else a for a in found if a not in free)
         if free:
             key = tuple(sorted(id(a) for a in free))
             self._free[key] = free
@@ -162,7 +165,24 @@ class ProductCosts:
         return self.constant + sum(f * math.prod(lengths[id(a)] for a in axes) for f, axes in self._terms)
 
 
-def axes_of(graph: DependencyGraph, node: fx.Node) -> list[tuple[AxisMap, int]]:
-    """Coordinates and length of every axis of a recorded tensor."""
-    state = graph.analysis.state(node)
-    return [(state.axis(a), n) for a, n in enumerate(state.shape)]
+def coordinates(analysis: Analysis, loop: Loop) -> AxisMap:
+    """Where the steps of a loop come from: as the first of its tensors has it that has coordinates there."""
+    for node, axis in loop.places:
+        found = _state(analysis, node, 0)
+        if found is not None and (axis_map := found.axis(axis)):
+            return axis_map
+    return {}
+
+
+def axes_of(graph: DependencyGraph, node: fx.Node, result: int = 0) -> list[tuple[AxisMap, int]]:
+    """Coordinates and length of every axis of a recorded tensor; `result`: which, of a call with several."""
+    state = _state(graph.analysis, node, result)
+    meta = node.meta.get("val")
+    meta = meta[result] if isinstance(meta, tuple) else meta
+    shape = meta.shape if isinstance(meta, TensorMeta) else ()
+    return [({} if state is None else state.axis(a), n) for a, n in enumerate(shape)]
+
+
+def _state(analysis: Analysis, node: fx.Node, result: int) -> State | None:
+    found = analysis.states.get(node)
+    return (found[result] if result < len(found) else None) if isinstance(found, list) else found

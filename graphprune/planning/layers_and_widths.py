@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from ..support.types import Ignore, LossFunction
 from ..tracing.counting import count
 from ..tracing.example import ExampleInput
 from ..tracing.state import evaluating
-from .allocation import Budget, Forecasts, UnreachableBudget, make_limits
+from .allocation import BUDGETS, Budget, Forecasts, UnreachableBudget, make_limits
 from .layers import cheapest_first, rank_layers, refusals, working_form
 
 # (a network, the budget as counts, a forecast where latency is limited, data or None) -> the plan of its widths
@@ -190,11 +190,11 @@ class JointPlanner:
 
 def _counted(budget: Budget, graph: DependencyGraph, model: nn.Module) -> Budget:
     """The budget with counts in place of fractions, where these are not of times."""
-    kept: Mapping[str, Any] = {n: v for n, v in budget.limits().items() if not n.startswith("latency")}
+    kept = {n: v for n, v in budget.limits().items() if not BUDGETS.find(n).timed}
     if not kept:
         return budget
     found = {limit.name: limit.most for limit in make_limits(Budget(**kept), graph, model, ())}
-    return dataclasses.replace(budget, **found)
+    return Budget(**(budget.limits() | found))
 
 
 class Trials:

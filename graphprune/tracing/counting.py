@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,7 +119,7 @@ def count(model: nn.Module, example_input: Any) -> Count:
     macs: dict[str, int] = {}
     uncounted: dict[str, int] = {}
     for node in trace.graph.nodes:
-        if node.op != "call_function" or node.target is operator.getitem:
+        if node.op != "call_function":
             continue
         work = macs_of(node)
         if work is not None:

@@ -39,10 +39,10 @@ def record_training_paths(
     """Run the model a second time with its training flags set, and add to the graph what the first run did not do.
     `outputs`: what the first run returned.
 
-    Returns the nodes that training returns besides. The second run is made only where it may show something: parameters
-    that were not read, layers whose result went nowhere, code that does another thing in training mode. The graph is
-    left as it was when the model cannot run like that (detectors want targets), or reads and returns what it did
-    before.
+    Returns the nodes that training returns besides; calls that only it makes are marked "training_only". The second run
+    is made only where it may show something: parameters that were not read, layers whose result went nowhere, code that
+    does another thing in training mode. The graph is left as it was when the model cannot run like that (detectors want
+    targets), or reads and returns what it did before.
     """
     before = unread(recorder, model)
     switched = [m for m in recorder.modules.values() if not isinstance(m, _SAME_CHANNELS)]
@@ -67,6 +67,9 @@ def record_training_paths(
     if not more and unread(recorder, model) == before:
         recorder.forget_second_run(mark)
         return ()
+    for node in recorder.graph.nodes:
+        if node not in first:
+            node.meta["training_only"] = True
     return nodes
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ import numpy.typing as npt
 from ...dependency.axes import Floats
 from ...errors import GraphPruneError
 from .costs import CostModel
+from .kinds import BUDGETS
 
 Ints = npt.NDArray[np.int64]
 
@@ -30,74 +30,92 @@ class UnreachableBudget(GraphPruneError):
 _STEPS = 64
 # How much of a limit must be used to be content, to be called met, and how many exchanges are tried to get there.
 _FULL, _NEAR, _EXCHANGES = 0.995, 0.99, 6
+# Where that is not enough: by how many steps one group is widened at once, in networks of how many groups at most (in
+# others a step of one group is a small part of a budget).
+_STRIDES, _FEW = 8, 12
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, init=False, repr=False)
 class Budget:
-    """Upper limits for the pruned network, one or several at once.
+    """Upper limits for the pruned network, one or several at once, by name.
 
     `macs`: multiply-accumulates on the example input; `params`: elements of all parameters; `memory`: bytes of weights
-    and of the activations that are alive at the same time, at their highest, on the example input. A number up to 1 is
-    a fraction of what the original has, a larger one a count. These are never exceeded, and met within 1 % where the
-    numbers of channels allow.
+    and of the activations that are alive at the same time, at their highest, on the example input; names that code has
+    registered (see CONTRIBUTING.md). A number up to 1 is a fraction of what the original has, a larger one a count.
+    These are never exceeded, and met within 1 % where the numbers of channels allow.
 
     `latency`: a fraction, in (0, 1], of the time that a call of the original takes; `latency_ms`: milliseconds. Both
     are about the `target` of `plan`, and what is measured there counts: see `graphprune.Target`.
+
+    None is no limit. Raises GraphPruneError for an unknown name, with the nearest known one, for numbers out of range,
+    and without any limit.
+
+    >>> import graphprune
+    >>> graphprune.Budget(macs=0.5, params=100_000)
+    Budget(macs=0.5, params=100000)
     """
 
-    macs: float | None = None
-    params: float | None = None
-    memory: float | None = None
-    latency: float | None = None
-    latency_ms: float | None = None
+    _limits: tuple[tuple[str, float], ...]
 
-    def __post_init__(self) -> None:
-        for name, value in self.limits().items():
+    def __init__(self, /, *unnamed: object, **limits: float | None) -> None:
+        if unnamed:
+            raise GraphPruneError(f"budget: say what {unnamed[0]!r} limits, as in Budget(macs=0.5)")
+        for name in limits:
+            BUDGETS.find(name)
+        given = tuple((name, value) for name in BUDGETS if (value := limits.get(name)) is not None)
+        for name, value in given:
             if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not 0 < value < math.inf:
                 raise GraphPruneError(
                     f"budget: {name} must be a fraction of the original in (0, 1] or a count, got {value!r}"
                 )
-        if not self.limits():
+        if not given:
             raise GraphPruneError("budget: name at least one limit, such as Budget(macs=0.5) or Budget(params=0.5)")
-        if self.latency is not None and self.latency > 1:
+        latency = limits.get("latency")
+        if latency is not None and latency > 1:
             raise GraphPruneError(
-                f"budget: latency is a fraction of the original's time in (0, 1], got {self.latency!r}; for "
+                f"budget: latency is a fraction of the original's time in (0, 1], got {latency!r}; for "
                 f"milliseconds use latency_ms"
             )
-        if self.latency is not None and self.latency_ms is not None:
+        if latency is not None and limits.get("latency_ms") is not None:
             raise GraphPruneError("budget: latency and latency_ms exclude each other")
+        object.__setattr__(self, "_limits", given)
+
+    def __repr__(self) -> str:
+        return f"Budget({', '.join(f'{name}={value!r}' for name, value in self._limits)})"
 
     @property
     def timed(self) -> bool:
         """Whether latency is limited."""
-        return self.latency is not None or self.latency_ms is not None
+        return any(BUDGETS.find(name).timed for name, _ in self._limits)
 
     def seconds(self, dense: float) -> float:
         """The time allowed for a call, where one of the original takes `dense` seconds."""
-        if self.latency_ms is not None:
-            return self.latency_ms / 1000
-        return dense if self.latency is None else self.latency * dense
+        limits = self.limits()
+        if "latency_ms" in limits:
+            return limits["latency_ms"] / 1000
+        return dense * limits.get("latency", 1.0)
 
-    def limits(self) -> dict[str, Any]:
+    def limits(self) -> dict[str, float]:
         """The limits that are set, by name."""
-        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) is not None}
+        return dict(self._limits)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limit:
-    """One cost and the most it may be. `name` is for messages. `stairs`: of a cost that jumps at some widths, the part
-    that does, with arguments as those of `CostModel.curve`."""
+    """One cost and the most it may be. `name` and `form`, the format of its numbers, are for messages. `stairs`: of a
+    cost that jumps at some widths, the part that does, with arguments as those of `CostModel.curve`."""
 
     name: str
     cost: CostModel
     most: float
+    form: str = ",.0f"
     stairs: Callable[[int, Floats, Floats], Floats] | None = None
 
 
-def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float], form: str) -> None:
-    """Raise UnreachableBudget, with costs in this format, if the least fractions that may stay cost above `most`."""
+def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float]) -> None:
+    """Raise UnreachableBudget if the least fractions that may stay cost above `most`."""
     for limit, m in zip(limits, most, strict=True):
-        found = limit.cost.value(least)
+        form, found = limit.form, limit.cost.value(least)
         if found > m * (1 + 1e-12):
             full = limit.cost.full
             raise UnreachableBudget(
@@ -152,7 +170,7 @@ class Widths:
     def rough(self, limits: Sequence[Limit], scale: float = 1.0) -> Ints:
         """`choose` without filling what room is left."""
         most = [limit.most * scale for limit in limits]
-        check_least(self.fraction(self.floors), limits, most, ",.0f")
+        check_least(self.fraction(self.floors), limits, most)
         keep = self.ceilings.copy()
         if self._fits(keep, limits, most):
             return keep
@@ -236,7 +254,12 @@ class Widths:
             candidates = [int(g) for g in np.argsort(-gain / unit, kind="stable")[:_EXCHANGES] if gain[g] > -np.inf]
             options = [o for g in candidates if (o := self._made_room(keep, g, limits, most)) is not None]
             near = [o for o in options if self._used(o, limits, most) >= _NEAR]
-            best = max(near or options, key=self._kept_score, default=keep)
+            for steps in range(2, _STRIDES + 1) if used < _NEAR and len(keep) <= _FEW else ():
+                if near:
+                    break
+                wider = [o for g in candidates if (o := self._made_room(keep, g, limits, most, steps)) is not None]
+                near = [o for o in wider if self._used(o, limits, most) >= _NEAR]
+            best = max(near or (options if used < _NEAR else ()), key=self._kept_score, default=keep)
             if self._kept_score(best) <= self._kept_score(keep) and not (near and used < _NEAR):
                 break
             keep = best
@@ -246,10 +269,13 @@ class Widths:
         kept = self.fraction(keep)
         return max(limit.cost.value(kept) / m for limit, m in zip(limits, most, strict=True))
 
-    def _made_room(self, keep: Ints, g: int, limits: Sequence[Limit], most: Sequence[float]) -> Ints | None:
-        """`keep` with group g one step wider and others narrower, the least score per cost first; None if they
+    def _made_room(
+        self, keep: Ints, g: int, limits: Sequence[Limit], most: Sequence[float], steps_wider: int = 1
+    ) -> Ints | None:
+        """`keep` with group g some steps wider and others narrower, the least score per cost first; None if they
         cannot be."""
-        keep = self._wider(keep, g)
+        for _ in range(steps_wider):
+            keep = self._wider(keep, g)
         while not self._fits(keep, limits, most):
             unit = self._unit_costs(keep, limits, most)
             lower = self._down(keep - 1)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence, Set
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from torch import fx, nn
+from torch import nn
 
 from ...dependency import DependencyGraph
-from ...dependency.axes import Floats, ProductCosts, axes_of
-from ...dependency.state import AxisMap, Mask
+from ...dependency.axes import Floats, ProductCosts, coordinates
+from ...dependency.state import Mask
 from ...plans.surgery import Fold, fold_names
-from ...tracing.names import named_tensors, operator_name
-from ...tracing.work import macs_of
+from ...tracing.names import named_tensors
+from ...tracing.work import runs_in_eval, terms_of
 
 
+@runtime_checkable
 class CostModel(Protocol):
     """A cost that a budget limits: of fractions kept (an estimate with its slopes), and of one exact choice."""
 
@@ -39,46 +39,15 @@ class CostModel(Protocol):
         """The groups whose widths change `curve` of this one."""
 
 
-_PRODUCTS = {"mm": 0, "bmm": 0, "matmul": 0, "mv": 0, "linear": 0, "addmm": 1, "baddbmm": 1}
-_ATTENTION = "scaled_dot_product_attention"
-
-
 def mac_costs(graph: DependencyGraph) -> ProductCosts:
-    """Multiply-accumulates of the recorded run, as `graphprune.count` counts them. Calls of kinds other than
-    convolutions, matrix products and attention are held at what they cost now."""
+    """Multiply-accumulates of the run in eval mode, as `graphprune.count` counts them."""
     costs = ProductCosts(graph)
+    analysis = graph.analysis
     for node in graph.trace.graph.nodes:
-        macs = macs_of(node)
-        if macs:
-            _add_call(costs, graph, node, macs)
+        if runs_in_eval(node):
+            for term in terms_of(node) or ():
+                costs.add(1, [(coordinates(analysis, loop), loop.length) for loop in term])
     return costs
-
-
-def _add_call(costs: ProductCosts, graph: DependencyGraph, node: fx.Node, macs: int) -> None:
-    operation = operator_name(node)
-    axes: list[tuple[AxisMap, int]]
-    if operation == "convolution" and isinstance(node.args[1], fx.Node):
-        axes = axes_of(graph, node.args[1])
-    elif operation in _PRODUCTS and isinstance(node.args[_PRODUCTS[operation]], fx.Node):
-        left = node.args[_PRODUCTS[operation]]
-        assert isinstance(left, fx.Node)
-        axes = [*axes_of(graph, node), axes_of(graph, left)[-1]]
-    elif operation.startswith((_ATTENTION, "_" + _ATTENTION)):
-        _add_attention(costs, graph, node, macs)
-        return
-    else:
-        axes = []
-    costs.add(macs / math.prod(n for _, n in axes), axes)
-
-
-def _add_attention(costs: ProductCosts, graph: DependencyGraph, node: fx.Node, macs: int) -> None:
-    """Scores: query axes x keys x features; results: the same with the value's features."""
-    query, key, value = (axes_of(graph, n) for n in node.args[:3])  # type: ignore[arg-type]
-    shared = [*query[:-1], key[-2]]
-    width = query[-1][1] + value[-1][1]
-    unit = macs / (math.prod(n for _, n in shared) * width)
-    costs.add(unit, [*shared, query[-1]])
-    costs.add(unit, [*shared, value[-1]])
 
 
 def parameter_costs(graph: DependencyGraph, model: nn.Module, folds: Sequence[Fold]) -> ProductCosts:

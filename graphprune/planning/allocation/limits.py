@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import nn
@@ -10,10 +10,11 @@ from torch import nn
 from ...dependency import DependencyGraph
 from ...dependency.axes import Floats
 from ...dependency.state import Mask
+from ...errors import GraphPruneError
 from ...plans.surgery import Fold
 from .budget import Budget, Limit
-from .costs import CostModel, mac_costs, parameter_costs
-from .memory import MemoryCosts
+from .costs import CostModel
+from .kinds import BUDGETS, BudgetKind
 
 
 class StairCost(CostModel, Protocol):
@@ -49,29 +50,29 @@ def make_limits(
     """
     if budget is None:
         return []
-    makers: dict[str, Callable[[], tuple[CostModel, float]]] = {
-        "macs": lambda: _with_full(mac_costs(graph)),
-        "memory": lambda: _memory(graph, model, folds),
-        "params": lambda: (parameter_costs(graph, model, folds), float(sum(p.numel() for p in model.parameters()))),
-    }
     out = []
     if budget.timed:
         assert forecast is not None
         most = budget.seconds(forecast.dense) / forecast.correction
         timed = forecast.cost(graph)
-        out.append(Limit("latency, in seconds,", timed, most, timed.stairs))
+        out.append(Limit("latency, in seconds,", timed, most, ",.4g", timed.stairs))
     for name, value in budget.limits().items():
-        if name not in makers:
-            continue
-        cost, dense = makers[name]()
-        out.append(Limit(name, cost, value * dense if value <= 1 else float(value)))
+        kind = BUDGETS.find(name)
+        if not kind.timed:
+            cost = kind.of(graph, model, folds)
+            most = value * _full(kind, cost, graph, model, folds) if value <= 1 else float(value)
+            out.append(Limit(name, cost, most, kind.form))
     return out
 
 
-def _memory(graph: DependencyGraph, model: nn.Module, folds: Sequence[Fold]) -> tuple[CostModel, float]:
-    """The original still has its batch norms."""
-    return MemoryCosts(graph, model, folds), MemoryCosts(graph, model, ()).full
-
-
-def _with_full(cost: CostModel) -> tuple[CostModel, float]:
-    return cost, cost.full
+def _full(
+    kind: BudgetKind, cost: CostModel, graph: DependencyGraph, model: nn.Module, folds: Sequence[Fold]
+) -> float:
+    """What the original costs: it still has its batch norms."""
+    full = (kind.of(graph, model, ()) if folds else cost).full
+    if not full > 0:
+        raise GraphPruneError(
+            f"budget: {kind.name} of this model are {full:{kind.form}}, so there is no fraction of it to keep; limit "
+            f"something else"
+        )
+    return full

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence, Set
 from typing import Any
 
@@ -17,6 +18,7 @@ from ...plans.surgery import Fold
 from ...tracing.names import named_tensors, operator_name
 from ...tracing.operators import operator_of
 from ...tracing.recorder import TensorMeta
+from ...tracing.work import runs_in_eval
 from .costs import parameter_costs
 
 
@@ -31,12 +33,11 @@ class MemoryCosts:
         self._bytes = max((p.element_size() for p in model.parameters()), default=4)
         parameters = {id(p) for p in model.parameters()}
         self._fixed = float(sum(t.numel() * t.element_size() for t in tensors.values() if id(t) not in parameters))
-        owners, alive = _lifetimes(graph.trace.graph)
-        self._alive = alive
+        results, self._alive = _lifetimes(graph.trace.graph)
         self._shapes: list[tuple[float, tuple[Axis, ...]]] = []
-        for node in owners:
-            meta = node.meta["val"]
-            axes = self._axes.of(node)
+        for node, index in results:
+            meta = node.meta["val"] if index is None else node.meta["val"][index]
+            axes = self._axes.of(node, index or 0)
             free = tuple(a for a in axes if a.groups)
             rest = math.prod(a.length for a in axes if not a.groups)
             self._shapes.append((float(rest * meta.dtype.itemsize), free))
@@ -89,32 +90,52 @@ class MemoryCosts:
         return found
 
 
-def _lifetimes(graph: fx.Graph) -> tuple[list[fx.Node], csr_matrix]:
-    """The calls that make new tensors, and which of these are alive at each call (a row per call)."""
-    owner: dict[fx.Node, fx.Node] = {}
-    born: dict[fx.Node, int] = {}
-    last: dict[fx.Node, int] = {}
+_Result = tuple[fx.Node, int | None]  # of several results, which
+
+
+def _lifetimes(graph: fx.Graph) -> tuple[list[_Result], csr_matrix]:
+    """The new tensors that calls in eval mode make, and which of them are alive at each call (a row per call)."""
+    made: list[_Result] = []
+    born: list[int] = []
+    last: list[int] = []
+    held: dict[fx.Node, list[int | None]] = {}  # where each of a call's results lies, as a place in `made`
     time = -1
     for time, node in enumerate(graph.nodes):
-        for operand in node.all_input_nodes:
-            if operand in owner:
-                last[owner[operand]] = time
-        if node.op != "call_function":
+        if not runs_in_eval(node) and node.op != "output":
             continue
         source = _looked_at(node)
-        if source is not None:
-            if source in owner:
-                owner[node] = owner[source]
-        elif isinstance(node.meta.get("val"), TensorMeta) and not node.meta.get("constant_value"):
-            owner[node], born[node], last[node] = node, time, time
-    owners = list(born)
-    rows = [t for n in owners for t in range(born[n], last[n] + 1)]
-    columns = [i for i, n in enumerate(owners) for _ in range(born[n], last[n] + 1)]
-    return owners, csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(time + 1, len(owners)))
+        if node.target is operator.getitem and source is None:  # one of several new tensors
+            places = held.get(node.args[0], [])
+            held[node] = places[node.args[1] : node.args[1] + 1]
+            read = [held[node]]
+        else:
+            read = [held[n] for n in node.all_input_nodes if n in held]
+        for place in (p for places in read for p in places if p is not None):
+            last[place] = time
+        if source is not None and source in held:
+            held[node] = held[source]
+        elif source is None and node.target is not operator.getitem and not node.meta.get("constant_value"):
+            held[node] = []
+            for index, meta in _results(node):
+                held[node].append(len(made) if isinstance(meta, TensorMeta) else None)
+                if isinstance(meta, TensorMeta):
+                    made.append((node, index))
+                    born.append(time)
+                    last.append(time)
+    rows = [t for first, end in zip(born, last, strict=True) for t in range(first, end + 1)]
+    columns = [i for i, (first, end) in enumerate(zip(born, last, strict=True)) for _ in range(first, end + 1)]
+    return made, csr_matrix((np.ones(len(rows)), (rows, columns)), shape=(time + 1, len(made)))
+
+
+def _results(node: fx.Node) -> list[tuple[int | None, Any]]:
+    meta = node.meta.get("val")
+    return list(enumerate(meta)) if isinstance(meta, tuple) else [(None, meta)]
 
 
 def _looked_at(node: fx.Node) -> fx.Node | None:
     """The operand whose memory a call's result lies in."""
+    if node.op != "call_function":
+        return None
     name = operator_name(node)
     first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     if first is None:

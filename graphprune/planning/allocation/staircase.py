@@ -52,7 +52,7 @@ class StairWidths:
         if whole.fits:
             return self.ceilings.copy()
         least = _settled(Choice(ground, np.zeros_like(ground.last)), _ANY)
-        check_least(least.kept, limits, most, ",.4g")
+        check_least(least.kept, limits, most)
         starts = [least, self._falling(whole), self._rising(least, whole), *self._without_stairs(ground, scale)]
         for start in starts:
             fill(start)

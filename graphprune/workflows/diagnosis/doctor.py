@@ -176,7 +176,7 @@ def examine(model: nn.Module, graph: DependencyGraph, ratio: float, sort: str) -
     parameters = _parameters(model, graph)
     unused = {n: p for n, p in parameters.items() if n not in graph.trace.parameters}
     blocks = {n: _axes_of(graph, n) for n in parameters if n not in unused}
-    work = [part for node in graph.trace.graph.nodes for part in work_of(node, graph.analysis)]
+    work = list(work_of(graph))
     sizes = {n: parameters[n].numel() for n in blocks}
     analysis = graph.analysis
 
