@@ -40,10 +40,10 @@ class Reader:
     `weight`, `bias`: parameter names; `bias` is empty where there is none. `in_axis`, `out_axis`: axes of the weight
     (for a convolution of several groups axis 1 counts inside one group). `data_axis`, `result_axis`: those of what it
     reads and makes, from the end. `declared`: the name of the user's operator that it calls, "" for one of torch's;
-    `places`: where that takes its tensors. `order`: place of its first call in the run; `calls`: how often it is called.
-    `adds`: its one result is used once, in a plain addition of two tensors of the same shape, and the other operand is
-    there before. `after`: the readers (by weight) whose results its input is computed from, and those of that other
-    operand.
+    `places`: where that takes its tensors. `order`: place of its first call in the run; `calls`: how often it is
+    called. `adds`: its one result is used once, in a plain addition of two tensors of the same shape, and the other
+    operand is there before. `after`: the readers (by weight) whose results its input is computed from, and those of
+    that other operand.
     """
 
     weight: str

@@ -147,5 +147,5 @@ def _looked_at(node: fx.Node) -> fx.Node | None:
 
 
 def _is_view(node: fx.Node) -> bool:
-    operator = operator_of(node)
-    return operator is not None and operator.view
+    found = operator_of(node)
+    return found is not None and found.view

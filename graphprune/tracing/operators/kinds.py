@@ -6,6 +6,7 @@ import dataclasses
 import enum
 
 from .products import Form
+from .work import Work
 
 
 class Kind(enum.Enum):
@@ -57,7 +58,8 @@ class Merge(enum.Enum):
 class Operator:
     """One line of the table.
 
-    `form`: how its arguments make products. `move`: what a movement does. `view`: its result lies in the memory of its
+    `form`: how its arguments make products. `work`: the multiply-accumulates of a call, where these are not those of
+    the form's products (`work_of_product`). `move`: what a movement does. `view`: its result lies in the memory of its
     operand. `averages`: means over places. `merge`: how it joins two operands. `zeros`: zeros in its first operand are
     zeros in its result, because it scales. `bends`: where a function of one element is not smooth; `clips`: it does no
     more than clip, between these two numbers or two arguments. `own_statistics`: whether a batch norm takes the
@@ -67,6 +69,7 @@ class Operator:
 
     kind: Kind
     form: Form | None = None
+    work: Work | None = None
     move: Move | None = None
     view: bool = False
     averages: bool = False

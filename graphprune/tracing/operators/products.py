@@ -20,7 +20,7 @@ class Product:
     Axes count from 0; `data_axis` and `result_axis` are None where they cannot be told. `slides`: axes of the weight
     that are summed over places too, a kernel's. `batch`: those of which each index has data of its own. `groups`: into
     how many parts the data's axis is cut, of which each result reads one. `bias`: what is added along the result's
-    axis. `left`: the weight stands before the data. `scaled`: the sums are multiplied, before or after the bias is added.
+    axis. `left`: the weight stands before the data. `scaled`: the sums are multiplied with a number.
     """
 
     data: fx.Node

@@ -2,7 +2,7 @@
 
 Names have no `aten::` and no overload. An operator that is not here is unknown to everything that asks, or, where torch
 tags it so, an elementwise one. How channels flow through the less usual ones is said in rules of their own
-(`graphprune/dependency/rules/`); what their work is, in `graphprune/tracing/work.py`.
+(`graphprune/dependency/rules/`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,17 @@ from ...support.registry import Registry
 from ..names import BUILT_IN, target_name
 from .kinds import Kind, Merge, Move, Operator
 from .products import ByStep, Cells, Declared, Deformable, Form, Layer, Matrices, Product, Rows, Sliding, Trilinear
+from .work import (
+    work_of_addbmm,
+    work_of_attention,
+    work_of_conv_tbc,
+    work_of_convolution,
+    work_of_deform_conv,
+    work_of_grouped_mm,
+    work_of_matrices,
+    work_of_recurrent,
+    work_of_trilinear,
+)
 
 OPERATORS: Registry[Operator] = Registry("operator")
 
@@ -26,25 +37,33 @@ _INF = math.inf
 _ENTRIES: list[tuple[Operator, str]] = [
     # -- products
     (Operator(Kind.CONTRACTION, Layer()), "linear"),
-    (Operator(Kind.CONTRACTION, Matrices()), "mm bmm matmul mv dot _grouped_mm"),
-    (Operator(Kind.CONTRACTION, Matrices(1, 0)), "addmm addmm_ baddbmm baddbmm_ addmv addmv_"),
-    (Operator(Kind.CONTRACTION, Trilinear()), "_trilinear"),
-    # of these nothing but their work is known
-    (Operator(Kind.CONTRACTION),
-     "vdot inner linalg_vecdot bilinear addbmm addbmm_ _int_mm _scaled_mm _scaled_grouped_mm _addmm_activation"),
-    (Operator(Kind.CONVOLUTION, Sliding()), "convolution _convolution"),
+    (Operator(Kind.CONTRACTION, Matrices(), work_of_matrices("self")), "mm bmm matmul mv dot"),
+    (Operator(Kind.CONTRACTION, Matrices(), work_of_grouped_mm), "_grouped_mm"),
+    (Operator(Kind.CONTRACTION, Matrices(1, 0), work_of_matrices("mat1")), "addmm addmm_"),
+    (Operator(Kind.CONTRACTION, Matrices(1, 0), work_of_matrices("batch1")), "baddbmm baddbmm_"),
+    (Operator(Kind.CONTRACTION, Matrices(1, 0), work_of_matrices("mat")), "addmv addmv_"),
+    (Operator(Kind.CONTRACTION, Trilinear(), work_of_trilinear), "_trilinear"),
+    # of these no more is known than what they do, and their work
+    (Operator(Kind.CONTRACTION, work=work_of_matrices("self")), "vdot _int_mm _scaled_mm"),
+    (Operator(Kind.CONTRACTION, work=work_of_matrices("mat1")), "_addmm_activation"),
+    (Operator(Kind.CONTRACTION, work=work_of_addbmm), "addbmm addbmm_"),
+    (Operator(Kind.CONTRACTION, work=work_of_grouped_mm), "_scaled_grouped_mm"),
+    (Operator(Kind.CONTRACTION), "inner linalg_vecdot bilinear"),
+    (Operator(Kind.CONVOLUTION, Sliding(), work_of_convolution), "convolution _convolution"),
     (Operator(Kind.CONVOLUTION, Sliding(groups=6, transposed=False, output_padding=None)), "conv1d conv2d conv3d"),
     (Operator(Kind.CONVOLUTION, Sliding(dilation=7, groups=6, transposed=True, output_padding=5)),
      "conv_transpose1d conv_transpose2d conv_transpose3d"),
-    (Operator(Kind.CONVOLUTION, Sliding(stride=4, padding=3, groups=6, transposed=False, output_padding=None)),
+    (Operator(Kind.CONVOLUTION, Sliding(stride=4, padding=3, groups=6, transposed=False, output_padding=None),
+              work_of_convolution),
      "mkldnn_convolution"),
-    (Operator(Kind.CONVOLUTION, ByStep()), "conv_tbc"),
-    (Operator(Kind.CONVOLUTION, Deformable()), "deform_conv2d"),
-    (Operator(Kind.CONVOLUTION), "cudnn_convolution _slow_conv2d_forward"),
-    (Operator(Kind.RECURRENT, Cells(4)), "lstm"),
-    (Operator(Kind.RECURRENT, Cells(3)), "gru"),
-    (Operator(Kind.RECURRENT, Cells(1)), "rnn_tanh rnn_relu"),
-    (Operator(Kind.ATTENTION),
+    (Operator(Kind.CONVOLUTION, ByStep(), work_of_conv_tbc), "conv_tbc"),
+    (Operator(Kind.CONVOLUTION, Deformable(), work_of_deform_conv), "deform_conv2d"),
+    (Operator(Kind.CONVOLUTION, work=work_of_convolution), "_slow_conv2d_forward"),
+    (Operator(Kind.CONVOLUTION), "cudnn_convolution"),
+    (Operator(Kind.RECURRENT, Cells(4), work_of_recurrent), "lstm"),
+    (Operator(Kind.RECURRENT, Cells(3), work_of_recurrent), "gru"),
+    (Operator(Kind.RECURRENT, Cells(1), work_of_recurrent), "rnn_tanh rnn_relu"),
+    (Operator(Kind.ATTENTION, work=work_of_attention),
      "scaled_dot_product_attention _scaled_dot_product_attention_math _scaled_dot_product_flash_attention "
      "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention "
      "_scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"),
