@@ -26,6 +26,7 @@ from .work import (
     work_of_convolution,
     work_of_deform_conv,
     work_of_grouped_mm,
+    work_of_linear,
     work_of_matrices,
     work_of_recurrent,
     work_of_trilinear,
@@ -36,7 +37,7 @@ OPERATORS: Registry[Operator] = Registry("operator")
 _INF = math.inf
 _ENTRIES: list[tuple[Operator, str]] = [
     # -- products
-    (Operator(Kind.CONTRACTION, Layer()), "linear"),
+    (Operator(Kind.CONTRACTION, Layer(), work_of_linear), "linear"),
     (Operator(Kind.CONTRACTION, Matrices(), work_of_matrices("self")), "mm bmm matmul mv dot"),
     (Operator(Kind.CONTRACTION, Matrices(), work_of_grouped_mm), "_grouped_mm"),
     (Operator(Kind.CONTRACTION, Matrices(1, 0), work_of_matrices("mat1")), "addmm addmm_"),

@@ -85,6 +85,11 @@ def work_of_matrices(left: str) -> Callable[[Call], tuple[Term, ...]]:
     return rule
 
 
+def work_of_linear(call: Call) -> tuple[Term, ...]:
+    """Weight (out, in), or (in,)."""
+    return ((*_every(call.node), along((call.argument("input"), -1), (call.argument("weight"), -1))),)
+
+
 def work_of_addbmm(call: Call) -> tuple[Term, ...]:
     """Products of matrices, summed over the batch too."""
     a, b = call.argument("batch1"), call.argument("batch2")
