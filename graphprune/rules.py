@@ -52,14 +52,16 @@ from typing import Any, TypeVar
 
 from .dependency.context import NodeContext as Call
 from .dependency.context import Result
+from .dependency.declared import declared_products
 from .dependency.rules.elementwise import pointwise as elementwise
-from .dependency.rules.registry import RULES, Rule
+from .dependency.rules.registry import RULES, Rule, has_rule
 from .dependency.rules.registry import empty as nothing
 from .dependency.state import State
 from .errors import GraphPruneError
 from .support.registry import Registry, origin_of
 from .support.suggestions import did_you_mean
 from .tracing.names import BUILT_IN
+from .tracing.operators import declare, undeclare
 
 __all__ = ["Call", "Result", "State", "elementwise", "nothing", "registered", "rule", "unregister"]
 
@@ -89,11 +91,12 @@ def rule(*operators: Any) -> Callable[[_F], _F]:
         if not callable(function):
             raise GraphPruneError(f"rule: expected a function of one call, got {type(function).__name__}")
         for name in names:
-            if name not in _REGISTERED and _key(name) in RULES:
+            if name not in _REGISTERED and has_rule(_key(name)):
                 raise GraphPruneError(f"rule: {name} has a built-in rule")
         for name in names:
             _REGISTERED.add(name, function)
             RULES.add(_key(name), _checked(name, function), function)
+            declare(_key(name), functools.partial(declared_products, function))
         return function
 
     return register
@@ -109,6 +112,7 @@ def unregister(operator: Any) -> None:
         raise GraphPruneError(f"unregister: no rule was registered for {name}; registered: {known}{hint}")
     _REGISTERED.remove(name)
     RULES.remove(_key(name))
+    undeclare(_key(name))
 
 
 def registered() -> tuple[str, ...]:

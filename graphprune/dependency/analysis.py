@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import fx
 
-from ..tracing.names import operator_name
+from ..tracing.operators import Kind, Sliding, form_of, given, kind_of, operator_of
 from ..tracing.origin import TensorSize
 from ..tracing.recorder import Guard, TensorMeta
 from ..tracing.trace import Trace
@@ -28,11 +28,6 @@ from .state import Mask, Refine, State, Vector, sealed
 # Every pass factors at least one Dim; networks need 1 to 5 passes. Past the limit, what still asks is frozen.
 _MAX_PASSES = 60
 _MAX_OWN = 8
-_ZERO_POINTS = {
-    "fake_quantize_per_channel_affine": 2, "fake_quantize_per_channel_affine_cachemask": 2,
-    "quantize_per_channel": 2, "_fused_moving_avg_obs_fq_helper": 6,
-}  # fmt: skip
-_READS_A_NUMBER = ("_local_scalar_dense", "item", "is_nonzero")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,9 +143,14 @@ def _kernel_weights(nodes: list[fx.Node]) -> set[fx.Node]:
     found = set()
     for node in nodes:
         if node.op == "get_attr" and node.users and len(node.meta["val"].shape) > 2:
-            if all(operator_name(u) == "convolution" and u.args[1] is node for u in node.users):
+            if all(_is_kernel(node, user) for user in node.users):
                 found.add(node)
     return found
+
+
+def _is_kernel(node: fx.Node, user: fx.Node) -> bool:
+    form = form_of(user)
+    return isinstance(form, Sliding) and given(user, form.weight) is node
 
 
 def analyse(trace: Trace, rewritten: Rewritten = NOTHING_REWRITTEN) -> Analysis:
@@ -158,20 +158,18 @@ def analyse(trace: Trace, rewritten: Rewritten = NOTHING_REWRITTEN) -> Analysis:
     nodes = list(trace.graph.nodes)
     run = _Propagation(trace, nodes, rewritten)
     passes = run.settle()
-    held = [*run.unsettled(), *_plain_numbers(run.effects, nodes, run.operators)]
+    held = [*run.unsettled(), *_plain_numbers(run.effects, nodes)]
     tied = _components(run.dims, run.effects)
     label = _held(tied, (positions for e in run.effects.values() for positions, _ in e.freezes))
     found = Analysis(trace, run.dims, run.states, run.effects, passes, tied, label, rewritten=rewritten)
     return found.freezing(held)
 
 
-def _plain_numbers(
-    effects: Mapping[fx.Node, Effects], nodes: list[fx.Node], operators: _Operators
-) -> Iterator[Freeze]:
+def _plain_numbers(effects: Mapping[fx.Node, Effects], nodes: list[fx.Node]) -> Iterator[Freeze]:
     """`y * float(y.mean())`: a number that the code reads out of a tensor is lost sight of. It must stay what it is, so
     nothing may go that a mean, a norm or a softmax on the way to it runs over."""
     for node in nodes:
-        if node.op != "call_function" or operators[node].name not in _READS_A_NUMBER:
+        if kind_of(node) is not Kind.READING:
             continue
         meta = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
         if not getattr(meta, "dtype", torch.bool).is_floating_point:
@@ -203,26 +201,6 @@ def _followers(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Operator:
-    name: str
-    rule: Rule
-
-
-class _Operators:
-    """Name and rule of what a node calls, looked up once for each operator: many nodes call few, and naming or hashing
-    one takes longer than a small rule."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, _Operator] = {}
-
-    def __getitem__(self, node: fx.Node) -> _Operator:
-        found = self._found.get(id(node.target))
-        if found is None:
-            found = self._found[id(node.target)] = _Operator(operator_name(node), rule_for(node.target))
-        return found
-
-
 class _Propagation:
     """The states and effects of all nodes as they come about, in passes over the graph."""
 
@@ -231,7 +209,7 @@ class _Propagation:
         self.dims = DimTable()
         self.states: dict[fx.Node, Result] = {}
         self.effects: dict[fx.Node, Effects] = {}
-        self.operators = _Operators()
+        self._rules: dict[int, Rule] = {}  # by operator: many nodes call few
         self._kernels = _kernel_weights(nodes)
         self._order = {node: i for i, node in enumerate(nodes)}
         self._followers = _followers(nodes)
@@ -300,6 +278,12 @@ class _Propagation:
                 again = True
         return again
 
+    def _rule(self, node: fx.Node) -> Rule:
+        found = self._rules.get(id(node.target))
+        if found is None:
+            found = self._rules[id(node.target)] = rule_for(node.target)
+        return found
+
     def _visit(self, node: fx.Node) -> None:
         """Run the rule of one node: its state and its effects."""
         states = self.states
@@ -318,7 +302,7 @@ class _Propagation:
             states[node] = source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
         else:
             try:
-                states[node] = self.operators[node].rule(context)
+                states[node] = self._rule(node)(context)
             except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 # A call in a form its rule does not know: never raise, never guess
                 context.effects = Effects()
@@ -341,10 +325,8 @@ def _same(a: Result, b: Result) -> bool:
 
 def _zero_point(node: fx.Node) -> bool:
     """Integers, one per channel, that go where their channels go."""
-    return bool(node.users) and all(
-        user.args[at] is node if (at := _ZERO_POINTS.get(operator_name(user))) is not None else False
-        for user in node.users
-    )
+    places = [(user, operator_of(user)) for user in node.users]
+    return bool(places) and all(found is not None and given(user, found.numbers) is node for user, found in places)
 
 
 def _parameter(node: fx.Node, dims: DimTable, kernel: bool) -> State:

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from ..errors import GraphPruneError
 from ..tracing.names import operator_name
+from ..tracing.operators import Operator, operator_of
 from ..tracing.origin import Expr, evaluate, leaves
 from ..tracing.recorder import TensorMeta
 from ..tracing.sizes import CallSizes
@@ -117,6 +119,14 @@ class NodeContext:
     def statistics(self, axis_map: AxisMap) -> None:
         """A statistic over this axis (a mean, a norm, a softmax) changes when positions go."""
         self.effects.statistics.extend(self.dims.positions(d, v) for d, v in axis_map.items())
+
+    def reads(self, axis_map: AxisMap) -> None:
+        """The call sums over this axis of a weight: over the channels of what it multiplies with it."""
+        _check_axis("reads", axis_map)
+
+    def produces(self, axis_map: AxisMap) -> None:
+        """What the call makes of this axis of a weight are the channels of its result."""
+        _check_axis("produces", axis_map)
 
     def refine(self, request: Refine) -> None:
         if not any(r.dim == request.dim for r in self.effects.refines):
@@ -371,6 +381,13 @@ class NodeContext:
         """The operator's name, for rules and people."""
         return operator_name(self.node) or str(self.node.target)
 
+    @property
+    def operator(self) -> Operator:
+        """What the table says of the call."""
+        found = operator_of(self.node)
+        assert found is not None
+        return found
+
     # -- sizes
 
     def require(
@@ -423,6 +440,12 @@ def _pairs(a: Vector, b: Vector, size: int) -> Vector | slice:
     at[a] = np.arange(len(a))
     once = at[at >= 0]
     return once if (b[at[a]] == b).all() else slice(None)
+def _check_axis(what: str, axis_map: object) -> None:
+    if not isinstance(axis_map, dict):
+        raise GraphPruneError(
+            f"call.{what}: expected what lies along one axis of a weight, such as call.state(call.arg(1)).axis(0), "
+            f"got {type(axis_map).__name__}"
+        )
 
 
 def _same_partition(a: Vector, b: Vector) -> bool:

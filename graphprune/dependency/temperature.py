@@ -14,19 +14,12 @@ import torch
 from torch import fx
 
 from ..tracing.names import operator_name
+from ..tracing.operators import Kind, Matrices, Move, Product, form_of, kind_of, operator_of, products_of, shape_of
 from ..tracing.origin import evaluate, recorded_value
 from .analysis import Analysis
 from .effects import ScalarSite
 from .sizes import Conflict, SizeSolver
 from .state import Vector
-
-_SAME = frozenset("alias clone contiguous detach _to_copy".split())
-_MOVEMENT = _SAME | frozenset(
-    "view _unsafe_view reshape _reshape_alias permute transpose t unsqueeze squeeze select slice split "
-    "split_with_sizes unsafe_split unbind expand".split()
-)
-_PRODUCTS = frozenset(("matmul", "bmm", "mm"))
-_SCALING = frozenset(("mul", "div", "mul_", "div_"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,52 +54,80 @@ def rescales(analysis: Analysis, solver: SizeSolver) -> tuple[list[Rescale], lis
 
 
 def _correction(analysis: Analysis, site: ScalarSite, factor: float) -> list[Rescale] | None:
-    for start in _sources(site):
-        node, sink = start
-        while operator_name(node) in _MOVEMENT or operator_name(node) == "getitem":
-            node = node.args[0]  # type: ignore[assignment]
-        name = operator_name(node)
-        if name == "linear":
-            weight, bias, out_axis = node.args[1], node.args[2] if len(node.args) > 2 else node.kwargs.get("bias"), -1
-            weight_axis = 0
-        elif name == "addmm":
-            bias, weight, out_axis = node.args[0], node.args[2], -1
-            weight_axis = 1
-        elif name == "mm":
-            weight, bias, out_axis, weight_axis = node.args[1], None, -1, 1
-        elif name == "convolution" and not node.args[6]:
-            weight, bias, out_axis, weight_axis = node.args[1], node.args[2], 1, 0
-        else:
-            continue
-        rows = _rows_reaching(node, out_axis, start[0], sink)
-        if rows is None or not isinstance(weight, fx.Node):
-            continue
-        if operator_name(weight) == "t" and isinstance(weight.args[0], fx.Node):
-            weight, weight_axis = weight.args[0], 1 - weight_axis
-        out = []
-        usable = True
-        for tensor, axis in ((weight, weight_axis), (bias, 0)):
-            if tensor is None:
-                continue
-            if not isinstance(tensor, fx.Node) or "parameter" not in tensor.meta or len(tensor.users) != 1:
-                usable = False
-                break
-            out.append(Rescale(tensor.meta["parameter"], axis, tuple(rows.tolist()), factor))
-        if usable:
-            return out
+    for operand, sink in _sources(site):
+        node = operand
+        while _moves(node):
+            node = node.all_input_nodes[0]
+        for product in products_of(node):
+            found = _scaling(product, node, operand, sink, factor)
+            if found is not None:
+                return found
     return None
+
+
+def _scaling(
+    product: Product, producer: fx.Node, operand: fx.Node, sink: fx.Node, factor: float
+) -> list[Rescale] | None:
+    """The factor on the rows of the weight of a product, and on its bias; None where they are no parameters of its own,
+    or more than those rows would change."""
+    if len(product.produces) != 1 or product.result_axis is None or product.left or not product.fixed:
+        return None
+    weight, axis = product.weight, product.produces[0]
+    if (product.transposed and product.groups > 1) or kind_of(producer) is Kind.LOOKUP:
+        return None
+    rows = _rows_reaching(producer, product.result_axis, operand, sink)
+    if rows is None:
+        return None
+    if operator_name(weight) == "t":
+        weight, axis = weight.all_input_nodes[0], 1 - axis
+    out = []
+    for tensor, along in ((weight, axis), (product.bias, 0)):
+        if tensor is None:
+            continue
+        if not isinstance(tensor, fx.Node) or "parameter" not in tensor.meta or len(tensor.users) != 1:
+            return None
+        if tensor is product.bias and len(shape_of(tensor)) != 1:
+            return None
+        out.append(Rescale(tensor.meta["parameter"], along, tuple(rows.tolist()), factor))
+    return out
+
+
+def _moves(node: fx.Node) -> bool:
+    """Data movement, of one tensor: every element of the result is one of its elements."""
+    if operator_name(node) == "getitem":
+        return True
+    operator = operator_of(node)
+    return operator is not None and operator.passes and len(node.all_input_nodes) == 1
+
+
+def _stays(node: fx.Node) -> bool:
+    operator = operator_of(node)
+    return operator is not None and operator.move is Move.STAYS
+
+
+def _multiplies(node: fx.Node) -> bool:
+    """A product of two tensors and nothing else."""
+    form = form_of(node)
+    return isinstance(form, Matrices) and form.bias is None
+
+
+def _scales(node: fx.Node) -> bool:
+    """A tensor times a number."""
+    operator = operator_of(node)
+    factors = [argument for argument in node.args[:2] if isinstance(argument, fx.Node)]
+    return operator is not None and operator.scales and len(factors) == 1 and factors[0] is node.args[0]
 
 
 def _sources(site: ScalarSite) -> list[tuple[fx.Node, fx.Node]]:
     """Tensors whose scaling has the same effect: (tensor, the node that consumes it)."""
     node, sink = site.operand, site.node
-    while operator_name(node) in _MOVEMENT or (operator_name(node) in _SCALING and len(node.all_input_nodes) == 1):
-        if operator_name(node) in _SCALING:
+    while operator_name(node) != "getitem" and (_moves(node) or _scales(node)):
+        if _scales(node):
             sink = node
-        node = node.args[0]  # type: ignore[assignment]
-        if operator_name(node) in _PRODUCTS or node.op != "call_function":
+        node = node.all_input_nodes[0]
+        if _multiplies(node) or node.op != "call_function":
             break
-    if operator_name(node) in _PRODUCTS:
+    if _multiplies(node):
         return [(node.args[0], node), (node.args[1], node)]  # type: ignore[list-item]
     return [(site.operand, site.node)] if sink is site.node else [(site.operand, site.node), (node, sink)]
 
@@ -128,9 +149,9 @@ def _rows_reaching(producer: fx.Node, out_axis: int, operand: fx.Node, sink: fx.
     while queue:
         node = queue.pop(0)
         for user in node.users:
-            if user is not sink and operator_name(user) in _SAME:
+            if user is not sink and _stays(user):
                 arrays[user] = arrays[node]
-            elif user is not sink and (operator_name(user) in _MOVEMENT or operator_name(user) == "getitem"):
+            elif user is not sink and _moves(user):
                 arrays[user] = _move(user, arrays[node])
             else:
                 times = max(1, sum(1 for a in user.args if a is node))
@@ -145,6 +166,7 @@ def _rows_reaching(producer: fx.Node, out_axis: int, operand: fx.Node, sink: fx.
 def _move(node: fx.Node, array: Any) -> Any:
     if operator_name(node) == "getitem":
         return array[node.args[1]]
-    if operator_name(node) in ("view", "_unsafe_view", "reshape", "_reshape_alias"):
-        return array.reshape(node.args[1])
+    operator = operator_of(node)
+    if operator is not None and operator.move is Move.RESHAPES:
+        return array.reshape(shape_of(node))
     return node.target(array, *node.args[1:], **node.kwargs)  # type: ignore[operator]

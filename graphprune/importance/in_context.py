@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ..tracing.example import ExampleInput, flatten_tensors
+from ..tracing.operators import Kind, function_name, named
 from ..tracing.state import evaluating, unfused
 from ..tracing.trace import run_model
 from .calibration import Calibration, Reader, as_weight
@@ -57,12 +58,17 @@ class _Shifted(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        read = next((a for a in (*args[1:], *kwargs.values()) if id(a) in self.shifts), None)
+        operands = args if _declared(func) else args[1:]
+        read = next((a for a in (*operands, *kwargs.values()) if id(a) in self.shifts), None)
         if read is None or not isinstance(out, Tensor):
             return out
         reader, shift = self.shifts[id(read)]
-        places = read.dim() - 2 if reader.convolution else 0
-        return out + shift.to(out.dtype).reshape(-1, *[1] * places)
+        return out + shift.to(out.dtype).reshape(-1, *[1] * (-1 - reader.result_axis))
+
+
+def _declared(function: Any) -> bool:
+    operator = named(function_name(function))
+    return operator is not None and operator.kind is Kind.DECLARED
 
 
 def _examples(calibration: Calibration) -> list[ExampleInput]:

@@ -20,7 +20,7 @@ from ..plans.verification import verify as run_verification
 from ..support.doors import door
 from ..support.types import Ignore
 from ..tracing.matching import NameTable
-from ..tracing.names import operator_name
+from ..tracing.operators import Sliding, form_of, given
 
 _STOCK = (conv.Conv1d, conv.Conv2d, conv.Conv3d, conv.ConvTranspose1d, conv.ConvTranspose2d, conv.ConvTranspose3d)
 _PADDED = "_reversed_padding_repeated_twice"  # what padding modes other than zeros read
@@ -152,7 +152,7 @@ def _refusal(path: str, module: conv._ConvNd, graph: DependencyGraph) -> str:
     node = graph.trace.parameters.get(graph.trace.canonical(name))
     if node is None:
         return "the example input does not reach it"
-    if any(operator_name(user) != "convolution" or node not in user.args[1:2] for user in node.users):
+    if not all(isinstance(form := form_of(user), Sliding) and given(user, form.weight) is node for user in node.users):
         return "its weight is read by something other than the convolution"
     return ""
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch import fx
 
+from ...tracing.operators import Layer, Matrices, Sliding, given
 from ...tracing.origin import Literal, Operation, TensorSize
 from ...tracing.recorder import Guard, TensorMeta
 from ..context import NodeContext, Result
@@ -38,13 +39,11 @@ def _name_heads(context: NodeContext, a: State, b: State, inner: AxisMap, full: 
         context.mark(b.axis(-1), GroupKind.V_FEATURE)
 
 
-@rule("mm", "bmm", "matmul", "dot", "mv", "linalg_vecdot", "inner")
+@rule("<matrices>")
 def matmul(context: NodeContext) -> Result:
-    a, b = context.state(context.arg(0)), context.state(context.arg(1))
-    if context.operation in ("linalg_vecdot", "inner"):
-        for s in (a, b):
-            context.freeze_state(s, "operator", f"no rule for the operator {context.operation}")
-        return empty(context)
+    form = context.operator.form
+    assert isinstance(form, Matrices)
+    a, b = context.state(context.arg(form.left)), context.state(context.arg(form.left + 1))
     shape = context.shape
     if len(a.shape) == 1:
         a = State((1, *a.shape), {x + 1: m for x, m in a.axes.items()})
@@ -52,37 +51,30 @@ def matmul(context: NodeContext) -> Result:
     if len(b.shape) == 1:
         b = State((*b.shape, 1), b.axes)
         shape = (*shape, 1) if len(context.shape) == len(shape) else shape
-    out = contract(context, a, b, shape)
-    return context.reshape(out, context.shape)
+    product = context.reshape(contract(context, a, b, shape), context.shape)
+    if form.bias is None:
+        return product
+    return tie_all(context, [product, context.state(context.arg(form.bias))], context.shape)
 
 
-@rule("addmm", "baddbmm", "addbmm")
-def addmm(context: NodeContext) -> Result:
-    bias, a, b = (context.state(context.arg(i)) for i in range(3))
-    if context.operation == "addbmm":
-        for s in (bias, a, b):
-            context.freeze_state(s, "operator", "no rule for the operator addbmm")
-        return empty(context)
-    product = contract(context, a, b, context.shape)
-    return tie_all(context, [product, bias], context.shape)
-
-
-@rule("linear")
+@rule("<layer>")
 def linear(context: NodeContext) -> Result:
-    x, weight = context.state(context.arg(0)), context.state(context.arg(1))
-    shape = context.shape
+    form = context.operator.form
+    assert isinstance(form, Layer)
+    data = given(context.node, form.data)
+    x, weight = context.state(data), context.state(given(context.node, form.weight))
     if len(weight.shape) != 2:
         for s in context.states():
             context.freeze_state(s, "operator", "a linear layer with one output")
         return empty(context)
-    context.tie(x.axis(-1), weight.axis(1), weight.shape[1], _reads(context))
+    context.tie(x.axis(-1), weight.axis(form.reads), weight.shape[form.reads], _reads(context, data))
     last = len(x.shape) - 1
-    axes = {a: m for a, m in x.axes.items() if a != last}
-    axes[last] = weight.axis(0)
-    bias = context.arg(2, "bias")
+    made = weight.axis(form.produces)
+    bias = given(context.node, form.bias)
     if bias is not None:
-        context.tie(weight.axis(0), context.state(bias).axis(0), weight.shape[0], "bias that cannot be removed")
-    return State(shape, axes)
+        length = weight.shape[form.produces]
+        context.tie(made, context.state(bias).axis(0), length, "bias that cannot be removed")
+    return State(context.shape, {a: m for a, m in x.axes.items() if a != last} | {last: made})
 
 
 @rule("bilinear")
@@ -102,7 +94,7 @@ def bilinear(context: NodeContext) -> Result:
     return State(context.shape, {**lead.axes, last: weight.axis(0)})
 
 
-@rule("_trilinear")
+@rule("<trilinear>")
 def trilinear(context: NodeContext) -> Result:
     """What nn.functional.bilinear becomes: sums over products of three broadcast operands."""
     operands = [context.state(context.arg(i)) for i in range(3)]
@@ -153,44 +145,43 @@ def _aligned(context: NodeContext, node: fx.Node, axis: int) -> None:
         context.effects.guards.append(Guard("eq", rest, Literal(0), True, context.node.meta["source"]))
 
 
-def _reads(context: NodeContext) -> str:
-    return context.blocked_by(context.arg(0), "reads channels that cannot be removed")
+def _reads(context: NodeContext, data: Any) -> str:
+    return context.blocked_by(data, "reads channels that cannot be removed")
 
 
-@rule("convolution", "_convolution", "conv1d", "conv2d", "conv3d", "mkldnn_convolution", "cudnn_convolution")
+@rule("<sliding>")
 def convolution(context: NodeContext) -> Result:
-    if context.operation not in ("convolution", "_convolution"):
-        for s in context.states():
-            context.freeze_state(s, "operator", f"no rule for the operator {context.operation}")
-        return empty(context)
-    x, weight = context.state(context.arg(0)), context.state(context.arg(1))
-    transposed, groups = bool(context.arg(6)), int(context.arg(8))
+    form = context.operator.form
+    assert isinstance(form, Sliding)
+    x, weight = context.state(context.arg(form.data)), context.state(context.arg(form.weight))
+    transposed, groups = form.turned(context.arg), int(context.arg(form.groups) or 1)
     shape = context.shape
     for a in range(2, len(weight.shape)):
         context.freeze(weight.axis(a), "kernel", "kernel positions are no channels")
     axes = {0: x.axis(0)}
     for a in range(2, len(x.shape)):
-        if _single_tap(context, weight.shape, a):
+        if _single_tap(context, form, weight.shape, a):
             axes[a] = x.axis(a)
         else:
             context.freeze(x.axis(a), "spatial", "a convolution slides along this axis")
     if transposed:
         out = _transposed_channels(context, x, weight, groups)
     elif groups == 1:
-        context.tie(x.axis(1), weight.axis(1), weight.shape[1], _reads(context))
+        context.tie(x.axis(1), weight.axis(1), weight.shape[1], _reads(context, context.arg(form.data)))
         out = weight.axis(0)
     else:
         out = _grouped_channels(context, x, weight, groups)
-    bias = context.arg(2)
+    bias = context.arg(form.bias)
     if bias is not None:
         context.tie(out, context.state(bias).axis(0), shape[1], "bias that cannot be removed")
     return State(shape, axes | {1: out})
 
 
-def _single_tap(context: NodeContext, kernel: tuple[int, ...], axis: int) -> bool:
+def _single_tap(context: NodeContext, form: Sliding, kernel: tuple[int, ...], axis: int) -> bool:
     """Whether a convolution leaves its positions along `axis` apart and in place: one tap that moves by one."""
-    stride, padding = (_of_axis(context.arg(position), axis) for position in (3, 4))
-    return kernel[axis] == 1 and stride == 1 and padding == 0 and not _of_axis(context.arg(7), axis)
+    stride, padding = (_of_axis(context.arg(position), axis) for position in (form.stride, form.padding))
+    extra = form.output_padding is not None and _of_axis(context.arg(form.output_padding), axis)
+    return kernel[axis] == 1 and stride == 1 and padding == 0 and not extra
 
 
 def _of_axis(values: Any, axis: int) -> Any:
@@ -204,7 +195,7 @@ def _grouped_channels(context: NodeContext, x: State, weight: State, groups: int
     xs = context.reshape(State((x.shape[1],), {0: x.axis(1)}), (groups, inner))
     ws = context.reshape(State((weight.shape[0],), {0: weight.axis(0)}), (groups, outer))
     context.tie(xs.axis(0), ws.axis(0), groups, "group of a convolution that cannot be removed")
-    context.tie(xs.axis(1), weight.axis(1), inner, _reads(context))
+    context.tie(xs.axis(1), weight.axis(1), inner, _reads(context, context.arg(0)))
     _group_sites(context, xs, ws, groups, inner, outer)
     return weight.axis(0)
 
@@ -212,10 +203,10 @@ def _grouped_channels(context: NodeContext, x: State, weight: State, groups: int
 def _transposed_channels(context: NodeContext, x: State, weight: State, groups: int) -> AxisMap:
     """weight (I, O/g, ...): the output axis is (groups, O/g), assembled from two axes."""
     if groups == 1:
-        context.tie(x.axis(1), weight.axis(0), weight.shape[0], _reads(context))
+        context.tie(x.axis(1), weight.axis(0), weight.shape[0], _reads(context, context.arg(0)))
         return weight.axis(1)
     inner, outer = weight.shape[0] // groups, weight.shape[1]
-    context.tie(x.axis(1), weight.axis(0), weight.shape[0], _reads(context))
+    context.tie(x.axis(1), weight.axis(0), weight.shape[0], _reads(context, context.arg(0)))
     ws = context.reshape(State((weight.shape[0],), {0: weight.axis(0)}), (groups, inner))
     parts = State((groups, outer), {0: ws.axis(0), 1: weight.axis(1)})
     _group_sites(context, ws, parts, groups, inner, outer)
@@ -233,9 +224,7 @@ def _group_sites(context: NodeContext, xs: State, ws: State, groups: int, inner:
         context.mark(ws.axis(1), GroupKind.GROUP_CHANNEL)
 
 
-@rule("scaled_dot_product_attention", "_scaled_dot_product_flash_attention_for_cpu",
-      "_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention",
-      "_scaled_dot_product_cudnn_attention", "_scaled_dot_product_attention_math")  # fmt: skip
+@rule("<attention>")
 def attention(context: NodeContext) -> Result:
     q, k, v = (context.state(context.arg(i)) for i in range(3))
     n = len(q.shape)
@@ -292,7 +281,7 @@ def _equal_features(context: NodeContext, a: AxisMap, b: AxisMap) -> None:
                 context.effects.equal.append(EqualCounts(sets, text, context.node, soft=True))
 
 
-@rule("embedding", "embedding_bag", "_embedding_bag")
+@rule("<rows>")
 def embedding(context: NodeContext) -> Result:
     weight, index = context.state(context.arg(0)), context.state(context.arg(1))
     context.freeze_state(index, "index", "used as an index")

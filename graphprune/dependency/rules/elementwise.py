@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from ...tracing.operators import Merge
 from ...tracing.origin import Expr
 from ..context import NodeContext, Result
 from ..effects import ScalarSite
@@ -44,7 +45,7 @@ def _blocker(context: NodeContext) -> str:
     return _MET
 
 
-@rule("<pointwise>")
+@rule("<pointwise>", "real", "imag")
 def pointwise(context: NodeContext) -> Result:
     shape = context.shape
     states = [context.state(n) for n in context.node.all_input_nodes]
@@ -62,22 +63,11 @@ def _temperature(context: NodeContext) -> None:
     """x * f(sizes) and x / f(sizes): the factor must not change when the sizes do."""
     scalars: dict[int, Expr] = context.node.meta.get("scalars") or {}
     operand = next((a for a in context.node.args if isinstance(a, fx.Node)), None)
-    if operand is None or context.operation not in ("mul", "mul_", "div", "div_", "true_divide"):
+    if operand is None or not scalars or not context.operator.scales:
         return
     for position, expr in scalars.items():
-        divide = context.operation.startswith(("div", "true")) and position == 1
+        divide = context.operator.merge is Merge.QUOTIENT and position == 1
         context.effects.scalars.append(ScalarSite(context.node, expr, operand, divide))
-
-
-rule(
-    "copy_", "copy", "where", "masked_fill", "masked_fill_", "lerp", "lerp_", "addcmul", "addcdiv", "_prelu_kernel",
-    "native_dropout", "hardtanh", "hardtanh_", "hardswish", "hardswish_", "hardsigmoid", "hardsigmoid_", "elu", "elu_",
-    "leaky_relu", "leaky_relu_", "gelu_", "silu_", "mish_", "relu_", "sigmoid_", "tanh_", "celu", "celu_", "selu",
-    "selu_", "log_sigmoid_forward", "softplus", "softshrink", "hardshrink", "threshold", "threshold_", "rsub", "clamp_",
-    "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "rrelu_with_noise", "square", "square_", "nan_to_num",
-    "fake_quantize_per_tensor_affine", "relu6", "relu6_", "float_power", "heaviside", "complex", "polar", "real",
-    "imag", "view_as_real_copy", "special_erf", "logit", "sinc", "bernoulli_p", "gelu", "silu", "mish",
-)(pointwise)  # fmt: skip
 
 
 @rule("glu")

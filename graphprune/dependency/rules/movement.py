@@ -13,12 +13,7 @@ from ..state import AxisMap, State, axis_of, concatenate
 from .registry import empty, rule
 
 
-@rule(
-    "alias", "detach", "detach_", "clone", "contiguous", "lift_fresh", "lift_fresh_copy", "_to_copy", "to", "type_as",
-    "dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "alias_copy", "detach_copy",
-    "as_strided_", "positive", "_conj", "resolve_conj", "resolve_neg", "_neg_view", "fill_", "zero_", "fill",
-    "requires_grad_",
-)  # fmt: skip
+@rule("<stays>", "as_strided_", "_conj", "_neg_view", "fill_", "zero_", "fill")
 def same_place(context: NodeContext) -> Result:
     state = context.state(context.arg(0, "self"))
     return State(context.shape, state.axes) if state.shape == context.shape else empty(context)
@@ -60,7 +55,7 @@ def no_coordinates(context: NodeContext) -> Result:
     return empty(context)
 
 
-@rule("view", "_unsafe_view", "reshape", "_reshape_alias", "view_copy", "reshape_as", "view_as", "flatten", "unflatten")
+@rule("<reshapes>")
 def view(context: NodeContext) -> Result:
     state = context.state(context.arg(0))
     shape = context.shape

@@ -1,4 +1,4 @@
-"""Recurrent layers, analysed as whole calls (lstm, gru, rnn_tanh, rnn_relu)."""
+"""Recurrent layers, analysed as whole calls."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 from torch import fx, nn
 
 from ...tracing.names import operator_name
+from ...tracing.operators import Cells
 from ...tracing.origin import TensorSize
 from ...tracing.recorder import Guard
 from ..context import NodeContext, Result
 from ..state import AxisMap, State, concatenate
 from .registry import rule
 
-_GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 _HELD = "hidden width of a recurrent layer"
 
 
@@ -50,7 +50,7 @@ def _read(context: NodeContext) -> _Call:
     )
 
 
-@rule("lstm", "gru", "rnn_tanh", "rnn_relu")
+@rule("<cells>")
 def recurrent(context: NodeContext) -> Result:
     """A hidden unit is its rows in every gate and its columns; both directions of a layer have the same width, as
     torch's kernels want. All layers have where their states are seen from outside, which holds them in one tensor."""
@@ -88,7 +88,9 @@ def recurrent(context: NodeContext) -> Result:
 
 
 def _cell(context: NodeContext, weights: list[Any], below: AxisMap, blocker: str) -> _Cell:
-    gates = _GATES[context.operation]
+    form = context.operator.form
+    assert isinstance(form, Cells)
+    gates = form.gates
     states = [context.state(w) for w in weights]
     rows_in, rows_hidden = states[0], states[1]
     width = rows_in.shape[0] // gates

@@ -1,4 +1,4 @@
-"""Which rule analyses which operator. Adding an operator means adding one decorated function."""
+"""Which rule analyses which operator: one of its own, by its name, or the generic one that reads the table's line."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 
 from ...support.registry import Registry
 from ...tracing.names import target_name
+from ...tracing.operators import named, operator_of_target
 from ..context import NodeContext, Result
 from ..state import State
 
@@ -17,17 +18,25 @@ RULES: Registry[Rule] = Registry("rule for an operator")
 
 
 rule = RULES.register
-"""Register a rule for ATen operators by name, all overloads (`aten.add.Tensor` is "add")."""
+"""Register a rule for ATen operators by name, all overloads (`aten.add.Tensor` is "add"), or as "<form>" for all whose
+line in the table has that form (`Operator.rule`)."""
 
 
 def rule_for(target: Any) -> Rule:
     """The rule of an operator; untagged unknown operators freeze what flows through them."""
     found = RULES.get(target_name(target) or str(target))
-    if found is not None:
-        return found
-    if torch.Tag.pointwise in getattr(target, "tags", ()):
-        return RULES["<pointwise>"]
-    return unknown
+    if found is None:
+        operator = operator_of_target(target)
+        found = RULES.get(operator.rule) if operator is not None else None
+    if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
+        found = RULES["<pointwise>"]
+    return found or unknown
+
+
+def has_rule(name: str) -> bool:
+    """Whether an operator has a rule, of its own or a generic one."""
+    operator = named(name)
+    return name in RULES or (operator is not None and operator.rule in RULES)
 
 
 def unknown(context: NodeContext, text: str = "") -> Result:

@@ -24,16 +24,14 @@ def _tie_parameters(context: NodeContext, axis_map: Any, length: int, arguments:
 
 def _of_the_batch(context: NodeContext) -> bool:
     """Whether a batch norm takes the statistics of its input, not stored ones."""
-    position = 3 if "no_stats" in context.node.target._overloadname else 5  # type: ignore[union-attr]
-    return context.operation not in _STORED and context.arg(position, "training") is True
+    said = context.operator.own_statistics
+    if isinstance(said, bool):
+        return said
+    position = 3 if "no_stats" in context.node.target._overloadname else said  # type: ignore[union-attr]
+    return context.arg(position, "training") is True
 
 
-_STORED = frozenset(("_native_batch_norm_legit_no_training", "_batch_norm_no_update"))
-
-
-@rule("native_batch_norm", "batch_norm", "_native_batch_norm_legit", "_native_batch_norm_legit_no_training",
-      "cudnn_batch_norm", "miopen_batch_norm", "_batch_norm_no_update", "_batch_norm_impl_index",
-      "batch_norm_with_update", "_batch_norm_with_update", "instance_norm")  # fmt: skip
+@rule("<batch norm>")
 def batch_norm(context: NodeContext) -> Result:
     x = context.state(context.arg(0))
     parameters = [a for a in (context.arg(i) for i in range(1, 5)) if hasattr(a, "meta")]
@@ -44,7 +42,7 @@ def batch_norm(context: NodeContext) -> Result:
     return _several(context, State(x.shape, x.axes))
 
 
-@rule("native_layer_norm", "layer_norm", "_fused_rms_norm", "rms_norm", "_fused_rms_norm_")
+@rule("<layer norm>", "<rms norm>")
 def layer_norm(context: NodeContext) -> Result:
     x = context.state(context.arg(0))
     normalized = context.arg(1, "normalized_shape")
@@ -63,7 +61,7 @@ def layer_norm(context: NodeContext) -> Result:
     return _several(context, State(x.shape, x.axes))
 
 
-@rule("native_group_norm", "group_norm")
+@rule("<group norm>")
 def group_norm(context: NodeContext) -> Result:
     x = context.state(context.arg(0))
     native = context.operation == "native_group_norm"
@@ -102,8 +100,7 @@ def reduce(context: NodeContext, dims: Any) -> Result:
     return state.moved(context.shape, mapping)
 
 
-@rule("mean", "sum", "prod", "amax", "amin", "var", "std", "var_mean", "std_mean", "all", "any", "logsumexp", "nansum",
-      "nanmean", "count_nonzero", "aminmax")  # fmt: skip
+@rule("<reduction>", "aminmax")
 def reduction(context: NodeContext) -> Result:
     if context.operation == "aminmax":
         return reduce(context, context.arg(99, "dim"))
@@ -133,7 +130,7 @@ def selecting_reduction(context: NodeContext) -> Result:
     return reduce(context, dims)
 
 
-@rule("_softmax", "softmax", "_log_softmax", "log_softmax", "_safe_softmax")
+@rule("<softmax>")
 def softmax(context: NodeContext) -> Result:
     state = context.state(context.arg(0))
     context.statistics(state.axis(int(context.arg(1, "dim"))))
@@ -177,16 +174,7 @@ def _per_axis(value: Any, count: int, default: int) -> list[int]:
     return (items or [default]) * (count if len(items) < 2 else 1)
 
 
-@rule(
-    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool1d",
-    "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool2d_with_indices", "max_pool3d_with_indices",
-    "max_pool1d_with_indices", "mkldnn_max_pool2d", "quantized_max_pool2d", "lp_pool2d",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "_upsample_nearest_exact1d",
-    "_upsample_nearest_exact2d", "_upsample_nearest_exact3d", "upsample_linear1d", "upsample_bilinear2d",
-    "upsample_trilinear3d", "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa",
-    "upsample_bilinear2d_aa", "fractional_max_pool2d", "fractional_max_pool3d", "max_unpool2d", "max_unpool3d",
-)  # fmt: skip
+@rule("<pooling>", "<resampling>")
 def spatial(context: NodeContext) -> Result:
     """Works on the trailing axes; batch and channels pass, and axes whose window is a single position."""
     state = context.state(context.arg(0))
@@ -213,7 +201,7 @@ def grid_sampler(context: NodeContext) -> Result:
     return State(context.shape, {a: m for a, m in x.axes.items() if a < 2})
 
 
-@rule("_weight_norm_interface", "_weight_norm")
+@rule("<weight norm>")
 def weight_norm(context: NodeContext) -> Result:
     """w = v * g / |v|: the norm over the other axes is a statistic of theirs."""
     v, g = context.state(context.arg(0)), context.state(context.arg(1))

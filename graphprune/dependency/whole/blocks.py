@@ -11,15 +11,9 @@ from torch import Tensor, fx, nn
 
 from ...errors import GraphPruneError
 from ...tracing.example import ExampleInput
-from ...tracing.names import operator_name
+from ...tracing.operators import Merge, is_layer, operator_of
 from ...tracing.recorder import Recorder
 from ...tracing.trace import record_run
-
-# What makes a module a layer and not a norm or an activation.
-CONTRACTIONS = frozenset(
-    ("mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "_grouped_mm", "_trilinear", "mv", "addmv")
-)
-_MERGES = frozenset(("add", "add_", "sub", "sub_", "mul", "mul_"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +204,7 @@ class Search:
 
     def _contractions(self, call: Call) -> int:
         start, end = self._span(call)
-        return sum(operator_name(node) in CONTRACTIONS for node in self.nodes[start : end + 1])
+        return sum(map(is_layer, self.nodes[start : end + 1]))
 
     def _shut(self, call: Call) -> bool:
         """One way out: nothing that is made inside is read outside, but the result."""
@@ -239,7 +233,8 @@ class Search:
             if not read:
                 continue
             reached.add(node)
-            if operator_name(node) in _MERGES:
+            operator = operator_of(node)
+            if operator is not None and (operator.sums or operator.merge is Merge.PRODUCT):
                 others = (a for a in node.all_input_nodes if a not in reached)
                 if any(a in before and shape_of(a) == shape_of(x) for a in others):
                     return True

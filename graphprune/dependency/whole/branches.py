@@ -10,17 +10,9 @@ from torch import fx, nn
 from ...errors import GraphPruneError
 from ...tracing.example import ExampleInput
 from ...tracing.names import operator_name
+from ...tracing.operators import Kind, Merge, is_layer, kind_of, operator_of
 from ...tracing.trace import record_run
-from .blocks import CONTRACTIONS, Block, Call, Search, Watch, overlap, shape_of
-
-# What may not be left to be computed from zeros, for nothing.
-_WORK = CONTRACTIONS | {"scaled_dot_product_attention"}
-_SUMS = frozenset(("add", "add_", "sub", "sub_"))
-# Zeros go through these as zeros: products, and what moves or keeps values.
-_ZERO_STAYS = frozenset(
-    "mul mul_ div div_ neg clone alias detach _to_copy contiguous native_dropout view _unsafe_view reshape flatten "
-    "unflatten squeeze unsqueeze transpose permute t roll slice".split()
-)
+from .blocks import Block, Call, Search, Watch, overlap, shape_of
 
 
 def find_branches(model: nn.Module, example_input: Any) -> tuple[Block, ...]:
@@ -90,19 +82,19 @@ class _Branches(Search):
         node, added = result, False
         while node is not None and len(node.users) == 1:
             (user,) = node.users
-            name = operator_name(user)
-            if name in _SUMS:
+            operator = operator_of(user)
+            if operator is not None and operator.sums:
                 for other in user.all_input_nodes:
                     if other in known and shape_of(other) == shape_of(node):
                         yield other
                         return
                 added = True  # another branch was added first: no more zeros, but still a sum
-            elif added or name not in _ZERO_STAYS or (name.startswith("div") and user.args[0] is not node):
+            elif added or not _zeros_stay(user, node):
                 return
             node = user
 
     def _works(self, nodes: set[fx.Node]) -> bool:
-        return any(operator_name(node) in _WORK for node in nodes)
+        return any(map(_works, nodes))
 
     # -- several modules
 
@@ -160,7 +152,8 @@ class _Branches(Search):
         ends = {calls[-1].out for calls in found}
         for node in self.nodes:
             operands = {a for a in node.all_input_nodes if shape_of(a) == shape_of(node)}
-            if operator_name(node) in _SUMS and len(operands) == 2:
+            operator = operator_of(node)
+            if operator is not None and operator.sums and len(operands) == 2:
                 stream, made = sorted(operands, key=self.at.__getitem__)
                 around = self._before(made)
                 inner = around - self._before(stream)
@@ -170,14 +163,14 @@ class _Branches(Search):
     def _reason(self, total: fx.Node, made: fx.Node, inner: set[fx.Node]) -> str:
         owner = self._owner(total)
         place = f"a branch of {owner.path if owner and owner.path else 'the model'} cannot be left out: "
-        while operator_name(made) in _ZERO_STAYS and (back := [a for a in made.all_input_nodes[:1] if a in inner]):
+        while _zeros_stay(made, None) and (back := [a for a in made.all_input_nodes[:1] if a in inner]):
             made = back[0]
         calls = (call for call in self.calls.values() if call.path and call.out is made)
         makers = [call for call in calls if all(node is not made for _, node in call.inputs)]
         if not makers:
             name = operator_name(made.all_input_nodes[0] if operator_name(made) == "getitem" else made)
             return f"{place}it ends in {name}, which is no module of its own and may make more than zeros"
-        own = {operator_name(n) for n in inner & self._nodes_of(owner) if operator_name(n) in _WORK}
+        own = {operator_name(n) for n in inner & self._nodes_of(owner) if _works(n)}
         if own:
             return f"{place}it computes {', '.join(sorted(own))} itself; move that into a module"
         end = max(makers, key=_depth).path
@@ -204,6 +197,19 @@ class _Branches(Search):
 
     def _length(self, calls: list[Call]) -> int:
         return self._span(calls[-1])[1] - self._span(calls[0])[0]
+
+
+def _works(node: fx.Node) -> bool:
+    """What may not be left to be computed from zeros, for nothing."""
+    return is_layer(node) or kind_of(node) is Kind.ATTENTION
+
+
+def _zeros_stay(node: fx.Node, zeros: fx.Node | None) -> bool:
+    """Zeros go through it as zeros: products, and what moves or keeps values. `zeros`: which operand they are."""
+    operator = operator_of(node)
+    if operator is None or not (operator.zeros or operator.passes):
+        return False
+    return zeros is None or operator.merge is not Merge.QUOTIENT or node.args[0] is zeros
 
 
 def _block(calls: list[Call]) -> Block:

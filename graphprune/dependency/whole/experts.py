@@ -10,14 +10,8 @@ from torch import Tensor, fx, nn
 from ...support.walking import all_modules, named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.names import operator_name
+from ...tracing.operators import Kind, Move, kind_of, operator_of
 from ...tracing.trace import Trace, record_run
-
-# What may lie between a router's product and the top-k: nothing that mixes experts but a softmax.
-_PRODUCTS = frozenset(("mm", "addmm", "linear", "matmul", "bmm"))
-_BETWEEN = frozenset(
-    "t transpose permute add add_ _softmax softmax _log_softmax sigmoid _to_copy to view "
-    "_unsafe_view reshape clone detach mul div div_ alias".split()
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +74,26 @@ def _ranked(trace: Trace, weight: fx.Node, tensor: Tensor | None) -> int | None:
     while stack:
         node, multiplied = stack.pop()
         for user in node.users:
-            name = operator_name(user)
-            if name == "topk" and multiplied:
+            if operator_name(user) == "topk" and multiplied:
                 value = user.args[0].meta.get("val") if isinstance(user.args[0], fx.Node) else None
                 number = user.args[1] if len(user.args) > 1 else None
                 if value is not None and value.shape[-1] == tensor.shape[0] and isinstance(number, int):
                     return number
-            product = name in _PRODUCTS
-            if ((product and not multiplied) or name in _BETWEEN) and user not in seen:
+            product = kind_of(user) is Kind.CONTRACTION
+            if ((product and not multiplied) or _between(user)) and user not in seen:
                 seen.add(user)
                 stack.append((user, multiplied or product))
     return None
+
+
+def _between(node: fx.Node) -> bool:
+    """What may lie between a router's product and the top-k: nothing that mixes experts but a softmax."""
+    operator = operator_of(node)
+    if operator is None or operator.kind is Kind.SOFTMAX:
+        return operator is not None
+    if operator.kind is Kind.POINTWISE:
+        return operator.sums or operator.scales or len(node.all_input_nodes) == 1
+    return operator.move in (Move.STAYS, Move.RESHAPES) or (operator.move is Move.ARRANGES and operator.view)
 
 
 def _mixture(model: nn.Module, router: str, chosen: int, named: dict[str, Tensor]) -> Mixture | None:

@@ -12,16 +12,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from ...tracing.names import operator_name
+from ...tracing.operators import Kind, is_layer, kind_of, operator_of, products_of
 from ..analysis import Analysis
 from ..groups import GroupKind, Ints, Member
 from ..state import State
 
-_SUMS = frozenset(("add", "add_", "sub", "sub_"))
-_LAYERS = frozenset("linear mm bmm matmul addmm baddbmm convolution _grouped_mm lstm gru rnn_tanh rnn_relu".split())
 # Calls that are looked at between a weight and the layer that reads it
 _FAR = 64
-_LOOKUPS = frozenset(("embedding", "_embedding_bag"))
 
 
 def stream_components(analysis: Analysis) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
@@ -31,10 +28,12 @@ def stream_components(analysis: Analysis) -> tuple[npt.NDArray[np.bool_], npt.ND
     looked_up: list[Ints] = []
     order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
     for node in order:
-        name = operator_name(node)
-        if name in _LOOKUPS:
+        operator = operator_of(node)
+        if operator is None:
+            continue
+        if operator.kind is Kind.LOOKUP:
             looked_up += _positions(analysis, analysis.state(node), (len(analysis.state(node).shape) - 1,))
-        elif name in _SUMS:
+        elif operator.sums:
             state = analysis.state(node)
             axes = tuple(a for a, axis_map in state.axes.items() if axis_map)
             if axes and _is_residual(node, order):
@@ -70,7 +69,7 @@ def _through_layer(start: fx.Node, end: fx.Node, order: Mapping[fx.Node, int]) -
     for node in sorted(between, key=order.__getitem__):
         came = [reached[source] for source in node.all_input_nodes if source in reached]
         if came:
-            reached[node] = any(came) or operator_name(node) in _LAYERS
+            reached[node] = any(came) or is_layer(node)
     return reached.get(end, False)
 
 
@@ -100,16 +99,16 @@ class ChannelUses:
             ends[role] += 1
         return GroupKind.MLP_CHANNEL if all(ends.values()) else GroupKind.CHANNEL
 
-    def _users(self, parameter: str) -> set[str]:
-        """The layers and lookups that read a weight, also one that is transposed, scaled or standardised before."""
-        found: set[str] = set()
+    def _users(self, parameter: str) -> set[Kind]:
+        """The kinds of the layers and lookups that read a weight, also one that is transposed or scaled before."""
+        found: set[Kind] = set()
         queue = [self.analysis.trace.parameters[parameter]]
         seen = set(queue)
         while queue and len(seen) < _FAR:
             for user in queue.pop().users:
-                name = operator_name(user)
-                if name in _LAYERS or name in _LOOKUPS:
-                    found.add(name)
+                kind = kind_of(user)
+                if kind is not None and (kind is Kind.LOOKUP or is_layer(user)):
+                    found.add(_as_built_in(user, kind))
                 elif user not in seen:
                     seen.add(user)
                     queue.append(user)
@@ -117,13 +116,20 @@ class ChannelUses:
 
     def _is_depthwise(self, member: Member) -> bool:
         shape = self.analysis.trace.parameters[member.parameter].meta["val"].shape
-        return len(shape) > 2 and shape[1] == 1 and "convolution" in self._users(member.parameter)
+        return len(shape) > 2 and shape[1] == 1 and Kind.CONVOLUTION in self._users(member.parameter)
 
     def _mixes_at_one_place(self, parameter: str) -> bool:
         """A layer without kernel positions: a Linear, a 1 x 1 convolution, a matrix per expert. Not a recurrent one."""
         if parameter not in self._mixes:
             shape = self.analysis.trace.parameters[parameter].meta["val"].shape
             users = self._users(parameter)
-            slides = "convolution" in users and any(n > 1 for n in shape[2:])
-            self._mixes[parameter] = not slides and not users & {"lstm", "gru", "rnn_tanh", "rnn_relu", *_LOOKUPS}
+            slides = Kind.CONVOLUTION in users and any(n > 1 for n in shape[2:])
+            self._mixes[parameter] = not slides and not users & {Kind.RECURRENT, Kind.LOOKUP}
         return self._mixes[parameter]
+
+
+def _as_built_in(node: fx.Node, kind: Kind) -> Kind:
+    """The kind of a call; of a user's operator the one that it is like."""
+    if kind is not Kind.DECLARED:
+        return kind
+    return Kind.CONVOLUTION if any(product.slides for product in products_of(node)) else Kind.CONTRACTION

@@ -53,11 +53,11 @@ def channel_statistics(calibration: Calibration, *, maps: bool = False) -> dict[
         for reader in readers:
             for call in calls[reader.weight]:
                 assert call.x is not None
-                x = channels_first(reader, call.x, calibration.weights[reader.weight]).double()
+                x = channels_first(call.x, reader.data_axis).double()
                 found = out.setdefault(reader.weight, ChannelStatistics.zeros(x.shape[1], x.device))
                 _add(found, x)
                 if maps:
-                    shape = call.x.shape[-2:] if reader.convolution and call.x.dim() >= 4 else None
+                    shape = call.x.shape[-2:] if reader.data_axis < -1 and call.x.dim() >= 4 else None
                     found.rank += _ranks(x, shape)
                     found.independence += _independence(x)
     return out

@@ -15,6 +15,7 @@ from ...tracing.example import ExampleInput, flatten_tensors
 from ...tracing.state import evaluating, unfused
 from ...tracing.trace import run_model
 from .layers import Reader
+from .observe import data_place
 from .statistics import Calibration
 
 
@@ -122,7 +123,7 @@ class _Gates(_Watching):
         kwargs = kwargs or {}
         reader = self.reader(args, kwargs)
         if reader is not None and args and isinstance(args[0], Tensor):
-            place = 1 if getattr(func, "__name__", "") == "addmm" else 0
+            place = data_place(func, reader)
             x = args[place]
             gate = x.clone() if x.requires_grad else x.detach().clone().requires_grad_()
             gate.retain_grad()
@@ -143,24 +144,23 @@ def gate_products(calibration: Calibration) -> dict[str, Tensor]:
                 loss = _loss(calibration, example, targets, index)
             (loss * n).backward()
             for reader in readers.values():
-                parts = [_by_channel(reader, g, calibration) for g in gates.found[reader.weight] if g.grad is not None]
+                parts = [_by_channel(reader, g) for g in gates.found[reader.weight] if g.grad is not None]
                 if parts:
                     out[reader.weight].append(torch.stack(parts).sum(0))
     return {name: torch.cat(parts) for name, parts in out.items() if parts}
 
 
-def _by_channel(reader: Reader, gate: Tensor, calibration: Calibration) -> Tensor:
+def _by_channel(reader: Reader, gate: Tensor) -> Tensor:
     assert gate.grad is not None
     product = (gate.detach() * gate.grad).double()
-    return channels_first(reader, product, calibration.weights[reader.weight]).sum(2)
+    return channels_first(product, reader.data_axis).sum(2)
 
 
-def channels_first(reader: Reader, x: Tensor, weight: Tensor) -> Tensor:
-    """What a layer reads as (samples, channels, positions)."""
-    if reader.convolution:
-        x = x if x.dim() == weight.dim() else x[None]
-        return x.flatten(2) if x.dim() > 2 else x[:, :, None]
-    return x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)
+def channels_first(x: Tensor, axis: int) -> Tensor:
+    """What a layer reads or makes, with channels along `axis` (from the end), as (samples, channels, positions)."""
+    x = x if x.dim() + axis > 0 else x[None]
+    x = x.movedim(axis, 1)
+    return x.flatten(2) if x.dim() > 2 else x[:, :, None]
 
 
 # Samples over which sensitivities are averaged; more change them little.
@@ -202,8 +202,7 @@ def sensitivities(calibration: Calibration) -> dict[str, Tensor]:
             for reader in readers.values():
                 for y in results.found[reader.weight]:
                     if y.grad is not None:
-                        weight = calibration.weights[reader.weight]
-                        squares = channels_first(reader, y.grad.double().square(), weight).sum((0, 2))
+                        squares = channels_first(y.grad.double().square(), reader.result_axis).sum((0, 2))
                         total[reader.weight] = total.get(reader.weight, 0) + squares
             count += _samples(example)
             if count >= _SENSITIVITY_SAMPLES:

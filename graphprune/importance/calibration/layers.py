@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx
 
 from ...tracing.names import operator_name
+from ...tracing.operators import (
+    Declared,
+    Layer,
+    Matrices,
+    Merge,
+    Product,
+    Sliding,
+    form_of,
+    given,
+    operator_of,
+    positions,
+    products_of,
+    rank,
+)
 from ...tracing.trace import Trace
 
-_MATRIX = frozenset(("linear", "mm", "matmul", "addmm"))
+
+class Places(NamedTuple):
+    """Places of arguments in an operator's schema; `bias` is None where none is given."""
+
+    data: int
+    weight: int
+    bias: int | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
     """One weight that is used by linear layers or convolutions alone.
 
-    `weight`, `bias`: parameter names; `bias` is empty where there is none. `in_axis`,
-    `out_axis`: axes of the weight (for a convolution of several groups axis 1 counts inside one group). `order`: place
-    of its first call in the run; `calls`: how often it is called. `adds`: its one result is used once, in a plain
-    addition of two tensors of the same shape, and the other operand is there before. `after`: the readers (by weight)
-    whose results its input is computed from, and those of that other operand.
+    `weight`, `bias`: parameter names; `bias` is empty where there is none. `in_axis`, `out_axis`: axes of the weight
+    (for a convolution of several groups axis 1 counts inside one group). `data_axis`, `result_axis`: those of what it
+    reads and makes, from the end. `declared`: the name of the user's operator that it calls, "" for one of torch's;
+    `places`: where that takes its tensors. `order`: place of its first call in the run; `calls`: how often it is
+    called. `adds`: its one result is used once, in a plain addition of two tensors of the same shape, and the other
+    operand is there before. `after`: the readers (by weight) whose results its input is computed from, and those of
+    that other operand.
     """
 
     weight: str
@@ -31,6 +53,10 @@ class Reader:
     groups: int
     in_axis: int
     out_axis: int
+    data_axis: int
+    result_axis: int
+    declared: str
+    places: Places
     order: int
     calls: int
     adds: bool
@@ -47,16 +73,16 @@ def find_readers(trace: Trace) -> list[Reader]:
     """Every reader, in the order of the first calls."""
     index = {node: i for i, node in enumerate(trace.graph.nodes)}
     calls: dict[str, list[fx.Node]] = {}
+    made: dict[str, list[Product]] = {}
     for name, node in trace.parameters.items():
-        users = list(node.users)
-        forms = {_form(user, node) for user in users}
-        if users and len(forms) == 1 and None not in forms and _bias(users) is not None:
-            calls[name] = sorted(users, key=index.__getitem__)
+        users = sorted(node.users, key=index.__getitem__)
+        products = [product for user in users if (product := _product(user, node)) is not None]
+        if users and len(products) == len(users) and _alike(users, products) and _bias(users, products) is not None:
+            calls[name], made[name] = users, products
     ancestors = _ancestors(trace, {n: name for name, nodes in calls.items() for n in nodes})
     out = []
     for name, nodes in calls.items():
-        first = nodes[0]
-        kind, in_axis, out_axis, groups = _form(first, trace.parameters[name])  # type: ignore[misc]
+        first, product = nodes[0], made[name][0]
         before = frozenset().union(*(ancestors[a] for n in nodes for a in n.all_input_nodes)) - {name}
         other = _added(first) if len(nodes) == 1 else None
         adds = other is not None and all(
@@ -64,40 +90,70 @@ def find_readers(trace: Trace) -> list[Reader]:
         ) and name not in ancestors[other]
         if adds and other is not None:
             before |= ancestors[other]
-        transposed = kind == "transposed"
-        bias = _bias(nodes) or ""
-        convolution = kind != "linear"
-        place = index[first], len(nodes)
-        out.append(Reader(name, bias, convolution, transposed, groups, in_axis, out_axis, *place, adds, before))
+        assert product.data_axis is not None and product.result_axis is not None
+        out.append(
+            Reader(
+                name,
+                _bias(nodes, made[name]) or "",
+                isinstance(form_of(first), Sliding),
+                product.transposed,
+                product.groups,
+                product.reads[0],
+                product.produces[0],
+                product.data_axis - rank(product.data),
+                product.result_axis - rank(first),
+                operator_name(first) if isinstance(form_of(first), Declared) else "",
+                _places(first, product),
+                index[first],
+                len(nodes),
+                adds,
+                before,
+            )
+        )
     return sorted(out, key=lambda r: r.order)
 
 
-def _form(user: fx.Node, weight: fx.Node) -> tuple[str, int, int, int] | None:
-    """(kind, input axis, output axis, groups) of a call that multiplies with `weight`; None for any other call."""
-    operation, args = operator_name(user), user.args
-    dims = len(weight.meta["val"].shape)
-    if operation == "convolution" and args[1] is weight and args[0] is not weight and args[2] is not weight:
-        return ("transposed", 0, 1, int(args[8])) if args[6] else ("convolution", 1, 0, int(args[8]))  # type: ignore[arg-type]
-    if operation == "linear" and dims == 2 and args[1] is weight and args[0] is not weight:
-        return "linear", 1, 0, 1
-    if operation in ("mm", "matmul") and dims == 2 and args[1] is weight and args[0] is not weight:
-        return "linear", 0, 1, 1
-    if operation == "addmm" and dims == 2 and args[2] is weight and args[1] is not weight and not user.kwargs:
-        return "linear", 0, 1, 1
-    return None
+def _product(user: fx.Node, weight: fx.Node) -> Product | None:
+    """What a call multiplies with `weight`, as a layer does: one matrix or kernel, read by nothing else of it."""
+    found = [product for product in products_of(user) if product.weight is weight]
+    if len(found) != 1 or sum(argument is weight for argument in _operands(user)) != 1:
+        return None
+    (product,) = found
+    if product.left or product.scaled or len(product.produces) != 1 or len(product.reads) != 1:
+        return None
+    if product.data_axis is None or product.result_axis is None:
+        return None
+    form = form_of(user)
+    matrix = isinstance(form, Matrices) and rank(weight) == 2 and len(_operands(user)) == 2 + (form.bias is not None)
+    own = isinstance(form, Declared) and len(products_of(user)) == 1
+    return product if matrix or own or isinstance(form, (Layer, Sliding)) else None
 
 
-def _bias(nodes: list[fx.Node]) -> str | None:
+def _places(node: fx.Node, product: Product) -> Places:
+    found = {given(node, place): place for place in positions(node.target).values()}
+    bias = found.get(product.bias) if isinstance(product.bias, fx.Node) else None
+    return Places(found.get(product.data, -1), found.get(product.weight, -1), bias)
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The tensors among a call's arguments, each as often as it stands there."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return found
+
+
+def _alike(nodes: list[fx.Node], products: list[Product]) -> bool:
+    """The calls do the same with their weight."""
+    forms = {
+        (operator_name(n), p.produces, p.reads, p.groups, p.data_axis - rank(p.data), p.result_axis - rank(n))  # type: ignore[operator]
+        for n, p in zip(nodes, products, strict=True)
+    }
+    return len(forms) == 1
+
+
+def _bias(nodes: list[fx.Node], products: list[Product]) -> str | None:
     """The name of the bias, "" without one. None where there is one that is not these calls' own parameter."""
-    found: set[Any] = set()
-    for node in nodes:
-        operation, args = operator_name(node), node.args
-        if operation == "addmm":
-            found.add(args[0])
-        elif operation in ("convolution", "linear"):
-            found.add(args[2] if len(args) > 2 else node.kwargs.get("bias"))
-        else:
-            found.add(None)
+    found: set[Any] = {product.bias for product in products}
     bias = found.pop()
     if found or not (bias is None or isinstance(bias, fx.Node)):
         return None
@@ -112,7 +168,8 @@ def _added(node: fx.Node) -> fx.Node | None:
     if len(node.users) != 1:
         return None
     user = next(iter(node.users))
-    if operator_name(user) not in ("add", "add_") or user.kwargs or len(user.args) != 2:
+    operator = operator_of(user)
+    if operator is None or operator.merge is not Merge.SUM or user.kwargs or len(user.args) != 2:
         return None
     left, right = user.args
     other = right if left is node else left

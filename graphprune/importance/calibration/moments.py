@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import GraphPruneError
 from .layers import Reader
 from .observe import Call
 
+# Weights that a user's operator is tried with at a time.
+UNITS = 256
 # Positions (pixels, tokens) looked at per sample; neighbouring ones say nearly the same.
 POSITIONS = 64
+
+
+class NoProducts(GraphPruneError):
+    """A user's operator does not compute what its rule says."""
 
 
 class Moments:
@@ -67,6 +74,8 @@ def rows_of(
     assert call.x is not None
     if reader.convolution:
         return _patches(reader, call, y, weight, first_sample)
+    if reader.declared:
+        return _declared_rows(reader, call, y, weight, first_sample)
     x = call.x
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     y = x.new_empty(*x.shape[:2], 0) if y is None else y.reshape(x.shape[0], -1, y.shape[-1])
@@ -75,6 +84,49 @@ def rows_of(
         sample = torch.arange(x.shape[0], device=x.device)[:, None]
         x, y = x[sample, picked], y[sample, picked]
     return x.flatten(0, 1)[None], y.flatten(0, 1)[None]
+
+
+def _declared_rows(
+    reader: Reader, call: Call, y: Tensor | None, weight: Tensor, first_sample: int
+) -> tuple[Tensor, Tensor]:
+    """The rows of a user's operator, which only it can tell: what it makes with weights that are 1 at one place of one
+    output and 0 everywhere else. Raises NoProducts where its results are not the sums of these that its weight says."""
+    assert call.x is not None and call.again is not None
+    features = weight.numel() // weight.shape[reader.out_axis]
+    rest = [n for a, n in enumerate(weight.shape) if a != reader.out_axis]
+    unit = torch.eye(features, dtype=weight.dtype, device=weight.device)
+    picked: Tensor | None = None
+    parts = []
+    for columns in unit.split(UNITS, 1):
+        kernel = columns.repeat(1, reader.groups).reshape(*rest, -1).movedim(-1, reader.out_axis).contiguous()
+        rows, picked = _by_place(reader, call.again(kernel), first_sample, picked)
+        parts.append(rows.reshape(rows.shape[0], reader.groups, -1).transpose(0, 1))
+    x = torch.cat(parts, 2)
+    made, _ = _by_place(reader, call.again(weight.detach()), first_sample, picked)
+    ours = (x.double() @ weight_matrix(reader, weight)).transpose(0, 1).flatten(1)
+    scale = x.double().abs().amax() * weight.detach().double().abs().amax() * features
+    if not bool((ours - made).abs().amax() <= 1e3 * torch.finfo(made.dtype).eps * scale):
+        raise NoProducts(
+            f"{reader.weight}: {reader.declared} does not make sums over its weight along the axes that its rule says "
+            "it reads and produces"
+        )
+    if y is None:
+        return x, x.new_empty(*x.shape[:2], 0)
+    wanted, _ = _by_place(reader, y, first_sample, picked)
+    return x, wanted.reshape(wanted.shape[0], reader.groups, -1).transpose(0, 1)
+
+
+def _by_place(
+    reader: Reader, y: Tensor, first_sample: int, picked: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Results as (rows, outputs), at the chosen positions of every sample, and which these are."""
+    y = y.movedim(reader.result_axis, -1)
+    y = y.reshape(y.shape[0] if y.dim() > 1 else 1, -1, y.shape[-1])
+    if picked is None and y.shape[1] > POSITIONS:
+        picked = _positions(y.shape[0], y.shape[1], first_sample, y.device)
+    if picked is not None:
+        y = y[torch.arange(y.shape[0], device=y.device)[:, None], picked]
+    return y.flatten(0, 1), picked
 
 
 def _positions(samples: int, count: int, first: int, device: torch.device) -> Tensor:
@@ -132,20 +184,14 @@ def _spread(x: Tensor, kernel: torch.Size, geometry: tuple[Any, Any, Any, Any]) 
 
 def weight_matrix(reader: Reader, weight: Tensor) -> Tensor:
     """A weight as (groups, features, outputs per group), float64; features as in `rows_of`."""
-    weight = weight.detach().double()
-    if reader.transposed:  # of one group
-        return weight.movedim(1, -1).flatten(0, -2)[None]
-    if reader.in_axis == 0:
-        return weight[None]
-    return weight.reshape(reader.groups, weight.shape[0] // reader.groups, -1).mT
+    by_output = weight.detach().double().movedim(reader.out_axis, 0)  # transposed ones are of one group
+    return by_output.reshape(reader.groups, by_output.shape[0] // reader.groups, -1).mT
 
 
 def as_weight(reader: Reader, solution: Tensor, like: Tensor) -> Tensor:
     """The inverse of `weight_matrix`."""
-    if reader.transposed:
-        return solution[0].reshape(like.shape[0], *like.shape[2:], like.shape[1]).movedim(-1, 1).to(like.dtype)
-    new = solution[0] if reader.in_axis == 0 else solution.mT
-    return new.reshape(like.shape).to(like.dtype)
+    by_output = like.movedim(reader.out_axis, 0)
+    return solution.mT.reshape(by_output.shape).movedim(0, reader.out_axis).to(like.dtype)
 
 
 def _padding(padding: tuple[int, ...] | str, kernel: torch.Size, dilation: tuple[int, ...]) -> list[int]:

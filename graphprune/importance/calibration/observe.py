@@ -13,22 +13,22 @@ from torch.overrides import TorchFunctionMode
 
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
+from ...tracing.operators import (
+    Declared,
+    Layer,
+    Matrices,
+    Merge,
+    Operator,
+    Sliding,
+    argument,
+    function_name,
+    named,
+    positions,
+)
 from ...tracing.state import evaluating, unfused
 from ...tracing.trace import run_model
 from .layers import Reader
 from .replay import Replay
-
-_LINEAR = (torch.nn.functional.linear, torch._C._nn.linear, torch.ops.aten.linear.default)
-_CONVOLUTIONS: dict[Any, int] = {
-    torch.conv1d: 1,
-    torch.conv2d: 2,
-    torch.conv3d: 3,
-    torch.conv_transpose1d: 1,
-    torch.conv_transpose2d: 2,
-    torch.conv_transpose3d: 3,
-}
-_PRODUCTS = frozenset(("mm", "matmul", "__matmul__"))
-_ADDITIONS = frozenset(("add", "add_", "__add__", "__iadd__", "__radd__"))
 
 
 @dataclasses.dataclass
@@ -36,13 +36,15 @@ class Call:
     """One call of a layer. `x`, `y`: what it read and made; `other`: what `y` was then added to, where asked for.
 
     `geometry`: (stride, padding, dilation, output padding) of a convolution, a number per axis; padding may be "same",
-    and output padding is for transposed ones.
+    and output padding is for transposed ones. `again`: of a user's operator, what it makes of the same data with
+    another weight, and with zeros for the bias; kept with `x`.
     """
 
     x: Tensor | None
     y: Tensor | None
     other: Tensor | None = None
     geometry: tuple[Any, Any, Any, Any] | None = None
+    again: Callable[[Tensor], Tensor] | None = None
 
 
 class _Enough(BaseException):
@@ -62,16 +64,17 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").partition(".")[0]  # without the overload of an ATen call
+        name = function_name(func)
         number = 0
         if self.replay is not None:
             number, known, out = self.replay.enter(args, kwargs)
             if known:
                 self._check()
                 return out
-        if self.waiting and name in _ADDITIONS and len(args) == 2:
+        operator = named(name)
+        if self.waiting and operator is not None and operator.merge is Merge.SUM and len(args) == 2:
             self._addition(args)
-        found = self._call_of(func, name, args, kwargs)
+        found = None if operator is None else self._call_of(operator, func, name, args, kwargs)
         out = func(*args, **kwargs)
         if self.replay is not None:
             self.replay.leave(number, name, args, kwargs, out, self._name(args))
@@ -108,38 +111,74 @@ class _Watch(TorchFunctionMode):
         found = (self.replay.names.get(id(a)) for a in args if isinstance(a, nn.Parameter))
         return next((n for n in found if n is not None), None)
 
-    def _call_of(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Reader, Call] | None:
-        if func in _LINEAR:
-            x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
-            geometry = None
-        elif func in _CONVOLUTIONS:
-            x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
-            transposed = "transpose" in name
-            stride = _argument(args, kwargs, 3, "stride", 1)
-            padding = _argument(args, kwargs, 4, "padding", 0)
-            dilation = _argument(args, kwargs, 7 if transposed else 5, "dilation", 1)
-            n = _CONVOLUTIONS[func]
-            padding = padding if isinstance(padding, str) else _many(padding, n)
-            extra = _argument(args, kwargs, 5, "output_padding", 0) if transposed else 0
-            geometry = (_many(stride, n), padding, _many(dilation, n), _many(extra, n))
-        elif func is torch.ops.aten.convolution.default:  # in modules that are graphs of recorded calls
-            x, weight = args[:2]
-            stride, padding, dilation, extra = (_many(a, weight.dim() - 2) for a in (*args[3:6], args[7]))
-            geometry = stride, padding, dilation, extra
-        elif name in _PRODUCTS and len(args) == 2:
-            (x, weight), geometry = args, None
-        elif name == "addmm" and len(args) == 3:
-            (_, x, weight), geometry = args, None
-        else:
+    def _call_of(
+        self, operator: Operator, func: Any, name: str, args: Any, kwargs: Any
+    ) -> tuple[Reader, Call] | None:
+        form = operator.form
+        geometry = None
+        if isinstance(form, Declared):
+            return self._declared(func, name, args, kwargs)
+        if not isinstance(form, (Layer, Matrices, Sliding)):
             return None
+        target = func if positions(func) else getattr(torch.ops.aten, name, None)
+        places = (form.left, form.left + 1) if isinstance(form, Matrices) else (form.data, form.weight)
+        if getattr(func, "__name__", "") == "__rmatmul__":
+            places = places[::-1]
+        x, weight = (argument(target, args, kwargs, place) for place in places)
         reader = self.weights.get(id(weight))
-        if reader is None:
+        if reader is None or reader.declared:
             return None
+        if isinstance(form, Sliding):
+            geometry = _geometry(form, lambda place: argument(target, args, kwargs, place), weight.dim() - 2)
         return reader, Call(x.clone() if self.inputs else None, None, None, geometry)
 
+    def _declared(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Reader, Call] | None:
+        given = [*args, *kwargs.values()]
+        reader = next((self.weights[id(a)] for a in given if id(a) in self.weights), None)
+        if reader is None or reader.declared != name:
+            return None
+        x = argument(func, args, kwargs, reader.places.data)
+        if not self.inputs:
+            return reader, Call(None, None)
+        held = x.clone()
+        return reader, Call(held, None, again=_repeated(func, args, kwargs, reader, held))
 
-def _argument(args: Any, kwargs: Any, position: int, name: str, default: Any = None) -> Any:
-    return args[position] if position < len(args) else kwargs.get(name, default)
+
+def _geometry(form: Sliding, given: Callable[[int], Any], axes: int) -> tuple[Any, Any, Any, Any]:
+    def number(place: int | None, default: int) -> Any:
+        value = None if place is None else given(place)
+        return value if isinstance(value, str) else _many(default if value is None else value, axes)
+
+    extra = number(form.output_padding, 0)
+    return number(form.stride, 1), number(form.padding, 0), number(form.dilation, 1), extra
+
+
+def _repeated(func: Any, args: Any, kwargs: Any, reader: Reader, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The same call with another weight and no bias."""
+    places = reader.places
+    names = positions(func)
+    bound = {place: (value.clone() if isinstance(value, Tensor) else value) for place, value in enumerate(args)}
+    bound |= {names[key]: (value.clone() if isinstance(value, Tensor) else value) for key, value in kwargs.items()}
+    schema = list(names)
+
+    def again(weight: Tensor) -> Tensor:
+        values = {**bound, places.data: x, places.weight: weight}
+        if places.bias is not None:
+            values[places.bias] = x.new_zeros(weight.shape[reader.out_axis])
+        by_place = [values.pop(place) for place in range(len(args))]
+        out: Tensor = func(*by_place, **{schema[place]: value for place, value in values.items()})
+        return out
+
+    return again
+
+
+def data_place(function: Any, reader: Reader) -> int:
+    """The place of what a layer reads among the arguments of a call of it."""
+    operator = named(function_name(function))
+    form = None if operator is None else operator.form
+    if isinstance(form, Matrices):
+        return form.left
+    return form.data if isinstance(form, (Layer, Sliding)) else max(reader.places.data, 0)
 
 
 def _many(value: Any, n: int) -> tuple[int, ...]:

@@ -24,31 +24,25 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ...plans.surgery.folding import BATCH_NORMS
+from ...plans.surgery.folding import uses_stored_statistics
 from ...tracing.names import operator_name
+from ...tracing.operators import (
+    Kind,
+    Merge,
+    Move,
+    Operator,
+    is_layer,
+    kind_of,
+    multiplied,
+    operator_of,
+    positions,
+    products_of,
+    shape_of,
+)
 from ...tracing.recorder import TensorMeta
 from ...tracing.trace import Trace
 from .layers import Reader, find_readers
 
-_MOVES = frozenset(
-    "alias detach view _unsafe_view reshape _reshape_alias flatten unflatten expand permute transpose t movedim "
-    "unsqueeze squeeze cat stack slice select unbind split split_with_sizes chunk narrow constant_pad_nd repeat flip "
-    "roll pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle swapaxes index_select "
-    "upsample_nearest2d".split()
-)
-# Means over places, of which each is as the others: of the variance it is an upper bound.
-_AVERAGES = frozenset(
-    "mean adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d "
-    "avg_pool1d avg_pool2d avg_pool3d".split()
-)
-_SUMS = {"add": 1.0, "add_": 1.0, "sub": -1.0, "sub_": -1.0}
-_UNCHANGED = frozenset("to _to_copy contiguous clone dropout feature_dropout alpha_dropout".split())
-# Where functions of one element bend, for integration piece by piece.
-_BENDS: dict[str, tuple[float, ...]] = {
-    "relu": (0.0,), "relu_": (0.0,), "leaky_relu": (0.0,), "leaky_relu_": (0.0,), "elu": (0.0,), "elu_": (0.0,),
-    "relu6": (0.0, 6.0), "relu6_": (0.0, 6.0), "hardsigmoid": (-3.0, 3.0), "hardsigmoid_": (-3.0, 3.0),
-    "hardswish": (-3.0, 3.0), "hardswish_": (-3.0, 3.0), "abs": (0.0,), "selu": (0.0,), "celu": (0.0,),
-}  # fmt: skip
 _REACH = 9.0  # standard deviations: nothing that counts lies beyond
 _EDGES = (-_REACH, -3.0, 0.0, 3.0, _REACH)
 _CHUNK = 1 << 15  # elements integrated at a time
@@ -136,17 +130,14 @@ def _needed(nodes: frozenset[fx.Node], informed: set[fx.Node], sources: set[fx.N
 
 def _norm_places(node: fx.Node) -> tuple[int, int, int, int] | None:
     """Where a batch norm that takes its stored statistics has scale, shift, running variance and eps."""
-    name = operator_name(node)
-    if node.op != "call_function" or name not in BATCH_NORMS:
+    if not uses_stored_statistics(node):
         return None
-    flag = BATCH_NORMS[name]
-    if flag is None:
-        return 1, 2, 4, 6
-    return None if bool(node.args[flag]) else (1, 2, 4, 7)
+    places = positions(node.target)
+    return 1, 2, 4, places["eps" if "eps" in places else "epsilon"]
 
 
 def _is_layer_norm(node: fx.Node) -> bool:
-    return node.op == "call_function" and operator_name(node) in ("layer_norm", "native_layer_norm")
+    return kind_of(node) is Kind.LAYER_NORM
 
 
 class _Visit:
@@ -156,7 +147,7 @@ class _Visit:
         self, node: fx.Node, found: dict[fx.Node, Any], tensors: Mapping[str, Tensor], trace: Trace, assume: bool
     ) -> None:
         self.node, self.found, self.tensors, self.trace, self.assume = node, found, tensors, trace, assume
-        self.name = operator_name(node)
+        self.operator = operator_of(node)
 
     def result(self) -> Any:
         node = self.node
@@ -194,17 +185,18 @@ class _Visit:
         operands = self._operands()
         if len(operands) != len(self.node.all_input_nodes) or not operands:
             return None
-        if self.name in _UNCHANGED:
+        operator = self.operator
+        if operator is None:
+            return None
+        if operator.move is Move.STAYS:
             return operands[0]
-        if self.name in _MOVES:
-            return self._moved()
-        if self.name in _AVERAGES:
+        if operator.move is not None:
+            return self._moved(operator)
+        if operator.averages:  # of places, of which each is as the others: of the variance it is an upper bound
             return Spread(self._on("mean"), self._on("variance"))
-        if self.name in ("convolution", "linear", "addmm", "mm", "matmul"):
+        if is_layer(self.node):
             return self._summed()
-        if torch.Tag.pointwise in getattr(self.node.target, "tags", ()) or self.name in _BENDS or self.name in _SUMS:
-            return self._pointwise(operands)
-        return None
+        return self._pointwise(operator, operands) if operator.kind is Kind.POINTWISE else None
 
     def _normalised(self, places: tuple[int, int, int, int]) -> Any:
         scale, shift, variance, eps = (self.node.args[p] for p in places)
@@ -250,37 +242,34 @@ class _Visit:
         kwargs = {k: torch.float64 if k == "dtype" and v is not None else v for k, v in kwargs.items()}
         return self.node.target(*args, **kwargs)  # type: ignore[operator]
 
-    def _moved(self) -> Any:
-        if self.name == "constant_pad_nd":
+    def _moved(self, operator: Operator) -> Any:
+        if operator_name(self.node) == "constant_pad_nd":
             value = float(self.node.args[2]) if len(self.node.args) > 2 else 0.0  # type: ignore[arg-type]
             mean = self._on("mean")
             return Spread(mean, self._on("variance", [*self.node.args[:2], 0.0])) if value == value else None
-        if self.name in ("view", "_unsafe_view", "_reshape_alias"):  # what is broadcast cannot be viewed
-            (data,), shape = self._operands(), self.node.args[1]
-            return Spread(data.mean.reshape(shape), data.variance.reshape(shape))  # type: ignore[arg-type]
+        if operator.move is Move.RESHAPES:  # what is broadcast cannot be viewed
+            data, shape = self._operands()[0], shape_of(self.node)
+            return Spread(data.mean.reshape(shape), data.variance.reshape(shape))
         mean, variance = self._on("mean"), self._on("variance")
         if isinstance(mean, (list, tuple)):
             return [Spread(m, v) for m, v in zip(mean, variance, strict=True)]
         return Spread(mean, variance)
 
     def _summed(self) -> Spread | None:
-        """Products summed: operands but the first data are fixed."""
-        args: list[Any] = list(self.node.args)
-        first = 1 if self.name == "addmm" else 0
-        weights = [self.found[a] for i, a in enumerate(args) if isinstance(a, fx.Node) and i != first]
-        if not all(w.fixed for w in weights):
+        """Products summed: operands but the data are fixed."""
+        product = next((p for p in products_of(self.node) if self.found[p.weight].fixed), None)
+        if product is None or product.scaled or product.result_axis is None:
             return None
-        mean = self._on("mean")
-        data, weight = self.found[args[first]], self.found[args[first + 1]]
+        others = [node for node in self.node.all_input_nodes if node is not product.data]
+        if not all(self.found[node].fixed and node in (product.weight, product.bias) for node in others):
+            return None
+        mean, data = self._on("mean"), self.found[product.data]
         if data.fixed:
             return Spread(mean, torch.zeros_like(mean))
-        values = {first: data.variance, first + 1: weight.mean.square()}
-        if self.name == "addmm":
-            return Spread(mean, values[first] @ values[first + 1])
-        squared = [values.get(i, None if isinstance(a, fx.Node) else a) for i, a in enumerate(args)]
-        return Spread(mean, self.node.target(*squared))  # type: ignore[operator]
+        squares = self.found[product.weight].mean.square()
+        return Spread(mean, multiplied(self.node, product, data.variance, squares))
 
-    def _pointwise(self, operands: list[Spread]) -> Spread | None:
+    def _pointwise(self, operator: Operator, operands: list[Spread]) -> Spread | None:
         random = [s for s in operands if not s.fixed]
         roots = {id(s.base): s.base for s in random}
         if not random:
@@ -288,17 +277,17 @@ class _Visit:
             return Spread(mean, torch.zeros_like(mean))
         if len(roots) == 1 and all(s.mean.numel() == 1 or s in random for s in operands):
             return self._function(next(iter(roots.values())), random)
-        if self.name in _SUMS and len(self.node.args) == 2 and not self.node.kwargs and len(operands) == 2:
+        if operator.sums and len(self.node.args) == 2 and not self.node.kwargs and len(operands) == 2:
             a, b = operands
-            sign = _SUMS[self.name]
+            sign = 1.0 if operator.merge is Merge.SUM else -1.0
             mean = _together(lambda x, y: x + sign * y, a.mean, b.mean)
             return Spread(mean, _together(torch.add, a.variance, b.variance))
-        if self.name in ("mul", "mul_", "div", "div_") and len(operands) == 2:
-            return self._product(*(self.found[a] for a in self.node.args[:2]))  # type: ignore[index]
+        if operator.scales and len(operands) == 2 and not self.node.kwargs:
+            return self._product(operator, *(self.found[a] for a in self.node.args[:2]))  # type: ignore[index]
         return None
 
-    def _product(self, a: Spread, b: Spread) -> Spread | None:
-        if self.name.startswith("div"):
+    def _product(self, operator: Operator, a: Spread, b: Spread) -> Spread | None:
+        if operator.merge is Merge.QUOTIENT:
             if not b.fixed:
                 return None
             variance = _together(lambda v, m: v / m.square(), a.variance, b.mean)
@@ -327,8 +316,7 @@ class _Visit:
         # bends of the outer function are those of the root only where nothing lies between
         own: tuple[float, ...] = ()
         if all(s.function is None for s in random):
-            own = _BENDS.get(self.name, ())
-            own = self._clip() or own
+            own = self._clip() or (() if self.operator is None else self.operator.bends)
         bends = tuple(sorted({*own, *(b for s in random for b in s.bends)}))
         ends = self._clip() if random[0].function is None else None
         if ends is not None:
@@ -339,13 +327,11 @@ class _Visit:
 
     def _clip(self) -> tuple[float, float] | None:
         """The ends between which this call clips, None where it is another one."""
-        kind, given = self.name.rstrip("_"), self.node.args[1:]
-        if kind in ("relu", "relu6"):
-            return 0.0, math.inf if kind == "relu" else 6.0
-        if kind not in ("hardtanh", "clamp") or self.node.kwargs or (kind == "clamp" and len(given) != 2):
+        ends, given = None if self.operator is None else self.operator.clips, self.node.args[1:]
+        if ends is None or self.node.kwargs or len(given) not in (0, 2):
             return None
-        low, high = given if len(given) == 2 else (-1.0, 1.0)
-        known = isinstance(low, (int, float)) and isinstance(high, (int, float))
+        low, high = given or ends
+        known = isinstance(low, (int, float)) and isinstance(high, (int, float)) and not math.isnan(low)
         return (float(low), float(high)) if known else None  # type: ignore[arg-type]
 
 
@@ -450,14 +436,12 @@ class StoredStatistics:
 
 def read_by(call: fx.Node) -> fx.Node:
     """The data that a call of a layer reads."""
-    data = call.args[1 if operator_name(call) == "addmm" else 0]
-    assert isinstance(data, fx.Node)
-    return data
+    return products_of(call)[0].data
 
 
 def by_input(reader: Reader, variance: Tensor, weight: Tensor) -> Tensor:
     """A number for every element that a layer reads, as one per index of its weight's input axis."""
-    axis = variance.dim() - 1 - (weight.dim() - 2 if reader.convolution else 0)
+    axis = variance.dim() + reader.data_axis
     (small,) = _compact(variance)
     channels = small.movedim(axis, 0).reshape(small.shape[axis], -1).mean(1).expand(variance.shape[axis])
     return channels.reshape(-1, weight.shape[reader.in_axis]).mean(0)  # groups count their inputs alike

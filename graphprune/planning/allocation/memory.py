@@ -17,16 +17,10 @@ from ...dependency.state import Mask
 from ...plans.surgery import Fold
 from ...support.walking import named_tensors
 from ...tracing.names import operator_name
+from ...tracing.operators import operator_of
 from ...tracing.recorder import TensorMeta
 from ...tracing.work import runs_in_eval
 from .costs import parameter_costs
-
-# Results that are another way to look at an operand.
-_VIEWS = frozenset(
-    "view _unsafe_view reshape transpose permute t expand slice select unsqueeze squeeze detach alias split "
-    "split_with_sizes chunk unbind as_strided narrow unflatten flatten movedim real imag diagonal unfold view_as_real "
-    "view_as_complex lift_fresh".split()
-)
 
 
 class MemoryCosts:
@@ -149,6 +143,11 @@ def _looked_at(node: fx.Node) -> fx.Node | None:
     if first is None:
         return None
     if name == "getitem":
-        return first if operator_name(first) in _VIEWS else None
+        return first if _is_view(first) else None
     in_place = name.endswith("_") and not name.startswith("_")
-    return first if name in _VIEWS or in_place else None
+    return first if in_place or _is_view(node) else None
+
+
+def _is_view(node: fx.Node) -> bool:
+    found = operator_of(node)
+    return found is not None and found.view

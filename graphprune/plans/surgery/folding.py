@@ -18,20 +18,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from ...errors import GraphPruneError
 from ...support.walking import all_modules
-from ...tracing.names import operator_name
+from ...tracing.operators import Kind, Layer, Sliding, form_of, given, operator_of, products_of
 from ...tracing.trace import Trace
 from .copying import clone_with
-
-# name -> the place of the flag that says that a batch's own statistics are taken; None where they never are.
-BATCH_NORMS = {
-    "native_batch_norm": 5,
-    "cudnn_batch_norm": 5,
-    "miopen_batch_norm": 5,
-    "_native_batch_norm_legit": 5,
-    "_native_batch_norm_legit_no_training": None,
-    "batch_norm": 5,
-    "_batch_norm_no_update": None,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +51,21 @@ def effective_folds(model: nn.Module, trace: Trace) -> list[tuple[Fold, bool]]:
     names = Counter(trace.aliases.values())
     folds = []
     for node in trace.graph.nodes:
-        if node.op != "call_function" or operator_name(node) not in BATCH_NORMS:
+        if not uses_stored_statistics(node):
             continue
-        flag = BATCH_NORMS[operator_name(node)]
-        if flag is not None and bool(node.args[flag]):
-            continue  # statistics of the batch itself
         fold = _fold_of(node, modules)
         if fold is not None and names[fold_names(fold)[0]] == 1:
             folds.append((fold, _replaceable(fold, node, modules)))
     return folds
+
+
+def uses_stored_statistics(node: fx.Node) -> bool:
+    """Whether a call is a batch norm that takes stored statistics, not those of the batch itself."""
+    operator = operator_of(node)
+    if operator is None or operator.kind is not Kind.BATCH_NORM:
+        return False
+    said = operator.own_statistics
+    return not said if isinstance(said, bool) else not given(node, said)
 
 
 def _replaceable(fold: Fold, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -85,13 +80,10 @@ def _fold_of(node: fx.Node, modules: dict[str, nn.Module]) -> Fold | None:
     producer = node.args[0]
     if not isinstance(producer, fx.Node) or len(producer.users) != 1:
         return None
-    operation = operator_name(producer)
-    if operation not in ("convolution", "linear"):
-        return None
-    if operation == "linear" and len(producer.meta["val"].shape) != 2:
-        return None  # a batch norm over the tokens of a sequence
-    weight = producer.args[1]
-    bias = producer.args[2] if len(producer.args) > 2 else producer.kwargs.get("bias")
+    product = next(iter(products_of(producer)), None)
+    if product is None or product.result_axis != 1 or not isinstance(form_of(producer), (Layer, Sliding)):
+        return None  # not made by a layer, or a batch norm over the tokens of a sequence
+    weight, bias = product.weight, product.bias
     layer = _owner(weight, "weight", modules, (_ConvNd, nn.Linear))
     batch_norm = _owner(node.args[3], "running_mean", modules, (_BatchNorm,))
     if layer is None or batch_norm is None:
@@ -102,8 +94,7 @@ def _fold_of(node: fx.Node, modules: dict[str, nn.Module]) -> Fold | None:
             return None
         if parameter is not None and "parameter" not in parameter.meta:
             return None
-    transposed = operation == "convolution" and bool(producer.args[6])
-    fold = Fold(layer, batch_norm, 1 if transposed else 0)
+    fold = Fold(layer, batch_norm, product.produces[0])
     own = fold_names(fold)[1] if modules[layer].bias is not None else None
     used = bias.meta["parameter"] if isinstance(bias, fx.Node) else None
     return fold if used == own else None  # else the call leaves the layer's bias out, or adds another

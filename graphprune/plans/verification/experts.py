@@ -14,11 +14,9 @@ from ...dependency.whole.experts import Experts
 from ...errors import GraphPruneError
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
+from ...tracing.operators import Kind, Move, Operator, function_name, named
 from .results import TOLERANCE, Check, VerificationReport, relative_error
 from .running import examples_for, run, same_shapes
-
-_PRODUCTS = frozenset(("linear", "matmul", "mm", "addmm", "__matmul__", "__rmatmul__"))
-_TURNED = frozenset(("t", "transpose", "__get__", "swapaxes", "permute", "to", "float"))
 
 
 class RouterWatch(TorchFunctionMode):
@@ -34,19 +32,24 @@ class RouterWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
         mine = next((self.known[id(a)] for a in (*args, *(kwargs or {}).values()) if id(a) in self.known), None)
         if mine is None or not isinstance(out, Tensor):
             return out
-        if name in _PRODUCTS:
+        name = function_name(func)
+        operator = named(name)
+        if operator is not None and operator.kind is Kind.CONTRACTION:
             self.logits[mine.router].append(out.detach())
             if self.bar and mine.gone:
                 barred = torch.tensor(mine.gone, device=out.device)
                 return out.index_fill(-1, barred, -math.inf)
-        elif name in _TURNED:
+        elif name == "__get__" or (operator is not None and _turns(operator)):  # W.T is an attribute of W
             self.known[id(out)] = mine
             self.kept.append(out)
         return out
+
+
+def _turns(operator: Operator) -> bool:
+    return operator.move is Move.STAYS or (operator.move is Move.ARRANGES and operator.view)
 
 
 def verify_experts(

@@ -134,7 +134,7 @@ class Refit:
             weight = named[reader.weight]
             if reader.weight in shifts:
                 assert call.y is not None
-                axis = walk.channel_axis(reader, call.y, self.small)
+                axis = walk.channel_axis(reader, call.y)
                 shifts[reader.weight].add(wanted, call.y, axis, _padded(call))
                 return
             x, y = rows_of(reader, call, wanted, weight, seen)

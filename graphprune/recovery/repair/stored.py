@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,7 +24,7 @@ from ...plans.plan import Plan
 from ...plans.surgery import Fold, find_folds, fold_names
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import operator_name
+from ...tracing.operators import multiplied, products_of
 from ...tracing.trace import record_run
 from . import walk
 from .layers import LayerRecovery
@@ -141,21 +140,16 @@ def _missed(reader: Reader, call: fx.Node, spread: Spread | None, weight: Tensor
     view = [1] * weight.dim()
     view[reader.in_axis] = -1
     part = torch.where(gone.reshape(view).to(weight.device), weight.detach().double(), 0.0)
-    mean = _of_removed(reader, spread.mean, gone, weight.dim() - 2).to(weight.device)
-    args: list[Any] = list(call.args)
-    if operator_name(call) == "convolution":
-        result = call.target(mean, part, None, *args[3:])  # type: ignore[operator]
-        axis = result.dim() - (weight.dim() - 2) - 1
-    else:
-        result = mean @ (part.mT if reader.in_axis == 1 else part)
-        axis = result.dim() - 1
+    mean = _of_removed(reader, spread.mean, gone).to(weight.device)
+    result = multiplied(call, products_of(call)[0], mean, part)
+    axis = reader.result_axis
     found: Tensor = result.movedim(axis, 0).reshape(result.shape[axis], -1).mean(1)
     return None if bool(found.isnan().any()) else found
 
 
-def _of_removed(reader: Reader, mean: Tensor, gone: Tensor, kernel: int) -> Tensor:
+def _of_removed(reader: Reader, mean: Tensor, gone: Tensor) -> Tensor:
     """The means of the removed inputs, 0 for all others: what is unknown counts only where it is missed."""
-    axis = mean.dim() - 1 - (kernel if reader.convolution else 0)
+    axis = mean.dim() + reader.data_axis
     view = [1] * mean.dim()
     view[axis] = -1
     channels = gone.repeat(mean.shape[axis] // len(gone)) if len(gone) != mean.shape[axis] else gone

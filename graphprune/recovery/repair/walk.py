@@ -123,7 +123,7 @@ class Pair:
 
     def _target(self, reader: Reader, target: Target, theirs: Call, mine: Call) -> Tensor:
         assert theirs.y is not None and mine.y is not None
-        axis = channel_axis(reader, mine.y, self.small)
+        axis = channel_axis(reader, mine.y)
         y = target.of(theirs.y, axis)
         if theirs.other is not None and mine.other is not None and mine.other.shape == y.shape:
             y = y + target.of(theirs.other, axis) - mine.other
@@ -154,12 +154,9 @@ def _print(example: ExampleInput) -> tuple[Any, ...]:
     return tuple((tuple(t.shape), float(t.double().sum()), float(t.double().abs().max())) for t in example.tensors())
 
 
-def channel_axis(reader: Reader, y: Tensor, model: nn.Module) -> int:
+def channel_axis(reader: Reader, y: Tensor) -> int:
     """The axis of a layer's result that counts its outputs."""
-    if not reader.convolution:
-        return y.dim() - 1
-    kernel = named_tensors(model)[reader.weight].dim() - 2
-    return y.dim() - kernel - 1
+    return y.dim() + reader.result_axis
 
 
 class Constant:

@@ -12,12 +12,21 @@ from torch import fx
 from ...dependency.axes import Axes, Axis
 from ...dependency.state import Mask
 from ...tracing.names import operator_name
+from ...tracing.operators import (
+    Kind,
+    Matrices,
+    Move,
+    Product,
+    Sliding,
+    form_of,
+    given,
+    kind_of,
+    operator_of,
+    products_of,
+    shape_of,
+)
 from ...tracing.work import macs_of
 from .kernels import Kernel, Sample
-
-_LINEAR = {"mm": 0, "addmm": 1, "linear": 0, "matmul": 0, "mv": 0}
-_PRODUCTS = {"bmm": 0, "baddbmm": 1, "matmul": 0, "mm": 0}
-_MOVING = frozenset("t transpose permute view reshape _unsafe_view expand contiguous detach clone _to_copy to".split())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,41 +82,48 @@ def units_of(nodes: Iterable[fx.Node], axes: Axes) -> tuple[list[Unit], list[fx.
         if node.op != "call_function" or node.meta.get("constant_value"):
             continue
         if not macs_of(node):
-            if operator_name(node) not in _MOVING and operator_name(node) != "getitem":
+            if not _moves_nothing(node):
                 light.append(node)
             continue
         units.extend(_units(node, axes))
-        if _is_attention(node):
+        if kind_of(node) is Kind.ATTENTION:
             light.append(node)
     return units, light
 
 
-def _is_attention(node: fx.Node) -> bool:
-    return operator_name(node).startswith(("scaled_dot_product", "_scaled_dot_product"))
+def _moves_nothing(node: fx.Node) -> bool:
+    """It only looks at its operand differently, or copies it, which kernels do along the way."""
+    operator = operator_of(node)
+    if operator is None:
+        return operator_name(node) == "getitem"
+    return operator.view or (operator.kind is Kind.MOVEMENT and operator.move in (Move.STAYS, Move.RESHAPES))
 
 
 def _units(node: fx.Node, axes: Axes) -> list[Unit]:
-    operation = operator_name(node)
-    if operation == "convolution":
-        return _convolution(node, axes)
-    if _is_attention(node):
+    if kind_of(node) is Kind.ATTENTION:
         return _attention(node, axes)
-    if operation in _LINEAR and len(node.args) > _LINEAR[operation] + 1:
-        position = _LINEAR[operation]
-        left, right = node.args[position : position + 2]
-        if isinstance(left, fx.Node) and isinstance(right, fx.Node) and _from_parameter(right):
-            rows, result = axes.of(left), axes.of(node)
-            lengths = (Length(tuple(rows[:-1])), Length((rows[-1],)), Length((result[-1],)))
-            return [Unit(Kernel("linear"), lengths)]
-    if operation in _PRODUCTS and len(node.args) > _PRODUCTS[operation] + 1:
-        position = _PRODUCTS[operation]
-        left, right = node.args[position : position + 2]
+    form = form_of(node)
+    if isinstance(form, Sliding):
+        return _convolution(node, axes)
+    for product in products_of(node):
+        along, made = product.data_axis, product.result_axis
+        if along is not None and made is not None and _is_linear(product):
+            rows, result = axes.of(product.data), axes.of(node)
+            lead = tuple(axis for a, axis in enumerate(rows) if a != along)
+            return [Unit(Kernel("linear"), (Length(lead), Length((rows[along],)), Length((result[made],))))]
+    if isinstance(form, Matrices):
+        left, right = given(node, form.left), given(node, form.left + 1)
         if isinstance(left, fx.Node) and isinstance(right, fx.Node):
             a, b = axes.of(left), axes.of(right)
             if len(a) >= 2 and len(b) >= 2:
                 lead = tuple(axes.of(node)[:-2])
                 return [_product(lead, a[-2], a[-1], b[-1])]
     return []
+
+
+def _is_linear(product: Product) -> bool:
+    """A matrix of weights, which every row of the data is multiplied with."""
+    return len(shape_of(product.weight)) == 2 and not product.left and _from_parameter(product.weight)
 
 
 def _product(lead: tuple[Axis, ...], rows: Axis, inner: Axis, columns: Axis) -> Unit:
@@ -124,17 +140,19 @@ def _attention(node: fx.Node, axes: Axes) -> list[Unit]:
 
 
 def _from_parameter(node: fx.Node) -> bool:
-    while node.op == "call_function" and operator_name(node) in _MOVING and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while node.op == "call_function" and _moves_nothing(node):
+        node = node.all_input_nodes[0]
     return node.op == "get_attr"
 
 
 def _convolution(node: fx.Node, axes: Axes) -> list[Unit]:
-    image, weight = node.args[:2]
-    if not isinstance(image, fx.Node) or not isinstance(weight, fx.Node):
+    product = next(iter(products_of(node)), None)
+    form = form_of(node)
+    if product is None or not isinstance(form, Sliding):
         return []
-    stride, padding, dilation, transposed, output_padding, groups = node.args[3:9]
-    x, w = axes.of(image), axes.of(weight)
+    stride, padding, dilation = (given(node, place) for place in (form.stride, form.padding, form.dilation))
+    transposed, groups, output_padding = product.transposed, product.groups, given(node, form.output_padding)
+    x, w = axes.of(product.data), axes.of(product.weight)
     sites = tuple(a.length for a in x[2:])
     n = len(sites)
     inner, outer = (w[0], w[1]) if transposed else (w[1], w[0])  # transposed: (inputs, outputs per group, ...)
