@@ -20,6 +20,7 @@ from ..support.doors import door
 from ..support.types import Ignore
 from ..tracing.names import operator_name
 from .allocation import ignored_positions
+from .allocation.selection import ignored_items
 
 _STOCK = (conv.Conv1d, conv.Conv2d, conv.Conv3d, conv.ConvTranspose1d, conv.ConvTranspose2d, conv.ConvTranspose3d)
 _PADDED = "_reversed_padding_repeated_twice"  # what padding modes other than zeros read
@@ -111,7 +112,7 @@ def _decide(
 def _held(
     model: nn.Module, graph: DependencyGraph, ignore: Ignore
 ) -> list[nn.Module]:
-    items = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
+    items = ignored_items(ignore)
     ignored_positions(items, graph, model)  # for its errors: names that match nothing, modules of other models
     return [m for item in items for m in _covered(model, item)]
 

@@ -11,30 +11,34 @@ from torch import nn
 from ..dependency import DependencyGraph, Frozen
 from ..dependency.sizes import Resolution, gone_on_axis
 from ..dependency.temperature import Rescale
-from ..importance import Criterion
+from ..importance import resolve_criterion
 from ..importance.calibration.source import CalibrationSource
 from ..importance.scorer import Scorer
 from ..plans.plan import AttributeChange, GroupPlan, Plan, structure_of
 from ..plans.rewriting import Rewrite, Rewriter
 from ..plans.surgery import Fold, effective_folds
-from ..support.types import Ignore
 from .allocation import Allocation, Forecasts, Settings, ignored_positions, make_limits
+from .request import Request
 from .settling import settle
+
+
+def settings_of(request: Request, steady: bool = False) -> Settings:
+    """What a request says of widths. `steady`: "auto" chooses the same groups for every ratio."""
+    kinds = request.strategy.kinds
+    assert kinds is not None
+    return Settings(request.ratio, request.scope, kinds, request.rounding, request.budget, steady)
 
 
 def plan_from_graph(
     model: nn.Module,
     graph: DependencyGraph,
-    settings: Settings,
-    criterion: Criterion,
+    request: Request,
     *,
-    ignore: Ignore = (),
-    fold_bn: bool = True,
-    seed: int = 0,
     source: CalibrationSource | None = None,
+    steady: bool = False,
 ) -> Plan:
     """`plan` for a model that is traced already. The graph is narrowed by what turns out to be blocked."""
-    found = plan_once(model, graph, settings, criterion, ignore, fold_bn, seed, source, None)
+    found = plan_once(model, graph, request, settings_of(request, steady), source, None)
     assert found is not None
     return found
 
@@ -42,27 +46,25 @@ def plan_from_graph(
 def plan_once(
     model: nn.Module,
     graph: DependencyGraph,
+    request: Request,
     settings: Settings,
-    criterion: Criterion,
-    ignore: Ignore,
-    fold_bn: bool,
-    seed: int,
     source: CalibrationSource | None,
     rewriter: Rewriter | None,
     forecast: Forecasts | None = None,
 ) -> Plan | None:
     """The plan on this graph; None where the rewriter has changed its choice of modules, and with it the graph."""
-    held = ignored_positions(ignore, graph, model)
+    criterion = resolve_criterion(request.criterion)
+    held = ignored_positions(request.ignore, graph, model)
     if held:
         graph.freeze_many(held)
     effective = effective_folds(model, graph.trace)
     folds = [fold for fold, replaceable in effective if replaceable]
     compared = settings.scope != "local" or settings.budget is not None
-    normalised = (compared or settings.auto) and not criterion.comparable
+    normalised = (compared or settings.rounding.auto) and not criterion.comparable
     calibration = None if source is None else source.calibration(model, folds)
     known = [fold for fold, _ in effective]
-    scorer = Scorer(model, known, criterion, seed, normalised, calibration, compared, graph.trace)
-    kept_folds = folds if fold_bn else []
+    scorer = Scorer(model, known, criterion, request.seed, normalised, calibration, compared, graph.trace)
+    kept_folds = folds if request.fold_bn else []
     limits = functools.partial(make_limits, settings.budget, graph, model, kept_folds, forecast)
     settled = settle(graph, settings, scorer, limits, rewriter)
     if settled is None:
@@ -123,4 +125,4 @@ def _expected(frozen: Frozen) -> bool:
     return all(r.kind in ("kernel", "numbers", "vocabulary") for r in frozen.reasons) and bool(frozen.reasons)
 
 
-__all__ = ["assemble", "plan_from_graph", "plan_once"]
+__all__ = ["assemble", "plan_from_graph", "plan_once", "settings_of"]

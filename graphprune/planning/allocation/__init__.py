@@ -4,8 +4,10 @@ from .allocate import allocate
 from .budget import Budget, Limit, UnreachableBudget
 from .cells import Allocation
 from .costs import CostModel, mac_costs, parameter_costs
+from .kinds import Kinds, chosen_groups
 from .limits import Forecasts, make_limits
-from .selection import ignored_positions, kinds_of, matching_ratios
+from .rounding import Rounding, RoundTo
+from .selection import ignored_positions, matching_ratios
 from .settings import Settings
 
 __all__ = [
@@ -13,12 +15,15 @@ __all__ = [
     "Budget",
     "CostModel",
     "Forecasts",
+    "Kinds",
     "Limit",
+    "RoundTo",
+    "Rounding",
     "Settings",
     "UnreachableBudget",
     "allocate",
+    "chosen_groups",
     "ignored_positions",
-    "kinds_of",
     "mac_costs",
     "make_limits",
     "matching_ratios",

@@ -18,8 +18,7 @@ from ...dependency.build import axis_roles
 from ...dependency.graph import trace
 from ...dependency.groups import Ints
 from ...errors import GraphPruneError
-from ...importance import resolve_criterion
-from ...planning.allocation import Settings
+from ...planning.request import Request
 from ...planning.widths import plan_from_graph
 from ...support.doors import door
 from ...support.tables import Column, render, table
@@ -163,11 +162,10 @@ def doctor(model: nn.Module, example_input: Any, *, ratio: float = 0.5, sort: st
     """
     if sort not in _SORTS:
         raise GraphPruneError(f"sort: expected one of {', '.join(map(repr, _SORTS))}, got {sort!r}")
-    settings = Settings(ratio, "local", 1, 1, "auto")
-    settings.check()
+    request = Request(ratio, criterion="random", round_to=1)
     with paused_collector():
         graph = trace(model, ExampleInput.of(example_input))
-        plan_from_graph(model, graph, settings, resolve_criterion("random"))
+        plan_from_graph(model, graph, request)
         return examine(model, graph, float(ratio), sort)
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import graphprune
 from graphprune import GraphPruneError
-from graphprune.planning.allocation.steps import nearest
+from graphprune.planning.allocation.rounding import nearest
 
 
 class Mixed(nn.Module):
