@@ -193,17 +193,23 @@ def strategy_of(granularity: Any) -> Granularity:
     names = [granularity] if isinstance(granularity, str) else granularity
     if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
         raise GraphPruneError(f"granularity: expected a name or a list of names, got {granularity!r}")
-    first, *others = dict.fromkeys(names)
-    strategy = _found(first)
+    found = {name: _found(name) for name in names}
+    first, *others = found
+    strategy = found[first]
     for name in others:
-        both = strategy.beside(_found(name)) or _found(name).beside(strategy)
+        both = _together(strategy, found[name])
         if both is None:
+            clash = next((n for n in found if n != name and not _together(found[n], found[name])), first)
             raise GraphPruneError(
-                f"granularity: {name!r} does not go with {first!r}; prune one of them first, then the result: "
+                f"granularity: {name!r} does not go with {clash!r}; prune one of them first, then the result: "
                 f"prune(prune(model, x, 0.3, granularity={name!r}), x, 0.3)"
             )
         strategy = both
     return strategy
+
+
+def _together(one: Granularity, other: Granularity) -> Granularity | None:
+    return one.beside(other) or other.beside(one)
 
 
 def _found(name: str) -> Granularity:

@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import GraphPruneError
 from ...importance import resolve_criterion
 from ...planning.allocation import Budget
-from ...planning.request import OPTIONS, Request, check_names
+from ...planning.request import OPTIONS, Request, check_names, strategy_of
 from ...planning.shortfall import shortfall, tell
 from ...plans.plan import Plan
 from ...plans.verification import verify
@@ -118,12 +118,14 @@ def _planning(
     chosen: dict[str, Any] = {"strict": strict, "seed": seed, **options}
     checked = bool(chosen.pop("verify", True))
     if method == "layers":
-        chosen = {"data": calibration, "loss_fn": loss_fn, "granularity": "layer", **chosen}
+        chosen = {"granularity": "layer", **chosen}
+    if strategy_of(chosen.get("granularity", "auto")).kinds is None:
+        chosen = {"data": calibration, "loss_fn": loss_fn, **chosen}
     else:
         needs = resolve_criterion(chosen.get("criterion")).needs
         chosen = {**_needed(needs, calibration, loss_fn), **chosen}
-        if budget is None:
-            return Channels(example_input, verify=checked, **chosen)
+    if method == "channels" and budget is None:
+        return Channels(example_input, verify=checked, **chosen)
     request = Request(budget=budget, fold_bn=False, **chosen)
     if method == "layers" and request.strategy.kinds is not None:
         raise GraphPruneError(

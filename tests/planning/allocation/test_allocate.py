@@ -245,7 +245,7 @@ def test_ignored_outputs_stay(ignore: Any) -> None:
         ({"ignore": "bdy"}, "ignore: no module or parameter matches 'bdy'; did you mean 'body'"),
         ({"ignore": [3]}, "ignore: expected modules, names or patterns, got int"),
         ({"ignore": nn.Linear(2, 2)}, "ignore: Linear is no module of this model"),
-        ({"granularity": "rows"}, "granularity: 'rows' is unknown"),
+        ({"granularity": "rows"}, "unknown granularity 'rows'"),
         ({"scope": "everywhere"}, "scope: expected one of 'local', 'global', 'isomorphic', got 'everywhere'"),
         ({"round_to": 0}, r'round_to: expected "auto" or an integer of at least 1, got 0'),
         ({"round_to": 2.0}, r'round_to: expected "auto" or an integer'),
