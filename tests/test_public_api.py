@@ -28,7 +28,7 @@ def test_the_list_shows_defaults_and_members() -> None:
     text = public_api()
     assert "def graphprune.plan(model: nn.Module, example_input: Any, ratio: float | Mapping[str, float] | None" in text
     assert "    graphprune.Plan.apply(self, model: nn.Module) -> nn.Module" in text
-    assert "class graphprune.Group(index: int, name: str, kind: str, size: int, members: tuple[Member, ...], " in text
+    assert "class graphprune.Group(index: int, name: str, kind: GroupKind, size: int, members: tuple" in text
     assert "scope: str = 'local', criterion: Criterionlike | None = None" in text
     assert "graphprune.runtimes.benchmark = graphprune.benchmark" in text
     assert " at 0x" not in text

@@ -114,7 +114,8 @@ class NodeContext:
 
     def mark(self, axis_map: AxisMap, kind: GroupKind) -> None:
         """Name what the positions on an axis are."""
-        self.effects.kinds.extend((d, kind) for d in axis_map)
+        named = GroupKind(kind)
+        self.effects.kinds.extend((d, named) for d in axis_map)
 
     def statistics(self, axis_map: AxisMap) -> None:
         """A statistic over this axis (a mean, a norm, a softmax) changes when positions go."""
