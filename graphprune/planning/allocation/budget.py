@@ -108,8 +108,8 @@ class Limit:
     name: str
     cost: CostModel
     most: float
-    form: str = ",.0f"
     stairs: Callable[[int, Floats, Floats], Floats] | None = None
+    form: str = ",.0f"
 
 
 def check_least(least: Floats, limits: Sequence[Limit], most: Sequence[float]) -> None:

@@ -55,13 +55,13 @@ def make_limits(
         assert forecast is not None
         most = budget.seconds(forecast.dense) / forecast.correction
         timed = forecast.cost(graph)
-        out.append(Limit("latency, in seconds,", timed, most, ",.4g", timed.stairs))
+        out.append(Limit("latency, in seconds,", timed, most, timed.stairs, ",.4g"))
     for name, value in budget.limits().items():
         kind = BUDGETS.find(name)
         if not kind.timed:
             cost = kind.of(graph, model, folds)
             most = value * _full(kind, cost, graph, model, folds) if value <= 1 else float(value)
-            out.append(Limit(name, cost, most, kind.form))
+            out.append(Limit(name, cost, most, form=kind.form))
     return out
 
 

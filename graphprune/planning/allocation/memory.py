@@ -24,7 +24,8 @@ from .costs import parameter_costs
 
 class MemoryCosts:
     """Bytes of the parameters and of the activations of a run that frees every tensor after its last use, at their
-    highest. Views cost nothing; what an operator needs for itself is not counted. Buffers count as they are."""
+    highest. Views cost nothing; what an operator needs for itself is not counted. Buffers count as they are; what is
+    computed from weights alone counts as any other result."""
 
     def __init__(self, graph: DependencyGraph, model: nn.Module, folds: Sequence[Fold]) -> None:
         self._axes = Axes(graph)
@@ -114,7 +115,7 @@ def _lifetimes(graph: fx.Graph) -> tuple[list[_Result], csr_matrix]:
             last[place] = time
         if source is not None and source in held:
             held[node] = held[source]
-        elif source is None and node.target is not operator.getitem and not node.meta.get("constant_value"):
+        elif source is None and node.target is not operator.getitem:
             held[node] = []
             for index, meta in _results(node):
                 held[node].append(len(made) if isinstance(meta, TensorMeta) else None)
