@@ -7,7 +7,7 @@ graphprune.benchmark({"dense": model, "small": small}, example_input)
 
 from . import importance, rules, runtimes, sparsity
 from ._version import __version__
-from .dependency import DependencyGraph, Frozen, Group, Member, trace
+from .dependency import DependencyGraph, Frozen, Group, GroupKind, Member, trace
 from .errors import GraphPruneError, GraphPruneWarning
 from .importance import criterion
 from .planning.allocation import Budget
@@ -46,6 +46,7 @@ __all__ = [
     "GraphPruneError",
     "GraphPruneWarning",
     "Group",
+    "GroupKind",
     "Latency",
     "LatencyTable",
     "LayerCount",

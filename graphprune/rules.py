@@ -59,6 +59,7 @@ from .dependency.rules.registry import empty as nothing
 from .dependency.state import State
 from .errors import GraphPruneError
 from .support.registry import Registry, origin_of
+from .support.suggestions import did_you_mean
 from .tracing.names import BUILT_IN
 from .tracing.operators import declare, undeclare
 
@@ -107,7 +108,8 @@ def unregister(operator: Any) -> None:
     name = _qualified(operator)
     if name not in _REGISTERED:
         known = ", ".join(registered()) or "none"
-        raise GraphPruneError(f"unregister: no rule was registered for {name}; registered: {known}")
+        hint = did_you_mean(name, registered())
+        raise GraphPruneError(f"unregister: no rule was registered for {name}; registered: {known}{hint}")
     _REGISTERED.remove(name)
     RULES.remove(_key(name))
     undeclare(_key(name))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune
-from graphprune import Curve, GraphPruneError, Sensitivity, sparsity
+from graphprune import Curve, GraphPruneError, GroupKind, Sensitivity, sparsity
 from graphprune.cli.factories import common_input, load_weights
 from graphprune.runtimes.latency.context import Context
 from graphprune.runtimes.latency.kernels import Kernel, Sample
@@ -144,7 +144,7 @@ def _save_table(path: Path) -> None:
 
 
 def _save_curves(path: Path) -> None:
-    curves = tuple(Curve(f"{i}.weight[0]", "channel", 8, (2, 4), (0.25, 1.0 + i)) for i in range(3))
+    curves = tuple(Curve(f"{i}.weight[0]", GroupKind.CHANNEL, 8, (2, 4), (0.25, 1.0 + i)) for i in range(3))
     Sensitivity("error", "l2", "abc", curves).save(path)
 
 

@@ -44,11 +44,11 @@ def _described(path: str, value: Any) -> Iterator[str]:
     if inspect.isfunction(value):
         yield f"def {path}{_signature(value)}"
         return
-    bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
+    bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object and not _is_private(base))
     made = _signature(value) if "__init__" in vars(value) else ""
     yield f"class {path}{made}" + (f" < {bases}" if bases else "")
     fields = getattr(value, "__dataclass_fields__", {})  # the signature shows them
-    for name, member in sorted(vars(value).items()):
+    for name, member in sorted(_members(value).items()):
         if name.startswith("_") or name in fields:
             continue
         if isinstance(member, property):
@@ -57,6 +57,17 @@ def _described(path: str, value: Any) -> Iterator[str]:
         else:
             function = member.__func__ if isinstance(member, (classmethod, staticmethod)) else member
             yield f"    {path}.{name}" + (_signature(function) if callable(function) else f": {type(member).__name__}")
+
+
+def _members(value: type) -> dict[str, Any]:
+    """What a class holds, with what it has from private classes of the package: readers see no other place for it."""
+    inherited = [base for base in value.__mro__[:0:-1] if _is_private(base)]
+    return {name: member for kind in (*inherited, value) for name, member in vars(kind).items()}
+
+
+def _is_private(kind: type) -> bool:
+    public = {id(getattr(module, name)) for module in public_modules() for name in module.__all__}
+    return kind.__module__.startswith("graphprune.") and id(kind) not in public
 
 
 class _Text:

@@ -107,7 +107,7 @@ def _prune_and_prove(model: nn.Module, example: Any, onnx: str, only_eval: bool,
     graph = graphprune.trace(model, example)
     traced = time.perf_counter()
     found["stage"] = "plan"
-    plan = plan_from_graph(model, graph, Settings(RATIO, "local", 1, 1, "auto"), resolve_criterion("l2"))
+    graph, plan = plan_from_graph(model, graph, Settings(RATIO, "local", 1, 1, "auto"), resolve_criterion("l2"))
     found["seconds"] = [traced - started, time.perf_counter() - traced]
     found["frozen"] = frozen_share(model, graph)
     found["reason"] = main_reason(model, graph)
@@ -148,7 +148,7 @@ def _heads_alone(model: nn.Module, example: Any) -> list[Any]:
     if not any(group.kind == "head" for group in graph.groups):
         return [0, 0, []]
     settings = Settings(RATIO, "local", 1, 1, "head")
-    plan = plan_from_graph(model, graph, settings, resolve_criterion("l2"), fold_bn=False)
+    graph, plan = plan_from_graph(model, graph, settings, resolve_criterion("l2"), fold_bn=False)
     heads = [group for group in plan.groups if group.kind == "head"]
     removed = sum(group.size - group.kept for group in heads)
     report = graphprune.verify(model, plan.apply(model), plan, example, graph=graph)

@@ -82,7 +82,7 @@ def examine_ours(model: nn.Module, example: Tensor, batch: Tensor, ratio: float)
     try:
         started = time.perf_counter()
         graph = graphprune.trace(model, example)
-        plan = plan_from_graph(model, graph, Settings(ratio, "local", 1, 1, "auto"), resolve_criterion("l2"))
+        graph, plan = plan_from_graph(model, graph, Settings(ratio, "local", 1, 1, "auto"), resolve_criterion("l2"))
         planned = time.perf_counter()
         small = plan.apply(model)
         found["seconds"] = [planned - started, time.perf_counter() - planned]

@@ -2,6 +2,6 @@
 
 from .effects import Reason
 from .graph import DependencyGraph, Frozen, trace
-from .groups import Group, Member
+from .groups import Group, GroupKind, Member
 
-__all__ = ["DependencyGraph", "Frozen", "Group", "Member", "Reason", "trace"]
+__all__ = ["DependencyGraph", "Frozen", "Group", "GroupKind", "Member", "Reason", "trace"]

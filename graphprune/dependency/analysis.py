@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import heapq
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -19,32 +20,34 @@ from ..tracing.recorder import Guard, TensorMeta
 from ..tracing.trace import Trace
 from .context import NodeContext, Result
 from .dims import DimTable, Root
-from .effects import Effects, EqualCounts, Reason, ScalarSite, SizeSite
+from .effects import NOTHING_REWRITTEN, Effects, EqualCounts, Freeze, Reason, Rewritten, ScalarSite, SizeSite
 from .rules import rule_for
-from .rules.registry import unknown
-from .state import Mask, Refine, State, Vector
+from .rules.registry import Rule, unknown
+from .state import Mask, Refine, State, Vector, sealed
 
 # Every pass factors at least one Dim; networks need 1 to 5 passes. Past the limit, what still asks is frozen.
 _MAX_PASSES = 60
 _MAX_OWN = 8
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
     """The outcome: states of all nodes, what each node contributed, and the components of tied positions.
 
     `label[p]` is the component of global position p; component `label[0]` is the immovable one. `tied` are the
-    components by ties alone, before freezing joined them.
+    components by ties alone, before freezing joined them. Nothing in it changes: `freezing` gives another analysis,
+    which shares all that is equal.
     """
 
     trace: Trace
     dims: DimTable
-    states: dict[fx.Node, Result]
-    effects: dict[fx.Node, Effects]
+    states: Mapping[fx.Node, Result]
+    effects: Mapping[fx.Node, Effects]
     passes: int
-    label: Vector = dataclasses.field(default_factory=lambda: np.zeros(1, np.int64))
-    extra_freezes: list[tuple[Vector, Reason]] = dataclasses.field(default_factory=list)
-    tied: Vector | None = None
+    tied: Vector
+    label: Vector
+    extra_freezes: tuple[Freeze, ...] = ()
+    rewritten: Rewritten = NOTHING_REWRITTEN
 
     def state(self, node: fx.Node) -> State:
         """The coordinates of a recorded tensor (without any, if the analysis gave it none)."""
@@ -55,8 +58,8 @@ class Analysis:
         return State(meta.shape if isinstance(meta, TensorMeta) else ())
 
     @property
-    def freezes(self) -> list[tuple[Vector, Reason]]:
-        return [f for e in self.effects.values() for f in e.freezes] + self.extra_freezes
+    def freezes(self) -> list[Freeze]:
+        return [*(f for e in self.effects.values() for f in e.freezes), *self.extra_freezes]
 
     @property
     def sites(self) -> list[SizeSite]:
@@ -64,7 +67,7 @@ class Analysis:
 
     @property
     def scalars(self) -> list[ScalarSite]:
-        return [s for e in self.effects.values() for s in e.scalars if not s.node.meta.get("rewritten")]
+        return [s for e in self.effects.values() for s in e.scalars if s.node not in self.rewritten.nodes]
 
     @property
     def guards(self) -> list[Guard]:
@@ -75,50 +78,71 @@ class Analysis:
     def equal(self) -> list[EqualCounts]:
         return [s for e in self.effects.values() for s in e.equal]
 
-    def connect(self) -> None:
-        """Resolve all ties in one call of a sparse connected-components routine; components with a frozen position
-        join the immovable one. Freezing more positions later resolves no ties anew."""
-        if self.tied is None:
-            pairs = [u for e in self.effects.values() for u in e.unions]
-            u = np.concatenate([a for a, _ in pairs]) if pairs else np.zeros(0, np.int64)
-            v = np.concatenate([b for _, b in pairs]) if pairs else np.zeros(0, np.int64)
-            total = self.dims.total
-            graph = coo_matrix((np.ones(len(u), np.int8), (u, v)), shape=(total, total))
-            self.tied = connected_components(graph, directed=False)[1].astype(np.int64)
-        stuck = self.ties_of([np.zeros(1, np.int64), *(positions for positions, _ in self.freezes)])
-        self.label = np.where(stuck[self.tied], self.tied[0], self.tied)
+    def freezing(self, items: Iterable[Freeze]) -> Analysis:
+        """The same with more positions held; itself where nothing is to be held. No ties are resolved anew."""
+        new = tuple(items)
+        if not new:
+            return self
+        label = _held(self.label, (positions for positions, _ in new))
+        return dataclasses.replace(self, label=label, extra_freezes=(*self.extra_freezes, *new))
 
-    @property
+    def rewriting(self, rewritten: Rewritten, guards: tuple[Guard, ...]) -> Analysis:
+        """The same with the sizes of other modules free and these guards to be obeyed. What literals froze stays."""
+        return dataclasses.replace(self, rewritten=rewritten, trace=dataclasses.replace(self.trace, guards=guards))
+
+    @functools.cached_property
     def components(self) -> int:
         """One more than the largest component number."""
         return int(self.label.max()) + 1
 
     def components_of(self, positions: Iterable[Vector] = ()) -> Mask:
         """A mask over component numbers: those that any of these global positions belongs to."""
-        return _marked(self.label, positions)
+        return _marked(self.label, positions, self.components)
 
     def ties_of(self, positions: Iterable[Vector] = ()) -> Mask:
         """As `components_of`, by ties alone: what is frozen keeps numbers of its own."""
-        assert self.tied is not None
         return _marked(self.tied, positions)
+
+    def free(self) -> Mask:
+        """A mask over the component numbers of `tied`: those that can go."""
+        out = self.ties_of()
+        out[self.label] = True
+        out[self.label[0]] = False
+        return out
 
     def frozen(self, positions: Vector) -> Vector:
         """Which of these global positions cannot be removed."""
         return np.asarray(self.label[positions] == self.label[0])
 
 
-def _marked(number: Vector, positions: Iterable[Vector]) -> Mask:
-    out: Mask = np.zeros(int(number.max()) + 1, bool)
+def _marked(number: Vector, positions: Iterable[Vector], count: int | None = None) -> Mask:
+    out: Mask = np.zeros(int(number.max()) + 1 if count is None else count, bool)
     for some in positions:
         out[number[some]] = True
     return out
 
 
-def _kernel_weights(graph: fx.Graph) -> set[fx.Node]:
+def _held(number: Vector, positions: Iterable[Vector]) -> Vector:
+    """The components joined with the immovable one, where they have any of these positions. The same array where none
+    is new."""
+    stuck = _marked(number, (np.zeros(1, np.int64), *positions))
+    return number if np.count_nonzero(stuck) == 1 else sealed(np.where(stuck[number], number[0], number))
+
+
+def _components(dims: DimTable, effects: Mapping[fx.Node, Effects]) -> Vector:
+    """All ties resolved in one call of a sparse connected-components routine."""
+    pairs = [u for e in effects.values() for u in e.unions]
+    u = np.concatenate([a for a, _ in pairs]) if pairs else np.zeros(0, np.int64)
+    v = np.concatenate([b for _, b in pairs]) if pairs else np.zeros(0, np.int64)
+    graph = coo_matrix((np.ones(len(u), np.int8), (u, v)), shape=(dims.total, dims.total))
+    return sealed(connected_components(graph, directed=False)[1].astype(np.int64))
+
+
+def _kernel_weights(nodes: list[fx.Node]) -> set[fx.Node]:
     """Parameters read by convolutions alone: their kernel axes need no coordinates at all."""
     found = set()
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.users:
+    for node in nodes:
+        if node.op == "get_attr" and node.users and len(node.meta["val"].shape) > 2:
             if all(_is_kernel(node, user) for user in node.users):
                 found.add(node)
     return found
@@ -129,49 +153,26 @@ def _is_kernel(node: fx.Node, user: fx.Node) -> bool:
     return isinstance(form, Sliding) and given(user, form.weight) is node
 
 
-def analyse(trace: Trace) -> Analysis:
+def analyse(trace: Trace, rewritten: Rewritten = NOTHING_REWRITTEN) -> Analysis:
     """Run all rules; repeat from the nodes whose operands changed while Dims are being factored."""
-    dims = DimTable()
-    env: dict[fx.Node, Result] = {}
-    effects: dict[fx.Node, Effects] = {}
-    kernels = _kernel_weights(trace.graph)
-    analysis = Analysis(trace, dims, env, effects, 0)
     nodes = list(trace.graph.nodes)
-    order = {node: i for i, node in enumerate(nodes)}
-    followers = _followers(nodes)
-    homes = {f"<{node.name}>": node for node in nodes} | trace.parameters  # where a root's coordinates come from
-    dirty: set[fx.Node] = set(nodes)
-    for passes in range(1, _MAX_PASSES + 1):
-        analysis.passes = passes
-        refines = _propagate(analysis, nodes, order, dirty, kernels, followers)
-        if not refines:
-            break
-        if passes == _MAX_PASSES:
-            continue
-        changed: set[Root] = set()
-        for request in refines.values():
-            if dims.size[request.dim]:
-                changed.add(dims.refine(request))
-        # whatever else mentions a factored Dim reads it from these parameters, and is reached through their users
-        dirty = {n for n, e in effects.items() if e.refines} | {homes[name] for name, _ in changed}
-    else:
-        # ties of these calls are missing: everything they touch stays
-        for node, effect in effects.items():
-            if effect.refines:
-                reason = Reason("factoring", "the factors of its operands never settled", node)
-                for dim in {d for n in (node, *node.all_input_nodes) for s in _states(env.get(n)) for d in s.dims()}:
-                    analysis.extra_freezes.append((dims.positions(dim), reason))
-    _hold_plain_numbers(analysis, nodes)
-    analysis.connect()
-    return analysis
+    run = _Propagation(trace, nodes, rewritten)
+    passes = run.settle()
+    held = [*run.unsettled(), *_plain_numbers(run.effects, nodes)]
+    tied = _components(run.dims, run.effects)
+    label = _held(tied, (positions for e in run.effects.values() for positions, _ in e.freezes))
+    found = Analysis(trace, run.dims, run.states, run.effects, passes, tied, label, rewritten=rewritten)
+    return found.freezing(held)
 
 
-def _hold_plain_numbers(analysis: Analysis, nodes: list[fx.Node]) -> None:
+def _plain_numbers(effects: Mapping[fx.Node, Effects], nodes: list[fx.Node]) -> Iterator[Freeze]:
     """`y * float(y.mean())`: a number that the code reads out of a tensor is lost sight of. It must stay what it is, so
     nothing may go that a mean, a norm or a softmax on the way to it runs over."""
     for node in nodes:
+        if kind_of(node) is not Kind.READING:
+            continue
         meta = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
-        if kind_of(node) is not Kind.READING or not getattr(meta, "dtype", torch.bool).is_floating_point:
+        if not getattr(meta, "dtype", torch.bool).is_floating_point:
             continue
         seen, todo = set[fx.Node](), [node]
         while todo:
@@ -179,10 +180,10 @@ def _hold_plain_numbers(analysis: Analysis, nodes: list[fx.Node]) -> None:
                 if source not in seen:
                     seen.add(source)
                     todo.append(source)
-        found = [p for n in nodes if n in seen for p in analysis.effects[n].statistics]
+        found = [p for n in nodes if n in seen for p in effects[n].statistics]
         if found:
             reason = Reason("values", "a number that the code reads from a tensor depends on all of them", node)
-            analysis.extra_freezes.append((np.unique(np.concatenate(found)), reason))
+            yield np.unique(np.concatenate(found)), reason
 
 
 def _states(value: Result) -> list[State]:
@@ -200,35 +201,113 @@ def _followers(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
     return found
 
 
-def _propagate(
-    analysis: Analysis,
-    nodes: list[fx.Node],
-    order: dict[fx.Node, int],
-    dirty: set[fx.Node],
-    kernels: set[fx.Node],
-    followers: dict[fx.Node, list[fx.Node]],
-) -> dict[int, Refine]:
-    """Visit the dirty nodes, and from them on every node whose operands changed, in graph order."""
-    refines: dict[int, Refine] = {}
-    env, effects = analysis.states, analysis.effects
-    heap = sorted(order[n] for n in dirty)
-    queued = set(dirty)
-    while heap:
-        node = nodes[heapq.heappop(heap)]
-        before = env.get(node)
-        _visit(node, analysis, kernels)
-        for _ in range(_MAX_OWN):
-            if not _factor_own(node, analysis, kernels):
+class _Propagation:
+    """The states and effects of all nodes as they come about, in passes over the graph."""
+
+    def __init__(self, trace: Trace, nodes: list[fx.Node], rewritten: Rewritten) -> None:
+        self.trace, self.nodes, self.rewritten = trace, nodes, rewritten
+        self.dims = DimTable()
+        self.states: dict[fx.Node, Result] = {}
+        self.effects: dict[fx.Node, Effects] = {}
+        self._rules: dict[int, Rule] = {}  # by operator: many nodes call few
+        self._kernels = _kernel_weights(nodes)
+        self._order = {node: i for i, node in enumerate(nodes)}
+        self._followers = _followers(nodes)
+
+    def settle(self) -> int:
+        """Pass over the graph until nothing asks for factors any more. The number of passes."""
+        # where a root's coordinates come from
+        homes = {f"<{node.name}>": node for node in self.nodes} | self.trace.parameters
+        dirty: Iterable[fx.Node] = self.nodes
+        for passes in range(1, _MAX_PASSES + 1):
+            refines = self._propagate(dirty, passes == 1)
+            if not refines or passes == _MAX_PASSES:
                 break
-            _visit(node, analysis, kernels)
-        for request in effects[node].refines:
-            refines.setdefault(request.dim, request)
-        if analysis.passes > 1 and not _same(before, env.get(node)):
-            for user in (*node.users, *followers.get(node, ())):
-                if user not in queued:
-                    queued.add(user)
-                    heapq.heappush(heap, order[user])
-    return refines
+            changed: set[Root] = set()
+            for request in refines.values():
+                if self.dims.size[request.dim]:
+                    changed.add(self.dims.refine(request))
+            # whatever else mentions a factored Dim reads it from these parameters, and is reached through their users
+            dirty = {n for n, e in self.effects.items() if e.refines} | {homes[name] for name, _ in changed}
+        return passes
+
+    def unsettled(self) -> Iterator[Freeze]:
+        """Ties of calls that still ask for factors are missing: everything that they touch stays."""
+        for node, effect in self.effects.items():
+            if effect.refines:
+                reason = Reason("factoring", "the factors of its operands never settled", node)
+                around = (node, *node.all_input_nodes)
+                for dim in {d for n in around for s in _states(self.states.get(n)) for d in s.dims()}:
+                    yield self.dims.positions(dim), reason
+
+    def _propagate(self, dirty: Iterable[fx.Node], everything: bool) -> dict[int, Refine]:
+        """Visit the dirty nodes, and from them on every node whose operands changed, in graph order."""
+        refines: dict[int, Refine] = {}
+        order, states = self._order, self.states
+        queued = set(dirty)
+        heap = sorted(order[n] for n in queued)
+        while heap:
+            node = self.nodes[heapq.heappop(heap)]
+            before = states.get(node)
+            self._visit(node)
+            for _ in range(_MAX_OWN):
+                if not self._factor_own(node):
+                    break
+                self._visit(node)
+            for request in self.effects[node].refines:
+                refines.setdefault(request.dim, request)
+            if not everything and not _same(before, states.get(node)):
+                for user in (*node.users, *self._followers.get(node, ())):
+                    if user not in queued:
+                        queued.add(user)
+                        heapq.heappush(heap, order[user])
+        return refines
+
+    def _factor_own(self, node: fx.Node) -> bool:
+        """Factor at once what a call asks for in its own parameters, where nothing has read them before (the scale of a
+        norm, the bias of a layer): it saves a pass over the network. True when the call has to be looked at again."""
+        again = False
+        for request in self.effects[node].refines:  # mostly none
+            root = self.dims.root_of[request.dim]
+            if root not in self.dims.roots:
+                continue
+            parameter = self.trace.parameters[root[0]]
+            if parameter in node.all_input_nodes and all(u is node or u not in self.effects for u in parameter.users):
+                self.dims.refine(request)
+                self.states[parameter] = _parameter(parameter, self.dims, parameter in self._kernels)
+                again = True
+        return again
+
+    def _rule(self, node: fx.Node) -> Rule:
+        found = self._rules.get(id(node.target))
+        if found is None:
+            found = self._rules[id(node.target)] = rule_for(node.target)
+        return found
+
+    def _visit(self, node: fx.Node) -> None:
+        """Run the rule of one node: its state and its effects."""
+        states = self.states
+        context = NodeContext(node, states, self.dims, self.rewritten)
+        if node.op == "get_attr":
+            states[node] = _parameter(node, self.dims, node in self._kernels)
+        elif node.op == "placeholder":
+            states[node] = State(node.meta["val"].shape)
+        elif node.op == "output":
+            for value in node.all_input_nodes:
+                made = NodeContext(value, states, self.dims)  # the line that makes it is the one to name
+                made.effects = context.effects
+                made.freeze_state(context.state(value), "output", "part of the model's output")
+        elif node.target is operator.getitem:
+            source = states[node.args[0]]  # type: ignore[index]
+            states[node] = source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
+        else:
+            try:
+                states[node] = self._rule(node)(context)
+            except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                # A call in a form its rule does not know: never raise, never guess
+                context.effects = Effects()
+                states[node] = unknown(context, f"{context.operation} in a form its rule does not know ({error})")
+        self.effects[node] = context.effects
 
 
 def _same(a: Result, b: Result) -> bool:
@@ -242,49 +321,6 @@ def _same(a: Result, b: Result) -> bool:
             for x, m in a.axes.items()
         )
     return a is None and b is None
-
-
-def _factor_own(node: fx.Node, analysis: Analysis, kernels: set[fx.Node]) -> bool:
-    """Factor at once what a call asks for in its own parameters, where nothing has read them before (the scale of a
-    norm, the bias of a layer): it saves a pass over the network. True when the call has to be looked at again."""
-    env, effects, dims = analysis.states, analysis.effects, analysis.dims
-    again = False
-    for request in effects[node].refines:
-        root = dims.root_of[request.dim]
-        if root not in dims.roots:
-            continue
-        parameter = analysis.trace.parameters[root[0]]
-        if parameter in node.all_input_nodes and all(u is node or u not in effects for u in parameter.users):
-            dims.refine(request)
-            env[parameter] = _parameter(parameter, dims, parameter in kernels)
-            again = True
-    return again
-
-
-def _visit(node: fx.Node, analysis: Analysis, kernels: set[fx.Node]) -> None:
-    """Run the rule of one node: its state and its effects."""
-    env = analysis.states
-    context = NodeContext(node, env, analysis.dims)
-    if node.op == "get_attr":
-        env[node] = _parameter(node, analysis.dims, node in kernels)
-    elif node.op == "placeholder":
-        env[node] = State(node.meta["val"].shape)
-    elif node.op == "output":
-        for value in node.all_input_nodes:
-            made = NodeContext(value, env, analysis.dims)  # the line that makes it is the one to name
-            made.effects = context.effects
-            made.freeze_state(context.state(value), "output", "part of the model's output")
-    elif node.target is operator.getitem:
-        source = env[node.args[0]]  # type: ignore[index]
-        env[node] = source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
-    else:
-        try:
-            env[node] = rule_for(node.target)(context)
-        except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            # A call in a form its rule does not know: never raise, never guess
-            context.effects = Effects()
-            env[node] = unknown(context, f"{context.operation} in a form its rule does not know ({error})")
-    analysis.effects[node] = context.effects
 
 
 def _zero_point(node: fx.Node) -> bool:

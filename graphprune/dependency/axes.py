@@ -23,9 +23,10 @@ from ..tracing.work import Loop
 from .analysis import Analysis
 from .graph import DependencyGraph
 from .sizes import gone_on_axis
-from .state import AxisMap, Mask, State
+from .state import AxisMap, Mask, State, Vector
 
 Floats = npt.NDArray[np.float64]
+_MANY = 4096  # counting them one by one takes longer than sorting
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,19 +69,35 @@ class Axes:
         """The axis with these coordinates."""
         key = (length, *(x for d, v in axis_map.items() for x in (d, id(v))))
         if key not in self._made:
-            offset = self.graph.analysis.dims.offset
-            label = self.graph.analysis.label
-            columns = [np.where(v >= 0, self._group_of[label[offset[d] + v]], -1) for d, v in axis_map.items()]
-            if columns:
-                rows, counts = np.unique(np.stack(columns, 1), axis=0, return_counts=True)
-                merged: Counter[tuple[int, ...]] = Counter()
-                for row, n in zip(rows.tolist(), counts.tolist(), strict=True):
-                    merged[tuple(sorted({g for g in row if g >= 0}))] += n
-                parts = tuple(merged.items())
-            else:
-                parts = (((), length),)
+            parts = self._parts([self._groups_on(d, v) for d, v in axis_map.items()]) if axis_map else (((), length),)
             self._made[key] = Axis(axis_map, length, parts)
         return self._made[key]
+
+    def _parts(self, columns: Sequence[Vector]) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """How many indices belong to each combination of groups; `columns`: the group of each index by coordinate."""
+        base = len(self.graph.groups) + 1
+        if base ** len(columns) < 2**62:  # a combination is one number
+            code = functools.reduce(lambda code, column: code * base + column + 1, columns, np.zeros(1, np.int64))
+            if base ** len(columns) <= _MANY:
+                counts = np.bincount(code)
+                codes = np.flatnonzero(counts)
+                counts = counts[codes]
+            else:
+                codes, counts = np.unique(code, return_counts=True)
+            rows = np.stack([codes // base**i % base - 1 for i in reversed(range(len(columns)))], 1)
+        else:
+            rows, counts = np.unique(np.stack(columns, 1), axis=0, return_counts=True)
+        merged: Counter[tuple[int, ...]] = Counter()
+        for row, n in zip(rows.tolist(), counts.tolist(), strict=True):
+            merged[tuple(sorted({g for g in row if g >= 0}))] += n
+        return tuple(merged.items())
+
+    def _groups_on(self, dim: int, coordinates: Vector) -> Vector:
+        """The group of each coordinate on a Dim, -1 for those in none."""
+        groups: Vector = self._group_of[self.graph.analysis.label[self.graph.analysis.dims.offset[dim] + coordinates]]
+        if coordinates.min(initial=0) < 0:
+            groups = np.where(coordinates >= 0, groups, -1)
+        return groups
 
     def of(self, node: fx.Node, result: int = 0) -> list[Axis]:
         """The axes of a recorded tensor; `result`: which, of a call with several."""

@@ -16,8 +16,21 @@ from ..tracing.origin import Expr, evaluate, leaves
 from ..tracing.recorder import TensorMeta
 from ..tracing.sizes import CallSizes
 from .dims import DimTable
-from .effects import Effects, EqualCounts, Reason, SizeSite, literal_text
-from .state import AxisMap, Mixed, Partial, Refine, State, Vector, axis_groups, multiplicity, separate, spread
+from .effects import NOTHING_REWRITTEN, Effects, EqualCounts, Reason, Rewritten, SizeSite, literal_text
+from .groups import GroupKind
+from .state import (
+    AxisMap,
+    Mixed,
+    Partial,
+    Refine,
+    State,
+    Vector,
+    all_whole,
+    axis_groups,
+    multiplicity,
+    separate,
+    spread,
+)
 
 Result = State | list["State | None"] | None
 
@@ -25,10 +38,13 @@ Result = State | list["State | None"] | None
 class NodeContext:
     """One node being analysed. Rules read operands through it and report ties, freezes and sizes to it."""
 
-    def __init__(self, node: fx.Node, env: dict[fx.Node, Result], dims: DimTable) -> None:
+    def __init__(
+        self, node: fx.Node, env: dict[fx.Node, Result], dims: DimTable, rewritten: Rewritten = NOTHING_REWRITTEN
+    ) -> None:
         self.node = node
         self.env = env
         self.dims = dims
+        self.rewritten = rewritten
         self.effects = Effects()
 
     # -- operands
@@ -96,8 +112,8 @@ class NodeContext:
     def freeze_dim(self, dim: int, kind: str, text: str) -> None:
         self.effects.freezes.append((self.dims.positions(dim), self.reason(kind, text)))
 
-    def mark(self, axis_map: AxisMap, kind: str) -> None:
-        """Name what the positions on an axis are ("head", "head feature"...)."""
+    def mark(self, axis_map: AxisMap, kind: GroupKind) -> None:
+        """Name what the positions on an axis are."""
         self.effects.kinds.extend((d, kind) for d in axis_map)
 
     def statistics(self, axis_map: AxisMap) -> None:
@@ -118,8 +134,12 @@ class NodeContext:
 
     def _union_whole(self, a: int, va: Vector, b: int, vb: Vector) -> None:
         """`union` of vectors without gaps."""
-        if a != b or not (va is vb or np.array_equal(va, vb)):
-            self.effects.unions.append((self.dims.offset[a] + va, self.dims.offset[b] + vb))
+        if a == b and (va is vb or np.array_equal(va, vb)):
+            return
+        if len(va) > self.dims.size[a] and len(vb) > self.dims.size[b]:  # positions of a factor, each many times
+            once = _pairs(va, vb, self.dims.size[a])
+            va, vb = va[once], vb[once]
+        self.effects.unions.append((self.dims.offset[a] + va, self.dims.offset[b] + vb))
 
     def union(self, a: int, va: Vector, b: int, vb: Vector) -> None:
         both = (va >= 0) & (vb >= 0)
@@ -150,12 +170,7 @@ class NodeContext:
         """The two axes lose the same indices, or none."""
         if length == 1 or a is b or not (a or b):
             return
-        if len(a) == 1 and len(b) == 1:
-            (da, va), (db, vb) = next(iter(a.items())), next(iter(b.items()))
-            if va.min() >= 0 and vb.min() >= 0:
-                self._union_whole(da, va, db, vb)
-                return
-        if len(a) == len(b) and self._tie_alike(a, b):
+        if a and b and all_whole(a) and all_whole(b) and self._tie_whole(a, b):
             return
         count_a, count_b = multiplicity(a, length), multiplicity(b, length)
         text = what or "meets indices that cannot be removed"
@@ -178,16 +193,32 @@ class NodeContext:
         if many.any():
             self._tie_products(a, b, many)
 
-    def _tie_alike(self, a: AxisMap, b: AxisMap) -> bool:
-        """The usual case of two products: the same factors in the same order, on every index."""
-        pairs = list(zip(a.items(), b.items(), strict=True))
-        if not all(
-            (va is vb or len(va) == len(vb)) and va.min() >= 0 and vb.min() >= 0 and _same_partition(va, vb)
-            for (_, va), (_, vb) in pairs
-        ):
-            return False
-        for (da, va), (db, vb) in pairs:
+    def _tie_whole(self, a: AxisMap, b: AxisMap) -> bool:
+        """The usual cases, without gaps: two Dims; two products of the same factors in the same order; one Dim that
+        takes the factors of a product. False, and nothing said, in others."""
+        if len(a) == len(b) == 1:
+            ((da, va),), ((db, vb),) = a.items(), b.items()
             self._union_whole(da, va, db, vb)
+            return True
+        if len(a) == len(b):
+            pairs = list(zip(a.items(), b.items(), strict=True))
+            if not all(_same_partition(va, vb) for (_, va), (_, vb) in pairs):
+                return False
+            for (da, va), (db, vb) in pairs:
+                self._union_whole(da, va, db, vb)
+            return True
+        if min(len(a), len(b)) > 1:
+            return False
+        flat, product = (a, b) if len(a) == 1 else (b, a)
+        ((dim, vector),) = flat.items()
+        columns = []
+        for factor in product.values():
+            column = np.full(self.dims.size[dim], -1, np.int64)
+            column[vector] = factor
+            if not (column[vector] == factor).all() or (factor == factor[0]).all():
+                return False
+            columns.append(column)
+        self.refine(Refine(dim, tuple(columns)))
         return True
 
     def _factor_like(self, flat: AxisMap, product: AxisMap, mask: Any) -> None:
@@ -363,11 +394,11 @@ class NodeContext:
         self, expr: Expr, axis_map: AxisMap, length: int, what: str, span: tuple[int, int] | None = None
     ) -> None:
         """A number in the user's code that must equal the surviving indices of `span`. Literals freeze at once."""
-        why = self.node.meta.get("not_rewritten")
-        if self.node.meta.get("rewritten") or any(True for _ in leaves(expr)):
+        if self.node in self.rewritten.nodes or any(True for _ in leaves(expr)):
             self.effects.sites.append(SizeSite(self.node, what, expr, axis_map, length, span))
         elif axis_map:
             text = literal_text(what, evaluate(expr, _no_leaf), self.node.meta.get("source"))
+            why = self.rewritten.refusal(self.node)
             text += f", and no graph can stand for its module, whose forward {why}" if why else ""
             self.freeze(axis_map, "literal", text, slice(*span) if span else None)
 
@@ -403,6 +434,12 @@ class NodeContext:
             self.freeze(axis_map, "uneven", f"{what}: some of its indices cannot be removed")
 
 
+def _pairs(a: Vector, b: Vector, size: int) -> Vector | slice:
+    """Where every pair of the two stands once; all of them where the second does not follow from the first."""
+    at = np.full(size, -1, np.int64)
+    at[a] = np.arange(len(a))
+    once = at[at >= 0]
+    return once if (b[at[a]] == b).all() else slice(None)
 def _check_axis(what: str, axis_map: object) -> None:
     if not isinstance(axis_map, dict):
         raise GraphPruneError(
@@ -412,7 +449,7 @@ def _check_axis(what: str, axis_map: object) -> None:
 
 
 def _same_partition(a: Vector, b: Vector) -> bool:
-    if np.array_equal(a, b):
+    if a is b or np.array_equal(a, b):
         return True
     forward = np.full(int(a.max()) + 1, -1, np.int64)
     backward = np.full(int(b.max()) + 1, -1, np.int64)

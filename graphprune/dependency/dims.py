@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .state import AxisMap, Refine, Vector
+from .state import AxisMap, Refine, Vector, sealed
 
 Root = tuple[str, int]  # (parameter, axis)
+# Columns whose patterns are told apart by counting; more are sorted.
+_FEW = 12
 
 
 class DimTable:
@@ -27,14 +29,14 @@ class DimTable:
         """The axis starts as one Dim of its own."""
         root = (parameter, axis)
         if root not in self.roots:
-            self.roots[root] = {self._new(root, length): np.arange(length, dtype=np.int64)}
+            self.roots[root] = {self._new(root, length): sealed(np.arange(length, dtype=np.int64))}
         return self.roots[root]
 
     def add_fresh(self, node: str, axis: int, length: int) -> AxisMap:
         """An axis that no parameter has: all its indices are alike, and it follows what it is tied to."""
         root = (node, axis)
         if root not in self.fresh:
-            self.fresh[root] = {self._new(root, length): np.arange(length, dtype=np.int64)}
+            self.fresh[root] = {self._new(root, length): sealed(np.arange(length, dtype=np.int64))}
         return self.fresh[root]
 
     def _new(self, root: Root, size: int) -> int:
@@ -49,6 +51,12 @@ class DimTable:
         if index is None:
             return np.arange(self.offset[dim], self.offset[dim] + self.size[dim], dtype=np.int64)
         return self.offset[dim] + index[index >= 0]
+
+    def positions_of(self, dims: Sequence[int]) -> Vector:
+        """The positions of all of these Dims, rising."""
+        here = np.zeros(len(self.size), bool)
+        here[list(dims)] = True
+        return np.flatnonzero(np.repeat(here, np.diff([*self.offset, self.total]))) + 1
 
     def refine(self, request: Refine) -> Root:
         """Replace a Dim by its factors in its root axis. Positions that lie in different columns get factors apart, and
@@ -74,7 +82,7 @@ class DimTable:
         old = axis_map.pop(dim)
         whole = bool(old.min() >= 0)
         for new, table in tables:
-            axis_map[new] = table[old] if whole else np.where(old >= 0, table[old], -1)
+            axis_map[new] = sealed(table[old] if whole else np.where(old >= 0, table[old], -1))
         table_of[root] = axis_map
         self.size[dim] = 0
         return root
@@ -82,8 +90,13 @@ class DimTable:
 
 def _patterns(present: npt.NDArray[np.bool_]) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
     """The different columns of a mask, and where each is found."""
-    found, number = np.unique(present, axis=1, return_inverse=True)
-    return [(found[:, k], number.reshape(-1) == k) for k in range(found.shape[1])]
+    if len(present) > _FEW:
+        found, number = np.unique(present, axis=1, return_inverse=True)
+        return [(found[:, k], number.reshape(-1) == k) for k in range(found.shape[1])]
+    weights = 1 << np.arange(len(present))[::-1]
+    number = weights @ present
+    patterns = np.flatnonzero(np.bincount(number))
+    return [((k & weights) > 0, number == k) for k in patterns.tolist()]
 
 
 def _factors(columns: Sequence[Vector], positions: int) -> list[tuple[int, Vector]]:

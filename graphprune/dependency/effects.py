@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
 from torch import fx
 
 from ..tracing.origin import Expr
 from ..tracing.recorder import Guard, Source
+from .groups import GroupKind
 from .state import AxisMap, Refine, Vector
 
 
@@ -33,6 +35,25 @@ class Reason:
         return f"{self.text} ({self.source})" if self.source else self.text
 
 
+Freeze = tuple[Vector, Reason]  # global positions that cannot be removed, and why
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rewritten:
+    """Modules whose code is written anew. `nodes`: the calls in it, whose sizes are free. `refused`: path of another
+    module -> why no graph can stand for it."""
+
+    nodes: frozenset[fx.Node] = frozenset()
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def refusal(self, node: fx.Node) -> str:
+        """Why no graph can stand for the module that makes this call; "" where nobody has asked."""
+        return self.refused.get(node.meta.get("module", ""), "") if self.refused else ""
+
+
+NOTHING_REWRITTEN = Rewritten()
+
+
 def literal_text(what: str, number: float, source: Source | None) -> str:
     """A size that is no expression of others: a literal, in the statement at `source` or further up."""
     if source is None or re.search(rf"(?<![\w.]){abs(number)}(?![\w.])", source.statement):
@@ -45,7 +66,7 @@ class SizeSite:
     """A size in the user's code that must come out right after pruning.
 
     The indices in `span` (all of the axis where None) that survive on an axis with coordinates `axis_map` and length
-    `length` must number `evaluate(expr)`, unless `node` is marked "rewritten": then the number is written anew.
+    `length` must number `evaluate(expr)`, unless `node` is rewritten: then the number is written anew.
     """
 
     node: fx.Node
@@ -87,11 +108,11 @@ class Effects:
     """Everything one node contributed; replaced as a whole when the node is analysed again."""
 
     unions: list[tuple[Vector, Vector]] = dataclasses.field(default_factory=list)
-    freezes: list[tuple[Vector, Reason]] = dataclasses.field(default_factory=list)
+    freezes: list[Freeze] = dataclasses.field(default_factory=list)
     refines: list[Refine] = dataclasses.field(default_factory=list)
     sites: list[SizeSite] = dataclasses.field(default_factory=list)
     scalars: list[ScalarSite] = dataclasses.field(default_factory=list)
     guards: list[Guard] = dataclasses.field(default_factory=list)
     equal: list[EqualCounts] = dataclasses.field(default_factory=list)
-    kinds: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+    kinds: list[tuple[int, GroupKind]] = dataclasses.field(default_factory=list)
     statistics: list[Vector] = dataclasses.field(default_factory=list)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from ..tracing.names import operator_name
 from ..tracing.pause import paused_collector
 from ..tracing.trace import Trace, record_run
 from .analysis import Analysis, analyse
-from .build import axis_roles, build_groups
+from .build import axis_roles
 from .dims import Root
 from .drawing import as_dot, draw_dependencies
 from .effects import Reason
-from .groups import Group, Ints
+from .grouping import Grouping, unproduced
+from .groups import Group, Ints, Role
 from .state import multiplicity
 
 
@@ -50,11 +52,13 @@ class DependencyGraph:
     """
 
     def __init__(self, analysis: Analysis) -> None:
-        self._analysis = analysis
-        self._reason_cache: dict[int, dict[str, Reason]] | None = None
-        self.roles = axis_roles(analysis)
-        self._freeze_unproduced()
-        self._groups, self._components = build_groups(analysis, self.roles)
+        roles = axis_roles(analysis)
+        held = analysis.freezing(unproduced(analysis, roles))
+        self._hold(held, roles, Grouping.of(held, roles))
+
+    def _hold(self, analysis: Analysis, roles: Mapping[Root, Role], grouping: Grouping) -> None:
+        self._analysis, self._roles, self._grouping = analysis, roles, grouping
+        self._groups = grouping.groups
 
     # -- contents
 
@@ -71,6 +75,11 @@ class DependencyGraph:
     @property
     def analysis(self) -> Analysis:
         return self._analysis
+
+    @property
+    def roles(self) -> Mapping[Root, Role]:
+        """What each axis of each parameter does."""
+        return self._roles
 
     @property
     def frozen(self) -> tuple[Frozen, ...]:
@@ -107,39 +116,19 @@ class DependencyGraph:
 
     def units(self, group: Group) -> Ints:
         """The component number of every unit of a group."""
-        return self._components[group.index]
+        return self._grouping.parts[group.index].units
 
-    # -- freezing more
+    # -- holding more
 
-    def _freeze_unproduced(self) -> None:
-        """Positions that only scale or shift - no weight produces them - are no channels (tokens, queries, pixels)."""
-        analysis = self._analysis
-        roles = self.roles
-        before = len(analysis.extra_freezes)
-        made = [
-            analysis.dims.positions(d)
-            for root, axis_map in analysis.dims.roots.items()
-            if roles[root] in ("out", "in")
-            for d in axis_map
-        ]
-        produced = analysis.components_of([np.zeros(1, np.int64), *made])
-        for root, axis_map in analysis.dims.roots.items():
-            if roles[root] in ("vector", "other"):
-                for d in axis_map:
-                    positions = analysis.dims.positions(d)
-                    lone = positions[~produced[analysis.label[positions]]]
-                    if len(lone):
-                        text = "no layer produces or reads these positions as channels"
-                        analysis.extra_freezes.append((lone, Reason("no channel", text)))
-        if len(analysis.extra_freezes) > before:
-            analysis.connect()
-
-    def freeze_many(self, items: Iterable[tuple[Ints, Reason]]) -> None:
-        """Hold global positions; groups are rebuilt."""
-        self._analysis.extra_freezes.extend(items)
-        self._analysis.connect()
-        self._groups, self._components = build_groups(self._analysis, self.roles)
-        self._reason_cache = None
+    def freezing(self, items: Iterable[tuple[Ints, Reason]]) -> DependencyGraph:
+        """The same graph with more global positions held, each with a reason. This one stays as it is; what is equal is
+        shared, groups that lose nothing among it. Without items, this graph itself."""
+        analysis = self._analysis.freezing(items)
+        if analysis is self._analysis:
+            return self
+        held = object.__new__(type(self))
+        held._hold(analysis, self._roles, self._grouping.narrowed(analysis))
+        return held
 
     # -- explanations
 
@@ -175,24 +164,21 @@ class DependencyGraph:
         """The statements that froze what these positions are tied to."""
         if positions is None:
             return ()
-        by_label = self._reasons_by_label()
         out: dict[str, Reason] = {}
-        assert self._analysis.tied is not None
         for label in np.unique(self._analysis.tied[positions]).tolist():
-            for text, reason in by_label.get(label, {}).items():
+            for text, reason in self._reasons_by_label.get(label, {}).items():
                 out.setdefault(text, reason)
         return tuple(out.values())[:6]
 
+    @functools.cached_property
     def _reasons_by_label(self) -> dict[int, dict[str, Reason]]:
-        labels = self._analysis.tied
-        assert labels is not None
-        if self._reason_cache is None:
-            self._reason_cache = {}
-            for frozen, reason in self._analysis.freezes:
-                text = str(reason)
-                for label in np.unique(labels[frozen]).tolist():
-                    self._reason_cache.setdefault(label, {}).setdefault(text, reason)
-        return self._reason_cache
+        """Component number (of `Analysis.tied`) -> the statements that freeze it, by their text."""
+        found: dict[int, dict[str, Reason]] = {}
+        for frozen, reason in self._analysis.freezes:
+            text = str(reason)
+            for label in np.unique(self._analysis.tied[frozen]).tolist():
+                found.setdefault(label, {}).setdefault(text, reason)
+        return found
 
     def explain(self, parameter: str) -> str:
         """For each axis of a parameter: the group it belongs to and what it is tied to, or why it is frozen.

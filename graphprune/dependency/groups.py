@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -10,6 +12,67 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
 Role = Literal["out", "in", "vector", "other"]
+
+
+class GroupKind(enum.StrEnum):
+    """What the units of a group are. Equal to its text, as in `group.kind == "head"`.
+
+    The first that applies names a group: where Dims of several kinds are tied, the more specific one.
+    """
+
+    HEAD = "head"
+    HEAD_FEATURE = "head feature"
+    """Of queries, keys and values, where they cannot differ."""
+    QK_FEATURE = "qk feature"
+    """Of queries and keys, per head."""
+    V_FEATURE = "v feature"
+    """Of values, per head."""
+    CONV_GROUP = "conv group"
+    """A whole group of a grouped convolution."""
+    GROUP_CHANNEL = "group channel"
+    """A channel inside each group of a grouped convolution."""
+    RESIDUAL_CHANNEL = "residual channel"
+    """The width of a residual stream, in transformers that of the embeddings."""
+    EMBEDDING_CHANNEL = "embedding channel"
+    """Of other embeddings."""
+    MLP_CHANNEL = "mlp channel"
+    """A hidden width between linear layers or 1 x 1 convolutions."""
+    CHANNEL = "channel"
+    """Any other."""
+
+    @property
+    def is_head(self) -> bool:
+        """A whole head of attention."""
+        return self is GroupKind.HEAD
+
+    @property
+    def is_feature(self) -> bool:
+        """A feature inside the heads of attention."""
+        return self in _FEATURES
+
+    @property
+    def is_channel(self) -> bool:
+        """A channel of a width that nothing cuts into heads or groups."""
+        return self in _CHANNELS
+
+    @classmethod
+    def most_specific(cls, found: Iterable[GroupKind]) -> GroupKind:
+        """The one that names a group whose Dims are of all these kinds."""
+        return min(found, key=_RANK.__getitem__)
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise ValueError(f"{str(value)[:40]!r} is no kind of group; expected one of {', '.join(cls)}")
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+_RANK = {kind: rank for rank, kind in enumerate(GroupKind)}
+_FEATURES = frozenset((GroupKind.HEAD_FEATURE, GroupKind.QK_FEATURE, GroupKind.V_FEATURE))
+_CHANNELS = frozenset(
+    (GroupKind.RESIDUAL_CHANNEL, GroupKind.EMBEDDING_CHANNEL, GroupKind.MLP_CHANNEL, GroupKind.CHANNEL)
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,17 +97,14 @@ class Member:
 class Group:
     """Interchangeable units: each removes the same number of positions from the same parameter axes.
 
-    `kind` is "residual channel" (the width of a residual stream, in transformers that of the embeddings), "embedding
-    channel" (of other embeddings), "mlp channel" (a hidden width between linear layers or 1 x 1 convolutions), any
-    other "channel", "head", "qk feature" (of queries and keys, per head), "v feature" (of values), "head feature" (of
-    all three, where they cannot differ), "conv group" or "group channel" (a channel inside each group of a grouped
-    convolution). `name` is the parameter that produces the channels and its axis, for people to read.
-    `structure` is equal for groups that have the same kinds and shapes of members (scope="isomorphic").
+    `kind` (`GroupKind`) says what the units are: "residual channel", "mlp channel", "head"... `name` is the parameter
+    that produces the channels and its axis, for people to read. `structure` is equal for groups that have the same
+    kinds and shapes of members (scope="isomorphic").
     """
 
     index: int
     name: str
-    kind: str
+    kind: GroupKind
     size: int
     members: tuple[Member, ...]
     structure: str

@@ -97,7 +97,8 @@ class SizeSolver:
             return None
 
     def resolve(self) -> Resolution:
-        free = [s for s in self.analysis.sites if not s.node.meta.get("rewritten")]
+        rewritten = self.analysis.rewritten.nodes
+        free = [s for s in self.analysis.sites if s.node not in rewritten]
         sites = [s for s in free if s.length]
         watched = [s for s in free if not s.length]
         guards = self.analysis.guards

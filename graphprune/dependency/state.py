@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,12 @@ import numpy.typing as npt
 Vector = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 AxisMap = dict[int, Vector]  # Dim -> coordinate of every index along one axis
+
+
+def sealed(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The array, which is shared from now on and can no longer be written to."""
+    array.setflags(write=False)
+    return array
 
 
 class State:
@@ -89,6 +96,11 @@ def concatenate(maps: list[tuple[AxisMap, int]]) -> AxisMap:
             out[d][start : start + n] = v
         start += n
     return out
+
+
+def all_whole(axis_map: AxisMap) -> bool:
+    """Every Dim on the axis has a coordinate at every index."""
+    return all(np.minimum.reduce(vector) >= 0 for vector in axis_map.values())
 
 
 def multiplicity(axis_map: AxisMap, length: int) -> Vector:

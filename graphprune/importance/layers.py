@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.bypassing import Change, changed, left_out
 from ..errors import GraphPruneError
+from ..support.suggestions import check_choice
 from ..support.types import LossFunction
 from ..tracing.example import ExampleInput, result_tensors
 from ..tracing.state import evaluating
@@ -33,11 +34,7 @@ def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any, branches: boo
         raise GraphPruneError("criterion: branches make no stream of their own to compare; use \"output\"")
     if callable(name):
         return cast("Cost", name)
-    if name not in LAYER_CRITERIA:
-        known = ", ".join(map(repr, LAYER_CRITERIA))
-        raise GraphPruneError(
-            f"criterion: layers are ranked by one of {known}, or a function of a network, got {criterion!r}"
-        )
+    check_choice("criterion", name, LAYER_CRITERIA, "a function of a network, for layers")
     if name in _NEED_LOSS and (data is None or loss_fn is None):
         raise GraphPruneError(
             f'criterion={name!r} needs data= with pairs (inputs, targets) and loss_fn=; "magnitude" needs neither'

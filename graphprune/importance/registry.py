@@ -16,6 +16,7 @@ from torch import Tensor
 from ..dependency.groups import Group
 from ..errors import GraphPruneError
 from ..support.registry import Registry
+from ..support.suggestions import check_choice
 from .context import Floats, ImportanceContext
 
 CriterionFunction = Callable[[ImportanceContext, Group], Any]
@@ -163,8 +164,7 @@ def normalise(scores: npt.ArrayLike, how: How | None = "mean") -> Floats:
 
     Raises GraphPruneError for another `how`.
     """
-    if how not in ("mean", "max", "sum", None):
-        raise GraphPruneError(f"normalise: expected 'mean', 'max', 'sum' or None, got {how!r}")
+    check_choice("normalise", how, ("mean", "max", "sum", None))
     values: Floats = np.array(scores, dtype=np.float64)
     size = np.abs(values)
     top = float(size.max(initial=0.0))

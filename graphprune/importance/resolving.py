@@ -7,6 +7,7 @@ import sys
 from typing import Any, Literal
 
 from ..errors import GraphPruneError
+from ..support.suggestions import check_choice
 from .registry import _REDUCTIONS, CRITERIA, DEFAULT, Criterion, How, Reduction, known_criteria
 
 
@@ -28,12 +29,10 @@ def with_options(
     """
     found = resolve_criterion(criterion)
     if reduction is not None:
-        if reduction not in _REDUCTIONS:
-            raise GraphPruneError(f"reduction: expected one of {', '.join(map(repr, _REDUCTIONS))}, got {reduction!r}")
+        check_choice("reduction", reduction, _REDUCTIONS)
         found = dataclasses.replace(found, reduction=reduction)
     if normaliser is not None:
-        if normaliser not in ("mean", "max", "sum", "none"):
-            raise GraphPruneError(f"normaliser: expected 'mean', 'max', 'sum' or 'none', got {normaliser!r}")
+        check_choice("normaliser", normaliser, ("mean", "max", "sum", "none"))
         how: How | None = None if normaliser == "none" else normaliser
         found = dataclasses.replace(found, comparable=how is None, normaliser=how)
     return found

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..dependency import DependencyGraph
 from ..plans.surgery import Fold, fold_names, folded_tensors
-from ..tracing.names import all_modules, named_tensors
+from ..support.walking import all_modules, named_tensors
 from ..tracing.trace import Trace
 from . import BatchNormLink, Criterion, ImportanceContext, normalise
 from .calibration import Calibration

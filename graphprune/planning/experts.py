@@ -15,16 +15,19 @@ from torch import nn
 from ..dependency.whole.experts import Experts, Mixture, find_mixtures
 from ..errors import GraphPruneError
 from ..importance.calibration import CalibrationData
-from ..plans.plan import AttributeChange, Plan, structure_of
+from ..plans.data import AttributeChange
+from ..plans.plan import Plan
+from ..plans.structure import structure_of
 from ..plans.verification import RouterWatch, failure_of, verify_experts
+from ..support.settings import settings_of
 from ..support.types import Ignore
+from ..support.walking import all_modules
 from ..tracing.example import ExampleInput
-from ..tracing.names import all_modules
 from ..tracing.state import configurations, evaluating
 from ..tracing.trace import run_model
 from .allocation import Settings
 from .allocation.steps import nearest
-from .layers import held_modules, related
+from .layers import held_modules
 
 NAME = "experts"
 _COUNT = re.compile("expert", re.IGNORECASE)
@@ -54,7 +57,7 @@ def plan_experts(
         raise GraphPruneError(f"criterion: experts are ranked by 'routing', got {criterion!r}")
     example = ExampleInput.of(example_input)
     held = held_modules(ignore, model)
-    mixtures = [m for m in find_mixtures(model, example) if not any(related(m.block, name) for name in held)]
+    mixtures = [m for m in find_mixtures(model, example) if held.isdisjoint(_names(m))]
     scores = _scores(model, mixtures, example, data)
     refused: dict[str, str] = {}
     chosen = [m for m in (_cut(m, scores[m.experts.router], settings) for m in mixtures) if m.experts.gone]
@@ -71,6 +74,12 @@ def plan_experts(
     if not mixtures:
         made = dataclasses.replace(made, frozen=("no mixture of experts: no router's outputs are ranked by a top-k",))
     return made
+
+
+def _names(mixture: Mixture) -> tuple[str, ...]:
+    """What must not be ignored: the module around it, or its parts where that is the whole model."""
+    experts = mixture.experts
+    return (mixture.block,) if mixture.block else (*filter(None, (experts.router, experts.listed)), *mixture.stacked)
 
 
 def _scores(
@@ -130,7 +139,7 @@ def _attributes(model: nn.Module, chosen: Sequence[Mixture], mixtures: Sequence[
     if len(widths) == 1:
         ((number, left),) = widths
         for path, name, settings in configurations(modules).values():
-            for key, value in settings.__dict__.items():
+            for key, value in settings_of(settings).items():
                 if type(value) is int and value == number and _counts(key):
                     out.append(AttributeChange(path, name, (key,), value, left))
     return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,14 @@ from torch.nn.utils import parametrize
 from ..dependency import DependencyGraph
 from ..dependency.graph import trace
 from ..errors import GraphPruneError
-from ..plans.plan import AttributeChange, Plan, structure_of
+from ..plans.data import AttributeChange
+from ..plans.plan import Plan
+from ..plans.structure import structure_of
 from ..plans.verification import verify as run_verification
 from ..support.doors import door
 from ..support.types import Ignore
+from ..tracing.matching import NameTable
 from ..tracing.operators import Sliding, form_of, given
-from .allocation import ignored_positions
 
 _STOCK = (conv.Conv1d, conv.Conv2d, conv.Conv3d, conv.ConvTranspose1d, conv.ConvTranspose2d, conv.ConvTranspose3d)
 _PADDED = "_reversed_padding_repeated_twice"  # what padding modes other than zeros read
@@ -41,7 +42,7 @@ def plan_kernels(
     zero, its values: a convolution whose padding is smaller keeps its kernel, as do convolutions whose weight something
     else reads or whose class computes it. The plan's `frozen` says so, for those whose taps are worth little.
 
-    `ignore`: modules, names or patterns that stay. `plan.apply`, `save`, and `graphprune.verify` (zero equivalence) are
+    `ignore`: as in `plan`. `plan.apply`, `save`, and `graphprune.verify` (zero equivalence) are
     those of every plan.
 
     Raises GraphPruneError for arguments out of range, unknown names, and models that fail on the example input.
@@ -79,12 +80,12 @@ def shrink_kernels(
 def _decide(
     model: nn.Module, graph: DependencyGraph, threshold: float, ignore: Ignore
 ) -> Plan:
-    held = {id(m) for m in _held(model, graph, ignore)}
+    held = NameTable.of(model).all_meant(ignore, "ignore")
     removed: dict[str, dict[int, tuple[int, ...]]] = {}
     attributes: list[AttributeChange] = []
     frozen: list[str] = []
     for path, module in model.named_modules():
-        if not isinstance(module, conv._ConvNd) or id(module) in held:
+        if not isinstance(module, conv._ConvNd) or not held.isdisjoint((path, f"{path}.weight" if path else "weight")):
             continue
         rings = _rings(module, threshold)
         if not any(rings):
@@ -106,21 +107,6 @@ def _decide(
         frozen=tuple(frozen),
         structure=structure_of(model),
     )
-
-
-def _held(
-    model: nn.Module, graph: DependencyGraph, ignore: Ignore
-) -> list[nn.Module]:
-    items = [ignore] if isinstance(ignore, (nn.Module, str)) else list(ignore)
-    ignored_positions(items, graph, model)  # for its errors: names that match nothing, modules of other models
-    return [m for item in items for m in _covered(model, item)]
-
-
-def _covered(model: nn.Module, item: nn.Module | str) -> list[nn.Module]:
-    if isinstance(item, nn.Module):
-        return list(item.modules())
-    found = [m for n, m in model.named_modules() if fnmatchcase(n, item) or fnmatchcase(f"{n}.weight", item)]
-    return [inner for module in found for inner in module.modules()]
 
 
 def _rings(module: conv._ConvNd, threshold: float) -> list[int]:

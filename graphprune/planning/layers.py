@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,15 +14,15 @@ from ..dependency.whole.branches import search_branches
 from ..errors import GraphPruneError
 from ..importance.calibration import CalibrationData
 from ..importance.layers import check_layer_criterion, layer_scores
-from ..plans.plan import Plan, structure_of
+from ..plans.plan import Plan
+from ..plans.structure import structure_of
 from ..plans.surgery import remove_layers, uncounted_tokens
 from ..plans.verification import failure_of, verify_layers
 from ..support.types import Ignore, LossFunction
 from ..tracing.counting import Count, count
 from ..tracing.example import ExampleInput
-from ..tracing.names import all_modules, named_tensors
+from ..tracing.matching import NameTable, items_of, modules_around
 from .allocation import Budget
-from .allocation.selection import ignored_items
 
 WHOLE = ("layer", "branch", "experts")
 
@@ -109,7 +108,7 @@ def rank_layers(
     ranked = check_layer_criterion(criterion, data, loss_fn, branches)
     held = held_modules(ignore, model)
     found, unfit = search_branches(model, example) if branches else (find_blocks(model, example), ())
-    blocks = tuple(b for b in found if not any(related(m, name) for m in b.modules for name in held))
+    blocks = tuple(b for b in found if held.isdisjoint(b.modules))
     batches = [(example, None)] if data is None else CalibrationData(data, example, model)
     scores = layer_scores(model, blocks, ranked, batches, loss_fn, example) if blocks else []
     for block, score in zip(blocks, scores, strict=True):
@@ -135,31 +134,16 @@ def refusals(
 
 
 def held_modules(ignore: Ignore, model: nn.Module) -> set[str]:
-    """The paths of ignored modules and parameters. Raises GraphPruneError for what matches none."""
-    names = (*all_modules(model), *named_tensors(model))
-    held: set[str] = set()
-    for pattern in ignored_names(ignore, model):
-        found = [n for n in names if isinstance(pattern, str) and fnmatch.fnmatchcase(n, pattern)]
-        if not found:
-            raise GraphPruneError(f"ignore: no module matches {pattern!r}; see model.named_modules()")
-        held.update(found)
-    return held
+    """The paths of modules that are ignored, lie in an ignored one, or hold something ignored, and the names of what is
+    ignored in them. Raises GraphPruneError for what matches nothing."""
+    held = NameTable.of(model).all_meant(ignore, "ignore")
+    return held.union(modules_around(held))
 
 
 def ignored_names(ignore: Ignore, model: nn.Module) -> list[str]:
-    """Ignored modules by name, for copies of the model; patterns as they are."""
-    paths = {id(m): n for n, m in all_modules(model).items()}
-    out = []
-    for item in ignored_items(ignore):
-        if isinstance(item, nn.Module) and id(item) not in paths:
-            raise GraphPruneError(f"ignore: {type(item).__name__} is no module of this model")
-        out.append(paths[id(item)] or "*" if isinstance(item, nn.Module) else item)
-    return out
-
-
-def related(a: str, b: str) -> bool:
-    """One is the other or lies in it; "" is the model."""
-    return a == b or not b or a.startswith(f"{b}.") or b.startswith(f"{a}.")
+    """What is ignored as names and patterns, for copies of the model."""
+    items = items_of(ignore, "ignore")
+    return NameTable.of(model).texts(items, "ignore") if items else []
 
 
 def _chosen(
@@ -264,7 +248,6 @@ __all__ = [
     "plan_layers",
     "rank_layers",
     "refusals",
-    "related",
     "split_granularity",
     "working_form",
 ]

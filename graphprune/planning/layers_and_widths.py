@@ -16,7 +16,8 @@ from ..dependency.whole.blocks import Block
 from ..errors import GraphPruneError
 from ..importance.calibration import CalibrationData
 from ..importance.layers import float_outputs
-from ..plans.plan import Plan, structure_of
+from ..plans.plan import Plan
+from ..plans.structure import structure_of
 from ..plans.surgery import bypass_layers
 from ..plans.verification import failure_of, verify_layers
 from ..recovery import recover

@@ -63,13 +63,14 @@ def plan(
     """Decide what to remove from `model`, without changing it.
 
     - `ratio`: fraction of each group's channels to remove, in [0, 1). A number, or a dict from module names,
-      parameter names or patterns (`"layer3.*"`) to numbers; the longest match wins and what matches nothing stays.
-      Default 0.5, unless there is a budget.
+      parameter names or patterns (`"layer3.*"`) to numbers; what names the innermost module counts, of several a name
+      before a pattern, then the longest, and what none matches stays. Default 0.5, unless there is a budget.
     - `budget`: instead of a ratio, a `graphprune.Budget` for the whole network, such as `Budget(macs=0.5)`; the widths
       of the groups are chosen so that the least importance is lost for it.
       `Budget(latency=0.5)` is about the time of a call on the `target`; see below.
     - `max_ratio`: the largest fraction that any group may lose, in (0, 1]. Default 1: all units but one.
-    - `ignore`: modules, names or patterns whose outputs stay. The network's inputs and outputs always stay.
+    - `ignore`: modules, parameters, names of them or patterns, whose outputs stay, with all that lies in them. The
+      network's inputs and outputs always stay.
     - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
       structure (Fang et al., ECCV 2024).
     - `criterion`: "flow" (default), "l1", "l2", "bn_scale", "fpgm", "lamp", "random"; with `data` "reconstruction",
@@ -307,7 +308,7 @@ class _Job:
                     forecast,
                 )
                 if found is not None:
-                    return graph, dataclasses.replace(found, output=self.output)
+                    return found[0], dataclasses.replace(found[1], output=self.output)
 
 
 @door("model", exact=True)

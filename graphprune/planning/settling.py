@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..dependency import DependencyGraph, Group, Reason
+from ..dependency import DependencyGraph, Group, GroupKind, Reason
 from ..dependency.sizes import Conflict, Resolution, SizeSolver, positions_of
 from ..dependency.temperature import Rescale, rescales
 from ..errors import GraphPruneError
@@ -23,16 +23,17 @@ def settle(
     graph: DependencyGraph,
     settings: Settings,
     scorer: Scorer,
-    limits: Callable[[], list[Limit]],
+    limits: Callable[[DependencyGraph], list[Limit]],
     rewriter: Rewriter | None,
-) -> tuple[Allocation, Resolution, list[Rescale]] | None:
+) -> tuple[DependencyGraph, Allocation, Resolution, list[Rescale]] | None:
     """Allocate, check every size in the user's code, adjust or hold what does not come out right, and repeat.
 
-    None where what does not come out right is to be rewritten instead: another graph is needed."""
+    The graph that comes back is `graph` with what had to be held. None where what does not come out right is to be
+    rewritten instead: another graph is needed."""
     forced: dict[int, int] = {}
     tried: set[tuple[int, int]] = set()
     for _ in range(_MAX_ROUNDS):
-        allocation = allocate(graph, scorer(graph), settings, _by_index(graph, forced), limits())
+        allocation = allocate(graph, scorer(graph), settings, _by_index(graph, forced), limits(graph))
         solver = SizeSolver(graph.analysis, allocation.gone)
         resolution = solver.resolve()
         factors, blocked = rescales(graph.analysis, solver)
@@ -41,18 +42,20 @@ def settle(
             settings = dataclasses.replace(settings, even=True)  # code that halves a width wants halves of one width
             continue
         if not conflicts:
-            if rewriter is not None and rewriter.release(graph, allocation.gone):
-                solver = SizeSolver(graph.analysis, allocation.gone)
-                resolution = solver.resolve()
-                factors = rescales(graph.analysis, solver)[0]
-            return allocation, resolution, factors
+            if rewriter is not None:
+                released = rewriter.release(graph.analysis, allocation.gone)
+                if released is not graph.analysis:
+                    solver = SizeSolver(released, allocation.gone)
+                    resolution = solver.resolve()
+                    factors = rescales(released, solver)[0]
+            return graph, allocation, resolution, factors
         adjusted = _adjustments(graph, conflicts, allocation, tried, kinds_of(settings.granularity))
         if adjusted:
             forced.update(adjusted)
         elif rewriter is not None and rewriter.extend(conflicts):
             return None
         else:
-            _hold(graph, conflicts, allocation)
+            graph = _hold(graph, conflicts, allocation)
     raise GraphPruneError("planning did not settle on this model; please report it")
 
 
@@ -79,7 +82,7 @@ def _adjustments(
     conflicts: list[Conflict],
     allocation: Allocation,
     tried: set[tuple[int, int]],
-    kinds: frozenset[str] | None,
+    kinds: frozenset[GroupKind] | None,
 ) -> dict[int, int]:
     """Numbers of units to keep instead, where that makes the user's sizes right. Only groups of these kinds change.
 
@@ -101,29 +104,29 @@ def _adjust_axis(
     conflict: Conflict,
     allocation: Allocation,
     tried: set[tuple[int, int]],
-    kinds: frozenset[str] | None,
+    kinds: frozenset[GroupKind] | None,
 ) -> dict[int, int]:
     if conflict.wanted is None or not 1 <= conflict.wanted < conflict.length:
         return {}
     groups = _groups_on(graph, conflict)
-    for group in sorted(groups, key=lambda g: (g.kind == "head", g.index)):
+    for group in sorted(groups, key=lambda g: (g.kind.is_head, g.index)):
         keep = group.size - len(allocation.removed.get(group.index, ()))
         new, rest = divmod(keep * conflict.wanted, conflict.survivors)
         position = int(np.nonzero(graph.analysis.label == graph.units(group)[0])[0][0])
         if rest or not 1 <= new <= group.size or new == keep or (position, new) in tried:
             continue
-        if group.kind == "head" and new == group.size:
+        if group.kind.is_head and new == group.size:
             continue  # the module may be rewritten instead, or their features may go
         if kinds is not None and group.kind not in kinds:
             continue
-        if len(groups) > 1 and group.kind.endswith("channel") and group.kind != "group channel":
+        if len(groups) > 1 and group.kind.is_channel:
             continue  # several groups laid side by side: which of them should give way is not determined
         tried.add((position, new))
         return {position: new}
     return {}
 
 
-def _hold(graph: DependencyGraph, conflicts: list[Conflict], allocation: Allocation) -> None:
+def _hold(graph: DependencyGraph, conflicts: list[Conflict], allocation: Allocation) -> DependencyGraph:
     """Freeze what the cheapest conflicts are about (of a product, the factor that goes); others may vanish with it."""
     analysis = graph.analysis
     costs = [sum(m.positions.size for g in _groups_on(graph, c) for m in g.members) for c in conflicts]
@@ -135,4 +138,4 @@ def _hold(graph: DependencyGraph, conflicts: list[Conflict], allocation: Allocat
             label, axes = analysis.label, conflict.axis_map.items()
             parts = {d: v for d, v in axes if allocation.gone[label[analysis.dims.positions(d, v)]].any()}
             freezes.append((positions_of(analysis, parts or conflict.axis_map), reason))
-    graph.freeze_many(freezes)
+    return graph.freezing(freezes)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from ..dependency import DependencyGraph, Frozen
 from ..errors import GraphPruneError
-from ..plans.plan import GroupPlan, Plan
+from ..plans.data import GroupPlan
+from ..plans.plan import Plan
 from ..support.warning import warn
 from .allocation import Settings
-from .allocation.selection import matches, producers, winners
+from .allocation.selection import names_in, producers, winners
 from .allocation.steps import nearest
 
 # True of every network: said last.
@@ -121,7 +122,7 @@ def hopeless(plan: Plan, settings: Settings) -> bool:
 
 def _named(plan: Plan, ratio: Mapping[str, float], settings: Settings, graph: DependencyGraph) -> str:
     """Names with a ratio above 0 of which nothing goes, other than those that longer names overrule."""
-    best = winners(ratio, graph)
+    best, table = winners(ratio, graph), names_in(graph)
     makers = producers(graph)
     parts = []
     for pattern, value in ratio.items():
@@ -136,25 +137,24 @@ def _named(plan: Plan, ratio: Mapping[str, float], settings: Settings, graph: De
         elif mine:
             kinds = ", ".join(sorted({f"{plan.groups[i].kind}s" for i in mine}))
             parts.append(f"{pattern!r} (granularity={settings.granularity!r}, and these are {kinds})")
-        elif not any(matches(pattern, name) for names in makers for name in names):
-            carried = _carried(pattern, graph)
+        elif not (meant := table.meant(pattern, "ratio").keys()) & {name for names in makers for name in names}:
+            firsts = {first for name, first in graph.trace.aliases.items() if name in meant}
+            carried = _carried(firsts, graph)
             if not carried:
-                parts.append(f"{pattern!r} ({_reasons(_produced(pattern, graph))})")
+                parts.append(f"{pattern!r} ({_reasons(_produced(firsts, graph))})")
             elif not any(plan.groups[i].kept < plan.groups[i].size for i in carried):
                 parts.append(f"{pattern!r} (its channels are made by {makers[carried[0]][0]}: give that a ratio)")
     return f"ratio: nothing was removed of {'; '.join(parts)}" if parts else ""
 
 
-def _carried(pattern: str, graph: DependencyGraph) -> list[int]:
-    """The groups of which parameters of this name are a part without producing or only reading them: those of norms."""
-    firsts = {first for name, first in graph.trace.aliases.items() if matches(pattern, name)}
+def _carried(firsts: Container[str], graph: DependencyGraph) -> list[int]:
+    """The groups of which these parameters are a part without producing or only reading them: those of norms."""
     held = [any(m.parameter in firsts and m.role != "in" for m in group.members) for group in graph.groups]
     return [i for i, holds in enumerate(held) if holds]
 
 
-def _produced(pattern: str, graph: DependencyGraph) -> list[Frozen]:
-    """What is frozen on the axes that parameters of this name produce."""
-    firsts = {first for name, first in graph.trace.aliases.items() if matches(pattern, name)}
+def _produced(firsts: Container[str], graph: DependencyGraph) -> list[Frozen]:
+    """What is frozen on the axes that these parameters produce."""
     return [f for f in graph.frozen if f.parameter in firsts and graph.roles.get((f.parameter, f.axis)) != "in"]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 from torch import nn
@@ -14,11 +13,13 @@ from ..dependency.temperature import Rescale
 from ..importance import Criterion
 from ..importance.calibration.source import CalibrationSource
 from ..importance.scorer import Scorer
-from ..plans.plan import AttributeChange, GroupPlan, Plan, structure_of
+from ..plans.data import AttributeChange, GroupPlan
+from ..plans.plan import Plan
 from ..plans.rewriting import Rewrite, Rewriter
+from ..plans.structure import structure_of
 from ..plans.surgery import Fold, effective_folds
 from ..support.types import Ignore
-from .allocation import Allocation, Forecasts, Settings, ignored_positions, make_limits
+from .allocation import Allocation, Forecasts, Limit, Settings, ignored_positions, make_limits
 from .settling import settle
 
 
@@ -32,8 +33,9 @@ def plan_from_graph(
     fold_bn: bool = True,
     seed: int = 0,
     source: CalibrationSource | None = None,
-) -> Plan:
-    """`plan` for a model that is traced already. The graph is narrowed by what turns out to be blocked."""
+) -> tuple[DependencyGraph, Plan]:
+    """`plan` for a model that is traced already, and the graph with what planning had to hold: what is ignored, and
+    what turned out to be blocked."""
     found = plan_once(model, graph, settings, criterion, ignore, fold_bn, seed, source, None)
     assert found is not None
     return found
@@ -50,11 +52,10 @@ def plan_once(
     source: CalibrationSource | None,
     rewriter: Rewriter | None,
     forecast: Forecasts | None = None,
-) -> Plan | None:
-    """The plan on this graph; None where the rewriter has changed its choice of modules, and with it the graph."""
-    held = ignored_positions(ignore, graph, model)
-    if held:
-        graph.freeze_many(held)
+) -> tuple[DependencyGraph, Plan] | None:
+    """The plan on this graph, and the graph with what was held; None where the rewriter has changed its choice of
+    modules, and with it the graph."""
+    graph = graph.freezing(ignored_positions(ignore, graph, model))
     effective = effective_folds(model, graph.trace)
     folds = [fold for fold, replaceable in effective if replaceable]
     compared = settings.scope != "local" or settings.budget is not None
@@ -63,11 +64,14 @@ def plan_once(
     known = [fold for fold, _ in effective]
     scorer = Scorer(model, known, criterion, seed, normalised, calibration, compared, graph.trace)
     kept_folds = folds if fold_bn else []
-    limits = functools.partial(make_limits, settings.budget, graph, model, kept_folds, forecast)
+
+    def limits(narrowed: DependencyGraph) -> list[Limit]:
+        return make_limits(settings.budget, narrowed, model, kept_folds, forecast)
+
     settled = settle(graph, settings, scorer, limits, rewriter)
     if settled is None:
         return None
-    allocation, resolution, factors = settled
+    graph, allocation, resolution, factors = settled
     rewrites: tuple[Rewrite, ...] | None = ()
     if rewriter is not None:
         rewrites = rewriter.rewrites(graph, allocation.gone, resolution.attributes)
@@ -76,7 +80,7 @@ def plan_once(
     if forecast is not None:
         forecast.predict(graph, allocation.gone)
     found = assemble(model, graph, allocation, resolution, factors, kept_folds)
-    return dataclasses.replace(found, rewrites=rewrites)
+    return graph, dataclasses.replace(found, rewrites=rewrites)
 
 
 def assemble(

@@ -12,7 +12,8 @@ from torch import nn
 from ..dependency import DependencyGraph, trace
 from ..errors import GraphPruneError
 from ..plans.latency import Attempt, Latency
-from ..plans.plan import Plan, structural_hash
+from ..plans.plan import Plan
+from ..plans.structure import structural_hash
 from ..runtimes.latency.forecast import Forecast, measured_context, network_units
 from ..runtimes.latency.networks import Bench
 from ..runtimes.latency.table import LatencyTable

@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..tracing.names import all_modules, named_tensors
+from ..support.walking import all_modules
+from .structure import structure_of
 
 _KEY = "_graphprune_history"
 
@@ -73,8 +74,7 @@ def histories(model: nn.Module) -> dict[str, History]:
 def remember(pruned: nn.Module, original: nn.Module, plan: Applied, repair: str = "") -> nn.Module:
     """Note in `pruned` that it is `original` after `plan`, and how it was repaired; returns it."""
     before = history_of(original) or History((), {}, ())
-    structure = {name: tuple(tensor.shape) for name, tensor in named_tensors(pruned).items()}
-    pruned.__dict__[_KEY] = History((*before.plans, plan), structure, (*before.repairs, repair))
+    pruned.__dict__[_KEY] = History((*before.plans, plan), structure_of(pruned), (*before.repairs, repair))
     return pruned
 
 
@@ -105,7 +105,7 @@ def changed_since(model: nn.Module) -> str:
     Where a part was pruned by itself and with the whole, the later of the two plans is the one that still holds. A bias
     that a layer was given (by recovery) is no change: its place was there.
     """
-    now = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    now = structure_of(model)
     found = {f"{path}." if path else "": history.structure for path, history in histories(model).items()}
     covered = [name for name in now if name.startswith(tuple(found))]
     for name in dict.fromkeys([*(prefix + name for prefix, names in found.items() for name in names), *covered]):

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..errors import GraphPruneError
 from ..support.doors import door
+from ..support.suggestions import did_you_mean
 from ..support.unwrapping import checked_model, no_model
 from .arguments import FlatArguments
 from .candidates import Candidates, Model
@@ -129,7 +130,8 @@ def _check_models(models: Mapping[str, Model], baseline: str | None) -> str:
         if isinstance(model, nn.Module):
             checked_model(model, f"models[{name!r}]")
     if baseline is not None and baseline not in models:
-        raise GraphPruneError(f"baseline {baseline!r} is not among the models: {', '.join(models)}")
+        hint = did_you_mean(baseline, models)
+        raise GraphPruneError(f"baseline {baseline!r} is not among the models: {', '.join(models)}{hint}")
     return next(iter(models)) if baseline is None else baseline
 
 

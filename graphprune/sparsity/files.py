@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphPruneError
 from ..support.doors import door
+from ..support.suggestions import check_choice
 from ..support.types import PathLike
 from ..support.unwrapping import checked_model, no_model
 from .container import SparseFile, write_file
@@ -42,8 +43,7 @@ def save(
     Raises GraphPruneError for what is no tensor (extra state), for types that cannot be stored, for values beyond
     float16, and when the path cannot be written.
     """
-    if values not in ("exact", "float16"):
-        raise GraphPruneError(f"values: expected 'exact' or 'float16', got {values!r}")
+    check_choice("values", values, ("exact", "float16"))
     if isinstance(model, nn.Module):
         state = PlainState.of(checked_model(model))
         tensors: Mapping[str, Any] = state.tensors

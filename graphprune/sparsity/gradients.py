@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..errors import GraphPruneError
 from ..plans.surgery.copying import clone_with
 from ..support.doors import door
-from ..support.types import LossFunction, Names
+from ..support.suggestions import check_choice
+from ..support.types import Ignore, LossFunction, Parts
 from ..tracing.example import ExampleInput, ordinary
 from .masks import make_plain, put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
@@ -28,8 +29,8 @@ def gradient(
     *,
     times_weight: bool = False,
     reduction: Literal["mean", "sum"] = "mean",
-    parameters: Names = "weights",
-    ignore: Names = (),
+    parameters: Parts = "weights",
+    ignore: Ignore = (),
 ) -> nn.Module:
     """Mask the weights whose loss gradient is smallest, and return the model, which is changed in place.
 
@@ -52,8 +53,7 @@ def gradient(
     """
     wanted = check_sparsity(sparsity)
     check_scope(scope)
-    if reduction not in ("mean", "sum"):
-        raise GraphPruneError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+    check_choice("reduction", reduction, ("mean", "sum"))
     weights = select_weights(model, parameters, ignore)
     gradients = loss_gradients(model, weights, data, loss_fn, mean=reduction == "mean")
     scores = [(g * w.value if times_weight else g).abs() for g, w in zip(gradients, weights, strict=True)]

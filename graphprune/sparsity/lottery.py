@@ -15,14 +15,14 @@ from ..errors import GraphPruneError
 from ..plans.surgery.copying import clone_with
 from ..support.doors import door
 from ..support.files import check_target
-from ..support.types import Names, PathLike
+from ..support.types import Ignore, Parts, PathLike
 from .checkpoints import Progress, read_progress, write_progress
 from .magnitudes import magnitude
 from .masks import masks as masks_of
 from .masks import set_masks
 from .ranking import Scope, check_scope, check_sparsity
 from .snapshots import PlainState
-from .weights import select_weights
+from .weights import as_names, select_weights
 
 TrainFunction = Callable[[nn.Module, int, int], Any]
 EvaluateFunction = Callable[[nn.Module], float]
@@ -91,8 +91,8 @@ def lottery_ticket(
     rewind: int = 0,
     evaluate: EvaluateFunction | None = None,
     scope: Scope = "global",
-    parameters: Names = "weights",
-    ignore: Names = (),
+    parameters: Parts = "weights",
+    ignore: Ignore = (),
     seed: int = 0,
     checkpoint: PathLike | None = None,
 ) -> LotteryTicket:
@@ -115,8 +115,7 @@ def lottery_ticket(
     """
     run = _Run(
         clone_with(model, {}), train, check_sparsity(sparsity), steps, rounds, rewind, evaluate, scope,
-        parameters if isinstance(parameters, str) else list(parameters),
-        ignore if isinstance(ignore, str) else list(ignore), seed, checkpoint,
+        as_names(model, parameters, "parameters"), as_names(model, ignore, "ignore"), seed, checkpoint,
     )  # fmt: skip
     run.check()
     return run.finish()

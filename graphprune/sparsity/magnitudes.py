@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..support.doors import door
-from ..support.types import Names
+from ..support.types import Ignore, Parts
 from .masks import put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import select_weights
@@ -17,17 +17,17 @@ def magnitude(
     sparsity: float,
     scope: Scope = "global",
     *,
-    parameters: Names = "weights",
-    ignore: Names = (),
+    parameters: Parts = "weights",
+    ignore: Ignore = (),
 ) -> nn.Module:
     """Mask the weights of smallest absolute value, and return the model, which is changed in place.
 
     - `sparsity`: fraction of weights that are zero afterwards, in [0, 1), masks already in force included. Rounded to
       nearest, the count is exact even among equal values, of which those with a lower index stay.
     - `scope`: "global" (default) ranks all chosen weights together, "layer" prunes the same fraction of each tensor.
-    - `parameters`: "weights" (default; no biases, no vectors, no parameters of norms), "all", or names and patterns:
-      of modules (`"layer3.*"`), which mean their weights, or of parameters (`"fc.bias"`, `"*.bias"`), which mean these.
-      `ignore`: names and patterns that are left out.
+    - `parameters`: "weights" (default; no biases, no vectors, no parameters of norms), "all", or modules, parameters,
+      their names and patterns: modules (`"layer3.*"`) mean their weights, parameters (`"fc.bias"`, `"*.bias"`) just
+      these. `ignore`: the same, of what is left out.
 
     The masks stay in force during training (see `set_masks`) and what is pruned does not come back: a second call with
     a higher sparsity prunes more. `make_permanent` ends it.

@@ -8,7 +8,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import GraphPruneError
 from ..support.doors import door
-from ..support.types import Names
+from ..support.types import Ignore, Parts
 from ..support.warning import warn
 from .masks import put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
@@ -21,8 +21,8 @@ def n_m(
     n: int = 2,
     m: int = 4,
     *,
-    parameters: Names = "weights",
-    ignore: Names = (),
+    parameters: Parts = "weights",
+    ignore: Ignore = (),
 ) -> nn.Module:
     """Keep the `n` largest of every `m` consecutive weights along the input axis; the model is changed in place.
 
@@ -87,8 +87,8 @@ def blocks(
     shape: tuple[int, int] = (4, 4),
     scope: Scope = "global",
     *,
-    parameters: Names = "weights",
-    ignore: Names = (),
+    parameters: Parts = "weights",
+    ignore: Ignore = (),
 ) -> nn.Module:
     """Mask whole blocks of `shape` (rows, columns) with the smallest mean of squares; the model is changed in place.
 

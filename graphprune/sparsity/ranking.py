@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import GraphPruneError
 from ..planning.allocation.steps import nearest
+from ..support.suggestions import check_choice
 
 Scope = Literal["global", "layer"]
 Array = npt.NDArray[Any]
@@ -44,8 +45,7 @@ def check_sparsity(value: Any, where: str = "sparsity") -> float:
 
 def check_scope(value: Any) -> None:
     """Raise GraphPruneError unless it is a scope."""
-    if value not in ("global", "layer"):
-        raise GraphPruneError(f"scope: expected 'global' or 'layer', got {value!r}")
+    check_choice("scope", value, ("global", "layer"))
 
 
 def count_to_prune(sparsity: float, total: int) -> int:

@@ -23,8 +23,8 @@ from ..plans.surgery import clone_with, find_folds
 from ..recovery.repair import walk
 from ..recovery.repair.solve import masked_ridge_solution
 from ..support.doors import door
+from ..support.walking import named_tensors
 from ..tracing.example import ExampleInput
-from ..tracing.names import named_tensors
 from ..tracing.trace import record_run
 from .masks import make_permanent
 from .weights import Mask, Weight, find_weights, steps_of

@@ -17,14 +17,17 @@ from ..importance.calibration.source import CalibrationSource
 from ..planning.allocation import Settings
 from ..planning.allocation.selection import chosen_groups
 from ..planning.allocation.steps import RoundTo, nearest
+from ..planning.layers import ignored_names
 from ..planning.request import Criterionlike
 from ..planning.shortfall import hopeless, shortfall, tell
 from ..planning.widths import plan_from_graph
-from ..plans.plan import GroupPlan, Plan
+from ..plans.data import GroupPlan
+from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
 from ..recovery import carry_optimizer
 from ..support.doors import door
 from ..support.types import Ignore, LossFunction
+from ..tracing.matching import items_of
 from .magnitudes import magnitude
 from .ranking import check_sparsity
 
@@ -156,7 +159,7 @@ class Channels:
         strict: bool = False,
     ) -> None:
         self.example_input = example_input
-        self.ignore = ignore if isinstance(ignore, (str, nn.Module)) else list(ignore)
+        self.ignore = items_of(ignore, "ignore")
         self.settings = Settings(0.0, scope, round_to, min_channels, granularity, steady=True)
         self.settings.check()
         self.criterion = resolve_criterion(criterion)
@@ -173,6 +176,7 @@ class Channels:
     @door("model")
     def __call__(self, model: nn.Module, sparsity: float) -> nn.Module:
         """A smaller copy of the model."""
+        self.ignore = ignored_names(self.ignore, model)  # the models of later calls are made of copies of this one
         graph = trace(model, self.example_input)
         groups = [g for g, c in zip(graph.groups, chosen_groups(graph, self.settings.granularity), strict=True) if c]
         if not groups:
@@ -185,7 +189,7 @@ class Channels:
         ratio = self._relative(groups, check_sparsity(sparsity))
         settings = dataclasses.replace(self.settings, ratio=ratio)
         source = CalibrationSource.of(model, self.example_input, self.data, self.loss_fn)
-        decided = plan_from_graph(
+        graph, decided = plan_from_graph(
             model, graph, settings, self.criterion, ignore=self.ignore, fold_bn=False, seed=self.seed, source=source
         )
         self._note(decided, dataclasses.replace(settings, ratio=sparsity), graph, {_key(g) for g in groups})
@@ -216,7 +220,7 @@ class Channels:
             return max(0.0, 1 - (all_of_them - nearest(sparsity * all_of_them)) / left)
         out = {}
         for group, size in zip(groups, full, strict=True):
-            if _key(group) not in self.widths and group.kind.endswith("feature"):
+            if _key(group) not in self.widths and group.kind.is_feature:
                 continue  # only one of its heads is left, and they were what goes
             keep = max(1, size - nearest(sparsity * size))
             out[_producer(group)] = max(0.0, 1 - keep / group.size)

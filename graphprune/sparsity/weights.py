@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -16,8 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..errors import GraphPruneError
-from ..support.types import Names
-from ..tracing.names import all_modules
+from ..support.types import Ignore, Parts
+from ..support.walking import all_modules, named_tensors
+from ..tracing.matching import NameTable, items_of
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -148,23 +147,24 @@ def is_weight(weight: Weight) -> bool:
 
 
 def select_weights(
-    model: nn.Module, parameters: Names = "weights", ignore: Names = ()
+    model: nn.Module, parameters: Parts = "weights", ignore: Ignore = ()
 ) -> list[Weight]:
     """The weights that are meant by `parameters` without those meant by `ignore`.
 
-    `parameters`: "weights" (no biases, no vectors, no parameters of norms), "all", or names and patterns. Those of
-    modules (`"layer3"`, `"layer3.*"`) mean their weights, those of parameters (`"fc.bias"`, `"*.bias"`) just these.
+    `parameters`: "weights" (no biases, no vectors, no parameters of norms), "all", or modules, parameters, names and
+    patterns. Modules (`"layer3"`, `"layer3.*"`) mean their weights, parameters (`"fc.bias"`, `"*.bias"`) just these.
     Raises GraphPruneError for names that match nothing, for an empty choice, and for weights without data.
     """
     weights = find_weights(model)
+    table = _table(model, weights)
     if isinstance(parameters, str) and parameters == "weights":
         chosen = [w for w in weights if is_weight(w)]
     elif isinstance(parameters, str) and parameters == "all":
         chosen = weights
     else:
-        chosen = _matching(weights, parameters, "parameters", only_weights=True)
-    dropped = {id(w) for w in _matching(weights, ignore, "ignore")}
-    chosen = [w for w in chosen if id(w) not in dropped and w.value.numel()]
+        chosen = _chosen(weights, table, parameters)
+    dropped = table.all_meant(ignore, "ignore")
+    chosen = [w for w in chosen if w.name not in dropped and w.value.numel()]
     if not chosen:
         raise GraphPruneError(
             f"{type(model).__name__}: there is no weight to prune; see model.named_parameters(), and the arguments "
@@ -176,36 +176,42 @@ def select_weights(
     return chosen
 
 
-def _matching(
-    weights: list[Weight], patterns: Names, where: str, *, only_weights: bool = False
-) -> list[Weight]:
-    """Weights with a name that matches. `only_weights`: where a module is named, take nothing but its weights."""
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    hits: set[int] = set()
-    for pattern in wanted:
-        if not isinstance(pattern, str):
-            raise GraphPruneError(f"{where}: expected names or patterns, got {type(pattern).__name__}")
+def as_names(model: nn.Module, argument: Parts, where: str) -> str | list[str]:
+    """What such an argument says, as names and patterns, which can be stored."""
+    return argument if isinstance(argument, str) else _table(model, find_weights(model)).texts(argument, where)
+
+
+def _table(model: nn.Module, weights: Sequence[Weight]) -> NameTable:
+    """The names of modules and tensors as users know them: of what a parametrisation computes, that of its result."""
+    modules = all_modules(model)
+    tensors = {name: id(tensor) for name, tensor in named_tensors(model).items()}
+    sites = {site.name: id(weight.sites[0]) for weight in weights for site in weight.sites}
+    objects = {id(module): path for path, module in reversed(modules.items())}
+    for weight in weights:
+        objects |= {id(p): weight.name for p in _behind(weight.sites[0])}
+    buffers = {name: key for name, key in tensors.items() if name not in sites}
+    return NameTable({path: id(module) for path, module in modules.items()}, {**buffers, **sites}, objects)
+
+
+def _behind(site: Site) -> list[Tensor]:
+    """The parameters that a weight is, or is computed from."""
+    steps = steps_of(site.module).get(site.attribute)
+    found = [site.module._parameters.get(site.attribute)] if steps is None else steps._parameters.values()
+    return [p for p in found if p is not None]
+
+
+def _chosen(weights: Sequence[Weight], table: NameTable, parameters: Parts) -> list[Weight]:
+    """Weights that are meant: where a module is, nothing but its weights, and parameters of any kind themselves."""
+    named = {site.name for w in weights for site in w.sites}
+    chosen: set[str] = set()
+    for item in items_of(parameters, "parameters"):
+        meant = table.meant(item, "parameters")
+        inside = isinstance(item, str) and item.rpartition(".")[2] == "*"  # "layer3.*": what is in a module
         found = {
-            i
-            for i, w in enumerate(weights)
-            if any(_names(pattern, site.name) for site in w.sites)
-            or ((is_weight(w) or not only_weights) and any(_covers(pattern, site.name) for site in w.sites))
+            w.name for w in weights if w.name in meant and ((meant[w.name] in named and not inside) or is_weight(w))
         }
         if not found:
-            names = [site.name for w in weights for site in w.sites]
-            near = difflib.get_close_matches(pattern, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else "; see model.named_parameters()"
-            raise GraphPruneError(f"{where}: no parameter matches {pattern!r}{hint}")
-        hits |= found
-    return [w for i, w in enumerate(weights) if i in hits]
-
-
-def _names(pattern: str, name: str) -> bool:
-    """The pattern speaks of parameters, and of this one."""
-    return pattern.rpartition(".")[2] != "*" and fnmatch.fnmatchcase(name, pattern)
-
-
-def _covers(pattern: str, name: str) -> bool:
-    """The pattern speaks of the parameter or of a module above it."""
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+            what = repr(item) if isinstance(item, str) else type(item).__name__
+            raise GraphPruneError(f"parameters: {what} means no weights; name the parameters themselves, or \"all\"")
+        chosen |= found
+    return [w for w in weights if w.name in chosen]

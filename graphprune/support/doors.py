@@ -14,6 +14,7 @@ from torch import nn
 
 from .modes import kept_modes
 from .unwrapping import check_changeable, checked_model
+from .walking import walked_anew, walked_once
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -59,7 +60,9 @@ def door(
                         named[name] = module
                     else:
                         values[place] = module
-                result = function(*values, **named)  # type: ignore[arg-type]
+                changing = in_place or keep_wrapper
+                with walked_anew() if changing else walked_once(model for _, model in given):
+                    result = function(*values, **named)  # type: ignore[arg-type]
             return next((whole for whole, module in given if module is result), result)
 
         return entered

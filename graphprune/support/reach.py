@@ -8,13 +8,13 @@ import functools
 import operator
 import sys
 import types
-import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 _PLAIN = frozenset((list, tuple, set, frozenset, dict))
+_TABLES = _PLAIN | {collections.OrderedDict}
 _CONTAINERS = (list, tuple, set, frozenset, collections.deque)
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes, range, slice))
 _CLOSED = (type, types.ModuleType, types.BuiltinFunctionType)
@@ -31,10 +31,13 @@ def reachable(root: Any, closures: bool = False) -> list[Any]:
     waiting = [root]
     while waiting:
         for value in _held(waiting.pop()):
-            if type(value) not in _ATOMS and id(value) not in found and not isinstance(value, closed):
-                found[id(value)] = value
-                if type(value) not in _PLAIN or value:
-                    waiting.append(value)
+            kind = type(value)
+            if kind in _ATOMS or id(value) in found or isinstance(value, closed):
+                continue
+            found[id(value)] = value
+            # modules have ten empty tables each
+            if kind not in _TABLES or value or (kind is collections.OrderedDict and vars(value)):
+                waiting.append(value)
     return list(found.values())
 
 
@@ -73,25 +76,23 @@ class _Form:
     foreign: bool  # of the standard library
 
 
-_forms: weakref.WeakKeyDictionary[type, _Form] = weakref.WeakKeyDictionary()
+def _look(kind: type) -> _Form:
+    home = kind.__module__.partition(".")[0]
+    closed = home in sys.stdlib_module_names and home not in _OPEN and home != "builtins"
+    # torch's operators and libraries keep what they have worked out in themselves, and rely on it
+    engine = home in ("torch", "triton", "numpy") and not issubclass(kind, (Tensor, nn.Module))
+    names: list[str] = []
+    for base in kind.__mro__:
+        own = base.__dict__.get("__slots__", ())
+        for name in (own,) if isinstance(own, str) else own:
+            hidden = name.startswith("__") and not name.endswith("__")
+            names.append(f"_{base.__name__.lstrip('_')}{name}" if hidden else name)
+    kept = tuple(name for name in names if name not in ("__dict__", "__weakref__") and not engine)
+    return _Form(not (closed or engine), kept, kind.__module__ in sys.stdlib_module_names)
 
 
-def _form(kind: type) -> _Form:
-    found = _forms.get(kind)
-    if found is None:
-        home = kind.__module__.partition(".")[0]
-        closed = home in sys.stdlib_module_names and home not in _OPEN and home != "builtins"
-        # torch's operators and libraries keep what they have worked out in themselves, and rely on it
-        engine = home in ("torch", "triton", "numpy") and not issubclass(kind, (Tensor, nn.Module))
-        names: list[str] = []
-        for base in kind.__mro__:
-            own = base.__dict__.get("__slots__", ())
-            for name in (own,) if isinstance(own, str) else own:
-                hidden = name.startswith("__") and not name.endswith("__")
-                names.append(f"_{base.__name__.lstrip('_')}{name}" if hidden else name)
-        kept = tuple(name for name in names if name not in ("__dict__", "__weakref__") and not engine)
-        found = _forms[kind] = _Form(not (closed or engine), kept, kind.__module__ in sys.stdlib_module_names)
-    return found
+# bounded: it keeps classes alive, which code may make by the dozen
+_form: Callable[[type], _Form] = functools.lru_cache(maxsize=4096)(_look)
 
 
 def _held(value: Any) -> Iterable[Any]:

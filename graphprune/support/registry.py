@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from ..errors import GraphPruneError
+from .suggestions import did_you_mean
 
 _T = TypeVar("_T")
 
@@ -28,7 +28,7 @@ class Registry(Mapping[str, _T], Generic[_T]):
     ... def circle(): ...
     >>> shapes.find("rond")
     Traceback (most recent call last):
-    graphprune.errors.GraphPruneError: unknown shape 'rond'. Did you mean 'round'? Known: round, circular
+    graphprune.errors.GraphPruneError: unknown shape 'rond'; did you mean 'round'? Known: round, circular
     """
 
     def __init__(
@@ -82,6 +82,5 @@ class Registry(Mapping[str, _T], Generic[_T]):
         """The value of that name. Raises GraphPruneError with the nearest name and all others where there is none."""
         if isinstance(name, str) and name in self._values:
             return self._values[name]
-        near = difflib.get_close_matches(str(name).lower(), self._values, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise GraphPruneError(f"unknown {self.kind} {name!r}.{hint} Known: {self.listed()}")
+        hint = did_you_mean(name, self._values) or "."
+        raise GraphPruneError(f"unknown {self.kind} {name!r}{hint} Known: {self.listed()}")

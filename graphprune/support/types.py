@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-Ignore = Iterable[nn.Module | str] | nn.Module | str
-"""Parts of a model that stay: modules of it, names of modules or parameters, or patterns; one or several."""
+Parts = Iterable[nn.Module | Tensor | str] | nn.Module | Tensor | str | None
+"""Parts of a model: modules or parameters of it, names of them, or patterns (`tracing/matching.py`); one or several."""
 
-Names = Iterable[str] | str
-"""Names of modules or parameters, or patterns; one or several."""
+Ignore = Parts
+"""Parts of a model that stay as they are."""
 
 LossFunction = Callable[[Any, Any], Any]
 """(output, targets) -> a scalar tensor."""

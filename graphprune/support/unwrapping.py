@@ -14,6 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphPruneError
+from .walking import all_modules, first_names, tensors_in
 
 # Attributes under which objects of other libraries keep their networks, the likeliest first.
 _PLACES = ("model", "lightning_module", "module", "network", "net", "unet", "transformer", "vae", "text_encoder")
@@ -46,11 +47,18 @@ def checked_model(value: Any, what: str = "model", *, keep_wrapper: bool = False
     if not isinstance(value, nn.Module):
         raise no_model(value, what)
     model = unwrapped(value)
-    for path, module in model.named_modules():
-        reason = _unfit(module, f"{what}.{path}" if path else what, not path)
+    kinds: dict[type, str] = {}
+    modules = first_names(all_modules(model))
+    for path, module in modules.items():
+        kind = type(module)
+        if path and kinds.get(kind) == "":
+            continue
+        reason = kinds[kind] = _unfit(module, f"{what}.{path}" if path else what, not path)
         if reason:
             raise GraphPruneError(reason)
-    for name, parameter in model.named_parameters():
+    for name, parameter in tensors_in(modules).items():
+        if not isinstance(parameter, nn.Parameter):
+            continue
         if not keep_wrapper and is_lazy(parameter):
             raise GraphPruneError(f"{what}: {name} has no shape yet; run the model once first")
         if _is_sharded(parameter):

@@ -11,9 +11,7 @@ from __future__ import annotations
 import collections
 import copy
 import dataclasses
-import enum
 import functools
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..support.reach import content_of, slots
+from ..support.settings import NOT_THE_USERS, is_named_tuple, is_plain_object
 from .origin import plain
 
 Convert = Callable[[Tensor], Tensor]
@@ -33,10 +32,8 @@ class Unclonable(Exception):
 
 
 # nn.Module's own bookkeeping, which is not a size of anything
-INTERNAL = frozenset(
-    "training _parameters _buffers _modules _non_persistent_buffers_set _is_full_backward_hook _version".split()
-)
 _TABLES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, dict))
+INTERNAL = _TABLES | frozenset("training _non_persistent_buffers_set _is_full_backward_hook _version".split())
 ATOMS = frozenset(
     (
         int, float, bool, str, type(None), bytes, complex, type, torch.dtype, torch.device, torch.Size, range, slice,
@@ -45,40 +42,8 @@ ATOMS = frozenset(
 )  # fmt: skip
 _SEQUENCES = (list, tuple, set, frozenset, collections.deque)
 _MAPPINGS = (dict, collections.OrderedDict, collections.defaultdict)
-_NOT_THE_USERS = ("torch.", "builtins", "logging")
 # How far into the user's objects modules are looked for.
 _DEPTH, _MOST = 8, 4000
-
-
-def is_configuration(value: Any) -> bool:
-    """A plain object of the user's that holds settings: no module, tensor, class, function or enumeration, and copied
-    the ordinary way."""
-    return is_plain_object(value) and not callable(value)
-
-
-def is_plain_object(value: Any) -> bool:
-    """An object of a class of the user's with a `__dict__`, copied the ordinary way."""
-    return _is_plain(type(value)) and type(getattr(value, "__dict__", None)) is dict
-
-
-_plain_kinds: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
-_NO_OBJECTS = (nn.Module, Tensor, type, enum.Enum, types.FunctionType, types.MethodType)
-
-
-# What `copy.copy` copies the ordinary way, and what does something when it is gone, is no plain object.
-_SPECIAL = ("__deepcopy__", "__copy__", "__del__")
-# Of the standard library's classes those that only hold what they are given.
-_OPEN = frozenset(("__main__", "argparse", "collections", "dataclasses", "types"))
-
-
-def _is_plain(kind: type) -> bool:
-    found = _plain_kinds.get(kind)
-    if found is None:
-        home = kind.__module__.partition(".")[0]
-        foreign = home in sys.stdlib_module_names - _OPEN or kind.__module__.startswith(_NOT_THE_USERS)
-        special = any(hasattr(kind, name) for name in _SPECIAL)
-        found = _plain_kinds[kind] = not (foreign or special or issubclass(kind, _NO_OBJECTS))
-    return found
 
 
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
@@ -198,11 +163,13 @@ class _Cloner:
         new: nn.Module = object.__new__(kind)
         self.made[id(module)] = new
         target = new.__dict__
+        target.update(module.__dict__)
         for name, value in module.__dict__.items():
-            if type(value) in ATOMS:
-                target[name] = value
-            elif name in _TABLES:
-                target[name] = self.table(value)
+            held = type(value)
+            if held in ATOMS:
+                continue
+            if name in _TABLES:
+                target[name] = self.table(value) if value else held()
             elif name == "_compiled_call_impl":  # the class's own, uncompiled
                 target[name] = None
             else:
@@ -211,8 +178,6 @@ class _Cloner:
 
     def table(self, table: dict[Any, Any]) -> dict[Any, Any]:
         """One of nn.Module's dicts, each of which belongs to its module alone."""
-        if not table:
-            return type(table)()
         return type(table)((key, self.value(value)) for key, value in table.items())
 
     # -- what modules hold
@@ -231,7 +196,7 @@ class _Cloner:
             return self.module(value)
         if isinstance(value, Tensor):
             return value
-        if kind in _SEQUENCES or kind in _MAPPINGS or _is_named_tuple(value):
+        if kind in _SEQUENCES or kind in _MAPPINGS or is_named_tuple(value):
             return self.container(value)
         if kind is types.MethodType:
             owner = self.value(value.__self__)
@@ -282,7 +247,7 @@ class _Cloner:
             return self.note(value, set(items))
         if all(a is b for a, b in zip(items, value, strict=True)):
             return value
-        return kind(*items) if _is_named_tuple(value) else kind(items)
+        return kind(*items) if is_named_tuple(value) else kind(items)
 
     def partial(self, value: Any) -> Any:
         args, keywords = self.value(value.args), self.value(dict(value.keywords))
@@ -335,10 +300,6 @@ class _Cloner:
         return False
 
 
-def _is_named_tuple(value: Any) -> bool:
-    return isinstance(value, tuple) and hasattr(value, "_fields")
-
-
 def _slot_values(value: Any) -> list[Any]:
     return [getattr(value, name, None) for name in slots(value)]
 
@@ -362,7 +323,7 @@ def _held(value: Any) -> list[Any]:
         return _held_by_function(value)
     if kind is weakref.ReferenceType:
         return [value()]
-    if kind.__module__.startswith(_NOT_THE_USERS):
+    if kind.__module__.startswith(NOT_THE_USERS):
         return []
     return [*getattr(value, "__dict__", {}).values(), *_slot_values(value)]
 

@@ -10,20 +10,22 @@ import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..support.walking import tensors_in
 from .cloning import Unclonable
-from .names import named_tensors
+from .names import target_name
 from .origin import Attribute, Expr, Session, TensorSize, TracedInt, plain
 from .patches import patched
 from .sizes import CallSizes
 
 aten = torch.ops.aten
 _HIDDEN_DIRECTORIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
+_ATOMS = frozenset((int, float, bool, str, type(None)))
 # Values of small integer constants are kept: they may be indices.
 _MAX_KEPT_VALUE = 1 << 20
 
@@ -91,7 +93,6 @@ class Recorder:
     """
 
     def __init__(self, modules: dict[str, nn.Module], inputs: list[Tensor]) -> None:
-        model = modules[""]
         self.modules = modules
         self.graph = fx.Graph()
         self.session = Session(lambda *told: self.guard(*told))
@@ -114,11 +115,11 @@ class Recorder:
         self._by_id: dict[int, fx.Node] = {}
         self._names: dict[int, str] = {}
         self._owners: dict[int, Tensor] = {}
-        self._user_code: dict[Any, bool] = {}
-        self._node_names: dict[Any, str] = {}
+        self._user_code: dict[int, tuple[bool, CodeType]] = {}  # by identity: code takes long to hash
+        self._node_names: dict[Any, tuple[str, str]] = {}
         self._known: dict[str, list[fx.Node]] | None = None
         self._keep: list[Tensor] = []
-        for name, tensor in named_tensors(model).items():
+        for name, tensor in tensors_in(modules).items():
             if id(tensor) not in self._names:
                 self._names[id(tensor)] = name
                 self._own(tensor)
@@ -182,14 +183,14 @@ class Recorder:
 
     def _convert(self, value: Any) -> Any:
         kind = type(value)
-        if kind is int or kind is float or kind is bool or value is None or kind is str:
+        if kind in _ATOMS:
             return value
         if isinstance(value, Tensor):
             return self.node_of(value)
         if kind is tuple or kind is torch.Size:
-            return tuple(self._convert(v) for v in value)
+            return tuple([v if type(v) in _ATOMS else self._convert(v) for v in value])
         if isinstance(value, (list, tuple)):
-            return [self._convert(v) for v in value]
+            return [v if type(v) in _ATOMS else self._convert(v) for v in value]
         if isinstance(value, torch.SymInt):
             return int(value)
         if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, complex)):
@@ -213,11 +214,13 @@ class Recorder:
         if self._known is not None and self._seen_before(target, inputs, named, out):
             return
         # arguments are set afterwards: create_node would walk through them first
-        node = self.graph.create_node("call_function", target, (), {}, self._node_name(target))
+        name, operation = self._node_name(target)
+        node = self.graph.create_node("call_function", target, (), {}, name)
         node.args = inputs
         if named:
             node.kwargs = named
         meta = node.meta
+        meta["operator"] = operation
         meta["source"] = self.source()
         meta["module"] = self.module_stack[-1] if self.module_stack else ""
         meta["class"] = self._classes.get(meta["module"])
@@ -259,12 +262,12 @@ class Recorder:
                 return True
         return False
 
-    def _node_name(self, target: Any) -> str:
-        """The name that a node of this target would get, which fx works out anew for every node."""
-        name = self._node_names.get(target)
-        if name is None:
-            name = self._node_names[target] = self.graph._target_to_str(target)
-        return name
+    def _node_name(self, target: Any) -> tuple[str, str]:
+        """The name that a node of this target would get, which fx works out anew for every node, and its operator's."""
+        names = self._node_names.get(target)
+        if names is None:
+            names = self._node_names[target] = self.graph._target_to_str(target), target_name(target)
+        return names
 
     def _attach(self, node: fx.Node, out: Any, constant: bool) -> None:
         if isinstance(out, Tensor):
@@ -289,6 +292,7 @@ class Recorder:
                 self._attach(known, tensor, bool(known.meta["constant_value"]))
                 return known
         part = self.graph.call_function(operator.getitem, (node, index))
+        part.meta["operator"] = "getitem"
         part.meta.update({k: node.meta[k] for k in ("source", "module", "class", "function", "constant_value")})
         self._attach(part, tensor, node.meta["constant_value"])
         return part
@@ -365,11 +369,10 @@ class Recorder:
         known = self._user_code
         while frame is not None:
             code = frame.f_code
-            user = known.get(code)
-            if user is None:
-                file = code.co_filename
-                user = known[code] = is_users_file(file)
-            if user:
+            found = known.get(id(code))
+            if found is None:
+                found = known[id(code)] = is_users_file(code.co_filename), code
+            if found[0]:
                 return Source(code.co_filename, frame.f_lineno, code.co_name)
             frame = frame.f_back
         return None

@@ -20,7 +20,8 @@ _LIKE_FIRST = frozenset(
         "relu_ sigmoid_ tanh_ silu_ hardswish_ hardsigmoid_ leaky_relu_ elu_ hardtanh_"
     ).split()
 )
-_BINARY = frozenset((aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.add_.Tensor, aten.mul_.Tensor))
+_BINARY = frozenset((aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor))
+_BINARY_IN_PLACE = frozenset((aten.add_.Tensor, aten.mul_.Tensor))
 
 
 def shape_only(target: Any, args: tuple[Any, ...]) -> Any:
@@ -33,9 +34,25 @@ def shape_only(target: Any, args: tuple[Any, ...]) -> Any:
         return _convolution(*args)
     if target in _LIKE_FIRST:
         return _result(target, args[0])
-    if target in _BINARY and len(args) > 1 and _covers(args[0], args[1]):
-        return _result(target, args[0])
+    if len(args) > 1 and (target in _BINARY or target in _BINARY_IN_PLACE):
+        if _covers(args[0], args[1]):
+            return _result(target, args[0])
+        return _result(target, args[1]) if target in _BINARY and _covers(args[1], args[0]) else None
+    if target is aten.mean.dim:
+        return _mean(*args)
     return None
+
+
+def _mean(x: Tensor, axes: list[int] | None, keepdim: bool = False) -> Tensor | None:
+    """The mean over some axes."""
+    if not axes or not x.is_meta or not x.is_floating_point() or not x.is_contiguous():
+        return None
+    rank = x.dim()
+    gone = {axis % rank for axis in axes if -rank <= axis < rank}
+    if len(gone) < len(axes):
+        return None
+    shape = [1 if axis in gone else n for axis, n in enumerate(x.shape) if keepdim or axis not in gone]
+    return torch.empty(shape, dtype=x.dtype, device="meta")
 
 
 def _convolution(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..support.interrupts import shielded
 from ..support.restoring import kept_attributes
+from ..support.settings import DICTS, is_named_tuple, is_settings_object, settings_of, with_setting
+from ..support.walking import all_modules, first_names, named_tensors
 from .attention import recorded_openly
-from .cloning import ATOMS, INTERNAL, is_configuration
+from .cloning import ATOMS, INTERNAL
 from .origin import traced_sqrt
 from .overrides import python_functions_stay_visible
 from .patches import patched
@@ -27,16 +30,20 @@ _TORCH_NN = frozenset(
 )
 
 
+_CONTAINERS = frozenset((tuple, list, dict, set, frozenset, collections.OrderedDict, collections.deque))
+
+
 def _traced(value: Any, module: str, name: str, key: tuple[Any, ...], make: Any, depth: int = 0) -> Any:
     """`value` with its integers traced, or `value` itself when it holds none."""
     if type(value) is int:
         return make(value, module, name, key)
-    if depth < 2 and type(value) in (tuple, list) and 0 < len(value) <= 64:
+    named = is_named_tuple(value)
+    if depth < 2 and (named or type(value) in (tuple, list)) and 0 < len(value) <= 64:
         items = [_traced(v, module, name, (*key, i), make, depth + 1) for i, v in enumerate(value)]
         changed = any(a is not b for a, b in zip(items, value, strict=True))
-        return type(value)(items) if changed else value
-    if depth < 2 and type(value) is dict and 0 < len(value) <= 64:
-        entries = {k: _traced(v, module, name, (*key, k), make, depth + 1) for k, v in value.items()}
+        return (value._make(items) if named else type(value)(items)) if changed else value
+    if depth < 2 and type(value) in DICTS and 0 < len(value) <= 64:
+        entries = type(value)((k, _traced(v, module, name, (*key, k), make, depth + 1)) for k, v in value.items())
         return entries if any(entries[k] is not value[k] for k in value) else value
     return value
 
@@ -46,9 +53,10 @@ def configurations(modules: dict[str, nn.Module]) -> dict[int, tuple[str, str, A
     found: dict[int, tuple[str, str, Any]] = {}
     for path, module in modules.items():
         for name, value in module.__dict__.items():
-            if type(value) in ATOMS or name in INTERNAL or id(value) in found:
+            kind = type(value)
+            if kind in ATOMS or kind in _CONTAINERS or name in INTERNAL or id(value) in found:
                 continue
-            if is_configuration(value):
+            if is_settings_object(value):
                 found[id(value)] = (path, name, value)
     return found
 
@@ -57,23 +65,24 @@ def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
     """Replace integer attributes of `modules`, and those of settings objects that they hold, by
     `make(value, module, name, key)`."""
     for path, name, settings in configurations(modules).values():
-        for key, value in list(settings.__dict__.items()):
-            settings.__dict__[key] = _traced(value, path, name, (key,), make)
+        for key, value in settings_of(settings).items():
+            traced = _traced(value, path, name, (key,), make)
+            if traced is not value:
+                with_setting(settings, key, traced)
     for path, module in modules.items():
         known = type(module).__module__.startswith("torch.nn.modules")
         attributes = module.__dict__
-        for name in list(attributes):
+        for name, value in list(attributes.items()):
             if name in INTERNAL or (known and name not in _TORCH_NN):
                 continue
-            value = attributes[name]
             traced = _traced(value, path, name, (), make)
             if traced is not value:
                 attributes[name] = traced
 
 
-def _cuda_devices(model: nn.Module) -> list[int]:
+def _cuda_devices(tensors: Iterable[Tensor]) -> list[int]:
     """The CUDA devices whose random state a run may advance."""
-    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    return sorted({t.device.index or 0 for t in tensors if t.device.type == "cuda"})
 
 
 @contextlib.contextmanager
@@ -83,8 +92,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     The flags are set one by one: `train()` and `eval()` may be overridden to do more (merge adapters, for example).
     """
-    modules = list(model.modules())
-    with shielded() as shield, torch.random.fork_rng(devices=_cuda_devices(model)), torch.no_grad():
+    modules = list(first_names(all_modules(model)).values())
+    devices = _cuda_devices(named_tensors(model).values())
+    with shielded() as shield, torch.random.fork_rng(devices=devices), torch.no_grad():
         undo = kept_attributes(modules)
         try:
             for module in modules:
@@ -100,8 +110,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 class RandomState:
     """The state of the random number generators that a run may advance."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.devices = _cuda_devices(model)
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        """`tensors`: the model's, which say on which devices it may draw."""
+        self.devices = _cuda_devices(tensors)
         self.torch = torch.get_rng_state()
         self.cuda = [torch.cuda.get_rng_state(d) for d in self.devices]
         self.seed = torch.initial_seed()

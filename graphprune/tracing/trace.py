@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import threading
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +15,11 @@ from torch import Tensor, fx, nn
 from ..errors import GraphPruneError
 from ..support.interrupts import from_signal, interruptible, shielded
 from ..support.restoring import restored
+from ..support.walking import all_modules, first_names, tensors_in
 from .cloning import INTERNAL, PLAIN, Bare, SameMemory, Unclonable, clone_modules
 from .example import ExampleInput, result_tensors
 from .leftovers import without_leftovers
 from .modes import WHOLE, DispatchMode, FunctionMode
-from .names import named_tensors
 from .recorder import Guard, Recorder, Source, is_users_file
 from .state import RandomState, trace_attributes, unfused
 from .training import record_training_paths
@@ -114,8 +114,9 @@ def record_run(
     if not isinstance(model, nn.Module):
         raise GraphPruneError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     example = ExampleInput.of(example_input)
-    run = _Run(model, dict(model.named_modules()), example, training_paths, observe)
-    tensors = [*named_tensors(model).values(), *example.tensors()]
+    paths = all_modules(model)
+    run = _Run(model, paths, first_names(paths), example, training_paths, observe)
+    tensors = [*tensors_in(paths).values(), *example.tensors()]
     if all(type(t) in PLAIN and t.layout is torch.strided and not t.is_meta for t in tensors):
         try:
             recorded = run.on_clones(data=False)
@@ -158,6 +159,7 @@ class _Run:
     """What is asked of a recording, and the ways to do it."""
 
     model: nn.Module
+    paths: Mapping[str, nn.Module]  # with the second paths of shared modules
     modules: dict[str, nn.Module]
     example: ExampleInput
     training_paths: bool
@@ -166,7 +168,7 @@ class _Run:
     def on_clones(self, data: bool) -> Trace:
         """On clones; with `data` false their tensors have no values."""
         with shielded():
-            convert = SameMemory(named_tensors(self.model).values()) if data else Bare()
+            convert = SameMemory(tensors_in(self.modules).values()) if data else Bare()
             clones = clone_modules(self.modules, convert)
             example = self.example if data else self.example.map(convert)
             own = {id(module) for module in self.modules.values()}
@@ -183,9 +185,10 @@ class _Run:
         self, modules: dict[str, nn.Module], example: ExampleInput, data: bool, forbidden: Collection[int]
     ) -> Trace:
         model = modules[""]
-        random = RandomState(model)
+        tensors = tensors_in(modules).values()
+        random = RandomState(tensors)
         recorder = Recorder(modules, example.tensors())
-        recorder.shapes_only = not data or any(p.is_meta for p in model.parameters())
+        recorder.shapes_only = not data or any(t.is_meta for t in tensors if isinstance(t, nn.Parameter))
         try:
             for module in modules.values():
                 module.training = False
@@ -210,7 +213,9 @@ class _Run:
         finally:
             recorder.release()
             random.put_back(recorder.drew)
-        return _finish(model, recorder, modules, caches, len(outputs))
+        first = {id(module): path for path, module in self.modules.items()}
+        aliases = {path: modules[first[id(module)]] for path, module in self.paths.items()}
+        return _finish(aliases, recorder, modules, caches, len(outputs))
 
 
 def _caches(recorder: Recorder, modules: dict[str, nn.Module]) -> tuple[tuple[str, str], ...]:
@@ -225,7 +230,7 @@ def _caches(recorder: Recorder, modules: dict[str, nn.Module]) -> tuple[tuple[st
 
 
 def _finish(
-    model: nn.Module,
+    paths: Mapping[str, nn.Module],
     recorder: Recorder,
     modules: dict[str, nn.Module],
     caches: tuple[tuple[str, str], ...],
@@ -233,7 +238,7 @@ def _finish(
 ) -> Trace:
     first: dict[int, str] = {}
     aliases: dict[str, str] = {}
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in tensors_in(paths).items():
         aliases[name] = first.setdefault(id(tensor), name)
     parameters = {n.meta["parameter"]: n for n in recorder.graph.nodes if n.op == "get_attr" and "parameter" in n.meta}
     return Trace(

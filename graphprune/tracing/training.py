@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from ..support.interrupts import interruptible
+from ..support.walking import tensors_in
 from .branching import branches_on_training
 from .example import ExampleInput, result_tensors
-from .names import named_tensors
 from .patches import patched
 from .recorder import Recorder
 
@@ -23,11 +23,11 @@ _SAME_CHANNELS = (_NormBase, _DropoutNd, nn.RNNBase, nn.MultiheadAttention, nn.R
 _DROPOUTS = "dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout".split()
 
 
-def unread(recorder: Recorder, model: nn.Module) -> set[int]:
+def unread(recorder: Recorder) -> set[int]:
     """The parameters (by identity) that the run so far has not read."""
     read = {n.meta.get("parameter") for n in recorder.graph.nodes if n.op == "get_attr"}
     names: dict[int, set[str]] = {}
-    for name, tensor in named_tensors(model).items():
+    for name, tensor in tensors_in(recorder.modules).items():
         if isinstance(tensor, nn.Parameter):
             names.setdefault(id(tensor), set()).add(name)
     return {key for key, found in names.items() if not found & read}
@@ -44,7 +44,7 @@ def record_training_paths(
     does another thing in training mode. The graph is left as it was when the model cannot run like that (detectors want
     targets), or reads and returns what it did before.
     """
-    before = unread(recorder, model)
+    before = unread(recorder)
     switched = [m for m in recorder.modules.values() if not isinstance(m, _SAME_CHANNELS)]
     if not (before or _leads_nowhere(recorder, outputs) or branches_on_training(switched)):
         return ()
@@ -64,7 +64,7 @@ def record_training_paths(
         for module in recorder.modules.values():  # forward may have called train()
             module.training = False
     more = _shapes(nodes) != _shapes(outputs) or any(n in first and n not in outputs for n in nodes)
-    if not more and unread(recorder, model) == before:
+    if not more and unread(recorder) == before:
         recorder.forget_second_run(mark)
         return ()
     for node in recorder.graph.nodes:

@@ -22,8 +22,9 @@ from ..plans.rewriting import RewrittenModule
 from ..plans.surgery import clone_with
 from ..plans.verification.results import relative_error
 from ..support.doors import door
+from ..support.settings import is_settings, settings_of, with_setting
+from ..support.walking import all_modules, named_tensors
 from ..tracing.example import ExampleInput
-from ..tracing.names import all_modules, named_tensors
 from ..tracing.origin import Attribute, Expr, Session, TracedInt, evaluate, is_traced, leaves
 from ..tracing.state import evaluating
 
@@ -72,7 +73,7 @@ def fit_config(model: nn.Module, example_input: Any, *, tolerance: float = 1e-6)
     Raises GraphPruneError for models without a configuration, or that cannot be built from it.
     """
     config = getattr(model, "config", None)
-    if not _is_config(config):
+    if not is_settings(config):
         raise GraphPruneError(f"fit_config: {type(model).__name__} has no configuration object in .config")
     for path, module in all_modules(model).items():
         if isinstance(module, RewrittenModule):
@@ -89,36 +90,34 @@ def fit_config(model: nn.Module, example_input: Any, *, tolerance: float = 1e-6)
     return ConfigFit({} if reason else changes, reason)
 
 
-def _is_config(value: Any) -> bool:
-    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value)
-
-
 def _fields(config: Any, depth: int = 0) -> Iterator[tuple[Field, int | None]]:
     """Numbers, and empty fields, of a configuration and of those inside it."""
-    for name, value in vars(config).items():
+    for name, value in settings_of(config).items():
         if name.startswith("_"):
             continue
         if type(value) is int or value is None:
             yield (name,), value
-        elif depth < 2 and _is_config(value):
+        elif depth < 2 and is_settings(value):
             for field, inner in _fields(value, depth + 1):
                 yield (name, *field), inner
 
 
 def _get(config: Any, field: Field) -> Any:
     for name in field:
-        config = vars(config)[name]
+        config = settings_of(config)[name]
     return config
 
 
-def _set(config: Any, field: Field, value: Any) -> None:
-    vars(_get(config, field[:-1]))[field[-1]] = value
+def _set(config: Any, field: Field, value: Any) -> Any:
+    """`config` with another value there: itself, or another where it is a named tuple."""
+    inner = value if len(field) == 1 else _set(settings_of(config)[field[0]], field[1:], value)
+    return with_setting(config, field[0], inner)
 
 
 def _with(config: Any, values: Mapping[Field, Any]) -> Any:
     new = copy.deepcopy(config)
     for field, value in values.items():
-        _set(new, field, value)
+        new = _set(new, field, value)
     return new
 
 
@@ -255,7 +254,9 @@ def _proof(
     error = max(relative_error(found, results[0]) for found in results[1:])
     if error <= tolerance:
         for field, value in wanted.items():
-            _set(config, field, value)
+            config = _set(config, field, value)
+        if config is not model.config:
+            vars(model)["config"] = config
         return ""
     values = ", ".join(f"{'.'.join(field)} = {value}" for field, value in wanted.items())
     return (

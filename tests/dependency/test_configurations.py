@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.tracing.cloning import is_configuration
+from graphprune.support.settings import settings_of
 
 
 @dataclasses.dataclass
@@ -51,15 +51,41 @@ class Model(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("make", [Settings, lambda: SimpleNamespace(**vars(Settings()))])
+class Items(dict[str, Any]):
+    """A dict whose items are read as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class Both(dict[str, Any]):
+    """A dict that keeps each value as an attribute too."""
+
+    def __init__(self, **items: Any) -> None:
+        super().__init__()
+        for name, value in items.items():
+            setattr(self, name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        super().__setitem__(name, value)
+
+
+OBJECTS = (SimpleNamespace, argparse.Namespace, Items, Both)
+
+
+@pytest.mark.parametrize("make", [Settings, *(lambda kind=kind: kind(**vars(Settings())) for kind in OBJECTS)])
 @pytest.mark.parametrize("output", ["module", "hybrid"])
 def test_heads_follow_in_the_copy(make: Any, output: str, tmp_path: Path) -> None:
     model, x = Model(make()).eval(), torch.randn(2, 5, 24)
-    before = vars(model.config).copy()
+    before = settings_of(model.config)
     small = graphprune.prune(model, x, 0.5, granularity="heads", output=output)
     assert small.layers[0].q.weight.shape == (12, 24)
-    assert vars(model.config) == before and model.layers[0].config is model.config
-    assert all(type(v) in (int, tuple) for v in vars(model.config).values())
+    assert settings_of(model.config) == before and model.layers[0].config is model.config
+    assert all(type(v) in (int, tuple) for v in settings_of(model.config).values())
     if output == "module":
         assert small.config.heads == 2 and small.config.unused == 4 and small.config is not model.config
         assert all(layer.config is small.config for layer in small.layers)
@@ -107,17 +133,29 @@ def test_settings_are_put_back_after_an_error() -> None:
     assert vars(model.config) == vars(Settings()) and type(model.config.heads) is int
 
 
-class Mode(enum.Enum):
-    FAST = 4
+class Named(NamedTuple):
+    heads: int = 4
+    features: int = 6
+    width: int = 24
 
 
-class Odd:
-    def __deepcopy__(self, memo: Any) -> Odd:
-        return self
+@pytest.mark.parametrize("make", [Named, lambda: {"heads": 4, "features": 6, "width": 24}])
+def test_of_tuples_and_dicts_each_module_has_its_own(make: Any) -> None:
+    class Reading(Attention):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config if isinstance(config, tuple) else SimpleNamespace(**config))
+            self.config = config
 
+        def forward(self, x: Tensor) -> Tensor:
+            c = self.config
+            heads, features = c[:2] if isinstance(c, tuple) else (c["heads"], c["features"])
+            q, k, v = (p(x).view(*x.shape[:2], heads, features).transpose(1, 2) for p in (self.q, self.k, self.v))
+            mixed = torch.softmax(q @ k.mT * 0.4, -1) @ v
+            return self.out(mixed.transpose(1, 2).reshape(*x.shape[:2], heads * features))
 
-def test_what_is_no_settings_object() -> None:
-    plain = SimpleNamespace(a=1)
-    assert is_configuration(plain) and is_configuration(Settings())
-    for value in (Mode.FAST, Odd(), nn.Linear(1, 1), torch.zeros(1), lambda: 1, Settings, 3, "x", [1], {"a": 1}, torch):
-        assert not is_configuration(value), value
+    shared = make()
+    model, x = nn.Sequential(Reading(shared), Reading(shared)).eval(), torch.randn(2, 5, 24)
+    small = graphprune.prune(model, x, {"0": 0.5}, granularity="heads")
+    assert small[0].q.weight.shape == (12, 24) and small[1].q.weight.shape == (24, 24)
+    found = [settings_of(layer.config)["heads"] for layer in (*small, *model)]
+    assert found == [2, 4, 4, 4] and type(small[0].config) is type(shared) and model[0].config is shared

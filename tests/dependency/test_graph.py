@@ -182,11 +182,13 @@ def test_freezing_one_more_position_takes_its_unit_and_nothing_else() -> None:
     graph = graphprune.trace(Residual().eval(), torch.randn(1, 3, 4, 4))
     before = groups_of(graph)
     ((dim, _),) = graph.analysis.dims.roots[("inner.weight", 0)].items()
-    graph.freeze_many([(graph.analysis.dims.positions(dim, np.array([1])), Reason("test", "held here"))])
-    after = groups_of(graph)
+    held = graph.freezing([(graph.analysis.dims.positions(dim, np.array([1])), Reason("test", "held here"))])
+    after = groups_of(held)
+    assert groups_of(graph) == before
+    assert held.groups[0] is graph.groups[0]
     assert after[0] == before[0]
     assert after[1][2] == dict.fromkeys(before[1][2], each(0, 2))
-    assert "held here" in graph.explain("outer.weight")
+    assert "held here" in held.explain("outer.weight") and "held here" not in graph.explain("outer.weight")
 
 
 # -- temperature

@@ -151,7 +151,7 @@ def subject(name: str) -> Subject:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
     model.eval()
     graph = graphprune.trace(model, example)
-    plan_from_graph(model, graph, Settings(0.5), resolve_criterion("l2"))
+    graph, _ = plan_from_graph(model, graph, Settings(0.5), resolve_criterion("l2"))
     tensors: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

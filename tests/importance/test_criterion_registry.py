@@ -51,14 +51,14 @@ def test_unknown_names_get_the_nearest_and_the_list(name: str, near: str) -> Non
     with pytest.raises(GraphPruneError) as caught:
         resolve_criterion(name)
     message = str(caught.value)
-    assert f"unknown criterion '{name}'" in message and f"Did you mean '{near}'?" in message
+    assert f"unknown criterion '{name}'" in message and f"did you mean '{near}'?" in message
     assert all(known in message for known in known_criteria())
 
 
 def test_nothing_near_no_guess() -> None:
     with pytest.raises(GraphPruneError) as caught:
         resolve_criterion("xyzzy")
-    assert "Did you mean" not in str(caught.value)
+    assert "did you mean" not in str(caught.value)
 
 
 def test_a_decorated_function_is_found_by_name_and_by_itself(scratch: None) -> None:

@@ -17,7 +17,7 @@ from graphprune.importance import ImportanceContext, resolve_criterion
 from graphprune.importance.calibration.gradients import sensitivities
 from graphprune.importance.calibration.source import CalibrationSource
 from graphprune.plans.surgery import find_folds, folded_tensors
-from graphprune.tracing.names import named_tensors
+from graphprune.support.walking import named_tensors
 
 
 class Net(nn.Module):

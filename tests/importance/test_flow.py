@@ -11,7 +11,7 @@ import graphprune
 from graphprune.importance import ImportanceContext, resolve_criterion
 from graphprune.importance.calibration.stored import StoredStatistics
 from graphprune.importance.scorer import Scorer
-from graphprune.tracing.names import named_tensors
+from graphprune.support.walking import named_tensors
 
 
 class Residual(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune import Budget, GraphPruneError, Plan
 from graphprune.planning.layers_and_widths import JointPlanner
-from graphprune.tracing.names import named_tensors
+from graphprune.support.walking import named_tensors
 from tests.layered_networks import networks
 
 LAYERS = ["layer", "auto"]
@@ -455,13 +455,13 @@ def test_plans_that_change_what_they_leave_out_are_none() -> None:
         ({"ratio": 0.5}, "need a budget.*prune twice"),
         ({}, "need a budget"),
         ({"budget": Budget(macs=1e-6)}, "macs cannot be brought"),
-        ({"budget": Budget(macs=0.5), "layer_criterion": "l2"}, "layers are ranked by one of"),
+        ({"budget": Budget(macs=0.5), "layer_criterion": "l2"}, "criterion: expected one of 'block_influence'"),
         ({"budget": Budget(macs=0.5), "layer_criterion": "loss"}, "needs data"),
-        ({"budget": Budget(macs=0.5), "ignore": "nothing"}, "no module matches"),
+        ({"budget": Budget(macs=0.5), "ignore": "nothing"}, "no module or parameter matches"),
         ({"budget": Budget(macs=0.5), "granularity": "layer", "layer_criterion": "output"}, "elsewhere use criterion"),
         ({"budget": Budget(macs=0.5), "granularity": ["layer", "branch", "mlp"]}, "does not go with"),
         ({"budget": Budget(macs=0.5), "granularity": ["layer", "experts"]}, "does not go with"),
-        ({"budget": Budget(macs=0.5), "granularity": ["layer", "auto", "mlp"]}, "'auto' is unknown"),
+        ({"budget": Budget(macs=0.5), "granularity": ["layer", "auto", "mlp"]}, "or 'auto' alone, got 'auto'"),
     ],
 )
 def test_what_cannot_be_asked_for(options: dict[str, Any], message: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune import GraphPruneError
 from graphprune.plans.history import history_of, repair_after
-from graphprune.tracing.names import named_tensors
+from graphprune.support.walking import named_tensors
 
 
 class Net(nn.Module):
@@ -163,7 +163,7 @@ def test_files_remember_repairs_and_later_prunings_find_the_biases_they_gave(tmp
 def test_unknown_methods_are_errors() -> None:
     net = made()
     for wrong in ("means", "", True):
-        with pytest.raises(GraphPruneError, match="recover: expected None or one of 'auto', 'mean'"):
+        with pytest.raises(GraphPruneError, match="recover: expected one of 'auto', 'mean'"):
             graphprune.prune(net, X, 0.5, recover=wrong)  # type: ignore[arg-type]
     with pytest.raises(GraphPruneError, match="expected a method, got None"):
         graphprune.recover(net, graphprune.plan(net, X, 0.5), X, method=None)  # type: ignore[arg-type]

@@ -177,7 +177,7 @@ def test_errors_come_before_any_training() -> None:
         ({"rewind": 12}, "expected rewind < steps"),
         ({"rewind": -1}, "rewind must be"),
         ({"scope": "up"}, "scope: expected"),
-        ({"ignore": "none such"}, "ignore: no parameter matches"),
+        ({"ignore": "none such"}, "ignore: no module or parameter matches"),
         ({"evaluate": lambda model: float("nan")}, "evaluate returned nan"),
     ):
         with pytest.raises(GraphPruneError, match=message):

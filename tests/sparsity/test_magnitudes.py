@@ -142,9 +142,10 @@ def test_errors_change_nothing() -> None:
     ):
         with pytest.raises(GraphPruneError, match=message):
             sparsity.magnitude(model, *arguments)  # type: ignore[arg-type]
-    with pytest.raises(GraphPruneError, match=r"parameters: no parameter matches '3.wieght'; did you mean '3.weight'"):
+    message = r"parameters: no module or parameter matches '3.wieght'; did you mean '3.weight'\?"
+    with pytest.raises(GraphPruneError, match=message):
         sparsity.magnitude(model, 0.5, parameters=["3.wieght"])
-    with pytest.raises(GraphPruneError, match="ignore: no parameter matches 'layer9'"):
+    with pytest.raises(GraphPruneError, match="ignore: no module or parameter matches 'layer9'"):
         sparsity.magnitude(model, 0.5, ignore="layer9")
     with pytest.raises(GraphPruneError, match="no weight to prune"):
         sparsity.magnitude(nn.ReLU(), 0.5)

@@ -57,7 +57,7 @@ def test_one_shot_jumps_at_the_first_step() -> None:
 def test_errors() -> None:
     for arguments, options, message in (
         (("quadratic", 0, 0.5, 10), {}, r"unknown schedule 'quadratic'.*Known: linear, cubic"),
-        (("liner", 0, 0.5, 10), {}, "Did you mean 'linear'"),
+        (("liner", 0, 0.5, 10), {}, "did you mean 'linear'"),
         ((None, 0, 0.5, 10), {}, "unknown schedule None"),
         (("linear", 0, 1.0, 10), {}, r"final: expected a number in \[0, 1\)"),
         (("linear", -1, 0.5, 10), {}, "initial: expected"),

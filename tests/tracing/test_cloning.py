@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import graphprune
+from graphprune.support.walking import named_tensors
 from graphprune.tracing.cloning import Bare, SameMemory, Unclonable, clone_modules
-from graphprune.tracing.names import named_tensors
 from graphprune.tracing.trace import record_run
 
 

@@ -83,3 +83,23 @@ def test_pointwise_operators_of_two(shapes: list[list[int]], half: bool) -> None
 def test_pointwise_operators_of_one(name: str) -> None:
     for x in (meta(2, 3, 4), meta(2, 3, 4).transpose(0, 2), meta(2, 1, 4).expand(2, 3, 4), meta(2, 6, 4)[:, ::2]):
         assert_like_torch(getattr(aten, name).default, x)
+
+
+@settings(deadline=None)
+@given(shape=st.lists(st.integers(0, 3), max_size=4), axes=st.lists(st.integers(-4, 3), max_size=3), keep=st.booleans())
+def test_means(shape: list[int], axes: list[int], keep: bool) -> None:
+    x = meta(*shape)
+    try:
+        aten.mean.dim(x, axes, keep)
+    except (IndexError, RuntimeError):
+        assert shape_only(aten.mean.dim, (x, axes, keep)) is None
+        return
+    assert_like_torch(aten.mean.dim, x, axes, keep)
+    assert_like_torch(aten.mean.dim, x.mT if x.dim() > 1 else x, axes, keep)
+
+
+def test_the_narrower_operand_may_come_first() -> None:
+    gate, x = meta(2, 3, 1, 1), meta(2, 3, 4, 4)
+    assert shape_only(aten.mul.Tensor, (gate, x)).shape == x.shape
+    assert shape_only(aten.mul_.Tensor, (gate, x)) is None
+    assert shape_only(aten.mean.dim, (x, [2, 3], True)).shape == gate.shape

@@ -7,7 +7,8 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import safetensors.torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import GraphPruneError
+from graphprune.support.settings import settings_of
 from tests import oracles
 
 
@@ -138,6 +140,33 @@ def test_what_no_configuration_can_say() -> None:
         assert not fit and not fit.changes
         assert re.search(reason, fit.reason), fit.reason
         assert vars(small.config) == before and torch.equal(small(TOKENS), values)
+
+
+class Wide(NamedTuple):
+    width: int = 8
+    inner: Any = (4,)
+
+
+class Perceptron(nn.Module):
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, width = config, settings_of(config)["width"]
+        self.up, self.down = nn.Linear(3, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make", [Wide, dict, SimpleNamespace, type("Items", (dict,), {})])
+def test_configurations_of_every_kind(make: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Perceptron(make(width=8, inner=(4,))), torch.randn(2, 3)
+    small = graphprune.prune(model, x, 0.5)
+    assert graphprune.fit_config(small, x).changes == {"width": (8, 4)}
+    assert settings_of(small.config)["width"] == 4 and settings_of(model.config)["width"] == 8
+    again = Perceptron(small.config)
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again(x), small(x)) and type(small.config) is make
 
 
 def test_models_without_a_configuration() -> None:

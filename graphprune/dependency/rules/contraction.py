@@ -12,6 +12,7 @@ from ...tracing.origin import Literal, Operation, TensorSize
 from ...tracing.recorder import Guard, TensorMeta
 from ..context import NodeContext, Result
 from ..effects import EqualCounts, ScalarSite
+from ..groups import GroupKind
 from ..state import AxisMap, State
 from .elementwise import tie_all
 from .registry import empty, rule
@@ -33,9 +34,9 @@ def _name_heads(context: NodeContext, a: State, b: State, inner: AxisMap, full: 
         for axis in range(len(state.shape) - 2):
             heads |= state.axis(axis)
     if heads:
-        context.mark(heads, "head")
-        context.mark(inner, "qk feature")
-        context.mark(b.axis(-1), "v feature")
+        context.mark(heads, GroupKind.HEAD)
+        context.mark(inner, GroupKind.QK_FEATURE)
+        context.mark(b.axis(-1), GroupKind.V_FEATURE)
 
 
 @rule("<matrices>")
@@ -218,9 +219,9 @@ def _group_sites(context: NodeContext, xs: State, ws: State, groups: int, inner:
     axis_map = xs.axis(0) or ws.axis(0)
     context.require(expr, axis_map, groups, "groups of a convolution")
     if inner > 1 or outer > 1:
-        context.mark(axis_map, "conv group" if inner > 1 else "channel")
-        context.mark(xs.axis(1), "group channel")
-        context.mark(ws.axis(1), "group channel")
+        context.mark(axis_map, GroupKind.CONV_GROUP if inner > 1 else GroupKind.CHANNEL)
+        context.mark(xs.axis(1), GroupKind.GROUP_CHANNEL)
+        context.mark(ws.axis(1), GroupKind.GROUP_CHANNEL)
 
 
 @rule("<attention>")
@@ -242,9 +243,9 @@ def attention(context: NodeContext) -> Result:
                 m = {d: np.repeat(c, length // other.shape[axis]) for d, c in m.items()}
             context.tie(axis_map, m, length, "attention with heads that cannot be removed")
         axes[axis] = axis_map
-        context.mark(axis_map, "head")
+        context.mark(axis_map, GroupKind.HEAD)
         if axis_map:
-            for other, kind in ((q, "qk feature"), (k, "qk feature"), (v, "v feature")):
+            for other, kind in ((q, GroupKind.QK_FEATURE), (k, GroupKind.QK_FEATURE), (v, GroupKind.V_FEATURE)):
                 context.mark(other.axis(-1), kind)
     axes[n - 2], axes[n - 1] = q.axis(-2), v.axis(-1)
     mask = (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...tracing.names import all_modules
+from ...support.walking import all_modules
 from .blocks import Block
 
 # (the stream that a layer was given, the stream that it made) -> another one.

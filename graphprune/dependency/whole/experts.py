@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from ...support.walking import all_modules, named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import all_modules, named_tensors, operator_name
+from ...tracing.names import operator_name
 from ...tracing.operators import Kind, Move, kind_of, operator_of
 from ...tracing.trace import Trace, record_run
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from ...tracing.operators import Kind, is_layer, kind_of, operator_of, products_of
 from ..analysis import Analysis
-from ..groups import Ints, Member
+from ..groups import GroupKind, Ints, Member
 from ..state import State
 
 # Calls that are looked at between a weight and the layer that reads it
@@ -81,12 +81,13 @@ class ChannelUses:
         self.residual, self.looked_up = stream_components(analysis)
         self._mixes: dict[str, bool] = {}
 
-    def kind(self, members: Iterable[Member], units: Ints) -> str:
-        """What to call the channels with these members and components; see `Group.kind`."""
+    def kind(self, members: Iterable[Member], units: Ints) -> GroupKind:
+        """What to call the channels with these members and components; see `GroupKind`."""
         # components of positions that can go have the same numbers with and without freezing
-        for found, kind in ((self.residual, "residual channel"), (self.looked_up, "embedding channel")):
-            if found[units].all():
-                return kind
+        if self.residual[units].all():
+            return GroupKind.RESIDUAL_CHANNEL
+        if self.looked_up[units].all():
+            return GroupKind.EMBEDDING_CHANNEL
         ends = {"out": 0, "in": 0}
         for member in members:
             role = member.role
@@ -94,9 +95,9 @@ class ChannelUses:
                 continue
             flattened = role == "in" and member.positions.shape[1] > 1
             if flattened or not self._mixes_at_one_place(member.parameter):
-                return "channel"
+                return GroupKind.CHANNEL
             ends[role] += 1
-        return "mlp channel" if all(ends.values()) else "channel"
+        return GroupKind.MLP_CHANNEL if all(ends.values()) else GroupKind.CHANNEL
 
     def _users(self, parameter: str) -> set[Kind]:
         """The kinds of the layers and lookups that read a weight, also one that is transposed or scaled before."""

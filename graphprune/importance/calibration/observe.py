@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors
 from ...tracing.operators import (
     Declared,
     Layer,

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ...tracing.names import named_tensors
+from ...support.walking import named_tensors
 from ...tracing.trace import Trace
 from .data import CalibrationData
 from .layers import Reader, find_readers

@@ -2,9 +2,9 @@
 
 from .allocate import allocate
 from .budget import Budget, Limit, UnreachableBudget
+from .budgets import BUDGETS, BudgetKind, budget_kind
 from .cells import Allocation
 from .costs import CostModel, mac_costs, parameter_costs
-from .kinds import BUDGETS, BudgetKind, budget_kind
 from .limits import Forecasts, make_limits
 from .selection import ignored_positions, kinds_of, matching_ratios
 from .settings import Settings

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...dependency import DependencyGraph, Group
+from ...dependency import DependencyGraph, Group, GroupKind
 from ...dependency.axes import Floats
 from .cells import Cell, System
 from .costs import mac_costs
@@ -16,7 +16,7 @@ from .settings import Settings
 from .steps import AUTO, FINE, NEAR, Item, around, nearest, on_average, widths
 
 # Kinds of groups of which networks have one in each of many equal layers; features of queries and values go alike.
-_OF_LAYERS = frozenset(("mlp channel", "head feature", "qk feature", "v feature"))
+_OF_LAYERS = frozenset(kind for kind in GroupKind if kind.is_feature or kind is GroupKind.MLP_CHANNEL)
 
 
 def round_on_average(
@@ -67,7 +67,7 @@ def _ends(group: Group, cell: Cell, settings: Settings, grid: str, forced: bool)
     if forced:
         return cell.keep, cell.keep
     least = max(cell.floor, math.ceil(min(settings.min_channels, group.size) * n / group.size))
-    if group.kind == "head":
+    if group.kind.is_head:
         keep = max(n - nearest(round(n - cell.asked, 9)), min(least, n), 1)
         return keep, keep
     return around(cell.asked, widths(n, grid), least)
@@ -107,7 +107,7 @@ def _in_step(
         groups = [graph.groups[cells[c].group] for c in members]
         key: Any = i
         if even or all(g.kind in _OF_LAYERS for g in groups):
-            alike = [g.structure if g.kind.startswith("mlp") and not even else str(g.size) for g in groups]
+            alike = [g.structure if g.kind is GroupKind.MLP_CHANNEL and not even else str(g.size) for g in groups]
             key = tuple((a, round(cells[c].asked, 6)) for a, c in zip(alike, members, strict=True))
         found.setdefault(key, []).extend(members)
     return list(found.values())

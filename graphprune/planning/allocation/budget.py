@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from ...dependency.axes import Floats
 from ...errors import GraphPruneError
+from .budgets import BUDGETS
 from .costs import CostModel
-from .kinds import BUDGETS
 
 Ints = npt.NDArray[np.int64]
 

@@ -11,7 +11,7 @@ from ...dependency import DependencyGraph
 from ...dependency.axes import Floats, ProductCosts, coordinates
 from ...dependency.state import Mask
 from ...plans.surgery import Fold, fold_names
-from ...tracing.names import named_tensors
+from ...support.walking import named_tensors
 from ...tracing.work import runs_in_eval, terms_of
 
 

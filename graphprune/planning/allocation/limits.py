@@ -13,8 +13,8 @@ from ...dependency.state import Mask
 from ...errors import GraphPruneError
 from ...plans.surgery import Fold
 from .budget import Budget, Limit
+from .budgets import BUDGETS, BudgetKind
 from .costs import CostModel
-from .kinds import BUDGETS, BudgetKind
 
 
 class StairCost(CostModel, Protocol):

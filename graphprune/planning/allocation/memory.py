@@ -15,7 +15,8 @@ from ...dependency import DependencyGraph
 from ...dependency.axes import Axes, Axis, Floats
 from ...dependency.state import Mask
 from ...plans.surgery import Fold
-from ...tracing.names import named_tensors, operator_name
+from ...support.walking import named_tensors
+from ...tracing.names import operator_name
 from ...tracing.operators import operator_of
 from ...tracing.recorder import TensorMeta
 from ...tracing.work import runs_in_eval

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from ...dependency import DependencyGraph, Group, Reason
+from ...dependency import DependencyGraph, Group, GroupKind, Reason
 from ...errors import GraphPruneError
+from ...support.suggestions import check_choice
 from ...support.types import Ignore
+from ...tracing.matching import NameTable, items_of
 
-_CHANNELS = ("channel", "mlp channel", "residual channel", "embedding channel", "conv group", "group channel")
-_FEATURES = ("head feature", "qk feature", "v feature")
-GRANULARITIES: dict[str, tuple[str, ...]] = {
+_FEATURES = tuple(kind for kind in GroupKind if kind.is_feature)
+_CHANNELS = tuple(kind for kind in GroupKind if not kind.is_head and not kind.is_feature)
+GRANULARITIES: dict[str, tuple[GroupKind, ...]] = {
     "channels": _CHANNELS,
-    "mlp": ("mlp channel",),
-    "embedding": ("residual channel", "embedding channel"),
-    "heads": ("head",),
+    "mlp": (GroupKind.MLP_CHANNEL,),
+    "embedding": (GroupKind.RESIDUAL_CHANNEL, GroupKind.EMBEDDING_CHANNEL),
+    "heads": (GroupKind.HEAD,),
     "head features": _FEATURES,
-    "qk features": ("qk feature",),
-    "v features": ("v feature",),
+    "qk features": (GroupKind.QK_FEATURE,),
+    "v features": (GroupKind.V_FEATURE,),
 }
 _ALIASES = {"channel": "channels", "head": "heads", "head feature": "head features"}
 
@@ -45,47 +45,28 @@ def check_ratio(value: Any, where: str = "ratio") -> float:
     return float(value)
 
 
-def matches(pattern: str, parameter: str) -> bool:
-    """Whether a name, or a pattern, means this parameter or a module that holds it."""
-    return (
-        pattern in ("", "*")
-        or parameter == pattern
-        or parameter.startswith(pattern + ".")
-        or fnmatch.fnmatchcase(parameter, pattern)
-        or fnmatch.fnmatchcase(module_of(parameter), pattern)
-        or any(fnmatch.fnmatchcase(prefix, pattern) for prefix in _prefixes(parameter))
-    )
-
-
-def _prefixes(parameter: str) -> Iterable[str]:
-    parts = parameter.split(".")
-    return (".".join(parts[:i]) for i in range(1, len(parts)))
-
-
-def _check_known(pattern: str, graph: DependencyGraph, where: str) -> None:
-    names = [*graph.trace.aliases, *graph.trace.modules]
-    if not any(matches(pattern, name) or name == pattern for name in names):
-        close = difflib.get_close_matches(pattern, names, 1)
-        hint = f"; did you mean {close[0]!r}?" if close else "; see model.named_modules() and model.named_parameters()"
-        raise GraphPruneError(f"{where}: no module or parameter matches {pattern!r}{hint}")
-
-
 def matching_ratios(ratio: float | Mapping[str, float], graph: DependencyGraph) -> list[float]:
-    """The ratio of every group: the longest pattern that matches a parameter producing it wins; 0 where none does."""
+    """The ratio of every group, by the names and patterns that mean a parameter producing it (`winners`); 0 where none
+    does."""
     if not isinstance(ratio, Mapping):
         return [check_ratio(ratio)] * len(graph.groups)
     patterns = {str(p): check_ratio(r, f"ratio[{p!r}]") for p, r in ratio.items()}
     if not patterns:
         raise GraphPruneError("ratio: the dict is empty; map names of modules, or patterns, to fractions")
-    for pattern in patterns:
-        _check_known(pattern, graph, "ratio")
     return [0.0 if pattern is None else patterns[pattern] for pattern in winners(patterns, graph)]
 
 
+def names_in(graph: DependencyGraph) -> NameTable:
+    """The names of the network that was recorded."""
+    return NameTable({path: path for path in graph.trace.modules}, graph.trace.aliases)
+
+
 def winners(patterns: Iterable[str], graph: DependencyGraph) -> list[str | None]:
-    """For every group the longest of the patterns that match what produces it; None where none does."""
-    fitting = ([p for p in patterns if any(matches(p, name) for name in names)] for names in producers(graph))
-    return [max(found, key=len, default=None) for found in fitting]
+    """For every group the pattern that counts for what produces it, of several parameters the one that matches best
+    (`NameTable.ranked`); None where none does."""
+    ranked = names_in(graph).ranked(patterns, "ratio")
+    found = ([ranked[name] for name in names if name in ranked] for names in producers(graph))
+    return [max(ranks)[1] if ranks else None for ranks in found]
 
 
 def producers(graph: DependencyGraph) -> list[list[str]]:
@@ -100,66 +81,43 @@ def producers(graph: DependencyGraph) -> list[list[str]]:
     return out
 
 
-def ignored_items(ignore: Any) -> list[Any]:
-    """What is ignored, one by one; nothing where it is None."""
-    if isinstance(ignore, (nn.Module, str)):
-        return [ignore]
-    if ignore is not None and not hasattr(ignore, "__iter__"):
-        raise GraphPruneError(f"ignore: expected modules, names or patterns, got {type(ignore).__name__}")
-    return [] if ignore is None else list(ignore)
-
-
 def ignored_positions(
     ignore: Ignore, graph: DependencyGraph, model: nn.Module
 ) -> list[tuple[Any, Reason]]:
     """The outputs of ignored modules and parameters, as positions to freeze."""
-    items = ignored_items(ignore)
+    items = items_of(ignore, "ignore")
     if not items:
         return []
-    paths = {id(m): n for n, m in model.named_modules()}
-    analysis, roles = graph.analysis, graph.roles
+    names, analysis, roles = NameTable.of(model), graph.analysis, graph.roles
     out = []
     for item in items:
-        if isinstance(item, nn.Module):
-            if id(item) not in paths:
-                raise GraphPruneError(f"ignore: {type(item).__name__} is no module of this model")
-            pattern = paths[id(item)]
-            if pattern == "":
-                pattern = "*"
-        elif isinstance(item, str):
-            pattern = item
-            _check_known(pattern, graph, "ignore")
-        else:
-            raise GraphPruneError(f"ignore: expected modules, names or patterns, got {type(item).__name__}")
+        meant = names.meant(item, "ignore")
+        firsts: dict[str, str] = {}
         for name, first in graph.trace.aliases.items():
-            if first not in graph.trace.parameters or not matches(pattern, name):
-                continue
+            if name in meant and first in graph.trace.parameters:
+                firsts.setdefault(first, name)
+        for first, name in firsts.items():
+            reason = Reason("ignored", f"{item if isinstance(item, str) else name} is ignored")
             for axis in range(len(graph.trace.parameters[first].meta["val"].shape)):
                 if (first, axis) in analysis.dims.roots and roles[(first, axis)] != "in":
-                    for d in analysis.dims.roots[(first, axis)]:
-                        out.append(
-                            (
-                                analysis.dims.positions(d),
-                                Reason("ignored", f"{item if isinstance(item, str) else name} is ignored"),
-                            )
-                        )
+                    out += [(analysis.dims.positions(d), reason) for d in analysis.dims.roots[(first, axis)]]
     return out
 
 
-def kinds_of(granularity: str | Sequence[str]) -> frozenset[str] | None:
+def kinds_of(granularity: str | Sequence[str]) -> frozenset[GroupKind] | None:
     """The kinds of groups that a granularity speaks of; None for "auto"."""
     if granularity == "auto":
         return None
-    kinds: set[str] = set()
+    kinds: set[GroupKind] = set()
     for name in [granularity] if isinstance(granularity, str) else granularity:
         plain = str(name).replace("_", " ")
         found = _CHANNELS if name in _PRODUCERS else GRANULARITIES.get(_ALIASES.get(plain, plain))
         if found is None:
-            known = ", ".join(map(repr, (*GRANULARITIES, "filters", "neurons")))
-            raise GraphPruneError(f"granularity: {name!r} is unknown; expected 'auto' or any of {known}")
-        kinds.update(found)
-    if kinds.issuperset(("qk feature", "v feature")):
-        kinds.add("head feature")
+            check_choice("granularity", name, (*GRANULARITIES, "filters", "neurons"), "'auto' alone")
+        else:
+            kinds.update(found)
+    if kinds.issuperset((GroupKind.QK_FEATURE, GroupKind.V_FEATURE)):
+        kinds.add(GroupKind.HEAD_FEATURE)
     return frozenset(kinds)
 
 
@@ -167,7 +125,7 @@ def apart(granularity: str | Sequence[str]) -> bool:
     """Whether the features of queries and keys, or those of values, are asked for without the others: then they need
     not stay equally wide."""
     kinds = kinds_of(granularity)
-    return kinds is not None and "head feature" not in kinds and len(kinds & set(_FEATURES)) == 1
+    return kinds is not None and GroupKind.HEAD_FEATURE not in kinds and len(kinds & set(_FEATURES)) == 1
 
 
 def chosen_groups(
@@ -229,19 +187,19 @@ def _harmless(graph: DependencyGraph) -> list[bool]:
     averaged = graph.analysis.components_of(p for e in graph.analysis.effects.values() for p in e.statistics)
     touched = [bool(averaged[graph.units(group)].any()) for group in graph.groups]
     normed = {
-        (m.parameter, m.axis) for g in graph.groups if g.kind in _FEATURES and touched[g.index] for m in g.members
+        (m.parameter, m.axis) for g in graph.groups if g.kind.is_feature and touched[g.index] for m in g.members
     }
     return [
-        not touched[g.index] or (g.kind == "head" and any((m.parameter, m.axis) in normed for m in g.members))
+        not touched[g.index] or (g.kind.is_head and any((m.parameter, m.axis) in normed for m in g.members))
         for g in graph.groups
     ]
 
 
 def _preference(group: Group, loses: bool, harmless: bool) -> int:
-    if group.kind == "head":
+    if group.kind.is_head:
         return (0 if harmless else 2) if loses else 4
-    if group.kind in _FEATURES:
+    if group.kind.is_feature:
         return 1 if harmless else 3
-    if group.kind == "group channel":
+    if group.kind is GroupKind.GROUP_CHANNEL:
         return 0 if group.size >= 4 else 2
-    return 1 if group.kind == "conv group" else 0
+    return 1 if group.kind is GroupKind.CONV_GROUP else 0

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ...dependency import GroupKind
 from ...errors import GraphPruneError
+from ...support.suggestions import check_choice
 from .budget import Budget
 from .selection import kinds_of
 from .steps import AUTO, RoundTo, check_round_to, widths
@@ -45,8 +47,7 @@ class Settings:
         return cls(0.5 if ratio is None else ratio, budget=budget, **others)
 
     def check(self) -> None:
-        if self.scope not in SCOPES:
-            raise GraphPruneError(f"scope: expected one of {', '.join(map(repr, SCOPES))}, got {self.scope!r}")
+        check_choice("scope", self.scope, SCOPES)
         check_round_to(self.round_to)
         least = self.min_channels
         if isinstance(least, bool) or not isinstance(least, int) or least < 1:
@@ -67,6 +68,6 @@ class Settings:
         """Whether widths are those that runtimes like."""
         return self.round_to == AUTO
 
-    def widths(self, size: int, kind: str) -> npt.NDArray[np.int64]:
+    def widths(self, size: int, kind: GroupKind) -> npt.NDArray[np.int64]:
         """The widths that `size` units of a group of this kind may have."""
-        return widths(size, self.round_to, kind == "head")
+        return widths(size, self.round_to, kind.is_head)

@@ -12,7 +12,7 @@ from typing import Any
 from torch import fx, nn
 
 from ...errors import GraphPruneError
-from ...tracing.names import all_modules
+from ...support.walking import all_modules
 from .functions import method, resolve
 from .recipes import Rewrite, decode
 from .safety import check_argument, check_keywords, check_path, check_read

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ...tracing.names import named_tensors
+from ...support.walking import named_tensors
 from ...tracing.origin import Attribute, Expr, Literal, Operation
 from ...tracing.recorder import Guard
 from .contents import Contents

@@ -9,14 +9,16 @@ from typing import Any
 from torch import fx, nn
 
 from ...dependency import DependencyGraph
-from ...dependency.analysis import analyse
+from ...dependency.analysis import Analysis, analyse
+from ...dependency.effects import Rewritten
 from ...dependency.sizes import Conflict, SizeSolver
 from ...dependency.state import Mask
 from ...dependency.temperature import rescales
 from ...errors import GraphPruneError
+from ...support.suggestions import check_choice
 from ...tracing.origin import Attribute
 from ...tracing.recorder import Guard
-from ...tracing.trace import Trace, record_run
+from ...tracing.trace import record_run
 from .arguments import rewritable
 from .fitting import Survivors, Unfit
 from .parts import Part
@@ -25,7 +27,6 @@ from .recorder import PartRecorder, is_container
 
 OUTPUTS = ("module", "hybrid", "graph")
 _TAKEN = frozenset(n for n in dir(fx.GraphModule) if not n.startswith("__")) - frozenset(dir(nn.Module))
-MARK, WHY = "rewritten", "not_rewritten"
 
 
 class Rewriter:
@@ -87,20 +88,18 @@ class Rewriter:
         return self._analysed()
 
     def _analysed(self) -> DependencyGraph:
-        self.latest = DependencyGraph(analyse(self._marked(self.chosen)))
+        trace = dataclasses.replace(self.trace, guards=self._guards(self.chosen))
+        self.latest = DependencyGraph(analyse(trace, self._rewritten(self.chosen)))
         return self.latest
 
-    def _marked(self, chosen: set[str]) -> Trace:
-        """The recorded run with the sizes of these modules free, and nothing that they ask about sizes to be obeyed."""
-        for node in self.trace.graph.nodes:
-            node.meta.pop(MARK, None)
-            node.meta[WHY] = self.refused.get(node.meta.get("module", ""), "")
-        for path, parts in self.parts.items():
-            if path in chosen:
-                for node in (n for part in parts for c in part.calls if rewritable(c) for n in c.nodes):
-                    node.meta[MARK] = True
-        guards = tuple(g for g in self.trace.guards if not self.owners.get(g, {"<none>"}) <= chosen)
-        return dataclasses.replace(self.trace, guards=guards)
+    def _rewritten(self, chosen: set[str]) -> Rewritten:
+        """The calls of these modules, whose sizes are free, and why others are not chosen."""
+        calls = (c for path in chosen & self.parts.keys() for part in self.parts[path] for c in part.calls)
+        return Rewritten(frozenset(n for c in calls if rewritable(c) for n in c.nodes), dict(self.refused))
+
+    def _guards(self, chosen: set[str]) -> tuple[Guard, ...]:
+        """What the code outside these modules asks of its sizes."""
+        return tuple(g for g in self.trace.guards if not self.owners.get(g, {"<none>"}) <= chosen)
 
     def _blocking(self, graph: DependencyGraph) -> set[str]:
         """Modules in whose own code a literal size blocks."""
@@ -131,22 +130,20 @@ class Rewriter:
                 paths |= owners & self.parts.keys()
         return paths
 
-    def release(self, graph: DependencyGraph, gone: Mask) -> bool:
-        """Leave alone the modules whose own code gets every size right when `gone` goes. True if there are any."""
-        analysis = graph.analysis
+    def release(self, analysis: Analysis, gone: Mask) -> Analysis:
+        """Leave alone the modules whose own code gets every size right when `gone` goes: the analysis without them, or
+        the same where all are needed."""
         needed: set[str] = self.chosen if self.inline else set()
         while needed != self.chosen:
-            analysis.trace = self._marked(needed)
-            solver = SizeSolver(analysis, gone)
-            conflicts = solver.resolve().conflicts + rescales(analysis, solver)[1]
+            found = analysis.rewriting(self._rewritten(needed), self._guards(needed))
+            solver = SizeSolver(found, gone)
+            conflicts = solver.resolve().conflicts + rescales(found, solver)[1]
             if not conflicts:
-                break
+                self.chosen = needed
+                return found
             # where a conflict cannot be laid at the door of one module, all stay chosen
             needed = needed | ((self._origins(conflicts) & self.chosen) - needed or self.chosen)
-        analysis.trace = self._marked(needed)
-        released = needed != self.chosen
-        self.chosen = needed
-        return released
+        return analysis
 
     def _cannot(self, path: str) -> str:
         """Why the module cannot be rewritten, or "". Its behaviour in training mode is recorded when first asked."""
@@ -230,8 +227,7 @@ def dependency_graph(model: nn.Module, example: Any, output: str, paths: Iterabl
 
 def check_output(output: str) -> None:
     """Raise GraphPruneError for an unknown output mode."""
-    if output not in OUTPUTS:
-        raise GraphPruneError(f"output: expected one of {', '.join(OUTPUTS)}, got {output!r}")
+    check_choice("output", output, OUTPUTS)
 
 
 __all__ = ["OUTPUTS", "Rewriter", "check_output", "dependency_graph"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...tracing.names import all_modules, named_tensors
+from ...support.walking import all_modules, named_tensors
 from .container import ModelFile
 from .state import transient_names
 

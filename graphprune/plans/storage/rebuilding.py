@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...tracing.names import all_modules, named_tensors
+from ...support.walking import all_modules, named_tensors
 from ..history import Applied, histories, history_of
 from .filling import takes_bias
 

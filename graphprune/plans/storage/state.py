@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from ...support.containers import separate
-from ...tracing.names import all_modules, named_tensors
+from ...support.walking import all_modules, named_tensors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

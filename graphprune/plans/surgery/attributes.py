@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ...errors import GraphPruneError
+from ...support.settings import is_named_tuple, is_settings_object, settings_of, with_setting
 from ...tracing.attention import scale_of
-from ...tracing.cloning import is_configuration
 from ..modules.attention import MultiheadAttention
 from ..modules.recurrent import Recurrent
 
@@ -21,7 +21,7 @@ def attribute_at(model: nn.Module, module: str, name: str, key: tuple[int | str,
     try:
         found: Any = model.get_submodule(module).__dict__[name]
         for step in key:
-            found = found.__dict__[step] if is_configuration(found) else found[step]
+            found = settings_of(found)[str(step)] if is_settings_object(found) else found[step]
     except (AttributeError, KeyError, IndexError, TypeError):
         found = None
     if type(found) is not int:
@@ -45,14 +45,14 @@ def set_attribute(model: nn.Module, module: str, name: str, key: tuple[int | str
 def _with(current: Any, key: tuple[int | str, ...], value: int) -> Any:
     if not key:
         return value
-    if is_configuration(current):
-        current.__dict__[str(key[0])] = _with(current.__dict__[str(key[0])], key[1:], value)
-        return current
+    if is_settings_object(current):
+        name = str(key[0])
+        return with_setting(current, name, _with(settings_of(current)[name], key[1:], value))
     inner = _with(current[key[0]], key[1:], value)
     if isinstance(current, tuple):
         items = list(current)
         items[int(key[0])] = inner
-        return type(current)(items) if type(current) is tuple else type(current)(*items)
+        return current._make(items) if is_named_tuple(current) else type(current)(items)  # type: ignore[attr-defined]
     current = current.copy()
     current[key[0]] = inner
     return current

@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ...errors import GraphPruneError
 from ...support.reach import reachable
-from ...tracing.names import all_modules, named_tensors
+from ...support.walking import all_modules, named_tensors
 from .rebinding import rebind
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...dependency.temperature import Rescale
 from ...errors import GraphPruneError
-from ...tracing.names import all_modules, named_tensors
+from ...support.walking import all_modules, named_tensors
 from ..history import carry
 from ..modules.recurrent import replacement_of
 from .attributes import refresh, set_attribute
@@ -71,27 +71,34 @@ def operate(
             except IndexError as error:
                 raise GraphPruneError(f"the plan removes from {name} what it does not have: {error}") from error
     out = clone_with(model, new, {fold.batch_norm: nn.Identity() for fold in folds}, caches)
-    out = with_free_widths(out, new)
+    modules = all_modules(out)
+    whole = with_free_widths(out, modules, new)
+    if whole is not None:
+        out, modules = whole, all_modules(whole)
     for module, attribute, key, value in attributes:
         set_attribute(out, module, attribute, key, value)
     changed = {id(named[n]) for n in new if n in named}
     tied = {n for n, t in named.items() if id(t) in changed}  # under all their names
     touched = {n.rpartition(".")[0] for n in tied | new.keys()}
     touched |= {path.rpartition(".")[0] for path in touched}
-    refresh([module for path, module in all_modules(out).items() if path in touched])
+    refresh([module for path, module in modules.items() if path in touched])
     return out
 
 
-def with_free_widths(model: nn.Module, touched: Iterable[str]) -> nn.Module:
-    """`model` with modules of ours where torch's cannot express the widths that its tensors `touched` have now."""
-    modules = all_modules(model)
+def with_free_widths(
+    model: nn.Module, modules: Mapping[str, nn.Module], touched: Iterable[str]
+) -> nn.Module | None:
+    """`model` with modules of ours where torch's cannot express the widths that its tensors `touched` have now; None
+    where there are none. `modules`: those of `model` by path."""
     made = {}
     for path in {name.rpartition(".")[0] for name in touched}:
         new = replacement_of(modules[path]) if path in modules else None
         if new is not None:
             carry(modules[path], new)
             made[id(modules[path])] = new
-    for parent in modules.values() if made else ():
+    if not made:
+        return None
+    for parent in modules.values():
         for name, child in parent._modules.items():
             if id(child) in made:
                 parent._modules[name] = made[id(child)]

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ...errors import GraphPruneError
-from ...tracing.names import all_modules
+from ...support.walking import all_modules
 from ...tracing.operators import Kind, Layer, Sliding, form_of, given, operator_of, products_of
 from ...tracing.trace import Trace
 from .copying import clone_with

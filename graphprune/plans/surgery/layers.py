@@ -11,7 +11,9 @@ from torch import nn
 from ...dependency.whole.blocks import Block
 from ...dependency.whole.experts import Experts
 from ...errors import GraphPruneError
-from ...tracing.names import all_modules
+from ...support.settings import is_named_tuple, is_settings, settings_of, with_setting
+from ...support.walking import all_modules
+from ...tracing.cloning import INTERNAL
 from ..modules.bypass import Bypass, Silence
 from .copying import clone_with
 
@@ -61,12 +63,14 @@ def close_gaps(small: nn.Module, model: nn.Module, blocks: Iterable[Block]) -> n
     `model`: the original, which says which integers count layers; `small`: made from it by `bypass_layers`, and cut
     since or not.
     """
+    listed = [block for block in blocks if block.listed]
+    if not listed:
+        return small
     originals, modules = all_modules(model), all_modules(small)
     lists: dict[str, set[int]] = {}
-    for block in blocks:
+    for block in listed:
         owner, _, name = block.module.rpartition(".")
-        if block.listed:
-            lists.setdefault(owner, set()).add(list(originals[owner]._modules).index(name))
+        lists.setdefault(owner, set()).add(list(originals[owner]._modules).index(name))
     for path in sorted(lists, key=lambda p: p.count("."), reverse=True):  # inner ones first: outer ones are renumbered
         places = _places(list(originals[path]._modules.items()))
         _shorten(small, path, modules[path], sorted(lists[path]), places)
@@ -109,14 +113,14 @@ def _within(path: str, outer: str) -> bool:
 
 def remove_listed_experts(small: nn.Module, experts: Iterable[Experts]) -> None:
     """Shorten the lists of experts of a copy, in place; stacked ones are cut as tensors are."""
-    modules = all_modules(small)
-    for one in experts:
-        if one.listed and one.gone:
-            owner = modules.get(one.listed)
-            if not isinstance(owner, nn.ModuleList) or len(owner) <= one.gone[-1]:
-                raise GraphPruneError(f"the plan shortens {one.listed}, which is no list of that many experts")
-            places = _places(list(owner._modules.items()))
-            _shorten(small, one.listed, owner, list(one.gone), places, recount=False)
+    shortened = [one for one in experts if one.listed and one.gone]
+    modules = all_modules(small) if shortened else {}
+    for one in shortened:
+        owner = modules.get(one.listed)
+        if not isinstance(owner, nn.ModuleList) or len(owner) <= one.gone[-1]:
+            raise GraphPruneError(f"the plan shortens {one.listed}, which is no list of that many experts")
+        places = _places(list(owner._modules.items()))
+        _shorten(small, one.listed, owner, list(one.gone), places, recount=False)
 
 
 def _bypass(module: nn.Module, block: Block) -> Bypass:
@@ -193,33 +197,33 @@ def _places(items: Sequence[tuple[str, nn.Module | None]]) -> list[tuple[str, st
 def _recount(model: nn.Module, path: str, count: int, gone: list[int]) -> None:
     """Depths in the owner of the list, and in configuration objects of it, of the model and of what is between."""
     owners = _outer(path)
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}
     for place in owners:
         module = model.get_submodule(place)
-        holders = [module.__dict__] if place == owners[0] else []
-        holders += [value.__dict__ for value in module.__dict__.values() if _is_configuration(value)]
-        for holder in holders:
-            if id(holder) not in seen:
-                seen.add(id(holder))
-                _recount_in(holder, path, count, gone)
+        held = module.__dict__
+        if place == owners[0]:
+            held.update(_recounted(held, path, count, gone))
+        for name, value in list(held.items()):
+            if name not in INTERNAL and id(value) not in seen and is_settings(value):
+                if not is_named_tuple(value):  # of which every holder has its own
+                    seen[id(value)] = value
+                for setting, new in _recounted(settings_of(value), path, count, gone).items():
+                    value = held[name] = with_setting(value, setting, new)
 
 
-def _is_configuration(value: Any) -> bool:
-    """An object of the user's that holds settings; no module, no function, no class."""
-    return hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value)
-
-
-def _recount_in(holder: dict[str, Any], path: str, count: int, gone: list[int]) -> None:
-    names = [name for name in holder if isinstance(name, str) and _COUNTS.search(name)]
-    for name in _on_side(names, path):
-        value = holder[name]
+def _recounted(held: Mapping[str, Any], path: str, count: int, gone: list[int]) -> dict[str, Any]:
+    """What of the values by name counts the layers of the list, with its new value."""
+    new: dict[str, Any] = {}
+    for name in _on_side(filter(_COUNTS.search, held), path):
+        value = held[name]
         if type(value) is int and value == count:
-            holder[name] = count - len(gone)
+            new[name] = count - len(gone)
         elif type(value) in (list, tuple) and len(value) == count and not _is_stages(value, path, count):
-            holder[name] = type(value)(v for i, v in enumerate(value) if i not in gone)
+            new[name] = type(value)(v for i, v in enumerate(value) if i not in gone)
         elif type(value) in (list, tuple) and _is_stages(value, path, count):
             stage = _stage(path)
-            holder[name] = type(value)(v - len(gone) if i == stage else v for i, v in enumerate(value))
+            new[name] = type(value)(v - len(gone) if i == stage else v for i, v in enumerate(value))
+    return new
 
 
 def _on_side(names: Iterable[str], path: str) -> list[str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...support.reach import content_of
 
-_FUNCTIONS = (types.FunctionType,)
+_FUNCTIONS = frozenset((types.FunctionType,))
 
 
 def rebind(pairs: Iterable[tuple[nn.Module, nn.Module]], memo: Mapping[int, Any]) -> None:
@@ -26,7 +26,7 @@ def rebind(pairs: Iterable[tuple[nn.Module, nn.Module]], memo: Mapping[int, Any]
         tables += [(v, new.__dict__.get(n)) for n, v in old.__dict__.items() if isinstance(v, (dict, list)) and v]
         for before, after in tables:
             values = before.values() if isinstance(before, dict) else before
-            if after is before or type(after) is not type(before) or not any(type(v) in _FUNCTIONS for v in values):
+            if after is before or type(after) is not type(before) or _FUNCTIONS.isdisjoint(map(type, values)):
                 continue
             for key, value in list(after.items() if isinstance(after, dict) else enumerate(after)):
                 if isinstance(value, types.FunctionType) and value.__closure__:

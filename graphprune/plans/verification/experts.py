@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from ...dependency.whole.experts import Experts
 from ...errors import GraphPruneError
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors
 from ...tracing.operators import Kind, Move, Operator, function_name, named
 from .results import TOLERANCE, Check, VerificationReport, relative_error
 from .running import examples_for, run, same_shapes

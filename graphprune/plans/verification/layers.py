@@ -12,8 +12,8 @@ from torch import nn
 
 from ...dependency.whole.blocks import Block
 from ...dependency.whole.bypassing import changed, left_out
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors
 from .results import Check, VerificationReport, relative_error
 from .running import examples_for, run, same_shapes
 

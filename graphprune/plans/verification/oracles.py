@@ -15,8 +15,9 @@ from ...dependency import DependencyGraph, Group
 from ...dependency.graph import trace
 from ...errors import GraphPruneError
 from ...support.doors import door
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors, operator_name
+from ...tracing.names import operator_name
 from ..history import repair_after
 from ..plan import Plan, check_plan
 from ..rewriting import dependency_graph

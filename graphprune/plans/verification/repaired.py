@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors
 from .results import Check
 from .running import run, same_shapes
 

@@ -19,8 +19,9 @@ from ...dependency import DependencyGraph
 from ...dependency.sizes import gone_on_axis
 from ...dependency.state import Mask
 from ...errors import GraphPruneError
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors, operator_name
+from ...tracing.names import operator_name
 from ..modules.recurrent import run_layers
 from ..plan import Plan
 from ..surgery.cutting import cut_tensor

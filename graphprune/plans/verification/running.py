@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...support.interrupts import interruptible, shielded
 from ...support.restoring import restored
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.state import RandomState, evaluating
 from ...tracing.trace import run_model
@@ -44,7 +45,7 @@ def run(model: nn.Module, example: ExampleInput, what: str) -> Any:
     """One run in eval mode without gradients, from the same random state each time. What the model's code keeps of it
     does not stay."""
     with shielded(), restored(model), evaluating(model):
-        before = RandomState(model)
+        before = RandomState(named_tensors(model).values())
         try:
             torch.manual_seed(0)
             np.random.seed(0)

@@ -21,8 +21,8 @@ from ...importance.calibration import (
 )
 from ...plans.plan import Plan
 from ...plans.surgery import find_folds
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors
 from ...tracing.trace import record_run
 from . import walk
 from .solve import ridge_solution, squared_error

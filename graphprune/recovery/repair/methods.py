@@ -15,6 +15,7 @@ from ...plans.history import remember
 from ...plans.plan import Plan, check_plan
 from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds
 from ...support.doors import door
+from ...support.suggestions import check_choice
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from .batchnorm import reestimate
@@ -41,11 +42,9 @@ class Recovery:
 
 def check_method(method: Any, data: Any) -> None:
     """Raise GraphPruneError unless `method` is None or known, and has the data it needs."""
+    check_choice("recover", method, (None, *METHODS))
     if method is None:
         return
-    if method not in METHODS:
-        known = ", ".join(map(repr, METHODS))
-        raise GraphPruneError(f"recover: expected None or one of {known}, got {method!r}")
     if data is None and method not in _DATA_FREE:
         raise GraphPruneError(f"recover={method!r} needs inputs to measure on: pass data=, a loader or list of batches")
 

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ...importance.calibration import CalibrationData
 from ...plans.surgery import Fold, find_folds, fold_names
 from ...plans.surgery.folding import scale_filters
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors
 from ...tracing.state import evaluating
 from ...tracing.trace import record_run, run_model
 

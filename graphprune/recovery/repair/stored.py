@@ -22,8 +22,8 @@ from ...importance.calibration import Reader, find_readers
 from ...importance.calibration.stored import Spread, by_input, read_by, stored_spreads
 from ...plans.plan import Plan
 from ...plans.surgery import Fold, find_folds, fold_names
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors
 from ...tracing.operators import multiplied, products_of
 from ...tracing.trace import record_run
 from . import walk

@@ -17,8 +17,8 @@ from ...importance.calibration.replay import Replay
 from ...importance.calibration.statistics import MAX_FEATURES, MEMORY
 from ...plans.plan import Plan
 from ...plans.surgery.cutting import keep_indices
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
-from ...tracing.names import named_tensors
 
 # Intermediate results held between passes, so that nothing is computed twice; beyond this, everything is.
 CACHE = 2 << 30

@@ -14,7 +14,7 @@ from ...plans.plan import Plan
 from ...plans.surgery.cutting import cut_tensor
 from ...plans.surgery.folding import fold_names
 from ...support.doors import door
-from ...tracing.names import all_modules, named_tensors
+from ...support.walking import all_modules, named_tensors
 
 # Averages of gradients and of their squares, in torch's optimizers: where a parameter is multiplied by f, its
 # gradient is divided by f.

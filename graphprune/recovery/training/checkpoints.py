@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...errors import GraphPruneError
 from ...support.runs import Checkpoint, read_run, write_run
 from ...support.types import PathLike
-from ...tracing.names import named_tensors
+from ...support.walking import named_tensors
 
 _KEY = "graphprune.training/1"
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import GraphPruneError
+from ...support.suggestions import check_choice, did_you_mean
 from ...tracing.example import result_tensors
 
 FEATURE_LOSSES = ("similarity", "attention", "mse")
@@ -54,9 +55,7 @@ class Distillation:
         if isinstance(features, str) or not isinstance(features, Iterable):
             raise GraphPruneError(f"Distillation: features must be a list of module paths, got {features!r}")
         object.__setattr__(self, "features", tuple(features))
-        if self.feature_loss not in FEATURE_LOSSES:
-            known = ", ".join(map(repr, FEATURE_LOSSES))
-            raise GraphPruneError(f"Distillation: feature_loss must be one of {known}, got {self.feature_loss!r}")
+        check_choice("Distillation: feature_loss", self.feature_loss, FEATURE_LOSSES)
 
 
 def logit_distance(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -111,7 +110,8 @@ class Tap:
         known = dict(model.named_modules())
         for name in names:
             if name not in known:
-                raise GraphPruneError(f"Distillation: the {what} has no module {name!r}; see model.named_modules()")
+                hint = did_you_mean(name, known) or "; see model.named_modules()"
+                raise GraphPruneError(f"Distillation: the {what} has no module {name!r}{hint}")
         self._modules = {name: known[name] for name in names}
         self._what = what
         self._seen: dict[str, Tensor] = {}

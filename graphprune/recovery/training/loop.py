@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData
 from ...plans.plan import Plan
+from ...support.suggestions import check_choice
 from .carrying import carry_optimizer
 from .checkpoints import load_model, load_optimizer, model_state, optimizer_state
 from .evaluation import ONE_INPUT
@@ -43,12 +44,8 @@ class Training:
     def __post_init__(self) -> None:
         _check_integer("epochs", self.epochs, 0)
         _check_integer("seed", self.seed, 0)
-        if not callable(self.optimizer) and self.optimizer not in _RATES:
-            known = ", ".join(map(repr, _RATES))
-            raise GraphPruneError(
-                f"optimizer: expected one of {known} or a function (model) -> torch.optim.Optimizer, got "
-                f"{self.optimizer!r}"
-            )
+        if not callable(self.optimizer):
+            check_choice("optimizer", self.optimizer, _RATES, "a function (model) -> torch.optim.Optimizer")
         if callable(self.optimizer) and self.lr is not None:
             raise GraphPruneError("lr: the optimizer that your function makes has its own; leave lr out")
         _check_number("lr", self.lr, 0.0, math.inf, optional=True)

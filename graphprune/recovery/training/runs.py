@@ -16,7 +16,7 @@ from ...support.files import check_target
 from ...support.runs import counted, score
 from ...support.tables import Column, render, table
 from ...support.types import PathLike
-from ...tracing.names import all_modules
+from ...support.walking import all_modules
 from .checkpoints import check_fit, load_model, model_state, own_tensors, read_checkpoint, write_checkpoint
 from .loop import Trainer, Training, progress_bar
 from .objective import Objective

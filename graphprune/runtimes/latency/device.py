@@ -8,7 +8,7 @@ from torch import nn
 
 from ...dependency import trace
 from ...errors import GraphPruneError
-from ...plans.plan import structural_hash
+from ...plans.structure import structural_hash
 from ...support.doors import door
 from .forecast import Forecast, measured_context
 from .networks import Bench

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...dependency.groups import Group
+from ...dependency.groups import Group, GroupKind
 from ...errors import GraphPruneError
 from ...importance import Criterion, ImportanceContext, resolve_criterion
 from ...importance.context import Floats
@@ -27,7 +27,7 @@ class Curve:
     """One group pruned alone: `errors[i]` with `removed[i]` of its `size` units gone; `removed` rises from 1."""
 
     name: str
-    kind: str
+    kind: GroupKind
     size: int
     removed: tuple[int, ...]
     errors: tuple[float, ...]
@@ -148,4 +148,4 @@ def _curve(data: Any) -> Curve:
     rising = all(a < b for a, b in zip((0, *removed), (*removed, size), strict=True))
     if len(removed) != len(errors) or not rising or not np.isfinite(errors).all():
         raise ValueError(f"the curve of {name[:60]} is inconsistent")
-    return Curve(name, kind, size, tuple(removed), tuple(errors))
+    return Curve(name, GroupKind(kind), size, tuple(removed), tuple(errors))

@@ -29,8 +29,8 @@ from ...plans.surgery import effective_folds
 from ...support.doors import door
 from ...support.files import check_target, is_there
 from ...support.types import Ignore, LossFunction, PathLike
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput, result_tensors
-from ...tracing.names import named_tensors
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
 from .curve import Curve, Sensitivity
@@ -87,9 +87,7 @@ def sensitivity(
     chosen.check_data(data, loss_fn)
     meter = _Meter(model, list(source.data), loss_fn)
     graph = trace(model, example_input)
-    held = ignored_positions(ignore, graph, model)
-    if held:
-        graph.freeze_many(held)
+    graph = graph.freezing(ignored_positions(ignore, graph, model))
     effective = effective_folds(model, graph.trace)
     folds = [fold for fold, replaceable in effective if replaceable]
     calibration = None if chosen.needs is None else source.calibration(model, folds)

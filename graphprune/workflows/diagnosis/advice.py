@@ -17,6 +17,7 @@ from ...runtimes import benchmark
 from ...runtimes.machine import cpu_model, usable_cores
 from ...sparsity import masks, semi_structured_support
 from ...support.doors import door
+from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
 from ...tracing.example import ExampleInput
 from .candidates import Option, Outputs, Trial, check_real
@@ -110,8 +111,7 @@ def advise(
 
     Raises GraphPruneError for an unknown goal, arguments out of range, masked models and models that fail.
     """
-    if goal not in GOALS:
-        raise GraphPruneError(f"goal: expected one of {', '.join(map(repr, GOALS))}, got {goal!r}")
+    check_choice("goal", goal, GOALS)
     if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
         raise GraphPruneError(f"tolerance: expected a number of at least 0, got {tolerance!r}")
     check_real(model)

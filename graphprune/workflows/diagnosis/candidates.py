@@ -17,9 +17,9 @@ from ...importance.calibration import CalibrationData
 from ...planning.request import decide, repaired
 from ...plans.surgery.copying import clone_with
 from ...sparsity import magnitude, make_permanent, n_m, save
+from ...support.walking import named_tensors
 from ...tracing.counting import count
 from ...tracing.example import ExampleInput, result_tensors
-from ...tracing.names import named_tensors
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
 

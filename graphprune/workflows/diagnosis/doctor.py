@@ -17,11 +17,11 @@ from ...dependency import DependencyGraph, Reason
 from ...dependency.build import axis_roles
 from ...dependency.graph import trace
 from ...dependency.groups import Ints
-from ...errors import GraphPruneError
 from ...importance import resolve_criterion
 from ...planning.allocation import Settings
 from ...planning.widths import plan_from_graph
 from ...support.doors import door
+from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
 from ...tracing.example import ExampleInput
 from ...tracing.pause import paused_collector
@@ -161,13 +161,12 @@ def doctor(model: nn.Module, example_input: Any, *, ratio: float = 0.5, sort: st
 
     Raises GraphPruneError for arguments out of range and when the model fails on the example input.
     """
-    if sort not in _SORTS:
-        raise GraphPruneError(f"sort: expected one of {', '.join(map(repr, _SORTS))}, got {sort!r}")
+    check_choice("sort", sort, _SORTS)
     settings = Settings(ratio, "local", 1, 1, "auto")
     settings.check()
     with paused_collector():
         graph = trace(model, ExampleInput.of(example_input))
-        plan_from_graph(model, graph, settings, resolve_criterion("random"))
+        graph, _ = plan_from_graph(model, graph, settings, resolve_criterion("random"))
         return examine(model, graph, float(ratio), sort)
 
 

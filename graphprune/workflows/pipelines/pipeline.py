@@ -26,6 +26,7 @@ from ...sparsity.scheduler import Method
 from ...support.doors import door
 from ...support.files import make_folder
 from ...support.types import LossFunction, PathLike
+from ...tracing.matching import NameTable
 from ..reporting.summary import Report, report
 from .steps import GradualPruner, PruningStep, method_of
 
@@ -136,6 +137,7 @@ def pipeline(
     tuned = dataclasses.replace(tuned, epochs=finetune_epochs + (gradual or 0))
     curve = _curve(schedule, amount, gradual)
     batches = data if calibration is None else calibration
+    options = _by_name(options, model)
     chosen = method_of(method, example_input, budget, options, batches, loss_fn, seed, strict)
     ask = evaluator(evaluate)
     settings = {
@@ -184,6 +186,15 @@ def _amount(
 
 def _curve(name: str, amount: float, gradual: int | None) -> Callable[[int], float]:
     return make_schedule(name, 0.0, amount, gradual or 1)
+
+
+def _by_name(options: Mapping[str, Any] | None, model: nn.Module) -> Mapping[str, Any] | None:
+    """Options in which parts of the model are named: they mean the same in its copies, and can be told apart."""
+    if not isinstance(options, Mapping):
+        return options
+    parts = [name for name in ("ignore", "parameters") if not isinstance(options.get(name), (str, type(None)))]
+    table = NameTable.of(model) if parts else None
+    return {**options, **{name: table.texts(options[name], name) for name in parts if table is not None}}
 
 
 def _told(options: Mapping[str, Any] | None) -> str:

@@ -25,6 +25,7 @@ from ...sparsity import Channels, gradient, magnitude, masks, set_masks
 from ...sparsity.scheduler import Method
 from ...sparsity.weights import find_weights
 from ...support.runs import counted, score
+from ...support.suggestions import check_choice
 from ...support.types import LossFunction
 
 METHODS = ("channels", "layers", "magnitude", "gradient")
@@ -84,6 +85,7 @@ def method_of(
         if chosen:
             raise GraphPruneError("options: are those of a named method; build yours into the function")
         return method
+    check_choice("method", method, METHODS, "a function (model, sparsity) -> model")
     try:
         if method == "channels":
             criterion = resolve_criterion(chosen.get("criterion"))
@@ -100,13 +102,10 @@ def method_of(
             return Planned(example_input, budget, chosen)
         if method == "magnitude":
             return lambda model, sparsity: magnitude(model, sparsity, **chosen)
-        if method == "gradient":
-            loss = loss_fn or default_loss
-            return lambda model, sparsity: gradient(model, calibration, loss, sparsity, **chosen)
+        loss = loss_fn or default_loss
+        return lambda model, sparsity: gradient(model, calibration, loss, sparsity, **chosen)
     except TypeError as error:
         raise GraphPruneError(f"options: {error}") from error
-    known = ", ".join(map(repr, METHODS))
-    raise GraphPruneError(f"method: expected one of {known} or a function (model, sparsity) -> model, got {method!r}")
 
 
 class GradualPruner:

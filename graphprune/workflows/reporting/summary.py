@@ -22,11 +22,12 @@ from ...sparsity.overview import report as sparsity_of
 from ...support.doors import door
 from ...support.files import check_target, replacing
 from ...support.registry import Registry
+from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
 from ...support.types import PathLike
 from ...support.unwrapping import checked_model
+from ...support.walking import all_modules, named_tensors
 from ...tracing.counting import Count, LayerCount, count
-from ...tracing.names import all_modules, named_tensors
 from ..curves import Sensitivity
 
 STAGES = ("before", "after pruning", "after recovery")
@@ -258,8 +259,7 @@ def _all_scores(
 ) -> dict[str, float]:
     known = dict(given or {})
     for stage, value in known.items():
-        if stage not in STAGES:
-            raise GraphPruneError(f"scores: unknown stage {stage!r}; known are {', '.join(map(repr, STAGES))}")
+        check_choice("scores", stage, STAGES)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise GraphPruneError(f"scores: {stage!r} must be a finite number, got {value!r}")
     ask = evaluator(evaluate)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import graphprune
 from graphprune.importance.calibration import find_readers
 from graphprune.importance.calibration.stored import Spread, StoredStatistics, clipped, integrate, stored_spreads
+from graphprune.support.walking import named_tensors
 from graphprune.tracing.example import ExampleInput
-from graphprune.tracing.names import named_tensors
 from graphprune.tracing.trace import record_run
 
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[float, ...]]] = {

@@ -307,7 +307,7 @@ def test_a_plan_calls_nothing_but_operators(step: list[Any]) -> None:
 
 def test_unknown_output() -> None:
     model, example, _ = NETS["slices"]()
-    with pytest.raises(graphprune.GraphPruneError, match="output: expected one of module, hybrid, graph, got 'fx'"):
+    with pytest.raises(graphprune.GraphPruneError, match=r"output: expected one of 'module', .*, got 'fx'"):
         graphprune.plan(model, example, output="fx")
 
 

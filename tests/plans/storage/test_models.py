@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune import Budget, GraphPruneError
 from graphprune.plans.history import history_of
-from graphprune.tracing.names import named_tensors
+from graphprune.support.walking import named_tensors
 from tests import oracles
 from tests.networks import NETWORKS
 

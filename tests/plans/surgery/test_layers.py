@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import argparse
 import itertools
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from graphprune.dependency.whole.blocks import Block, find_blocks
 from graphprune.plans.modules.bypass import Bypass
 from graphprune.plans.surgery import remove_layers
 from graphprune.plans.verification import verify_layers
+from graphprune.support.settings import settings_of
 from tests.layered_networks import Decoder, Stages, networks
 
 
@@ -53,6 +58,47 @@ def test_indices_and_configuration_follow(skip: set[int]) -> None:
     assert small.config.heads == 4 and all(layer.config is small.config for layer in small.layers)
     assert model.config.num_hidden_layers == 4 and len(model.layers) == len(model.config.layer_types) == 4
     assert [layer.attention.layer_idx for layer in model.layers] == [0, 1, 2, 3]
+
+
+class Counted(NamedTuple):
+    num_layers: int
+    sizes: tuple[int, ...]
+
+
+class Single(SimpleNamespace):
+    """There is one of it, and copies are that one."""
+
+    def __deepcopy__(self, memo: Any) -> Single:
+        return self
+
+
+def counting(config: Any) -> nn.Module:
+    inner = nn.Module()
+    inner.list = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    outer = nn.ModuleDict({"body": inner})
+    inner.config = outer.config = config
+    return outer
+
+
+@pytest.mark.parametrize(
+    "make", [Counted, SimpleNamespace, argparse.Namespace, dict, OrderedDict, type("Attributes", (dict,), {})]
+)
+def test_settings_of_every_kind_count_layers(make: Any) -> None:
+    model = counting(make(num_layers=3, sizes=(3, 4)))
+    small = remove_layers(model, [Block("body.list.0", 0, 0, True)])
+    for net, number in ((small, 2), (model, 3)):
+        for module in (net, net["body"]):
+            assert settings_of(module.config) == {"num_layers": number, "sizes": (3, 4)}
+            assert type(module.config) is make
+    assert model["body"].config is model.config
+    if make is not Counted:  # one for both
+        assert small["body"].config is small.config
+
+
+def test_what_is_shared_with_the_original_is_left_alone() -> None:
+    model = counting(Single(num_layers=3))
+    remove_layers(model, [Block("body.list.0", 0, 0, True)])
+    assert model["body"].config.num_layers == 3
 
 
 class TwoSides(nn.Module):

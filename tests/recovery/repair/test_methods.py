@@ -293,7 +293,7 @@ NO_NORM = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     [
         (lambda n, x: graphprune.prune(n, x, recover="least_squares"), "recover='least_squares' needs inputs.*data="),
         (lambda n, x: graphprune.prune(n, x, recover="batchnorm"), "recover='batchnorm' needs inputs.*data="),
-        (lambda n, x: graphprune.prune(n, x, recover="magic", data=[x]), "recover: expected None or one of"),
+        (lambda n, x: graphprune.prune(n, x, recover="magic", data=[x]), "recover: expected one of"),
         (lambda n, x: graphprune.prune(n, x, recover="batchnorm", data=[x]), "no batch norm"),
         (lambda n, x: graphprune.prune(n, x, recover="mean", data=[]), "data: yields no batch"),
         (lambda n, x: graphprune.prune(n, x, recover="mean", data=[x[:, :2]]), "data: the model raised"),

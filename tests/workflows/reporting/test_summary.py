@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"scores": {"afterwards": 0.1}}, "stage"),
+        ({"scores": {"afterwards": 0.1}}, "scores: expected one of"),
         ({"scores": {"before": float("nan")}}, "finite"),
         ({"speed": 3}, "speed"),
         ({"curve": [3]}, "curve"),

@@ -1,0 +1,53 @@
+"""A plan carried out on a copy of a model: whether it fits, and surgery in order."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import GraphPruneError
+from .data import PlanData
+from .rewriting import replace
+from .structure import structure_of
+from .surgery import attribute_at, bypass_layers, check_folds, close_gaps, operate, remove_listed_experts
+
+_OTHER = "the plan was made for another model"
+
+
+def apply(plan: PlanData, model: nn.Module) -> nn.Module:
+    """The pruned copy. Raises GraphPruneError where the plan does not fit `model` or cannot be carried out."""
+    check(plan, model)
+    try:
+        return close_gaps(operated(plan, model), model, plan.layers)
+    except GraphPruneError:
+        raise
+    except Exception as error:  # whatever a plan made to mislead broke, it broke in a copy
+        raise GraphPruneError(f"the plan cannot be carried out ({type(error).__name__}: {error})") from error
+
+
+def operated(plan: PlanData, model: nn.Module) -> nn.Module:
+    """The pruned copy while the layers that are left out still have their places, and all others their names."""
+    small = bypass_layers(model, plan.layers) if plan.layers else model
+    if plan.changes_widths or not plan.layers:
+        attributes = [(a.module, a.name, a.key, a.new) for a in plan.attributes]
+        small = operate(small, plan.removed, attributes, plan.folds, plan.rescales, plan.caches)
+        remove_listed_experts(small, plan.experts)
+        small = replace(small, plan.rewrites)
+    return small
+
+
+def check(plan: PlanData, model: nn.Module) -> None:
+    """Raise GraphPruneError unless the plan fits `model`."""
+    found = structure_of(model)
+    for name, shape in plan.structure.items():
+        if name not in found:
+            raise GraphPruneError(f"{_OTHER}: this one has no {name}")
+        if found[name] != tuple(shape):
+            raise GraphPruneError(f"{_OTHER}: {name} has shape {found[name]}, the plan expects {tuple(shape)}")
+    extra = [n for n in found if n not in plan.structure]
+    if extra:
+        raise GraphPruneError(f"{_OTHER}: it knows no {extra[0]}")
+    for a in plan.attributes:
+        value = attribute_at(model, a.module, a.name, a.key)
+        if value != a.old:
+            raise GraphPruneError(f"{_OTHER}: expected {a}, found {value!r}")
+    check_folds(model, plan.folds)

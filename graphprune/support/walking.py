@@ -1,0 +1,105 @@
+"""The modules and tensors of a model by name, from one walk.
+
+`named_modules` and `named_parameters` walk the tree anew every time, recursively; on small networks that takes longer
+than what it is done for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+
+from torch import Tensor, nn
+
+_Walks = dict[int, tuple[nn.Module, dict[str, nn.Module] | None]]
+
+
+class _Memory(threading.local):
+    """`walks`: model by identity -> the model, and what was found once somebody asked."""
+
+    walks: _Walks = {}
+
+
+_memory = _Memory()
+
+
+@contextlib.contextmanager
+def walked_once(models: Iterable[nn.Module]) -> Iterator[None]:
+    """While inside, on this thread, `all_modules` of these models is what the first walk found: for functions that
+    leave the modules of these models where they are."""
+    outside: _Walks = _memory.walks
+    try:
+        new = {id(model): (model, None) for model in models if id(model) not in outside}
+        _memory.walks = {**outside, **new} if new else outside
+        yield
+    finally:
+        _memory.walks = outside
+
+
+@contextlib.contextmanager
+def walked_anew() -> Iterator[None]:
+    """While inside, on this thread, nothing is taken from an earlier walk: for functions that change models."""
+    outside = _memory.walks
+    try:
+        _memory.walks = {}
+        yield
+    finally:
+        _memory.walks = outside
+
+
+def all_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every module by path, also under the second path of a shared one, in the order of `named_modules`. Not to be
+    changed: others may get the same dict."""
+    walks = _memory.walks
+    if id(model) not in walks:
+        return _walked(model)
+    found = walks[id(model)][1]
+    if found is None:
+        found = _walked(model)
+        walks[id(model)] = model, found
+    return found
+
+
+def _walked(model: nn.Module) -> dict[str, nn.Module]:
+    out: dict[str, nn.Module] = {}
+
+    def walk(path: str, module: nn.Module) -> None:
+        out[path] = module
+        prefix = path + "." if path else ""
+        for name, child in module._modules.items():
+            if child is not None:
+                walk(prefix + name, child)
+
+    walk("", model)
+    return out
+
+
+def first_names(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Every module once, under the first of its paths."""
+    seen: set[int] = set()
+    out = {}
+    for path, module in modules.items():
+        if id(module) not in seen:
+            seen.add(id(module))
+            out[path] = module
+    return out
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters, then all buffers, by name; shared ones under each of their names."""
+    return tensors_in(all_modules(model))
+
+
+def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """What these modules, by path, hold themselves: all parameters, then all buffers, by name."""
+    out: dict[str, Tensor] = {}
+    for table in ("_parameters", "_buffers"):
+        for path, module in modules.items():
+            held = module.__dict__[table]
+            if held:
+                prefix = path + "." if path else ""
+                for name, tensor in held.items():
+                    if tensor is not None:
+                        out[prefix + name] = tensor
+    return out
