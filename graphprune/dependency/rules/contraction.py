@@ -185,7 +185,9 @@ def _single_tap(context: NodeContext, form: Sliding, kernel: tuple[int, ...], ax
 
 
 def _of_axis(values: Any, axis: int) -> Any:
-    """What a list with one number for all axes after the channels, or one for each, says about `axis`."""
+    """What a number for all axes after the channels, or a list with one for each, says about `axis`."""
+    if not isinstance(values, (list, tuple)):
+        return values
     return values[axis - 2] if len(values) > 1 else values[0]
 
 
