@@ -1,4 +1,4 @@
-"""Operators of the user's that multiply with weights: each network has a twin of torch's layers, and nothing differs."""
+"""Operators of the user's that multiply with weights: each network has a twin of torch's layers, nothing differs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ def _differentiable(operator: Any, same: Callable[..., Tensor], tensors: tuple[i
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         with torch.enable_grad():
-            given = [t.detach().requires_grad_() if i in tensors and t is not None else t for i, t in enumerate(ctx.inputs)]
+            given = list(ctx.inputs)
+            for place in tensors:
+                given[place] = None if given[place] is None else given[place].detach().requires_grad_()
             wanted = [t for t in given if isinstance(t, Tensor)]
             found = iter(torch.autograd.grad(same(*given), wanted, grad))
         return tuple(next(found) if isinstance(t, Tensor) else None for t in given)
@@ -226,8 +228,10 @@ def flat(layer: Any, bias: bool = True) -> nn.Module:
 def pictures(layer: Any, groups: int = 1) -> nn.Module:
     torch.manual_seed(2)
     return nn.Sequential(
-        layer(3, 8, 3, padding=1), nn.ReLU(), layer(8, 8, 3, padding=1, stride=2, groups=groups), nn.ReLU(), layer(8, 4, 1)
-    ).eval()
+        layer(3, 8, 3, padding=1), nn.ReLU(),
+        layer(8, 8, 3, padding=1, stride=2, groups=groups), nn.ReLU(),
+        layer(8, 4, 1),
+    ).eval()  # fmt: skip
 
 
 def enlarged(layer: Any) -> nn.Module:
