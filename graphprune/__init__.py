@@ -11,8 +11,8 @@ from .dependency import DependencyGraph, Frozen, Group, GroupKind, Member, trace
 from .errors import GraphPruneError, GraphPruneWarning
 from .importance import criterion
 from .planning.allocation import Budget
+from .planning.calls import plan, prune
 from .planning.kernels import plan_kernels, shrink_kernels
-from .planning.request import plan, prune
 from .plans.folding import fold_conv_bn
 from .plans.latency import Attempt, Latency
 from .plans.plan import Plan

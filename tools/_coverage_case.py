@@ -18,8 +18,7 @@ from torch import nn
 import graphprune
 from graphprune.dependency import DependencyGraph
 from graphprune.errors import GraphPruneError
-from graphprune.importance import resolve_criterion
-from graphprune.planning.allocation import Settings
+from graphprune.planning.request import Request
 from graphprune.planning.widths import plan_from_graph
 from graphprune.plans.verification.results import relative_error
 from graphprune.tracing.example import ExampleInput
@@ -107,7 +106,7 @@ def _prune_and_prove(model: nn.Module, example: Any, onnx: str, only_eval: bool,
     graph = graphprune.trace(model, example)
     traced = time.perf_counter()
     found["stage"] = "plan"
-    graph, plan = plan_from_graph(model, graph, Settings(RATIO, "local", 1, 1, "auto"), resolve_criterion("l2"))
+    graph, plan = plan_from_graph(model, graph, Request(RATIO, criterion="l2", round_to=1))
     found["seconds"] = [traced - started, time.perf_counter() - traced]
     found["frozen"] = frozen_share(model, graph)
     found["reason"] = main_reason(model, graph)
@@ -147,8 +146,8 @@ def _heads_alone(model: nn.Module, example: Any) -> list[Any]:
     graph = graphprune.trace(model, example)
     if not any(group.kind == "head" for group in graph.groups):
         return [0, 0, []]
-    settings = Settings(RATIO, "local", 1, 1, "head")
-    graph, plan = plan_from_graph(model, graph, settings, resolve_criterion("l2"), fold_bn=False)
+    request = Request(RATIO, criterion="l2", round_to=1, granularity="heads", fold_bn=False)
+    graph, plan = plan_from_graph(model, graph, request)
     heads = [group for group in plan.groups if group.kind == "head"]
     removed = sum(group.size - group.kept for group in heads)
     report = graphprune.verify(model, plan.apply(model), plan, example, graph=graph)

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.dependency import DependencyGraph
-from graphprune.importance import resolve_criterion
-from graphprune.planning.allocation import Settings
+from graphprune.planning.request import Request
 from graphprune.planning.widths import plan_from_graph
 from graphprune.tracing.example import ExampleInput, flatten_tensors
 from tools._common import build, enliven, example_for, parameters_in, relative_difference
@@ -82,7 +81,7 @@ def examine_ours(model: nn.Module, example: Tensor, batch: Tensor, ratio: float)
     try:
         started = time.perf_counter()
         graph = graphprune.trace(model, example)
-        graph, plan = plan_from_graph(model, graph, Settings(ratio, "local", 1, 1, "auto"), resolve_criterion("l2"))
+        graph, plan = plan_from_graph(model, graph, Request(ratio, criterion="l2", round_to=1))
         planned = time.perf_counter()
         small = plan.apply(model)
         found["seconds"] = [planned - started, time.perf_counter() - planned]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..planning.request import plan as make_plan
+from ..planning.calls import plan as make_plan
 from ..plans.plan import Plan
 from ..plans.storage import load
 from ..runtimes import benchmark, export_onnx

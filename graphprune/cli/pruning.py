@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ..planning.request import plan as make_plan
-from ..planning.request import repaired
+from ..planning.calls import plan as make_plan
+from ..planning.calls import repaired
+from ..planning.request import options_in
 from ..plans.history import repair_after
 from ..plans.storage import save
 from ..recovery import check_method
@@ -52,7 +53,7 @@ from .terminal import (
 
 def prune(
     model: ModelArgument,
-    output: Annotated[
+    written: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="NAME", help="Writes NAME.plan.json and NAME.safetensors."),
     ] = Path("pruned"),
@@ -72,7 +73,7 @@ def prune(
     min_channels: LeastOption = 1,
     granularity: GranularityOption = None,
     fold_bn: FoldOption = True,
-    output_mode: ModeOption = "module",
+    output: ModeOption = "module",
     recover: RecoverOption = "auto",
     allow_nothing: AllowOption = False,
     verify_it: VerifyOption = True,
@@ -81,9 +82,15 @@ def prune(
     """Prune a model, prove it, and write the plan (JSON) and the pruned model (safetensors)."""
     if ratio and budget:
         raise typer.BadParameter("give only one of --ratio and --budget", param_hint="--budget")
-    limits, target = parse_limits(budget), parse_target(provider, threads, latency_table)
-    wanted = None if limits else parse_ratio(ratio)
-    kinds = granularity or ["auto"]
+    limits = parse_limits(budget)
+    options = options_in(locals()) | {
+        "ratio": None if limits else parse_ratio(ratio),
+        "target": parse_target(provider, threads, latency_table),
+        "ignore": ignore or (),
+        "round_to": parse_round_to(round_to),
+        "granularity": granularity if granularity and granularity[1:] else (granularity or ["auto"])[0],
+        "strict": not allow_nothing,
+    }
     method = None if recover == "none" else recover
     check_method(method, None)
     with working(6) as work:
@@ -91,24 +98,7 @@ def prune(
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)
         work.step("planning")
-        decided = make_plan(
-            loaded.model,
-            example,
-            wanted,
-            ignore=ignore or (),
-            scope=scope,
-            criterion=criterion,
-            round_to=parse_round_to(round_to),
-            min_channels=min_channels,
-            granularity=kinds[0] if len(kinds) == 1 else kinds,
-            fold_bn=fold_bn,
-            seed=seed,
-            output=output_mode,
-            budget=budget_of(limits),
-            target=target,
-            layer_criterion=layer_criterion,
-            strict=not allow_nothing,
-        )
+        decided = make_plan(loaded.model, example, **{**options, "budget": budget_of(limits)})
         work.step("cutting")
         small = decided.apply(loaded.model)
         work.step("verifying" if verify_it else "not verifying")
@@ -117,12 +107,12 @@ def prune(
         work.step("counting")
         before, after = count(loaded.model, example), count(small, example)
         work.step("writing")
-        files: dict[str, str | None] = {"plan": f"{output}.plan.json", "weights": f"{output}.safetensors"}
+        files: dict[str, str | None] = {"plan": f"{written}.plan.json", "weights": f"{written}.safetensors"}
         if any(tensor.is_meta for tensor in small.state_dict().values()):
             files["weights"] = None
         else:
-            save(small, f"{output}.safetensors")
-        decided.save(f"{output}.plan.json")
+            save(small, f"{written}.safetensors")
+        decided.save(f"{written}.plan.json")
     data = {
         "model": model,
         "before": before.to_dict(),
@@ -140,10 +130,10 @@ def prune(
         "repaired": repair_after(small, decided) or None,
         "files": files,
     }
-    written = ", ".join(name for name in files.values() if name)
+    names = ", ".join(name for name in files.values() if name)
     if not files["weights"]:
-        written += " (a model on the meta device has no weights to write)"
+        names += " (a model on the meta device has no weights to write)"
     proof = str(report) if report is not None else "not verified"
     if repair_after(small, decided):
         proof += "\nrepaired afterwards from stored statistics: means and variances of the next layers' results"
-    show(as_json, data, decided.summary(), comparison(before, after), proof, f"written: {written}")
+    show(as_json, data, decided.summary(), comparison(before, after), proof, f"written: {names}")

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from ..errors import GraphPruneError, GraphPruneWarning
 from ..planning.allocation import BUDGETS, Budget
+from ..planning.request import GRANULARITIES
 from ..plans.verification import VerificationReport
 from ..runtimes.latency import Target
 from ..support.tables import Column, render, table
@@ -114,8 +115,8 @@ GranularityOption = Annotated[
     list[str] | None,
     _option(
         _PRUNING,
-        "auto (default), heads, 'head features', 'qk features', 'v features', mlp, embedding, channels, filters, "
-        "neurons; layer, branch, experts. Repeatable; layer or branch with others takes a budget.",
+        f"{', '.join(GRANULARITIES)}, or one that the module registers. Repeatable; layer or branch with others takes "
+        "a budget.",
         "--granularity",
         metavar="KIND",
     ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,47 +19,69 @@ from ..plans.plan import Plan
 from ..plans.structure import structure_of
 from ..plans.verification import RouterWatch, failure_of, verify_experts
 from ..support.settings import settings_of
-from ..support.types import Ignore
 from ..support.walking import all_modules
 from ..tracing.example import ExampleInput
+from ..tracing.pause import paused_collector
 from ..tracing.state import configurations, evaluating
 from ..tracing.trace import run_model
-from .allocation import Settings
-from .allocation.steps import nearest
+from .allocation.rounding import lost
 from .layers import held_modules
+from .request import GRANULARITIES, Decision, Granularity, Request
 
-NAME = "experts"
 _COUNT = re.compile("expert", re.IGNORECASE)
 _OTHER = re.compile("per_tok|top|shared|active|activated|selected|group|capacity", re.IGNORECASE)
+
+
+class WholeExperts(Granularity):
+    """Experts of mixtures go as a whole."""
+
+    units = "experts"
+    loses_inputs = False
+
+    def check(self, request: Request) -> None:
+        """Raise GraphPruneError for ratios by name, budgets and criteria, which experts do not take."""
+        _share(request)
+        if request.criterion not in (None, "routing"):
+            raise GraphPruneError(f"criterion: experts are ranked by 'routing', got {request.criterion!r}")
+
+    def decide(self, model: nn.Module, example: Any, request: Request) -> Decision:
+        """The plan for a model."""
+        return self.further(model, example, request, ())
+
+    def further(self, model: nn.Module, example: Any, request: Request, before: Sequence[Plan]) -> Decision:
+        """The plan for a model that has lost some already."""
+        with paused_collector():
+            return Decision(plan_experts(model, example, request, before), request)
+
+
+GRANULARITIES.add("experts", WholeExperts())
+
+
+def _share(request: Request) -> float:
+    if request.ratio is None or isinstance(request.ratio, Mapping):
+        raise GraphPruneError("granularity='experts' takes one ratio, neither ratios by name nor a budget")
+    return request.ratio
 
 
 def plan_experts(
     model: nn.Module,
     example_input: Any,
-    settings: Settings,
-    *,
-    ignore: Ignore = (),
-    criterion: Any = None,
-    data: Any = None,
+    request: Request,
+    before: Sequence[Plan] = (),
 ) -> Plan:
-    """The plan that leaves out a share of the experts of every mixture, rounded to nearest.
+    """The plan that leaves out a share of the experts of every mixture, rounded to nearest. `before`: what plans took
+    already, of which the share is too.
 
     Those go that the router gives the least weight: the mean over tokens of the softmax of its outputs, measured on
     `data`, or on the example input without it. As many stay as a token gets, at least. A mixture whose code needs all
     of its experts stays, with the reason in `frozen`.
-
-    Raises GraphPruneError for ratios by name, budgets and criteria, which experts do not take.
     """
-    if isinstance(settings.ratio, Mapping) or settings.budget is not None:
-        raise GraphPruneError(f"granularity={NAME!r} takes one ratio, neither ratios by name nor a budget")
-    if criterion not in (None, "routing"):
-        raise GraphPruneError(f"criterion: experts are ranked by 'routing', got {criterion!r}")
     example = ExampleInput.of(example_input)
-    held = held_modules(ignore, model)
+    held = held_modules(request.ignore, model)
     mixtures = [m for m in find_mixtures(model, example) if held.isdisjoint(_names(m))]
-    scores = _scores(model, mixtures, example, data)
+    scores = _scores(model, mixtures, example, request.data)
     refused: dict[str, str] = {}
-    chosen = [m for m in (_cut(m, scores[m.experts.router], settings) for m in mixtures) if m.experts.gone]
+    chosen = [m for m in (_cut(m, scores[m.experts.router], request, before) for m in mixtures) if m.experts.gone]
     made = _plan(model, chosen, mixtures, refused)
     if chosen and _failure(model, made, example):
         sound: list[Mixture] = []
@@ -103,10 +124,12 @@ def _scores(
     return out
 
 
-def _cut(mixture: Mixture, scores: Any, settings: Settings) -> Mixture:
-    ratio = float(settings.ratio) if not isinstance(settings.ratio, Mapping) else 0.0
-    most = math.floor(settings.max_ratio * mixture.number + 1e-9)
-    number = min(nearest(ratio * mixture.number), most, mixture.number - max(mixture.chosen, settings.min_channels))
+def _cut(mixture: Mixture, scores: Any, request: Request, before: Sequence[Plan]) -> Mixture:
+    earlier = (e for plan in before for e in plan.experts if e.router == mixture.experts.router)
+    taken = sum(len(e.gone) for e in earlier)
+    wanted = lost(_share(request), mixture.number + taken) - taken
+    most = request.rounding.most(mixture.number + taken) - taken
+    number = min(wanted, most, mixture.number - max(mixture.chosen, request.min_channels))
     gone = np.argsort(scores, kind="stable")[: max(number, 0)]
     return dataclasses.replace(
         mixture, experts=dataclasses.replace(mixture.experts, gone=tuple(sorted(int(i) for i in gone)))
@@ -153,4 +176,4 @@ def _failure(model: nn.Module, plan: Plan, example: ExampleInput) -> str:
     return failure_of(lambda: verify_experts(model, plan.apply(model), plan.experts, example))
 
 
-__all__ = ["Experts", "plan_experts"]
+__all__ = ["Experts", "WholeExperts", "plan_experts"]

@@ -18,70 +18,32 @@ from ..plans.plan import Plan
 from ..plans.structure import structure_of
 from ..plans.surgery import remove_layers, uncounted_tokens
 from ..plans.verification import failure_of, verify_layers
-from ..support.types import Ignore, LossFunction
+from ..support.types import Ignore
 from ..tracing.counting import Count, count
 from ..tracing.example import ExampleInput
 from ..tracing.matching import NameTable, items_of, modules_around
 from .allocation import Budget
+from .allocation.rounding import lost
+from .request import Request
 
-WHOLE = ("layer", "branch", "experts")
-
-
-def split_granularity(granularity: str | Sequence[str]) -> tuple[str | None, str | Sequence[str] | None]:
-    """What is left out as a whole, if anything, and the granularity of the widths, if any change.
-
-    ["layer", "mlp"] -> ("layer", ["mlp"]), "branch" -> ("branch", None), "auto" -> (None, "auto").
-
-    Raises GraphPruneError for what does not go together.
-    """
-    if not isinstance(granularity, Sequence) or not all(isinstance(name, str) for name in granularity):
-        raise GraphPruneError(f"granularity: expected a name or a list of names, got {granularity!r}")
-    names = [granularity] if isinstance(granularity, str) else list(granularity)
-    whole = [name for name in dict.fromkeys(names) if name in WHOLE]
-    widths = [name for name in names if name not in WHOLE]
-    if not whole:
-        return None, granularity
-    if len(whole) > 1 or ("experts" in whole and widths):
-        raise GraphPruneError(
-            f"granularity: {whole[-1]!r} does not go with {(*whole[:-1], *widths)[0]!r}; prune that first, then the "
-            f"result: prune(prune(model, x, 0.3, granularity={whole[-1]!r}), x, 0.3)"
-        )
-    if not widths:
-        return whole[0], None
-    return whole[0], widths[0] if len(widths) == 1 else widths
+_COUNTED = ("macs", "params")
 
 
-def plan_layers(
-    model: nn.Module,
-    example_input: Any,
-    ratio: float | Mapping[str, float] | None,
-    *,
-    ignore: Ignore = (),
-    criterion: Any = None,
-    budget: Budget | None = None,
-    max_ratio: float = 1.0,
-    data: Any = None,
-    loss_fn: LossFunction | None = None,
-    branches: bool = False,
-) -> Plan:
-    """The plan that leaves out `ratio` of the layers that can go, rounded to nearest, or as many as `budget` demands.
+def plan_layers(model: nn.Module, example_input: Any, request: Request, branches: bool, gone: int = 0) -> Plan:
+    """The plan that leaves out a share of the layers that can go, rounded to nearest, or as many as a budget demands.
 
-    `branches`: of the residual branches inside layers.
+    `branches`: of the residual branches inside layers. `gone`: how many went before, of which the ratio is too.
 
     `criterion`: see `graphprune.importance.layers.layer_scores`; without `data` layers are ranked on the example input.
     What is chosen is tried: a layer whose list cannot be shortened (the code counts on its length) becomes a bypass,
     and one that cannot be bypassed either stays, with the reason in `frozen`.
     """
-    if isinstance(ratio, Mapping):
-        raise GraphPruneError("ratio: layers take one number; use ignore= for those that must stay")
     example = ExampleInput.of(example_input)
-    scored, unfit = rank_layers(
-        model, example, ignore=ignore, criterion=criterion, data=data, loss_fn=loss_fn, branches=branches
-    )
+    scored, unfit = rank_layers(model, example, request, request.criterion, branches)
     refused: dict[str, str] = {}
     while True:
         left = [(b, s) for b, s in scored if b.module not in refused]
-        chosen = _chosen(model, example, left, ratio, budget, max_ratio)
+        chosen = _chosen(model, example, left, request, gone)
         tried, culprit = working_form(model, example, chosen)
         if culprit is None:
             return Plan(
@@ -94,19 +56,13 @@ def plan_layers(
 
 
 def rank_layers(
-    model: nn.Module,
-    example: ExampleInput,
-    *,
-    ignore: Ignore,
-    criterion: Any,
-    data: Any,
-    loss_fn: LossFunction | None,
-    branches: bool,
+    model: nn.Module, example: ExampleInput, request: Request, criterion: Any, branches: bool
 ) -> tuple[list[tuple[Block, float]], tuple[str, ...]]:
     """The layers (or branches) that can go, in the order in which they run, with their scores - lowest go first - and
     what has no such form, with the reasons."""
+    data, loss_fn = request.data, request.loss_fn
     ranked = check_layer_criterion(criterion, data, loss_fn, branches)
-    held = held_modules(ignore, model)
+    held = held_modules(request.ignore, model)
     found, unfit = search_branches(model, example) if branches else (find_blocks(model, example), ())
     blocks = tuple(b for b in found if held.isdisjoint(b.modules))
     batches = [(example, None)] if data is None else CalibrationData(data, example, model)
@@ -150,20 +106,39 @@ def _chosen(
     model: nn.Module,
     example: ExampleInput,
     scored: Sequence[tuple[Block, float]],
-    ratio: float | None,
-    budget: Budget | None,
-    max_ratio: float,
+    request: Request,
+    before: int,
 ) -> list[Block]:
-    """The least important layers, in the order in which they run."""
-    most = math.floor(max_ratio * len(scored) + 1e-9)
-    if budget is not None:
-        gone = _within(model, example, scored, budget, most)
+    """The least important layers, in the order in which they run. `before`: how many went already."""
+    rounding, all_of_them = request.rounding, len(scored) + before
+    most = rounding.most(all_of_them) - before
+    if request.budget is not None:
+        gone = _within(model, example, scored, request.budget, most)
     else:
-        share = 0.5 if ratio is None else float(ratio)
-        number = min(math.floor(share * len(scored) + 0.5), most)
+        number = max(0, min(lost(share_of(request), all_of_them) - before, most))
         order = sorted(range(len(scored)), key=lambda i: scored[i][1])
         gone = set(order[:number])
     return [block for i, (block, _) in enumerate(scored) if i in gone]
+
+
+def check_alone(request: Request) -> None:
+    """Raise GraphPruneError for ratios and budgets that layers alone do not take."""
+    if request.budget is None:
+        share_of(request)
+        return
+    for name in request.budget.limits():
+        if name not in _COUNTED:
+            raise GraphPruneError(
+                f"budget: {name} is not known for layers alone; use Budget(macs=...) or Budget(params=...), or let "
+                f'widths change too, as in granularity=["layer", "channels"]'
+            )
+
+
+def share_of(request: Request) -> float:
+    """The ratio. Raises GraphPruneError for a dict."""
+    if request.ratio is None or isinstance(request.ratio, Mapping):
+        raise GraphPruneError("ratio: layers take one number; use ignore= for those that must stay")
+    return request.ratio
 
 
 def _within(
@@ -173,12 +148,6 @@ def _within(
     whole = count(model, example)
     totals = {"macs": whole.macs, "params": whole.parameters}
     limits = budget.limits()
-    for name in limits:
-        if name not in totals:
-            raise GraphPruneError(
-                f"budget: {name} is not known for layers alone; use Budget(macs=...) or Budget(params=...), or let "
-                f'widths change too, as in granularity=["layer", "channels"]'
-            )
     most_cost = {n: float(v) * totals[n] if v <= 1 else float(v) for n, v in limits.items()}
     saved = [_saved(whole, block) for block, _ in scored]
     cost = {n: float(totals[n]) for n in limits}
@@ -243,11 +212,11 @@ def _failure(model: nn.Module, example: ExampleInput, blocks: Sequence[Block]) -
 
 __all__ = [
     "cheapest_first",
+    "check_alone",
     "held_modules",
     "ignored_names",
     "plan_layers",
     "rank_layers",
     "refusals",
-    "split_granularity",
     "working_form",
 ]

@@ -23,12 +23,12 @@ from ..plans.verification import failure_of, verify_layers
 from ..recovery import recover
 from ..runtimes.latency.forecast import Forecast
 from ..runtimes.latency.shorter import ShorterForecast
-from ..support.types import Ignore, LossFunction
 from ..tracing.counting import count
 from ..tracing.example import ExampleInput
 from ..tracing.state import evaluating
 from .allocation import BUDGETS, Budget, Forecasts, UnreachableBudget, make_limits
 from .layers import cheapest_first, rank_layers, refusals, working_form
+from .request import Request
 
 # (a network, the budget as counts, a forecast where latency is limited, data or None) -> the plan of its widths
 Widths = Callable[[nn.Module, Budget, Forecasts | None, Any], tuple[DependencyGraph, Plan]]
@@ -37,21 +37,8 @@ Widths = Callable[[nn.Module, Budget, Forecasts | None, Any], tuple[DependencyGr
 _FIRST, _SAMPLES = 5, 256
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerChoice:
-    """Which layers may go, and how they are ranked: the arguments of `plan` of these names."""
-
-    ignore: Ignore
-    criterion: Any
-    data: Any
-    loss_fn: LossFunction | None
-    branches: bool
-    max_ratio: float
-    whole_modules: bool  # layers in lists may be deleted, as no module becomes a graph that names them
-
-
 class JointPlanner:
-    """Decides on layers and widths within `budget`, whose fractions are of `model` as it is.
+    """Decides on layers, or branches, and widths within the budget, whose fractions are of `model` as it is.
 
     Layers are ranked once, as `granularity="layer"` does for a budget. Then for no layer, one, two and so on, until the
     budget is met without narrowing anything, the widths of what is left are planned within the budget, and that number
@@ -62,26 +49,25 @@ class JointPlanner:
     """
 
     def __init__(
-        self, model: nn.Module, example: ExampleInput, budget: Budget, choice: LayerChoice, widths: Widths
+        self, model: nn.Module, example: ExampleInput, request: Request, branches: bool, widths: Widths
     ) -> None:
+        assert request.budget is not None
         if any(p.is_meta for p in model.parameters()):
             raise GraphPruneError(
                 "granularity: layers and widths together are chosen by what the network computes, and the model is on "
                 "the meta device; load its weights first"
             )
-        self.model, self.example, self.choice, self.widths = model, example, choice, widths
+        self.model, self.example, self.request, self.widths = model, example, request, widths
+        self.branches = branches
         self.graph = trace(model, example)
-        self.budget = _counted(budget, self.graph, model)
-        self.scored, self.unfit = rank_layers(
-            model, example, ignore=choice.ignore, criterion=choice.criterion, data=choice.data,
-            loss_fn=choice.loss_fn, branches=choice.branches,
-        )  # fmt: skip
+        self.budget = _counted(request.budget, self.graph, model)
+        self.scored, self.unfit = rank_layers(model, example, request, request.layer_criterion, branches)
         whole = count(model, example)
-        names = [name for name in budget.limits() if name in ("macs", "params")] or ["macs"]
+        names = [name for name in request.budget.limits() if name in ("macs", "params")] or ["macs"]
         self.order = [self.scored[i][0] for i in cheapest_first(whole, self.scored, names)]
-        self.most = math.floor(choice.max_ratio * len(self.order) + 1e-9)
+        self.most = request.rounding.most(len(self.order))
         self.refused: dict[str, str] = {}
-        self.trials = Trials(model, example, choice.data)
+        self.trials = Trials(model, example, request.data)
         self.number: int | None = None  # of layers that go
         self._working: dict[int, tuple[Block, ...]] = {}
 
@@ -89,9 +75,9 @@ class JointPlanner:
         """The graph of what is left, and the plan. Only the first call chooses how many layers go."""
         if self.number is None:
             self.number, found = self._search(forecast)
-            if forecast is None and self.choice.data is None:
+            if forecast is None and self.request.data is None:
                 return found
-        return self._planned(self.number, forecast, self.choice.data)
+        return self._planned(self.number, forecast, self.request.data)
 
     def _search(self, forecast: Forecast | None) -> tuple[int, tuple[DependencyGraph, Plan]]:
         """The best number of layers, and what was planned for it."""
@@ -144,7 +130,7 @@ class JointPlanner:
     def _planned(self, number: int, forecast: Forecast | None, data: Any) -> tuple[DependencyGraph, Plan]:
         small, blocks = self._without(number)
         graph, plan = self.widths(small, self.budget, self._shorter(forecast), data)
-        reasons = refusals(self.scored, self.refused, self.unfit, self.choice.branches)
+        reasons = refusals(self.scored, self.refused, self.unfit, self.branches)
         return graph, dataclasses.replace(
             plan, layers=blocks, structure=structure_of(self.model), frozen=(*reasons, *plan.frozen)
         )
@@ -163,7 +149,7 @@ class JointPlanner:
             if number in self._working:
                 return bypass_layers(self.model, self._working[number]), self._working[number]
             chosen = sorted(self._left()[:number], key=lambda block: places[block.module])
-            if not self.choice.whole_modules:
+            if self.request.output != "module":  # a graph names what is in a list
                 chosen = [dataclasses.replace(block, listed=False) for block in chosen]
             blocks, culprit = working_form(self.model, self.example, chosen)
             if culprit is None:
@@ -236,4 +222,4 @@ class Trials:
         return plan.apply(self.model)
 
 
-__all__ = ["JointPlanner", "LayerChoice", "Trials"]
+__all__ = ["JointPlanner", "Trials"]

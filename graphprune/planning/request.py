@@ -1,386 +1,273 @@
-"""plan() and prune(): the stages in order. trace -> dependency graph -> importance -> allocation -> plan."""
+"""What can be asked for: the options of `plan` and `prune`, once, checked once; and what their granularity names."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 from torch import nn
 
 from ..dependency import DependencyGraph
-from ..dependency.graph import trace
 from ..errors import GraphPruneError
-from ..importance import Criterion, resolve_criterion
-from ..importance.calibration.source import CalibrationSource
 from ..plans.plan import Plan
-from ..plans.rewriting import Rewriter, check_output
-from ..plans.verification import verify as run_verification
-from ..recovery import auto_possible, check_method
-from ..recovery import recover as recover_accuracy
+from ..plans.rewriting import check_output
 from ..runtimes.latency import Target
-from ..support.doors import door
+from ..support.registry import Registry
+from ..support.suggestions import check_choice, did_you_mean
 from ..support.types import Ignore, LossFunction
-from ..tracing.example import ExampleInput
-from ..tracing.pause import paused_collector
-from .allocation import Budget, Forecasts, Settings
-from .allocation.steps import RoundTo
-from .experts import plan_experts
-from .layers import ignored_names, plan_layers, split_granularity
-from .layers_and_widths import JointPlanner, LayerChoice
-from .shortfall import shortfall, tell
-from .widths import plan_once
-from .within_latency import plan_within, width_step
+from ..tracing.matching import items_of
+from .allocation import Budget, Kinds, Rounding, RoundTo
+from .allocation.selection import check_ratio
 
 Criterionlike = str | Callable[..., Any]
+SCOPES = ("local", "global", "isomorphic")
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-@door("model", exact=True)
-def plan(
-    model: nn.Module,
-    example_input: Any,
-    ratio: float | Mapping[str, float] | None = None,
-    *,
-    ignore: Ignore = (),
-    scope: str = "local",
-    criterion: Criterionlike | None = None,
-    round_to: RoundTo = "auto",
-    min_channels: int = 1,
-    granularity: str | Sequence[str] = "auto",
-    fold_bn: bool = True,
-    seed: int = 0,
-    output: str = "module",
-    budget: Budget | None = None,
-    max_ratio: float = 1.0,
-    data: Any = None,
-    loss_fn: LossFunction | None = None,
-    target: Target | None = None,
-    layer_criterion: Any = None,
-    strict: bool = False,
-) -> Plan:
-    """Decide what to remove from `model`, without changing it.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Request:
+    """The options of `plan`, which says what they mean; this is the only list of them beside its signature.
 
-    - `ratio`: fraction of each group's channels to remove, in [0, 1). A number, or a dict from module names,
-      parameter names or patterns (`"layer3.*"`) to numbers; what names the innermost module counts, of several a name
-      before a pattern, then the longest, and what none matches stays. Default 0.5, unless there is a budget.
-    - `budget`: instead of a ratio, a `graphprune.Budget` for the whole network, such as `Budget(macs=0.5)`; the widths
-      of the groups are chosen so that the least importance is lost for it.
-      `Budget(latency=0.5)` is about the time of a call on the `target`; see below.
-    - `max_ratio`: the largest fraction that any group may lose, in (0, 1]. Default 1: all units but one.
-    - `ignore`: modules, parameters, names of them or patterns, whose outputs stay, with all that lies in them. The
-      network's inputs and outputs always stay.
-    - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
-      structure (Fang et al., ECCV 2024).
-    - `criterion`: "flow" (default), "l1", "l2", "bn_scale", "fpgm", "lamp", "random"; with `data` "reconstruction",
-      "activation_mean", "activation_variance", "apoz", "wanda", "hrank", "chip"; with `data` and `loss_fn` "taylor",
-      "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or an
-      importance object of the torch_pruning library.
-    - `round_to`: which widths are kept. "auto" (default): those that were at least as fast as the next larger ones in
-      every runtime measured (docs/widths.md): multiples of 16 from 32 on, of 8 from 16, of 4 from 4; any number of
-      whole heads. A group gets the width above or below what the ratio leaves it, the least important channels first,
-      so that the mean fraction that goes (of groups weighted by their multiply-accumulates) is the one asked for, as
-      nearly as can be; equal layers of transformers stay equal. `plan.asked` and `plan.gone` say both fractions. Where
-      they are more than 0.02 apart, or a budget is missed by more than 1 %, as happens in small networks, widths are
-      finer. A number: multiples of that many channels, each group rounded to nearest by itself, narrower ones whole;
-      1: every width. `min_channels`: keep at least this many.
-    - `granularity`: what goes. Any of "heads", "head features" (those of queries and keys, and those of values;
-      equally many where both are free), "qk features", "v features" (one of the two without the other), "mlp" (hidden
-      widths between linear layers), "embedding" (widths of residual streams and embeddings), "channels" (every width
-      but heads and their features), "filters" (channels that convolutions make), "neurons" (rows of linear layers).
-      Nothing else is touched: where sizes in the code tie it to something else, it stays and the plan says so.
-      Default "auto": every width, whole heads where the ratio takes at least one, else head features. "layer":
-      `ratio` of the layers that can be left out as a whole go (residual blocks, transformer layers, convolutions that
-      keep their shape), ranked by `criterion` "block_influence" (default), "taylor", "loss", "magnitude" (mean `|w|`,
-      no data), "output" (change of the outputs), "latency" (milliseconds gained in ONNX Runtime), or a function that
-      says what a network costs; of the other options `ignore`, `budget`, `max_ratio`, `data` and `loss_fn` apply.
-      "branch": the same for residual branches inside layers, attention or MLP alone (default "output"). "experts":
-      `ratio` of the experts of every mixture, those that its router gives the least weight on `data` (else on the
-      example input); `ignore`, `max_ratio`.
-      A list of "layer" or "branch" and widths, such as ["layer", "auto"] or ["layer", "channels"], takes a `budget` and
-      decides how many layers go and how wide the others stay: of the ways within the budget that one is taken whose
-      outputs are nearest to the model's, on 256 samples of `data` after a repair by least squares, else on the example
-      input. `criterion` ranks channels, `layer_criterion` layers. Names in the plan are those of the whole model.
-    - `layer_criterion`: how layers are ranked where `granularity` lists "layer" or "branch" and widths too; names and
-      defaults as in "layer" above.
-    - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training;
-      what goes is the same.
-    - `seed`: for the criterion "random".
-    - `data`: calibration batches for criteria that need them: a DataLoader or a list that yields inputs, or (inputs,
-      targets) for those that need a loss. `loss_fn(output, targets)`: that loss, a scalar.
-    - `output`: what happens where a size written in the user's code blocks. "module" (default): those channels stay,
-      and the plan names the line. "hybrid": the smallest module whose own code blocks is replaced by a
-      `torch.fx.GraphModule` of its recorded calls, sizes rewritten; everything else keeps its class. "graph": the whole
-      network becomes one graph. Both keep parameter names, train, and take the batch sizes, resolutions and lengths
-      that the code took; where the code would have done something else than recorded, they raise GraphPruneError.
-
-    - `target`: where latency budgets hold, a `graphprune.Target` (default: ONNX Runtime here, CUDA if it loads, one
-      thread). Times are looked up in a table measured there, the widths are those that this machine likes, and the plan
-      is exported, measured against the dense network and corrected a few times; `plan.latency` says what came of it.
-      Needs real weights and a model that exports. With a ratio or another budget, widths are rounded to the steps that
-      were found on the target (see `round_to`), since others may be no faster than the next larger step.
-
-    With `round_to=1` numbers are rounded to nearest (0.34 of 10 removes 3); ties between equal scores keep the lower
-    index.
-
-    - `strict`: whether it is an error, instead of a GraphPruneWarning, where a ratio above 0 removes nothing at all, or
-      nothing of a name in the dict. Either names the option, or the most frequent reasons in the code.
-
-    Warns of parameters that the model sets itself from the first data it sees, where it has seen none yet (`prune`
-    refuses such a model).
-
-    Raises GraphPruneError for arguments out of range, unknown names, weights that are NaN, and models that fail on the
-    example input. A model with nothing to prune gives a plan that removes nothing and says why, axis by axis.
+    What can be checked without the model is checked here, so a request that exists is sound as far as that goes. Then
+    `ignore` is a tuple, and `ratio` None just where there is a budget. Raises GraphPruneError, naming the option.
     """
-    decision = _Job.of(
-        model, example_input, ratio, budget, granularity, layer_criterion, scope, round_to, min_channels, max_ratio,
-        criterion=criterion, ignore=ignore, fold_bn=fold_bn, seed=seed, output=output, data=data, loss_fn=loss_fn,
-        target=target,
-    ).decided()  # fmt: skip
-    tell(decision.unready, strict)
-    tell(decision.shortfall, strict)
-    return decision.plan
+
+    ratio: float | Mapping[str, float] | None = None
+    ignore: Ignore = ()
+    scope: str = "local"
+    criterion: Criterionlike | None = None
+    round_to: RoundTo = "auto"
+    min_channels: int = 1
+    granularity: str | Sequence[str] = "auto"
+    fold_bn: bool = True
+    seed: int = 0
+    output: str = "module"
+    budget: Budget | None = None
+    max_ratio: float = 1.0
+    data: Any = None
+    loss_fn: LossFunction | None = None
+    target: Target | None = None
+    layer_criterion: Any = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratio", _checked_ratio(self.ratio, self.budget))
+        object.__setattr__(self, "ignore", items_of(self.ignore, "ignore"))
+        check_choice("scope", self.scope, SCOPES)
+        _check_plain(self)
+        check_output(self.output)
+        Target.of(self.target)
+        _check_together(self, self.rounding, self.strategy)
+        self.strategy.check(self)
+
+    @functools.cached_property
+    def rounding(self) -> Rounding:
+        """Which widths groups may have."""
+        return Rounding(self.round_to, self.min_channels, self.max_ratio)
+
+    @functools.cached_property
+    def strategy(self) -> Granularity:
+        """What the granularity names."""
+        return strategy_of(self.granularity)
+
+    def but(self, **options: Any) -> Request:
+        """The same with other options, checked anew."""
+        return dataclasses.replace(self, **options)
+
+    def decide(self, model: nn.Module, example: Any) -> Decision:
+        """The plan for a model."""
+        return self.strategy.decide(model, example, self)
 
 
-def decide(
-    model: nn.Module, example_input: Any, ratio: float | Mapping[str, float] | None = None, **options: Any
-) -> tuple[Plan, str]:
-    """`plan` for callers in this package that tell themselves where nothing came of it, once; and what to tell then."""
-    decision = _Job.of(model, example_input, ratio, **options).decided()
-    return decision.plan, decision.shortfall
+OPTIONS = tuple(field.name for field in dataclasses.fields(Request))
+
+
+def _checked_ratio(ratio: Any, budget: Any) -> float | dict[str, float] | None:
+    """`ratio` and `budget` exclude each other; without both, half goes."""
+    if budget is not None:
+        if not isinstance(budget, Budget):
+            raise GraphPruneError(f"budget: expected a graphprune.Budget, got {type(budget).__name__}")
+        if ratio is not None:
+            raise GraphPruneError("ratio and budget exclude each other: a budget decides how much of each group stays")
+        return None
+    if not isinstance(ratio, Mapping):
+        return check_ratio(0.5 if ratio is None else ratio)
+    for name in ratio:
+        if not isinstance(name, str):
+            raise GraphPruneError(f"ratio: a dict maps names of modules and parameters to fractions; {name!r} is none")
+    if not ratio:
+        raise GraphPruneError("ratio: the dict is empty; map names of modules, or patterns, to fractions")
+    return {name: check_ratio(value, f"ratio[{name!r}]") for name, value in ratio.items()}
+
+
+def _check_plain(request: Request) -> None:
+    """Raise GraphPruneError for a flag, a seed or a loss that is none."""
+    for name in ("fold_bn", "strict"):
+        value = getattr(request, name)
+        if not isinstance(value, (bool, np.bool_)):
+            raise GraphPruneError(f"{name}: expected True or False, got {value!r}")
+    seed, loss = request.seed, request.loss_fn
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise GraphPruneError(f"seed: expected a non-negative integer, got {seed!r}")
+    if loss is not None and not callable(loss):
+        raise GraphPruneError(f"loss_fn: expected a function (output, targets) -> scalar, got {type(loss).__name__}")
+
+
+def _check_together(request: Request, rounding: Rounding, strategy: Granularity) -> None:
+    """Raise GraphPruneError for options that mean nothing beside the granularity."""
+    del rounding  # made to be checked
+    if request.layer_criterion is not None and not strategy.ranks_layers:
+        raise GraphPruneError(
+            'layer_criterion: it ranks layers where widths change too, as in granularity=["layer", "channels"]; '
+            "elsewhere use criterion"
+        )
+    if request.target is not None and strategy.kinds is None:
+        raise GraphPruneError(
+            f"target: it chooses widths, and granularity={request.granularity!r} changes none; leave it out"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
-class _Decision:
-    """A plan with what it was made of: the graph (None for wholes), the settings as they were in the end, and what was
-    asked for as a whole."""
+class Decision:
+    """A plan with what it was made of: the request as it was in the end, and the graph (None where only wholes go).
+    `note`: what to add where nothing came of the request."""
 
-    graph: DependencyGraph | None
     plan: Plan
-    settings: Settings
-    whole: str | None = None
-    step: int | None = None  # of the widths that a target likes
+    request: Request
+    graph: DependencyGraph | None = None
+    note: str = ""
 
     @property
     def unready(self) -> str:
         """Which parameters the model's first run on data would set."""
         return "" if self.graph is None else self.graph.trace.unready
 
-    @property
-    def shortfall(self) -> str:
-        """What was asked for and did not come, and why; empty where all is well."""
-        told = shortfall(self.plan, self.settings, self.whole, self.graph)
-        return f"{told}; {self.step} is what the target likes" if told and self.step else told
 
+class Granularity(abc.ABC):
+    """What goes. One object for every name in `GRANULARITIES`, whose `decide` makes the plan.
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """The arguments of `plan`, and how they become a plan."""
-
-    model: nn.Module
-    example: Any
-    settings: Settings
-    whole: str | None  # "layer", "branch" or "experts"
-    widths: bool
-    layer_criterion: Any
-    criterion: Criterionlike | None = None
-    ignore: Ignore = ()
-    fold_bn: bool = True
-    seed: int = 0
-    output: str = "module"
-    data: Any = None
-    loss_fn: LossFunction | None = None
-    target: Target | None = None
-
-    @classmethod
-    def of(
-        cls,
-        model: nn.Module,
-        example: Any,
-        ratio: float | Mapping[str, float] | None = None,
-        budget: Budget | None = None,
-        granularity: str | Sequence[str] = "auto",
-        layer_criterion: Any = None,
-        scope: str = "local",
-        round_to: RoundTo = "auto",
-        min_channels: int = 1,
-        max_ratio: float = 1.0,
-        **others: Any,
-    ) -> _Job:
-        whole, widths = split_granularity(granularity)
-        settings = Settings.of(
-            ratio, budget, scope=scope, round_to=round_to, min_channels=min_channels, granularity=widths or "auto",
-            max_ratio=max_ratio,
-        )  # fmt: skip
-        if whole and widths is not None and budget is None:
-            raise GraphPruneError(
-                f"granularity: {whole!r} and widths at once need a budget, such as budget=Budget(macs=0.5), which "
-                f"decides how many go and how wide the others stay; with ratios, prune twice: "
-                f"prune(prune(model, x, 0.3, granularity={whole!r}), x, 0.3)"
-            )
-        if layer_criterion is not None and not (whole and widths is not None):
-            raise GraphPruneError(
-                'layer_criterion: it ranks layers where widths change too, as in granularity=["layer", "channels"]; '
-                "elsewhere use criterion"
-            )
-        return cls(model, example, settings, whole, widths is not None, layer_criterion, **others)
-
-    def decided(self) -> _Decision:
-        """The plan, and what it was made of. Arguments are checked before the model runs."""
-        self.settings.check()
-        if not self.widths:
-            return _Decision(None, self._whole(), self.settings, self.whole)
-        check_output(self.output)
-        chosen = resolve_criterion(self.criterion)
-        chosen.check_data(self.data, self.loss_fn)
-        target = Target.of(self.target)
-        budget = self.settings.budget
-        timed = budget is not None and budget.timed
-        if self.target is None and not timed:
-            return _Decision(*self._maker(chosen)(None), self.settings)
-        step = 1 if self.settings.auto else int(self.settings.round_to)  # on a target widths are those that it likes
-        if not timed:
-            step = math.lcm(step, width_step(self.model, self.example, target))
-        stepped = dataclasses.replace(self, settings=dataclasses.replace(self.settings, round_to=step))
-        if budget is not None and timed:
-            found = plan_within(self.model, self.example, target, budget.seconds, stepped._maker(chosen))
-        else:
-            found = stepped._maker(chosen)(None)
-        return _Decision(*found, stepped.settings, step=step if step > 1 else None)
-
-    def _whole(self) -> Plan:
-        """Layers, branches or experts alone."""
-        if self.target is not None:
-            what = f"granularity={self.whole!r}"
-            raise GraphPruneError(f"target: it chooses widths, and {what} changes none; leave it out")
-        options = {"ignore": self.ignore, "criterion": self.criterion, "data": self.data}
-        with paused_collector():
-            if self.whole == "experts":
-                return plan_experts(self.model, self.example, self.settings, **options)
-            return plan_layers(
-                self.model,
-                self.example,
-                self.settings.ratio,
-                budget=self.settings.budget,
-                max_ratio=self.settings.max_ratio,
-                loss_fn=self.loss_fn,
-                branches=self.whole == "branch",
-                **options,
-            )
-
-    def _maker(self, criterion: Criterion) -> Callable[[Any], tuple[DependencyGraph, Plan]]:
-        """What makes a plan of a forecast of latencies, or of None."""
-        if self.whole is None:
-            return functools.partial(self._made, criterion)
-        assert self.settings.budget is not None
-        names = ignored_names(self.ignore, self.model)
-
-        def widths(small: nn.Module, budget: Budget, forecast: Forecasts | None, data: Any) -> Any:
-            settings = dataclasses.replace(self.settings, budget=budget)
-            return dataclasses.replace(self, model=small, settings=settings, ignore=names, data=data)._made(
-                criterion, forecast
-            )
-
-        choice = LayerChoice(
-            self.ignore, self.layer_criterion, self.data, self.loss_fn, self.whole == "branch", self.settings.max_ratio,
-            self.output == "module",
-        )  # fmt: skip
-        example = ExampleInput.of(self.example)
-        return JointPlanner(self.model, example, self.settings.budget, choice, widths)
-
-    def _made(self, criterion: Criterion, forecast: Forecasts | None) -> tuple[DependencyGraph, Plan]:
-        with paused_collector():
-            source = CalibrationSource.of(self.model, self.example, self.data, self.loss_fn)
-            rewriter = None if self.output == "module" else Rewriter(self.model, self.example, self.output)
-            while True:  # every round rewrites one module more, or gives one up
-                graph = trace(self.model, self.example) if rewriter is None else rewriter.graph()
-                found = plan_once(
-                    self.model,
-                    graph,
-                    self.settings,
-                    criterion,
-                    self.ignore,
-                    self.fold_bn,
-                    self.seed,
-                    source,
-                    rewriter,
-                    forecast,
-                )
-                if found is not None:
-                    return found[0], dataclasses.replace(found[1], output=self.output)
-
-
-@door("model", exact=True)
-def prune(
-    model: nn.Module,
-    example_input: Any,
-    ratio: float | Mapping[str, float] | None = None,
-    *,
-    verify: bool = True,
-    ignore: Ignore = (),
-    scope: str = "local",
-    criterion: Criterionlike | None = None,
-    round_to: RoundTo = "auto",
-    min_channels: int = 1,
-    granularity: str | Sequence[str] = "auto",
-    fold_bn: bool = True,
-    seed: int = 0,
-    output: str = "module",
-    budget: Budget | None = None,
-    max_ratio: float = 1.0,
-    data: Any = None,
-    loss_fn: LossFunction | None = None,
-    recover: str | None = "auto",
-    target: Target | None = None,
-    layer_criterion: Any = None,
-    strict: bool = False,
-) -> nn.Module:
-    """A physically smaller copy of `model`; the model itself is not touched.
-
-    The same as `plan(...).apply(model)`, followed by `verify` unless `verify=False`, and by `recover`. All other
-    arguments are those of `plan`. Verification costs four forward passes and two copies of the model; it raises
-    GraphPruneError if the pruned network is not what the plan says. Of a model in a wrapper (`torch.compile`,
-    DataParallel, DistributedDataParallel) the result is the module inside, to be wrapped anew.
-
-    `recover`: how what was lost is repaired after verification, without labels or training. "auto" (default): with
-    `data` by least squares, no layer given a new bias; without, behind batch norms, by the means and variances that
-    they store (docs/one-line.md says what that gives back); elsewhere not at all. "mean", "moments", "batchnorm" or
-    "least_squares": that method, see `graphprune.recover`. None: not at all; the network is what
-    `plan(...).apply(model)` makes.
-
-    >>> import torch, graphprune
-    >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
-    >>> small = graphprune.prune(net, torch.randn(1, 3, 8, 8), 0.5)
-    >>> small[0].weight.shape, small[2].weight.shape
-    (torch.Size([4, 3, 3, 3]), torch.Size([4, 4, 3, 3]))
+    `kinds`: of groups whose widths change; None where things go as a whole, called `units`. `ranks_layers`: whether
+    `layer_criterion` means something. `loses_inputs`: whether what stays loses inputs, which `recover` makes up for.
     """
-    job = _Job.of(
-        model, example_input, ratio, budget, granularity, layer_criterion, scope, round_to, min_channels, max_ratio,
-        criterion=criterion, ignore=ignore, fold_bn=fold_bn, seed=seed, output=output, data=data, loss_fn=loss_fn,
-        target=target,
-    )  # fmt: skip
-    check_method(recover, data)
-    if job.whole == "experts" and recover not in (None, "auto", "batchnorm"):
-        raise GraphPruneError(f"recover={recover!r} repairs layers that lost inputs; here none has")
-    decision = job.decided()
-    tell(decision.unready, strict=True)
-    tell(decision.shortfall, strict)
-    graph, decided = decision.graph, decision.plan
-    with paused_collector():
-        small = decided.apply(model)
-    if verify:
-        report = run_verification(model, small, decided, example_input, graph=graph)
-        report.raise_on_failure()
-    return repaired(model, decided, small, example_input, data, recover)
+
+    kinds: Kinds | None = None
+    units: str = "things"
+    ranks_layers: bool = False
+    loses_inputs: bool = True
+
+    @abc.abstractmethod
+    def decide(self, model: nn.Module, example: Any, request: Request) -> Decision:
+        """The plan for a model whose granularity this is. It is not changed."""
+
+    def check(self, request: Request) -> None:  # noqa: B027 - most options mean the same for all
+        """Raise GraphPruneError for options that this takes otherwise, before any work begins."""
+
+    def further(self, model: nn.Module, example: Any, request: Request, before: Sequence[Plan]) -> Decision:
+        """`decide`, where the ratio is of what the original had, from which the plans `before` have led to `model`."""
+        raise GraphPruneError(
+            f"granularity={request.granularity!r} takes its ratio at once: use prune, as prune_gradually does not know "
+            f"how many {self.units} there were"
+        )
+
+    def beside(self, other: Granularity) -> Granularity | None:
+        """This and another at the same time; None where they do not go together."""
+        del other
+        return None
 
 
-def repaired(
-    model: nn.Module, decided: Plan, small: nn.Module, example: Any, data: Any, method: str | None
-) -> nn.Module:
-    """`small`, or where there is a method and something to go by, the repaired network that it makes of the plan."""
-    if method is None or (method == "auto" and not auto_possible(model, decided, data)):
-        return small
-    # what nobody asked for adds no names to the state dict of a class that has no biases
-    new_bias = method != "auto" or data is None
-    return recover_accuracy(model, decided, example, data, method, new_bias=new_bias).model
+GRANULARITIES: Registry[Granularity] = Registry("granularity")
+
+
+def strategy_of(granularity: Any) -> Granularity:
+    """What a name, or names together, stand for. Underscores are spaces, and "head" is "heads".
+
+    Raises GraphPruneError for unknown ones and what does not go together.
+    """
+    names = [granularity] if isinstance(granularity, str) else granularity
+    if not isinstance(names, Sequence) or not names or not all(isinstance(name, str) for name in names):
+        raise GraphPruneError(f"granularity: expected a name or a list of names, got {granularity!r}")
+    found = {name: _found(name) for name in names}
+    first, *others = found
+    strategy = found[first]
+    for name in others:
+        both = _together(strategy, found[name])
+        if both is None:
+            clash = next((n for n in found if n != name and not _together(found[n], found[name])), first)
+            raise GraphPruneError(
+                f"granularity: {name!r} does not go with {clash!r}; prune one of them first, then the result: "
+                f"prune(prune(model, x, 0.3, granularity={name!r}), x, 0.3)"
+            )
+        strategy = both
+    return strategy
+
+
+def _together(one: Granularity, other: Granularity) -> Granularity | None:
+    return one.beside(other) or other.beside(one)
+
+
+def _found(name: str) -> Granularity:
+    plain = name.replace("_", " ")
+    return GRANULARITIES.find(f"{plain}s" if plain not in GRANULARITIES and f"{plain}s" in GRANULARITIES else plain)
+
+
+def options_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a function's arguments that are options of a request."""
+    return {name: arguments[name] for name in OPTIONS if name in arguments}
+
+
+def check_names(given: Iterable[str], known: Iterable[str], who: str, why: Mapping[str, str] | None = None) -> None:
+    """Raise GraphPruneError for options that are not known to `who`; `why` says it of some."""
+    names = list(known)
+    for name in given:
+        if why and name in why:
+            raise GraphPruneError(f"{who}: {name}: {why[name]}")
+        if name not in names:
+            meant = did_you_mean(name, names)
+            raise GraphPruneError(f"{who}: unknown option {name!r}{meant}; known: {', '.join(names)}")
+
+
+def takes_options(why: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """For a function that hands on the options of a request, which it takes as `**options`: its signature shows them,
+    and others are refused before it runs. `why`: options that it does not take, and the reason for each."""
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        own = inspect.signature(function)
+        mine = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        more = [
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=field.type)
+            for field in dataclasses.fields(Request)
+            if field.name not in why and field.name not in own.parameters
+        ]
+        who = function.__qualname__.removesuffix(".__init__")
+        known = [p.name for p in (*mine, *more) if p.name != "self"]
+
+        @functools.wraps(function)
+        def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+            check_names(kwargs, known, who, why)
+            return function(*args, **kwargs)
+
+        checked.__signature__ = own.replace(parameters=[*mine, *more])  # type: ignore[attr-defined]
+        return checked
+
+    return decorated
+
+
+__all__ = [
+    "GRANULARITIES",
+    "OPTIONS",
+    "Criterionlike",
+    "Decision",
+    "Granularity",
+    "Request",
+    "check_names",
+    "options_in",
+    "strategy_of",
+    "takes_options",
+]

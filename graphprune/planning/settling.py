@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from ..dependency import DependencyGraph, Group, GroupKind, Reason
+from ..dependency import DependencyGraph, Group, Reason
 from ..dependency.sizes import Conflict, Resolution, SizeSolver, positions_of
 from ..dependency.temperature import Rescale, rescales
 from ..errors import GraphPruneError
 from ..importance.scorer import Scorer
 from ..plans.rewriting import Rewriter
-from .allocation import Allocation, Limit, Settings, allocate, kinds_of
+from .allocation import Allocation, Kinds, Limit, Settings, allocate
 
 # Each round freezes or fixes at least one group, so the number of groups bounds it; this is only a safety net.
 _MAX_ROUNDS = 400
@@ -38,7 +38,7 @@ def settle(
         resolution = solver.resolve()
         factors, blocked = rescales(graph.analysis, solver)
         conflicts = resolution.conflicts + blocked
-        if conflicts and settings.auto and not settings.even:
+        if conflicts and settings.rounding.auto and not settings.even:
             settings = dataclasses.replace(settings, even=True)  # code that halves a width wants halves of one width
             continue
         if not conflicts:
@@ -49,7 +49,7 @@ def settle(
                     resolution = solver.resolve()
                     factors = rescales(released, solver)[0]
             return graph, allocation, resolution, factors
-        adjusted = _adjustments(graph, conflicts, allocation, tried, kinds_of(settings.granularity))
+        adjusted = _adjustments(graph, conflicts, allocation, tried, settings.kinds)
         if adjusted:
             forced.update(adjusted)
         elif rewriter is not None and rewriter.extend(conflicts):
@@ -82,7 +82,7 @@ def _adjustments(
     conflicts: list[Conflict],
     allocation: Allocation,
     tried: set[tuple[int, int]],
-    kinds: frozenset[GroupKind] | None,
+    kinds: Kinds,
 ) -> dict[int, int]:
     """Numbers of units to keep instead, where that makes the user's sizes right. Only groups of these kinds change.
 
@@ -104,7 +104,7 @@ def _adjust_axis(
     conflict: Conflict,
     allocation: Allocation,
     tried: set[tuple[int, int]],
-    kinds: frozenset[GroupKind] | None,
+    kinds: Kinds,
 ) -> dict[int, int]:
     if conflict.wanted is None or not 1 <= conflict.wanted < conflict.length:
         return {}
@@ -117,7 +117,7 @@ def _adjust_axis(
             continue
         if group.kind.is_head and new == group.size:
             continue  # the module may be rewritten instead, or their features may go
-        if kinds is not None and group.kind not in kinds:
+        if not kinds.may_change(group.kind):
             continue
         if len(groups) > 1 and group.kind.is_channel:
             continue  # several groups laid side by side: which of them should give way is not determined

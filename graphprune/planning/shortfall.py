@@ -11,9 +11,8 @@ from ..errors import GraphPruneError
 from ..plans.data import GroupPlan
 from ..plans.plan import Plan
 from ..support.warning import warn
-from .allocation import Settings
 from .allocation.selection import names_in, producers, winners
-from .allocation.steps import nearest
+from .request import Decision, Request
 
 # True of every network: said last.
 _EVERYWHERE = ("immovable", "output")
@@ -29,21 +28,20 @@ def tell(message: str, strict: bool) -> None:
         warn(message)
 
 
-def shortfall(plan: Plan, settings: Settings, whole: str | None, graph: DependencyGraph | None) -> str:
-    """What was asked for and did not come, and why; empty where something came of everything, or nothing was asked.
-
-    `settings`: as the plan was made with them; `whole`: "layer", "branch" or "experts" where such were asked for;
-    `graph`: what the plan was made of, None for those.
-    """
-    if settings.budget is not None:
-        return _missed(plan)
-    ratio = settings.ratio
-    if isinstance(ratio, Mapping):
-        return "" if graph is None else _named(plan, ratio, settings, graph)
-    if not plan.empty or not ratio:
-        return ""
-    why = _nothing_whole(plan, settings, whole) if whole else _nothing(plan, settings, graph)
-    return f"nothing was removed, although ratio={float(ratio):g} was asked for: {why}"
+def shortfall(decision: Decision) -> str:
+    """What was asked for and did not come, and why; empty where something came of everything, or nothing was asked."""
+    plan, request, graph = decision.plan, decision.request, decision.graph
+    ratio = request.ratio
+    if ratio is None:
+        told = _missed(plan)
+    elif isinstance(ratio, Mapping):
+        told = "" if graph is None else _named(plan, ratio, request, graph)
+    elif not plan.empty or not ratio:
+        told = ""
+    else:
+        why = _nothing_whole(plan, request) if request.strategy.kinds is None else _nothing(plan, request, graph)
+        told = f"nothing was removed, although ratio={ratio:g} was asked for: {why}"
+    return f"{told}; {decision.note}" if told and decision.note else told
 
 
 def _missed(plan: Plan) -> str:
@@ -54,39 +52,39 @@ def _missed(plan: Plan) -> str:
     return f"nothing was removed, although a latency was asked for: {found}"
 
 
-def _nothing_whole(plan: Plan, settings: Settings, whole: str) -> str:
+def _nothing_whole(plan: Plan, request: Request) -> str:
     if plan.frozen:
-        return f"granularity={whole!r}: {_some(plan.frozen)}"
-    limits = f"ratio and max_ratio={settings.max_ratio:g}" if settings.max_ratio < 1 else "the ratio"
-    what = {"layer": "layers", "branch": "branches"}.get(whole, "experts")
-    return f"granularity={whole!r}: {limits} of the {what} that can go round to none; raise the ratio"
+        return f"granularity={request.granularity!r}: {_some(plan.frozen)}"
+    limits = f"ratio and max_ratio={request.max_ratio:g}" if request.max_ratio < 1 else "the ratio"
+    units = request.strategy.units
+    return f"granularity={request.granularity!r}: {limits} of the {units} that can go round to none; raise the ratio"
 
 
-def _nothing(plan: Plan, settings: Settings, graph: DependencyGraph | None) -> str:
+def _nothing(plan: Plan, request: Request, graph: DependencyGraph | None) -> str:
     chosen = [g for g in plan.groups if g.asked is not None]
     if chosen:
-        return _held(chosen, settings)
+        return _held(chosen, request)
     if plan.groups:
         kinds = Counter(g.kind for g in plan.groups)
         there = ", ".join(f"{n} group{'s' if n > 1 else ''} of {kind}s" for kind, n in kinds.most_common())
         return (
-            f"granularity={settings.granularity!r}, and nothing of that kind can go here, only {there}: choose another "
+            f"granularity={request.granularity!r}, and nothing of that kind can go here, only {there}: choose another "
             f'granularity, or leave it out ("auto")'
         )
     frozen = () if graph is None else graph.frozen
     return f"nothing of this network can go: {_reasons(frozen)}; graphprune.doctor(model, example_input) says more"
 
 
-def _held(groups: Sequence[GroupPlan], settings: Settings) -> str:
+def _held(groups: Sequence[GroupPlan], request: Request) -> str:
     """Which options leave these groups whole, each with the widest of its groups and what to do."""
     held: dict[str, list[GroupPlan]] = {}
     for group in groups:
-        held.setdefault(_option(group, settings), []).append(group)
+        held.setdefault(_held_by(group, request) or "code", []).append(group)
     parts = []
     for option, members in sorted(held.items(), key=lambda item: -len(item[1])):
         widest = max(members, key=lambda g: g.size)
         what = f"{len(members)} group{'s' if len(members) > 1 else ''}, the widest {widest.name} of {widest.size}"
-        parts.append(_TEXTS[option].format(what=what, kinds=f"{widest.kind}s", s=settings))
+        parts.append(_TEXTS[option].format(what=what, kinds=f"{widest.kind}s", s=request))
     return "; ".join(parts)
 
 
@@ -99,28 +97,19 @@ _TEXTS = {
 }
 
 
-def _option(group: GroupPlan, settings: Settings) -> str:
-    """What keeps all units of a group from which some should have gone."""
+def _held_by(group: GroupPlan, request: Request) -> str:
+    """Which option keeps all units of a group from which some should have gone; empty where none does."""
     assert group.asked is not None
-    size, step = group.size, settings.round_to
-    if nearest(group.size - group.asked) < 1:
-        return "ratio"
-    if settings.min_channels >= size:
-        return "min_channels"
-    if settings.floor(size) >= size:
-        return "max_ratio"
-    if isinstance(step, int) and step > 1 and max(step, nearest(group.asked / step) * step) >= size:
-        return "round_to"
-    return "code"
+    return request.rounding.holds(group.asked, group.size)
 
 
-def hopeless(plan: Plan, settings: Settings) -> bool:
+def hopeless(plan: Plan, request: Request) -> bool:
     """Whether options keep every group whole that a ratio speaks of, whatever the ratio."""
     asked = [dataclasses.replace(g, asked=1.0) for g in plan.groups if g.asked is not None and g.size > 1]
-    return bool(asked) and all(_option(g, settings) in ("min_channels", "max_ratio", "round_to") for g in asked)
+    return bool(asked) and all(_held_by(g, request) in ("min_channels", "max_ratio", "round_to") for g in asked)
 
 
-def _named(plan: Plan, ratio: Mapping[str, float], settings: Settings, graph: DependencyGraph) -> str:
+def _named(plan: Plan, ratio: Mapping[str, float], request: Request, graph: DependencyGraph) -> str:
     """Names with a ratio above 0 of which nothing goes, other than those that longer names overrule."""
     best, table = winners(ratio, graph), names_in(graph)
     makers = producers(graph)
@@ -133,10 +122,10 @@ def _named(plan: Plan, ratio: Mapping[str, float], settings: Settings, graph: De
             continue
         asked = [plan.groups[i] for i in mine if plan.groups[i].asked is not None]
         if asked:
-            parts.append(f"{pattern!r} ({_held(asked, settings)})")
+            parts.append(f"{pattern!r} ({_held(asked, request)})")
         elif mine:
             kinds = ", ".join(sorted({f"{plan.groups[i].kind}s" for i in mine}))
-            parts.append(f"{pattern!r} (granularity={settings.granularity!r}, and these are {kinds})")
+            parts.append(f"{pattern!r} (granularity={request.granularity!r}, and these are {kinds})")
         elif not (meant := table.meant(pattern, "ratio").keys()) & {name for names in makers for name in names}:
             firsts = {first for name, first in graph.trace.aliases.items() if name in meant}
             carried = _carried(firsts, graph)

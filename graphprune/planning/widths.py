@@ -10,7 +10,7 @@ from torch import nn
 from ..dependency import DependencyGraph, Frozen
 from ..dependency.sizes import Resolution, gone_on_axis
 from ..dependency.temperature import Rescale
-from ..importance import Criterion
+from ..importance import resolve_criterion
 from ..importance.calibration.source import CalibrationSource
 from ..importance.scorer import Scorer
 from ..plans.data import AttributeChange, GroupPlan
@@ -18,25 +18,29 @@ from ..plans.plan import Plan
 from ..plans.rewriting import Rewrite, Rewriter
 from ..plans.structure import structure_of
 from ..plans.surgery import Fold, effective_folds
-from ..support.types import Ignore
 from .allocation import Allocation, Forecasts, Limit, Settings, ignored_positions, make_limits
+from .request import Request
 from .settling import settle
+
+
+def settings_of(request: Request, steady: bool = False) -> Settings:
+    """What a request says of widths. `steady`: "auto" chooses the same groups for every ratio."""
+    kinds = request.strategy.kinds
+    assert kinds is not None
+    return Settings(request.ratio, request.scope, kinds, request.rounding, request.budget, steady)
 
 
 def plan_from_graph(
     model: nn.Module,
     graph: DependencyGraph,
-    settings: Settings,
-    criterion: Criterion,
+    request: Request,
     *,
-    ignore: Ignore = (),
-    fold_bn: bool = True,
-    seed: int = 0,
     source: CalibrationSource | None = None,
+    steady: bool = False,
 ) -> tuple[DependencyGraph, Plan]:
     """`plan` for a model that is traced already, and the graph with what planning had to hold: what is ignored, and
     what turned out to be blocked."""
-    found = plan_once(model, graph, settings, criterion, ignore, fold_bn, seed, source, None)
+    found = plan_once(model, graph, request, settings_of(request, steady), source, None)
     assert found is not None
     return found
 
@@ -44,26 +48,24 @@ def plan_from_graph(
 def plan_once(
     model: nn.Module,
     graph: DependencyGraph,
+    request: Request,
     settings: Settings,
-    criterion: Criterion,
-    ignore: Ignore,
-    fold_bn: bool,
-    seed: int,
     source: CalibrationSource | None,
     rewriter: Rewriter | None,
     forecast: Forecasts | None = None,
 ) -> tuple[DependencyGraph, Plan] | None:
     """The plan on this graph, and the graph with what was held; None where the rewriter has changed its choice of
     modules, and with it the graph."""
-    graph = graph.freezing(ignored_positions(ignore, graph, model))
+    criterion = resolve_criterion(request.criterion)
+    graph = graph.freezing(ignored_positions(request.ignore, graph, model))
     effective = effective_folds(model, graph.trace)
     folds = [fold for fold, replaceable in effective if replaceable]
     compared = settings.scope != "local" or settings.budget is not None
-    normalised = (compared or settings.auto) and not criterion.comparable
+    normalised = (compared or settings.rounding.auto) and not criterion.comparable
     calibration = None if source is None else source.calibration(model, folds)
     known = [fold for fold, _ in effective]
-    scorer = Scorer(model, known, criterion, seed, normalised, calibration, compared, graph.trace)
-    kept_folds = folds if fold_bn else []
+    scorer = Scorer(model, known, criterion, request.seed, normalised, calibration, compared, graph.trace)
+    kept_folds = folds if request.fold_bn else []
 
     def limits(narrowed: DependencyGraph) -> list[Limit]:
         return make_limits(settings.budget, narrowed, model, kept_folds, forecast)
@@ -127,4 +129,4 @@ def _expected(frozen: Frozen) -> bool:
     return all(r.kind in ("kernel", "numbers", "vocabulary") for r in frozen.reasons) and bool(frozen.reasons)
 
 
-__all__ = ["assemble", "plan_from_graph", "plan_once"]
+__all__ = ["assemble", "plan_from_graph", "plan_once", "settings_of"]

@@ -1,5 +1,6 @@
 """Unstructured and patterned sparsity: masks that hold during training, schedules, lottery tickets, small files."""
 
+from .channels import Channels
 from .encoding import DamagedError
 from .files import load, save
 from .gradients import gradient
@@ -9,7 +10,7 @@ from .masks import make_permanent, masks, set_masks
 from .overview import LayerSparsity, SparsityReport, report
 from .patterns import blocks, n_m
 from .reconstruction import reconstruct
-from .scheduler import Channels, Scheduler
+from .scheduler import Scheduler
 from .schedules import Schedule, schedule
 from .semi_structured import semi_structured, semi_structured_support
 from .statistics import match_statistics

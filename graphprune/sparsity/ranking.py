@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import GraphPruneError
-from ..planning.allocation.steps import nearest
+from ..planning.allocation.rounding import nearest
 from ..support.suggestions import check_choice
 
 Scope = Literal["global", "layer"]

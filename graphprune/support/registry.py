@@ -50,13 +50,14 @@ class Registry(Mapping[str, _T], Generic[_T]):
 
     def add(self, name: str, value: _T, function: Any = None) -> None:
         """Put `value` there. `function`: what it was made of (default: it is that itself); the same one, defined anew,
-        takes its own place.
+        takes its own place. A value that is neither a function nor a class does so where it is equal.
 
         Raises GraphPruneError where another function has the name.
         """
         origin = origin_of(value if function is None else function)
         known = self._origins.get(name)
-        if known is not None and known != origin:
+        named = function is not None or hasattr(value, "__qualname__")
+        if known is not None and (known != origin or not (named or self._values[name] == value)):
             raise GraphPruneError(self._taken.format(kind=self.kind, name=name, origin=known))
         self._values[name], self._origins[name] = value, origin
 

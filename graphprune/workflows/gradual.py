@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 from ..errors import GraphPruneError
 from ..planning.allocation import Budget
-from ..planning.allocation.selection import check_ratio
-from ..planning.allocation.steps import RoundTo
+from ..planning.calls import check_recover
 from ..planning.layers import ignored_names
-from ..planning.request import Criterionlike, decide
-from ..planning.shortfall import tell
+from ..planning.request import Request, options_in, takes_options
+from ..planning.shortfall import shortfall, tell
 from ..plans.folding import fold_conv_bn
 from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
-from ..recovery import check_method, recover
-from ..sparsity.scheduler import Channels
+from ..recovery import recover as recover_accuracy
+from ..sparsity.channels import NOT_IN_STEPS, NOT_OF_CHANNELS, Channels
 from ..sparsity.schedules import schedule as make_schedule
 from ..support.doors import door
-from ..support.types import Ignore, LossFunction
 from ..tracing.counting import count
 
 Train = Callable[[nn.Module, int], nn.Module | None]
 
 
 @door("model")
+@takes_options(NOT_IN_STEPS)
 def prune_gradually(
     model: nn.Module,
     example_input: Any,
@@ -38,18 +37,8 @@ def prune_gradually(
     schedule: str = "linear",
     train: Train | None = None,
     verify: bool = True,
-    ignore: Ignore = (),
-    scope: str = "local",
-    criterion: Criterionlike | None = None,
-    round_to: RoundTo = "auto",
-    min_channels: int = 1,
-    granularity: str | Sequence[str] = "auto",
-    fold_bn: bool = True,
-    seed: int = 0,
-    data: Any = None,
-    loss_fn: LossFunction | None = None,
     recover: str | None = None,
-    strict: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """A smaller copy of `model`, pruned in `steps` steps that each choose anew from the weights as they are then.
 
@@ -64,10 +53,11 @@ def prune_gradually(
     - `strict`: whether it is an error, instead of a GraphPruneWarning, where nothing at all was removed in the end.
     - `fold_bn`: whether batch norms are folded into layers at the end. They stay while there is training.
 
-    The others are those of `plan`. `macs` and `params` of a budget may be fractions or counts; other limits must be
-    fractions, and are approached by the same fraction of what is there at every step.
+    The others are those of `plan`. With `granularity` "layer", "branch" or "experts" the ratio is of those that could
+    go at first. `macs` and `params` of a budget may be fractions or counts; other limits must be fractions, and are
+    approached by the same fraction of what is there at every step.
 
-    Raises GraphPruneError like `prune`, for an unknown schedule, and where `train` returns something else.
+    Raises GraphPruneError like `prune`, for unknown options and schedules, and where `train` returns something else.
 
     >>> import torch, graphprune
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 2))
@@ -75,41 +65,46 @@ def prune_gradually(
     >>> small[0].out_features
     8
     """
-    if budget is not None and ratio is not None:
-        raise GraphPruneError("ratio and budget exclude each other: a budget decides how much of each group stays")
+    request = Request(ratio, budget=budget, **options)
+    if isinstance(request.ratio, Mapping):
+        raise GraphPruneError("ratio: expected one number in [0, 1), as what is named changes from step to step")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise GraphPruneError(f"steps: expected an integer of at least 1, got {steps!r}")
     if train is not None and not callable(train):
         raise GraphPruneError(f"train: expected a function (model, step) -> model or None, got {type(train).__name__}")
-    check_method(recover, data)
+    check_recover(request, recover)
     way = make_schedule(schedule, 0.0, 0.5, steps)
-    chosen: dict[str, Any] = {
-        "ignore": ignored_names(ignore, model), "scope": scope, "criterion": criterion, "round_to": round_to,
-        "min_channels": min_channels, "granularity": granularity, "seed": seed, "data": data, "loss_fn": loss_fn,
-    }  # fmt: skip
-    wanted = check_ratio(0.5 if ratio is None else ratio)
-    shrink: _ByRatio | _ByBudget = (
-        _ByRatio(example_input, wanted, verify, {**chosen, "strict": strict})
-        if budget is None
-        else _ByBudget(model, example_input, budget, verify, chosen)
-    )
+    request = request.but(ignore=ignored_names(request.ignore, model))
+    shrink = _shrinker(model, example_input, request, verify)
     removed = False
     for step in range(1, steps + 1):
         small, made = shrink(model, way(step) / 0.5)
         removed = removed or not made.empty
         if step == steps and not removed:
-            tell(shrink.shortfall, strict)
+            tell(shrink.shortfall, request.strict)
         if recover is not None:
-            small = _recovered(model, made, example_input, data, recover)
+            small = recover_accuracy(model, made, example_input, request.data, recover).model
         model = small if train is None else _trained(train, small, step)
-    return fold_conv_bn(model, example_input) if fold_bn else model
+    return fold_conv_bn(model, example_input) if request.fold_bn else model
+
+
+def _shrinker(
+    model: nn.Module, example_input: Any, request: Request, verify: bool
+) -> _ByRatio | _OfWholes | _ByBudget:
+    """What takes each step."""
+    if request.budget is not None:
+        return _ByBudget(model, example_input, request, request.budget, verify)
+    kind = _OfWholes if request.strategy.kinds is None else _ByRatio
+    return kind(example_input, request, verify)
 
 
 class _ByRatio:
     """Towards a ratio of the original channels."""
 
-    def __init__(self, example_input: Any, ratio: float, verify: bool, chosen: dict[str, Any]) -> None:
-        self.channels, self.ratio = Channels(example_input, verify=verify, **chosen), ratio
+    def __init__(self, example_input: Any, request: Request, verify: bool) -> None:
+        self.ratio = _number(request)
+        taken = {name: value for name, value in options_in(vars(request)).items() if name not in NOT_OF_CHANNELS}
+        self.channels = Channels(example_input, verify=verify, **taken)
 
     def __call__(self, model: nn.Module, part: float) -> tuple[nn.Module, Plan]:
         small = self.channels(model, self.ratio * part)
@@ -122,15 +117,29 @@ class _ByRatio:
         return "" if self.channels.told else self.channels.shortfall
 
 
+class _OfWholes:
+    """Towards a ratio of the original layers, or of what else goes as a whole."""
+
+    def __init__(self, example_input: Any, request: Request, verify: bool) -> None:
+        self.example_input, self.request, self.verify = example_input, request, verify
+        self.ratio = _number(request)
+        self.before: list[Plan] = []
+        self.shortfall = ""
+
+    def __call__(self, model: nn.Module, part: float) -> tuple[nn.Module, Plan]:
+        asked = self.request.but(ratio=self.ratio * part)
+        found = asked.strategy.further(model, self.example_input, asked, self.before)
+        self.shortfall = shortfall(found)
+        self.before.append(found.plan)
+        return _cut(model, found.plan, self.example_input, self.verify), found.plan
+
+
 class _ByBudget:
     """Towards a budget: `part` of the way from all that the original has."""
 
-    def __init__(
-        self, model: nn.Module, example_input: Any, budget: Budget, verify: bool, chosen: dict[str, Any]
-    ) -> None:
-        if not isinstance(budget, Budget):
-            raise GraphPruneError(f"budget: expected a graphprune.Budget, got {type(budget).__name__}")
-        self.example_input, self.verify, self.chosen = example_input, verify, chosen
+    def __init__(self, model: nn.Module, example_input: Any, request: Request, budget: Budget, verify: bool) -> None:
+        self.example_input, self.verify = example_input, verify
+        self.request = request.but(fold_bn=False)
         found = count(model, example_input)
         full = {"macs": found.macs, "params": found.parameters}
         self.before: dict[str, float] = {}
@@ -151,17 +160,21 @@ class _ByBudget:
         now = {n: full + (self.ends[n] - full) * part for n, full in self.before.items()}
         limits = {n: value if n in self.counted else value / self.last[n] for n, value in now.items()}
         self.last = now
-        made, self.shortfall = decide(
-            model, self.example_input, budget=Budget(**limits), fold_bn=False, **self.chosen
-        )
-        small = made.apply(model)
-        if self.verify:
-            run_verification(model, small, made, self.example_input).raise_on_failure()
-        return small, made
+        found = self.request.but(budget=Budget(**limits)).decide(model, self.example_input)
+        self.shortfall = shortfall(found)
+        return _cut(model, found.plan, self.example_input, self.verify), found.plan
 
 
-def _recovered(model: nn.Module, made: Plan, example_input: Any, data: Any, method: str) -> nn.Module:
-    return recover(model, made, example_input, data, method).model
+def _number(request: Request) -> float:
+    assert isinstance(request.ratio, float)
+    return request.ratio
+
+
+def _cut(model: nn.Module, made: Plan, example_input: Any, verify: bool) -> nn.Module:
+    small = made.apply(model)
+    if verify:
+        run_verification(model, small, made, example_input).raise_on_failure()
+    return small
 
 
 def _trained(train: Train, model: nn.Module, step: int) -> nn.Module:

@@ -243,7 +243,7 @@ def test_arrays_of_a_graph_cannot_be_written_to() -> None:
 # -- kinds of groups
 
 
-def test_budgets_are_equal_to_their_texts_and_know_what_they_are() -> None:
+def test_kinds_are_equal_to_their_texts_and_know_what_they_are() -> None:
     texts = [
         "head", "head feature", "qk feature", "v feature", "conv group", "group channel", "residual channel",
         "embedding channel", "mlp channel", "channel",

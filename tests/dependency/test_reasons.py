@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.dependency import Frozen, Reason
-from graphprune.importance import resolve_criterion
-from graphprune.planning.allocation import Settings
+from graphprune.planning.request import Request
 from graphprune.planning.widths import plan_from_graph
 from graphprune.tracing.example import ExampleInput, result_tensors
 from tests import standins
@@ -151,7 +150,7 @@ def subject(name: str) -> Subject:
                 parameter.add_(torch.randn(parameter.shape) * 0.1)
     model.eval()
     graph = graphprune.trace(model, example)
-    graph, _ = plan_from_graph(model, graph, Settings(0.5), resolve_criterion("l2"))
+    graph, _ = plan_from_graph(model, graph, Request(0.5, criterion="l2", round_to=1))
     tensors: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):

@@ -11,7 +11,7 @@ from torch import nn
 import graphprune
 import models
 from graphprune import GraphPruneError, sparsity
-from graphprune.planning.allocation.steps import nearest
+from graphprune.planning.allocation.rounding import nearest
 from graphprune.sparsity import Channels, Scheduler, magnitude, schedule
 
 from .networks import mlp

@@ -5,8 +5,10 @@ from .budget import Budget, Limit, UnreachableBudget
 from .budgets import BUDGETS, BudgetKind, budget_kind
 from .cells import Allocation
 from .costs import CostModel, mac_costs, parameter_costs
+from .kinds import Kinds, chosen_groups
 from .limits import Forecasts, make_limits
-from .selection import ignored_positions, kinds_of, matching_ratios
+from .rounding import Rounding, RoundTo
+from .selection import ignored_positions, matching_ratios
 from .settings import Settings
 
 __all__ = [
@@ -16,13 +18,16 @@ __all__ = [
     "BudgetKind",
     "CostModel",
     "Forecasts",
+    "Kinds",
     "Limit",
+    "RoundTo",
+    "Rounding",
     "Settings",
     "UnreachableBudget",
     "allocate",
     "budget_kind",
+    "chosen_groups",
     "ignored_positions",
-    "kinds_of",
     "mac_costs",
     "make_limits",
     "matching_ratios",

@@ -13,10 +13,11 @@ from ...dependency.axes import Floats
 from .averaging import macs_by_group
 from .budget import Limit
 from .cells import Allocation
+from .kinds import chosen_groups
 from .realising import realise
-from .selection import chosen_groups, matching_ratios
+from .rounding import lost
+from .selection import matching_ratios
 from .settings import Settings
-from .steps import nearest
 from .within import within
 
 
@@ -34,9 +35,10 @@ def allocate(
     Raises GraphPruneError for limits that cannot be met."""
     forced = forced or {}
     if limits:
-        return within(graph, scores, settings, forced, limits, chosen_groups(graph, settings.granularity))
+        return within(graph, scores, settings, forced, limits, chosen_groups(graph, settings.kinds))
+    assert settings.ratio is not None
     asked = matching_ratios(settings.ratio, graph)
-    chosen = chosen_groups(graph, settings.granularity, _losing(graph, asked, settings))
+    chosen = chosen_groups(graph, settings.kinds, _losing(graph, asked, settings))
     ratios = [r if c else 0.0 for r, c in zip(asked, chosen, strict=True)]
     wanted = _asked_per_group(graph, scores, ratios, settings.scope)
     keep = _keep_per_group(graph, wanted, ratios, settings)
@@ -50,17 +52,9 @@ def _losing(graph: DependencyGraph, ratios: Sequence[float], settings: Settings)
     if settings.steady:
         return None
     return [
-        _round(g.size - nearest(ratios[g.index] * g.size), g.size, settings) < g.size or not ratios[g.index]
+        settings.rounding.alone(g.size - lost(ratios[g.index], g.size), g.size) < g.size or not ratios[g.index]
         for g in graph.groups
     ]
-
-
-def _round(keep: int, size: int, settings: Settings) -> int:
-    """The multiple nearest to `keep`, at least the least that must stay; under "auto" only that."""
-    step = settings.round_to
-    if isinstance(step, int) and step > 1 and keep < size:
-        keep = min(size, max(step, nearest(keep / step) * step))
-    return max(min(settings.min_channels, size), settings.floor(size), keep)
 
 
 def _asked_per_group(
@@ -78,10 +72,10 @@ def _asked_per_group(
     for (ratio, _), indices in pools.items():
         flat = np.concatenate([scores[i] for i in indices])
         owner = np.repeat(indices, [groups[i].size for i in indices])
-        drop = np.argsort(flat, kind="stable")[: nearest(ratio * len(flat))]
-        lost = np.bincount(owner[drop], minlength=len(groups))
+        drop = np.argsort(flat, kind="stable")[: lost(ratio, len(flat))]
+        gone = np.bincount(owner[drop], minlength=len(groups))
         for i in indices:
-            keep[i] -= int(lost[i])
+            keep[i] -= int(gone[i])
     return keep
 
 
@@ -89,10 +83,10 @@ def _keep_per_group(
     graph: DependencyGraph, asked: Sequence[float], ratios: Sequence[float], settings: Settings
 ) -> list[float]:
     """What is asked, rounded group by group; under "auto" as it is, since that rounds all groups together later."""
-    if settings.auto:
+    if settings.rounding.auto:
         return list(asked)
     keep: list[float] = []
     for g in graph.groups:
-        gone = nearest(ratios[g.index] * g.size) if settings.scope == "local" else g.size - int(asked[g.index])
-        keep.append(_round(g.size - gone, g.size, settings) if ratios[g.index] else g.size)
+        gone = lost(ratios[g.index], g.size) if settings.scope == "local" else g.size - int(asked[g.index])
+        keep.append(settings.rounding.alone(g.size - gone, g.size) if ratios[g.index] else g.size)
     return keep

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ...dependency import DependencyGraph, Group, GroupKind
+from ...dependency import DependencyGraph, GroupKind
 from ...dependency.axes import Floats
 from .cells import Cell, System
 from .costs import mac_costs
+from .rounding import AUTO, FINE, NEAR, Item, on_average
 from .settings import Settings
-from .steps import AUTO, FINE, NEAR, Item, around, nearest, on_average, widths
 
 # Kinds of groups of which networks have one in each of many equal layers; features of queries and values go alike.
 _OF_LAYERS = frozenset(kind for kind in GroupKind if kind.is_feature or kind is GroupKind.MLP_CHANNEL)
@@ -36,8 +36,7 @@ def round_on_average(
     best = math.inf
     for grid in (AUTO, FINE):
         ends = [
-            [_ends(graph.groups[cells[c].group], cells[c], settings, grid, cells[c].group in forced) for c in members]
-            for members in together
+            [_ends(graph, cells[c], settings, grid, cells[c].group in forced) for c in members] for members in together
         ]
         items = [
             _item(graph, scores, [cells[c] for c in members], pairs, forced, weights)
@@ -61,16 +60,12 @@ def macs_by_group(graph: DependencyGraph) -> Floats:
     return np.maximum(macs / mean, 1e-3) if mean > 0 else np.ones(len(graph.groups))
 
 
-def _ends(group: Group, cell: Cell, settings: Settings, grid: str, forced: bool) -> tuple[int, int]:
+def _ends(graph: DependencyGraph, cell: Cell, settings: Settings, grid: str, forced: bool) -> tuple[int, int]:
     """The allowed widths below and above what is asked; the same where there is no choice."""
-    n = len(cell.units)
     if forced:
         return cell.keep, cell.keep
-    least = max(cell.floor, math.ceil(min(settings.min_channels, group.size) * n / group.size))
-    if group.kind.is_head:
-        keep = max(n - nearest(round(n - cell.asked, 9)), min(least, n), 1)
-        return keep, keep
-    return around(cell.asked, widths(n, grid), least)
+    group = graph.groups[cell.group]
+    return settings.rounding.ends(cell.asked, len(cell.units), group.size, group.kind, cell.floor, grid)
 
 
 def _item(

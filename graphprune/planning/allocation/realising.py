@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from ...dependency import DependencyGraph
 from ...dependency.axes import Floats
 from .averaging import round_on_average
-from .cells import Allocation, Cell, cells_of, select, solve, systems_of
-from .selection import apart, kinds_of
+from .cells import Allocation, cells_of, select, solve, systems_of
 from .settings import Settings
-from .steps import nearest
 
 
 def realise(
@@ -22,33 +20,21 @@ def realise(
     ratios: Sequence[float] | None,
 ) -> Allocation:
     """The allocation nearest to the wanted widths that obeys the equal-count constraints."""
-    cells, constraints = cells_of(graph, apart(settings.granularity))
-    kinds = kinds_of(settings.granularity)
+    cells, constraints = cells_of(graph, settings.kinds.apart)
+    rounding = settings.rounding
+    by_ratio = ratios if settings.scope == "local" else None
     for cell in cells:
-        size = graph.groups[cell.group].size
+        group, units = graph.groups[cell.group], len(cell.units)
         keep = forced.get(cell.group, wanted[cell.group])
-        exact = ratios is None or cell.group in forced
-        cell.asked = keep * len(cell.units) / size
-        cell.keep = _share(cell, keep, size, settings, 0.0 if ratios is None else ratios[cell.group], exact)
+        ratio = None if by_ratio is None or cell.group in forced else by_ratio[cell.group]
+        cell.asked = keep * units / group.size
+        cell.keep = rounding.part(keep, units, group.size, ratio)
         if cell.group not in forced:
-            alien = kinds is not None and graph.groups[cell.group].kind not in kinds
-            cell.floor = len(cell.units) if alien else settings.floor(len(cell.units))
+            cell.floor = rounding.floor(units) if settings.kinds.may_change(group.kind) else units
             cell.keep = max(cell.keep, cell.floor)
     systems = systems_of(cells, constraints)
-    if settings.auto:
+    if rounding.auto:
         round_on_average(graph, scores, settings, cells, systems, forced)
     for system in systems:
         solve(cells, system)
     return select(graph, scores, cells)
-
-
-def _share(cell: Cell, keep: float, size: int, settings: Settings, ratio: float, forced: bool) -> int:
-    """How many of a group's kept units fall to one of its cells."""
-    n = len(cell.units)
-    if n == size or keep == size:
-        return min(n, int(keep))
-    if settings.scope == "local" and not forced and settings.round_to == 1:
-        share = n - nearest(ratio * n)
-    else:
-        share = nearest(keep * n / size)
-    return max(min(n, 1), min(n, share))

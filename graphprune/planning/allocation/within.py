@@ -6,8 +6,6 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from ...dependency import DependencyGraph
 from ...dependency.axes import Floats
 from ...errors import GraphPruneError
@@ -16,14 +14,12 @@ from .cells import Allocation
 from .realising import realise
 from .settings import Settings
 from .staircase import StairWidths
-from .steps import AUTO, RoundTo
 
 # The widths are chosen for a scaled limit and then changed by the constraints of the code. Rounds in which the scale is
 # searched, how much of the limit used is near enough, and the scale from which on raising it changes nothing.
 _ROUNDS, _NEAR, _FREE = 24, 0.995, 4.0
-# A limit that is used less is not met; and what is then tried in place of the widths of "auto".
+# A limit that is used less is not met: then finer widths are tried.
 _MET = 0.99
-_FINER: tuple[RoundTo, ...] = (AUTO, 4, 1)
 
 
 def within(
@@ -38,12 +34,13 @@ def within(
 
     Under "auto" a small network may have no such widths that use what is allowed; then finer ones are taken."""
     best: _Found | None = None
-    for round_to in _FINER if settings.auto else (settings.round_to,):
-        stepped = dataclasses.replace(settings, round_to=round_to)
+    finer = settings.rounding.finer
+    for rounding in finer:
+        stepped = dataclasses.replace(settings, rounding=rounding)
         try:
             found = _searched(graph, scores, stepped, forced, limits, chosen)
         except UnreachableBudget:
-            if best is None and round_to == (_FINER[-1] if settings.auto else settings.round_to):
+            if best is None and rounding is finer[-1]:
                 raise
             continue
         if found is not None and (best is None or found.used > best.used):
@@ -79,16 +76,16 @@ def _searched(
     """What fits of the widths chosen for limits of several scales: the one that keeps most where widths have steps,
     between which there may be no way to use more, else the one that uses most."""
     groups = graph.groups
-    allowed = [settings.widths(g.size, g.kind) for g in groups]
+    rounding = settings.rounding
+    allowed = [rounding.allowed(g.size, g.kind) for g in groups]
     floors, ceilings = [], []
-    for group, possible in zip(groups, allowed, strict=True):
-        least = max(settings.floor(group.size), min(settings.min_channels, group.size))
+    for group in groups:
         ceilings.append(forced.get(group.index, group.size))
         free = chosen[group.index] and group.index not in forced
-        floors.append(int(possible[np.searchsorted(possible, least)]) if free else ceilings[-1])
+        floors.append(rounding.narrowest(group.size, group.kind) if free else ceilings[-1])
     stairs = any(limit.stairs is not None for limit in limits)
     chooser = (StairWidths if stairs else Widths)([scores[g.index] for g in groups], floors, ceilings, allowed)
-    steps = stairs or settings.round_to != 1
+    steps = stairs or rounding.steps
     best: _Found | None = None
     scale, fits, exceeds = 1.0, 0.0, math.inf
     for _ in range(_ROUNDS):

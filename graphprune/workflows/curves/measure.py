@@ -19,11 +19,11 @@ from ...errors import GraphPruneError
 from ...importance import resolve_criterion
 from ...importance.calibration.source import CalibrationSource
 from ...importance.scorer import Scorer
-from ...planning.allocation import Settings, allocate, ignored_positions
-from ...planning.allocation.selection import check_ratio, chosen_groups
-from ...planning.allocation.steps import nearest
-from ...planning.request import Criterionlike
-from ...planning.widths import assemble
+from ...planning.allocation import allocate, chosen_groups, ignored_positions
+from ...planning.allocation.rounding import lost
+from ...planning.allocation.selection import check_ratio
+from ...planning.request import Criterionlike, Request
+from ...planning.widths import assemble, settings_of
 from ...plans.plan import Plan
 from ...plans.surgery import effective_folds
 from ...support.doors import door
@@ -78,16 +78,18 @@ def sensitivity(
     (2, 4)
     >>> plan = graphprune.plan(net, torch.randn(1, 4), budget=graphprune.Budget(macs=0.5), criterion=curves.criterion)
     """
-    settings = Settings(0.0, granularity=granularity)
-    settings.check()
+    request = Request(
+        0.0, ignore, "local", criterion, 1, granularity=granularity, seed=seed, data=data, loss_fn=loss_fn
+    )
+    if request.strategy.kinds is None:
+        raise GraphPruneError(f"granularity: curves are of widths, and {granularity!r} goes as a whole")
     shares = _checked(ratios)
-    chosen = resolve_criterion(criterion)
+    settings, chosen = settings_of(request), resolve_criterion(criterion)
     source = CalibrationSource.of(model, example_input, [example_input] if data is None else data, loss_fn)
     assert source is not None
-    chosen.check_data(data, loss_fn)
     meter = _Meter(model, list(source.data), loss_fn)
     graph = trace(model, example_input)
-    graph = graph.freezing(ignored_positions(ignore, graph, model))
+    graph = graph.freezing(ignored_positions(request.ignore, graph, model))
     effective = effective_folds(model, graph.trace)
     folds = [fold for fold, replaceable in effective if replaceable]
     calibration = None if chosen.needs is None else source.calibration(model, folds)
@@ -105,7 +107,7 @@ def sensitivity(
         return assemble(model, graph, allocation, resolution, factors, folds)
 
     curves = []
-    for group, wanted in zip(graph.groups, chosen_groups(graph, granularity), strict=True):
+    for group, wanted in zip(graph.groups, chosen_groups(graph, settings.kinds), strict=True):
         if not wanted or group.size < 2:
             continue
         curve = found.get(group)
@@ -135,7 +137,7 @@ def _measured(
     plan_of: Callable[[Group, int], Plan | None],
     meter: _Meter,
 ) -> Curve:
-    counts = sorted({nearest(r * group.size) for r in shares} - {0, group.size})
+    counts = sorted({lost(r, group.size) for r in shares} - {0, group.size})
     plans = [(n, p) for n in counts if (p := plan_of(group, n)) is not None]
     errors = tuple(meter.error(p.apply(model)) for _, p in plans)
     return Curve(group.name, group.kind, group.size, tuple(n for n, _ in plans), errors)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData
-from ...planning.request import decide, repaired
+from ...planning.calls import repaired
+from ...planning.request import Request
 from ...plans.surgery.copying import clone_with
 from ...sparsity import magnitude, make_permanent, n_m, save
 from ...support.walking import named_tensors
@@ -122,7 +123,8 @@ class Trial:
         """Layers left out as a whole, at every ratio that takes one more."""
         taken = 0
         for ratio in RATIOS:
-            decided, _ = decide(self.model, self.example, ratio, granularity="layer", data=self.data)
+            request = Request(ratio, granularity="layer", data=self.data)
+            decided = request.decide(self.model, self.example).plan
             if len(decided.layers) > taken:
                 taken = len(decided.layers)
                 small = decided.apply(self.model)
@@ -133,7 +135,7 @@ class Trial:
     def cut(self, ratio: float) -> tuple[nn.Module, str] | None:
         """A repaired network without that fraction of its channels; None if none can go."""
         criterion = None if self.data is None else "reconstruction"
-        decided, _ = decide(self.model, self.example, ratio, criterion=criterion, data=self.data)
+        decided = Request(ratio, criterion=criterion, data=self.data).decide(self.model, self.example).plan
         if decided.empty:
             return None
         small = repaired(self.model, decided, decided.apply(self.model), self.example, self.data, "auto")

@@ -17,8 +17,7 @@ from ...dependency import DependencyGraph, Reason
 from ...dependency.build import axis_roles
 from ...dependency.graph import trace
 from ...dependency.groups import Ints
-from ...importance import resolve_criterion
-from ...planning.allocation import Settings
+from ...planning.request import Request
 from ...planning.widths import plan_from_graph
 from ...support.doors import door
 from ...support.suggestions import check_choice
@@ -162,11 +161,10 @@ def doctor(model: nn.Module, example_input: Any, *, ratio: float = 0.5, sort: st
     Raises GraphPruneError for arguments out of range and when the model fails on the example input.
     """
     check_choice("sort", sort, _SORTS)
-    settings = Settings(ratio, "local", 1, 1, "auto")
-    settings.check()
+    request = Request(ratio, criterion="random", round_to=1)
     with paused_collector():
         graph = trace(model, ExampleInput.of(example_input))
-        graph, _ = plan_from_graph(model, graph, settings, resolve_criterion("random"))
+        graph, _ = plan_from_graph(model, graph, request)
         return examine(model, graph, float(ratio), sort)
 
 

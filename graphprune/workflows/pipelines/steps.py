@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import nn
 from ...errors import GraphPruneError
 from ...importance import resolve_criterion
 from ...planning.allocation import Budget
-from ...planning.request import decide
-from ...planning.shortfall import tell
+from ...planning.request import OPTIONS, Request, check_names, strategy_of
+from ...planning.shortfall import shortfall, tell
 from ...plans.plan import Plan
 from ...plans.verification import verify
 from ...recovery import recover
@@ -25,10 +26,20 @@ from ...sparsity import Channels, gradient, magnitude, masks, set_masks
 from ...sparsity.scheduler import Method
 from ...sparsity.weights import find_weights
 from ...support.runs import counted, score
-from ...support.suggestions import check_choice
 from ...support.types import LossFunction
 
-METHODS = ("channels", "layers", "magnitude", "gradient")
+# Methods that set masks: the function, and which of its arguments the pipeline gives.
+_MASKING: dict[str, tuple[Callable[..., nn.Module], tuple[str, ...]]] = {
+    "magnitude": (magnitude, ("model", "sparsity")),
+    "gradient": (gradient, ("model", "data", "loss_fn", "sparsity")),
+}
+METHODS = ("channels", "layers", *_MASKING)
+# Options of `plan` that the pipeline gives itself.
+_GIVEN = {
+    "ratio": "give the pipeline its sparsity",
+    "budget": "give it to the pipeline itself",
+    "fold_bn": "batch norms stay, as training goes on; graphprune.fold_conv_bn folds them afterwards",
+}
 # Randomness of pruning steps is that of epochs which no training reaches.
 _STEP_SEEDS = 10**6
 
@@ -44,23 +55,20 @@ class PruningStep:
 
 
 class Planned:
-    """A method that plans once: for a budget, whatever the sparsity asked for, or for that ratio."""
+    """A method that plans once: for the request's budget, whatever the sparsity asked for, or for that ratio."""
 
-    def __init__(self, example_input: Any, budget: Budget | None, options: Mapping[str, Any]) -> None:
-        self.example_input, self.budget, self.options = example_input, budget, dict(options)
-        self.checked = bool(self.options.pop("verify", True))
-        self.strict = bool(self.options.pop("strict", False))
+    def __init__(self, example_input: Any, request: Request, verify: bool) -> None:
+        self.example_input, self.request, self.verify = example_input, request, verify
         self.plan: Plan | None = None
 
     def __call__(self, model: nn.Module, sparsity: float) -> nn.Module:
         """A smaller copy of the model."""
-        ratio = None if self.budget is not None else sparsity
-        self.plan, shortfall = decide(
-            model, self.example_input, ratio, budget=self.budget, fold_bn=False, **self.options
-        )
-        tell(shortfall, self.strict)
+        asked = self.request if self.request.budget is not None else self.request.but(ratio=sparsity)
+        found = asked.decide(model, self.example_input)
+        tell(shortfall(found), asked.strict)
+        self.plan = found.plan
         small = self.plan.apply(model)
-        if self.checked:
+        if self.verify:
             verify(model, small, self.plan, self.example_input).raise_on_failure()
         return small
 
@@ -77,35 +85,59 @@ def method_of(
 ) -> Method:
     """A function (model, sparsity) -> model, from the public arguments. Raises GraphPruneError for what is none."""
     chosen = dict(options or {})
-    if method in ("channels", "layers"):
-        chosen = {"strict": strict, **chosen}
     if method not in ("channels", "layers") and budget is not None:
         raise GraphPruneError("budget: only methods 'channels' and 'layers' work towards one; give a sparsity instead")
     if callable(method):
         if chosen:
             raise GraphPruneError("options: are those of a named method; build yours into the function")
         return method
-    check_choice("method", method, METHODS, "a function (model, sparsity) -> model")
-    try:
-        if method == "channels":
-            criterion = resolve_criterion(chosen.get("criterion"))
-            if criterion.needs is not None:
-                chosen = {"data": calibration, **chosen}
-            if criterion.needs == "loss":
-                chosen = {"loss_fn": loss_fn or default_loss, **chosen}
-            chosen = {"seed": seed, **chosen}
-            if budget is not None:
-                return Planned(example_input, budget, chosen)
-            return Channels(example_input, **chosen)
-        if method == "layers":
-            chosen = {"data": calibration, "loss_fn": loss_fn or default_loss, **chosen, "granularity": "layer"}
-            return Planned(example_input, budget, chosen)
-        if method == "magnitude":
+    if method in ("channels", "layers"):
+        return _planning(method, example_input, budget, chosen, calibration, loss_fn or default_loss, seed, strict)
+    if method in _MASKING:
+        function, given = _MASKING[method]
+        check_names(chosen, [n for n in inspect.signature(function).parameters if n not in given], "options")
+        if function is magnitude:
             return lambda model, sparsity: magnitude(model, sparsity, **chosen)
-        loss = loss_fn or default_loss
-        return lambda model, sparsity: gradient(model, calibration, loss, sparsity, **chosen)
-    except TypeError as error:
-        raise GraphPruneError(f"options: {error}") from error
+        return lambda model, sparsity: gradient(model, calibration, loss_fn or default_loss, sparsity, **chosen)
+    known = ", ".join(map(repr, METHODS))
+    raise GraphPruneError(f"method: expected one of {known} or a function (model, sparsity) -> model, got {method!r}")
+
+
+def _planning(
+    method: str,
+    example_input: Any,
+    budget: Budget | None,
+    options: Mapping[str, Any],
+    calibration: Any,
+    loss_fn: LossFunction,
+    seed: int,
+    strict: bool,
+) -> Method:
+    """Pruning by plans: once, or channels step by step."""
+    check_names(options, [*(name for name in OPTIONS if name not in _GIVEN), "verify"], "options", _GIVEN)
+    chosen: dict[str, Any] = {"strict": strict, "seed": seed, **options}
+    checked = bool(chosen.pop("verify", True))
+    if method == "layers":
+        chosen = {"granularity": "layer", **chosen}
+    if strategy_of(chosen.get("granularity", "auto")).kinds is None:
+        chosen = {"data": calibration, "loss_fn": loss_fn, **chosen}
+    else:
+        needs = resolve_criterion(chosen.get("criterion")).needs
+        chosen = {**_needed(needs, calibration, loss_fn), **chosen}
+    if method == "channels" and budget is None:
+        return Channels(example_input, verify=checked, **chosen)
+    request = Request(budget=budget, fold_bn=False, **chosen)
+    if method == "layers" and request.strategy.kinds is not None:
+        raise GraphPruneError(
+            f"options: method='layers' leaves things out as a whole, and granularity={request.granularity!r} does not; "
+            f"use method='channels'"
+        )
+    return Planned(example_input, request, checked)
+
+
+def _needed(needs: str | None, data: Any, loss_fn: LossFunction) -> dict[str, Any]:
+    """What a criterion needs."""
+    return {} if needs is None else {"data": data} if needs != "loss" else {"data": data, "loss_fn": loss_fn}
 
 
 class GradualPruner:
@@ -134,7 +166,7 @@ class GradualPruner:
     def prune(self, trainer: Trainer, epoch: int) -> float | None:
         """Bring the model to where the schedule wants it before this epoch; the score afterwards."""
         wanted = self.schedule(epoch + 1)
-        budgeted = isinstance(self.method, Planned) and self.method.budget is not None
+        budgeted = isinstance(self.method, Planned) and self.method.request.budget is not None
         if wanted <= self._reached and not budgeted:
             return None
         seed_epoch(self.seed, _STEP_SEEDS + epoch, self.data)
@@ -153,7 +185,7 @@ class GradualPruner:
             if plan is not None:
                 self.plans.append(plan)
         if isinstance(self.method, Channels) and epoch + 1 >= self.steps and all(plan.empty for plan in self.plans):
-            tell("" if self.method.told else self.method.shortfall, self.method.strict)
+            tell("" if self.method.told else self.method.shortfall, self.method.request.strict)
         trainer.prune(small, plan)
         self._reached = wanted
         score = None if self.evaluate is None else self.evaluate(trainer.model)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import DependencyGraph, GraphPruneError
-from graphprune.planning.allocation import Settings, allocate
+from graphprune.planning.allocation import allocate
+from graphprune.planning.request import Request
+from graphprune.planning.widths import settings_of
 
 RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -31,7 +33,7 @@ def chain(*widths: int) -> DependencyGraph:
 
 def removed(graph: DependencyGraph, scores: list[list[float]], **options: Any) -> list[list[int]]:
     given_scores = {i: np.asarray(s, float) for i, s in enumerate(scores)}
-    found = allocate(graph, given_scores, Settings(**{"ratio": 0.5, **options})).removed
+    found = allocate(graph, given_scores, settings_of(Request(**{"ratio": 0.5, "round_to": 1, **options}))).removed
     return [found[g.index].tolist() if g.index in found else [] for g in graph.groups]
 
 
@@ -121,7 +123,8 @@ def test_ties_keep_the_lower_index_and_later_layers() -> None:
 
 def test_forced_counts_stay() -> None:
     graph = chain(6, 6)
-    found = allocate(graph, {0: np.arange(6.0), 1: np.arange(6.0)}, Settings(0.5), {1: 5}).removed
+    half = settings_of(Request(0.5, round_to=1))
+    found = allocate(graph, {0: np.arange(6.0), 1: np.arange(6.0)}, half, {1: 5}).removed
     assert found[0].tolist() == [0, 1, 2] and found[1].tolist() == [0]
 
 
@@ -154,7 +157,7 @@ def test_halves_keep_equal_counts(halves: list[tuple[int, int]], ratio: float) -
         if m.parameter == "a.weight"
     }
     gone = np.zeros(2 * width, bool)
-    for g, units in allocate(graph, by_unit, Settings(ratio)).removed.items():
+    for g, units in allocate(graph, by_unit, settings_of(Request(ratio, round_to=1))).removed.items():
         member = next(m for m in graph.groups[g].members if m.parameter == "a.weight")
         gone[member.positions[units]] = True
     count = wanted(ratio, width)
@@ -242,7 +245,7 @@ def test_ignored_outputs_stay(ignore: Any) -> None:
         ({"ignore": "bdy"}, "ignore: no module or parameter matches 'bdy'; did you mean 'body'"),
         ({"ignore": [3]}, "ignore: expected modules, parameters, names or patterns, got int"),
         ({"ignore": nn.Linear(2, 2)}, "ignore: Linear is no module of this model"),
-        ({"granularity": "rows"}, "got 'rows'"),
+        ({"granularity": "rows"}, "unknown granularity 'rows'"),
         ({"scope": "everywhere"}, "scope: expected one of 'local', 'global', 'isomorphic', got 'everywhere'"),
         ({"round_to": 0}, r'round_to: expected "auto" or an integer of at least 1, got 0'),
         ({"round_to": 2.0}, r'round_to: expected "auto" or an integer'),

@@ -364,7 +364,7 @@ def test_a_budget_takes_heads_whole_too() -> None:
 
 
 def test_names_are_checked_before_the_model_runs() -> None:
-    with pytest.raises(GraphPruneError, match=r"granularity: expected one of 'channels', 'mlp'.*got 'widths'"):
+    with pytest.raises(GraphPruneError, match=r"unknown granularity 'widths'.* Known: auto, channels, mlp, "):
         graphprune.plan(nn.Linear(2, 2), "no input at all", granularity=["heads", "widths"])
 
 

@@ -12,8 +12,8 @@ from graphprune import GraphPruneError
 from graphprune.planning.allocation import Limit
 from graphprune.planning.allocation.budget import Widths
 from graphprune.planning.allocation.exchange import Choice, Ground
+from graphprune.planning.allocation.rounding import widths
 from graphprune.planning.allocation.staircase import StairWidths
-from graphprune.planning.allocation.steps import widths
 
 
 def every(sizes: list[int], step: int = 1) -> list[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import GraphPruneError
-from graphprune.planning.allocation.steps import _LITTLE, AUTO, FINE, NEAR, Item, around, on_average, widths
+from graphprune.planning.allocation.rounding import _LITTLE, AUTO, FINE, NEAR, Item, around, on_average, widths
 
 
 def allowed(width: int, size: int, grid: str) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import graphprune
 from graphprune import Budget, GraphPruneError, PipelineResult, sparsity
-from graphprune.planning.allocation.steps import nearest
+from graphprune.planning.allocation.rounding import nearest
 
 X = torch.randn(48, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 Y = (X.mean((1, 2, 3)) > 0).long() + 2 * (X[:, 0].mean((1, 2)) > 0).long()
