@@ -28,6 +28,7 @@ _GRIDS = {AUTO: ((1, 1), (4, 4), (8, 16), (16, 32)), FINE: ((1, 1), (4, 16), (16
 # How far the mean share that goes may be from the one asked for before finer widths are taken.
 NEAR = 0.02
 # Multiples that budgets fall back on where the widths of "auto" are too coarse to use them.
+_FINER: tuple[RoundTo, ...] = (4, 1)
 _LITTLE = 1e-3  # of what is asked in total
 
 
