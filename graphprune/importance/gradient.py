@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,7 +91,7 @@ def _gates(context: ImportanceContext, group: Group) -> Tensor | None:
 
 def by_units(values: Tensor, groups: int, transposed: bool, member: Member) -> Tensor:
     """Sums over each unit's channels of (..., channels) values; (..., units)."""
-    positions = torch.from_numpy(np.ascontiguousarray(member.positions)).to(values.device)
+    positions = torch.from_numpy(member.positions.copy()).to(values.device)
     if groups > 1 and not transposed:  # the weight's axis counts inside one group
         values = values.reshape(*values.shape[:-1], groups, -1).sum(-2)
     return values[..., positions].sum(-1)

@@ -83,7 +83,7 @@ def _reading(context: ImportanceContext, member: Member) -> Reading | None:
     weight = calibration.weights[member.parameter]
     matrix = weight_matrix(reader, weight)
     taps = matrix.shape[1] // weight.shape[reader.in_axis]
-    positions = torch.from_numpy(np.ascontiguousarray(member.positions)).to(weight.device)
+    positions = torch.from_numpy(member.positions.copy()).to(weight.device)
     features = (positions[:, :, None] * taps + torch.arange(taps, device=weight.device)).flatten(1)
     covariance = covariance_of(moments)
     diagonal = covariance.diagonal(dim1=1, dim2=2)

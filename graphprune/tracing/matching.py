@@ -32,7 +32,11 @@ def items_of(argument: Any, where: str) -> list[Any]:
         return [argument]
     if not hasattr(argument, "__iter__"):
         raise _no_item(argument, where)
-    return list(argument)
+    items = list(argument)
+    for item in items:
+        if not isinstance(item, (str, nn.Module, Tensor)):
+            raise _no_item(item, where)
+    return items
 
 
 def _no_item(value: Any, where: str) -> GraphPruneError:

@@ -64,8 +64,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"ratio": {3: 0.5}}, "ratio: a dict maps names"),
     ({"ratio": 0.5, "budget": Budget(macs=0.5)}, "ratio and budget exclude each other"),
     ({"budget": 0.5}, r"budget: expected a graphprune\.Budget, got float"),
-    ({"ignore": 3}, "ignore: expected modules, names or patterns, got int"),
-    ({"ignore": [b"x"]}, "ignore: expected modules, names or patterns, got bytes"),
+    ({"ignore": 3}, "ignore: expected modules, parameters, names or patterns, got int"),
+    ({"ignore": [b"x"]}, "ignore: expected modules, parameters, names or patterns, got bytes"),
     ({"scope": "globally"}, "scope: expected one of"),
     ({"round_to": 0}, "round_to: expected"),
     ({"round_to": torch.tensor(3)}, "round_to: expected"),
@@ -81,11 +81,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"criterion": "l3"}, "unknown criterion 'l3'"),
     ({"criterion": "wanda"}, "needs data"),
     ({"layer_criterion": "output"}, "elsewhere use criterion"),
-    ({"granularity": "layrs"}, "unknown granularity 'layrs'. Did you mean 'layer'"),
+    ({"granularity": "layrs"}, "unknown granularity 'layrs'; did you mean 'layer'"),
     ({"granularity": []}, "granularity: expected a name or a list of names"),
     ({"granularity": {"heads"}}, "granularity: expected a name or a list of names"),
     ({"granularity": ["heads", "auto"]}, "'auto' does not go with 'heads'"),
-    ({"granularity": "layer", "criterion": "l2"}, "layers are ranked by one of"),
+    ({"granularity": "layer", "criterion": "l2"}, "criterion: expected one of 'block_influence'"),
     ({"granularity": "layer", "criterion": "loss"}, "needs data= with pairs"),
     ({"granularity": "layer", "ratio": {"a": 0.5}}, "layers take one number"),
     ({"granularity": "layer", "budget": Budget(memory=0.5)}, "memory is not known for layers alone"),
@@ -115,8 +115,8 @@ def test_options_are_checked_before_any_work(options: dict[str, Any], message: s
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: graphprune.prune_gradually(Untouched(), X, rond_to=3), "option 'rond_to'. Did you mean 'round_to'"),
-        (lambda: graphprune.prune_gradually(Untouched(), X, step=3), "prune_gradually: .*Did you mean 'steps'"),
+        (lambda: graphprune.prune_gradually(Untouched(), X, rond_to=3), "option 'rond_to'; did you mean 'round_to'"),
+        (lambda: graphprune.prune_gradually(Untouched(), X, step=3), "prune_gradually: .*did you mean 'steps'"),
         (lambda: graphprune.prune_gradually(Untouched(), X, output="graph"), "output: modules that were replaced"),
         (lambda: graphprune.prune_gradually(Untouched(), X, ratio={"a": 0.5}), "ratio: expected one number"),
         (
@@ -125,7 +125,7 @@ def test_options_are_checked_before_any_work(options: dict[str, Any], message: s
         ),
         (lambda: Channels(X, budget=Budget(macs=0.5)), "Channels: budget: .*prune_gradually approaches a budget"),
         (lambda: Channels(X, granularity="branch"), "granularity='branch' goes as a whole"),
-        (lambda: Channels(X, critrion="l1"), "Channels: unknown option 'critrion'. Did you mean 'criterion'"),
+        (lambda: Channels(X, critrion="l1"), "Channels: unknown option 'critrion'; did you mean 'criterion'"),
         (lambda: graphprune.pipeline(Untouched(), X, [], options={"fold_bn": True}), "options: fold_bn: batch norms"),
         (
             lambda: graphprune.pipeline(Untouched(), X, [], method="layers", options={"granularity": "mlp"}),
@@ -133,7 +133,7 @@ def test_options_are_checked_before_any_work(options: dict[str, Any], message: s
         ),
         (
             lambda: graphprune.pipeline(Untouched(), X, [], method="gradient", options={"reducton": "sum"}),
-            "options: unknown option 'reducton'. Did you mean 'reduction'",
+            "options: unknown option 'reducton'; did you mean 'reduction'",
         ),
         (lambda: graphprune.sensitivity(Untouched(), X, granularity="layer"), "curves are of widths"),
     ],
@@ -286,7 +286,7 @@ def test_one_group_against_trying_every_width(size: int, step: Any, least: int, 
     must = min(n for n in range(1, size + 1) if (size - n) * 100 <= percent * size or n == size)
     assert rounding.floor(size) == must and rounding.least(size) == max(must, min(least, size))
     assert rounding.most(size) == max(n for n in range(size + 1) if n * 100 <= percent * size)
-    possible = rounding.allowed(size, "channel").tolist()
+    possible = rounding.allowed(size, GroupKind.CHANNEL).tolist()
     if step != "auto":
         assert possible == [n for n in range(1, size + 1) if n % step == 0 or n == size]
     assert rounding.narrowest(size, "channel") == min(n for n in possible if n >= rounding.least(size))
