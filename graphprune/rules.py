@@ -30,12 +30,54 @@ function of one call of the operator. It says how the channels of the result fol
 (4, torch.Size([4]), 4)
 >>> rules.unregister("readme::scale_rows")
 
+An operator that multiplies with weights, as linear layers and convolutions do, also says along which axes: then its
+weights make and read channels as those of torch's layers do.
+
+>>> @torch.library.custom_op("readme::project", mutates_args=())
+... def project(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+...     return x @ weight + bias  # weight (in, out)
+>>> @project.register_fake
+... def _(x, weight, bias):
+...     return x.new_empty(*x.shape[:-1], weight.shape[1])
+>>> class Projections(torch.nn.Module):
+...     def __init__(self):
+...         super().__init__()
+...         self.weights = torch.nn.ParameterList([torch.randn(4, 8), torch.randn(8, 2)])
+...         self.biases = torch.nn.ParameterList([torch.randn(8), torch.randn(2)])
+...     def forward(self, x):
+...         for weight, bias in zip(self.weights, self.biases):
+...             x = project(x, weight, bias).tanh()
+...         return x
+>>> @rules.rule("readme::project")
+... def project_rule(call):
+...     x, weight, bias = (call.state(call.arg(i)) for i in range(3))
+...     call.reads(weight.axis(0))  # sums over it,
+...     call.tie(x.axis(-1), weight.axis(0), weight.shape[0])  # along the last axis of x
+...     call.produces(weight.axis(1))
+...     call.tie(weight.axis(1), bias.axis(0), weight.shape[1])
+...     last = len(x.shape) - 1
+...     return rules.State(call.shape, {**x.axes, last: weight.axis(1)})
+>>> net, x = Projections(), torch.randn(3, 4)
+>>> graphprune.count(net, x).macs  # 3 * 4 * 8 + 3 * 8 * 2
+144
+>>> graphprune.prune(net, x, budget=graphprune.Budget(macs=0.5)).weights[0].shape
+torch.Size([4, 4])
+>>> rules.unregister("readme::project")
+
+Such a call is counted as the elements of its result, times those of its weight, by the length of the axis that it
+produces; of a weight laid out as that of a transposed convolution, (in, out, kernel), as the elements of the data by
+the length of the axis that it reads. Budgets and latencies follow, and `recover` refits the weight as it does torch's,
+after it has tried the operator on the data with other weights: where its results are no sums over the weight, plus the
+bias, the layer is left as it is.
+
 What a rule may use of its `call`:
 
 - `call.arg(position, name)`: an argument as it was passed; `call.state(argument)`: the coordinates of a tensor, a
   `State` with `.shape` and `.axis(a)` (what lies along one axis; empty where no channel does).
 - `call.tie(a, b, length)`: two axes of that length lose the same indices.
 - `call.freeze(axis_map, kind, text)`: nothing along this axis can be removed; `call.freeze_state(state, kind, text)`.
+- `call.reads(axis_map)`, `call.produces(axis_map)`: this axis of a weight is summed over, along an axis of another
+  operand that it is tied to; what the call makes of that one are the channels of its result.
 - `call.statistics(axis_map)`: the result is a statistic over this axis (a mean, a norm), which changes when some go.
 - `call.reshape(state, shape)`: the same elements in another shape. `call.shape`, `call.shapes`: of the results.
 - `elementwise`, `nothing`: ready-made rules. `State(shape, {axis: axis_map})`: a result put together by hand.

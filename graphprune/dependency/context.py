@@ -11,7 +11,6 @@ from torch import fx
 
 from ..errors import GraphPruneError
 from ..tracing.names import operator_name
-from ..tracing.operators import Operator, operator_of
 from ..tracing.origin import Expr, evaluate, leaves
 from ..tracing.recorder import TensorMeta
 from ..tracing.sizes import CallSizes
@@ -381,13 +380,6 @@ class NodeContext:
     def operation(self) -> str:
         """The operator's name, for rules and people."""
         return operator_name(self.node) or str(self.node.target)
-
-    @property
-    def operator(self) -> Operator:
-        """What the table says of the call."""
-        found = operator_of(self.node)
-        assert found is not None
-        return found
 
     # -- sizes
 

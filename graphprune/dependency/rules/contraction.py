@@ -15,7 +15,7 @@ from ..effects import EqualCounts, ScalarSite
 from ..groups import GroupKind
 from ..state import AxisMap, State
 from .elementwise import tie_all
-from .registry import empty, rule
+from .registry import empty, line_of, rule
 
 
 def contract(context: NodeContext, a: State, b: State, shape: tuple[int, ...]) -> State:
@@ -41,7 +41,7 @@ def _name_heads(context: NodeContext, a: State, b: State, inner: AxisMap, full: 
 
 @rule("<matrices>")
 def matmul(context: NodeContext) -> Result:
-    form = context.operator.form
+    form = line_of(context).form
     assert isinstance(form, Matrices)
     a, b = context.state(context.arg(form.left)), context.state(context.arg(form.left + 1))
     shape = context.shape
@@ -59,7 +59,7 @@ def matmul(context: NodeContext) -> Result:
 
 @rule("<layer>")
 def linear(context: NodeContext) -> Result:
-    form = context.operator.form
+    form = line_of(context).form
     assert isinstance(form, Layer)
     data = given(context.node, form.data)
     x, weight = context.state(data), context.state(given(context.node, form.weight))
@@ -151,7 +151,7 @@ def _reads(context: NodeContext, data: Any) -> str:
 
 @rule("<sliding>")
 def convolution(context: NodeContext) -> Result:
-    form = context.operator.form
+    form = line_of(context).form
     assert isinstance(form, Sliding)
     x, weight = context.state(context.arg(form.data)), context.state(context.arg(form.weight))
     transposed, groups = form.turned(context.arg), int(context.arg(form.groups) or 1)
@@ -185,7 +185,9 @@ def _single_tap(context: NodeContext, form: Sliding, kernel: tuple[int, ...], ax
 
 
 def _of_axis(values: Any, axis: int) -> Any:
-    """What a list with one number for all axes after the channels, or one for each, says about `axis`."""
+    """What a number for all axes after the channels, or a list with one for each, says about `axis`."""
+    if not isinstance(values, (list, tuple)):
+        return values
     return values[axis - 2] if len(values) > 1 else values[0]
 
 

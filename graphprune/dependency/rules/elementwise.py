@@ -9,7 +9,7 @@ from ...tracing.origin import Expr
 from ..context import NodeContext, Result
 from ..effects import ScalarSite
 from ..state import AxisMap, State
-from .registry import empty, rule
+from .registry import empty, line_of, rule
 
 
 def tie_all(context: NodeContext, states: list[State], shape: tuple[int, ...]) -> State:
@@ -63,10 +63,10 @@ def _temperature(context: NodeContext) -> None:
     """x * f(sizes) and x / f(sizes): the factor must not change when the sizes do."""
     scalars: dict[int, Expr] = context.node.meta.get("scalars") or {}
     operand = next((a for a in context.node.args if isinstance(a, fx.Node)), None)
-    if operand is None or not scalars or not context.operator.scales:
+    if operand is None or not scalars or not line_of(context).scales:
         return
     for position, expr in scalars.items():
-        divide = context.operator.merge is Merge.QUOTIENT and position == 1
+        divide = line_of(context).merge is Merge.QUOTIENT and position == 1
         context.effects.scalars.append(ScalarSite(context.node, expr, operand, divide))
 
 

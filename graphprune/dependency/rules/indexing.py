@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from ...tracing.names import operator_name
+from ...tracing.operators import Move, operator_of
 from ...tracing.origin import Expr, Literal, Operation, evaluate, recorded_value
 from ..context import NodeContext, Result
 from ..state import AxisMap, State, axis_of, take
@@ -300,7 +300,7 @@ class _Place:
 def _written_down(index: fx.Node, length: int) -> Any:
     """What must stay for indices written in the code to mean what they did, as a mask of the axis: up to the largest
     one and, for those that count from the end, from the smallest one on. None where they are not known."""
-    while index.op == "call_function" and operator_name(index) in ("lift_fresh", "lift_fresh_copy", "detach", "alias"):
+    while (found := operator_of(index)) is not None and found.move is Move.STAYS:
         index = index.all_input_nodes[0]
     value = index.meta.get("value") if "constant" in index.meta else None
     if value is None or value.dtype not in (torch.int64, torch.int32):

@@ -13,7 +13,7 @@ from ...tracing.origin import TensorSize
 from ...tracing.recorder import Guard
 from ..context import NodeContext, Result
 from ..state import AxisMap, State, concatenate
-from .registry import rule
+from .registry import line_of, rule
 
 _HELD = "hidden width of a recurrent layer"
 
@@ -88,7 +88,7 @@ def recurrent(context: NodeContext) -> Result:
 
 
 def _cell(context: NodeContext, weights: list[Any], below: AxisMap, blocker: str) -> _Cell:
-    form = context.operator.form
+    form = line_of(context).form
     assert isinstance(form, Cells)
     gates = form.gates
     states = [context.state(w) for w in weights]

@@ -9,7 +9,7 @@ import torch
 
 from ...support.registry import Registry
 from ...tracing.names import target_name
-from ...tracing.operators import named, operator_of_target
+from ...tracing.operators import Operator, named, operator_of, operator_of_target
 from ..context import NodeContext, Result
 from ..state import State
 
@@ -31,6 +31,13 @@ def rule_for(target: Any) -> Rule:
     if found is None and torch.Tag.pointwise in getattr(target, "tags", ()):
         found = RULES["<pointwise>"]
     return found or unknown
+
+
+def line_of(context: NodeContext) -> Operator:
+    """What the table says of the call that a generic rule analyses."""
+    found = operator_of(context.node)
+    assert found is not None
+    return found
 
 
 def has_rule(name: str) -> bool:

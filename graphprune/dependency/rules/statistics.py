@@ -7,7 +7,7 @@ from typing import Any
 from ...tracing.origin import Literal
 from ..context import NodeContext, Result
 from ..state import State
-from .registry import empty, rule
+from .registry import empty, line_of, rule
 
 
 def _several(context: NodeContext, out: State) -> Result:
@@ -24,7 +24,7 @@ def _tie_parameters(context: NodeContext, axis_map: Any, length: int, arguments:
 
 def _of_the_batch(context: NodeContext) -> bool:
     """Whether a batch norm takes the statistics of its input, not stored ones."""
-    said = context.operator.own_statistics
+    said = line_of(context).own_statistics
     if isinstance(said, bool):
         return said
     position = 3 if "no_stats" in context.node.target._overloadname else said  # type: ignore[union-attr]

@@ -2,7 +2,7 @@
 
 from .data import CalibrationData
 from .layers import Reader, find_readers
-from .moments import Moments, as_weight, rows_of, weight_matrix
+from .moments import Moments, NoProducts, as_weight, rows_of, weight_matrix
 from .observe import Call, observe
 from .statistics import Calibration
 
@@ -11,6 +11,7 @@ __all__ = [
     "CalibrationData",
     "Call",
     "Moments",
+    "NoProducts",
     "Reader",
     "as_weight",
     "find_readers",

@@ -99,13 +99,15 @@ def _declared_rows(
     parts = []
     for columns in unit.split(UNITS, 1):
         kernel = columns.repeat(1, reader.groups).reshape(*rest, -1).movedim(-1, reader.out_axis).contiguous()
-        rows, picked = _by_place(reader, call.again(kernel), first_sample, picked)
+        rows, picked = _by_place(reader, call.again(kernel, 0.0), first_sample, picked)
         parts.append(rows.reshape(rows.shape[0], reader.groups, -1).transpose(0, 1))
     x = torch.cat(parts, 2)
-    made, _ = _by_place(reader, call.again(weight.detach()), first_sample, picked)
     ours = (x.double() @ weight_matrix(reader, weight)).transpose(0, 1).flatten(1)
-    scale = x.double().abs().amax() * weight.detach().double().abs().amax() * features
-    if not bool((ours - made).abs().amax() <= 1e3 * torch.finfo(made.dtype).eps * scale):
+    scale = 2 + x.double().abs().amax() * weight.detach().double().abs().amax() * features
+    for bias in (0.0, 2.0) if reader.bias else (0.0,):
+        made, _ = _by_place(reader, call.again(weight.detach(), bias), first_sample, picked)
+        if bool((ours + bias - made).abs().amax() <= 1e3 * torch.finfo(made.dtype).eps * scale):
+            continue
         raise NoProducts(
             f"{reader.weight}: {reader.declared} does not make sums over its weight along the axes that its rule says "
             "it reads and produces"

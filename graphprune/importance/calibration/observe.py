@@ -37,14 +37,14 @@ class Call:
 
     `geometry`: (stride, padding, dilation, output padding) of a convolution, a number per axis; padding may be "same",
     and output padding is for transposed ones. `again`: of a user's operator, what it makes of the same data with
-    another weight, and with zeros for the bias; kept with `x`.
+    another weight, and with one number for all of the bias; kept with `x`.
     """
 
     x: Tensor | None
     y: Tensor | None
     other: Tensor | None = None
     geometry: tuple[Any, Any, Any, Any] | None = None
-    again: Callable[[Tensor], Tensor] | None = None
+    again: Callable[[Tensor, float], Tensor] | None = None
 
 
 class _Enough(BaseException):
@@ -77,7 +77,7 @@ class _Watch(TorchFunctionMode):
         found = None if operator is None else self._call_of(operator, func, name, args, kwargs)
         out = func(*args, **kwargs)
         if self.replay is not None:
-            self.replay.leave(number, name, args, kwargs, out, self._name(args))
+            self.replay.leave(number, name, args, kwargs, out, self._name(args, kwargs))
         if found is None:
             self._check()
             return out
@@ -105,10 +105,10 @@ class _Watch(TorchFunctionMode):
         if not self.missing and not self.waiting and (self.replay is None or self.replay.done):
             raise _Enough
 
-    def _name(self, args: Any) -> str | None:
+    def _name(self, args: Any, kwargs: Any) -> str | None:
         """The reader that a call belongs to, whether or not it is watched now."""
         assert self.replay is not None
-        found = (self.replay.names.get(id(a)) for a in args if isinstance(a, nn.Parameter))
+        found = (self.replay.names.get(id(a)) for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter))
         return next((n for n in found if n is not None), None)
 
     def _call_of(
@@ -153,18 +153,18 @@ def _geometry(form: Sliding, given: Callable[[int], Any], axes: int) -> tuple[An
     return number(form.stride, 1), number(form.padding, 0), number(form.dilation, 1), extra
 
 
-def _repeated(func: Any, args: Any, kwargs: Any, reader: Reader, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The same call with another weight and no bias."""
+def _repeated(func: Any, args: Any, kwargs: Any, reader: Reader, x: Tensor) -> Callable[[Tensor, float], Tensor]:
+    """The same call with another weight and bias."""
     places = reader.places
     names = positions(func)
     bound = {place: (value.clone() if isinstance(value, Tensor) else value) for place, value in enumerate(args)}
     bound |= {names[key]: (value.clone() if isinstance(value, Tensor) else value) for key, value in kwargs.items()}
     schema = list(names)
 
-    def again(weight: Tensor) -> Tensor:
+    def again(weight: Tensor, bias: float) -> Tensor:
         values = {**bound, places.data: x, places.weight: weight}
         if places.bias is not None:
-            values[places.bias] = x.new_zeros(weight.shape[reader.out_axis])
+            values[places.bias] = x.new_full((weight.shape[reader.out_axis],), bias)
         by_place = [values.pop(place) for place in range(len(args))]
         out: Tensor = func(*by_place, **{schema[place]: value for place, value in values.items()})
         return out

@@ -13,6 +13,7 @@ from ...importance.calibration import (
     CalibrationData,
     Call,
     Moments,
+    NoProducts,
     Reader,
     as_weight,
     find_readers,
@@ -129,25 +130,37 @@ class Refit:
         named = named_tensors(self.small)
         moments: dict[str, Moments] = {}
         shifts: dict[str, _Shift] = {r.weight: _Shift() for r in shifted}
+        unlike: dict[str, str] = {}  # users' layers that are no layers, and why
 
         def take(reader: Reader, call: Call, wanted: Tensor, seen: int) -> None:
             weight = named[reader.weight]
+            if reader.weight in unlike:
+                return
+            checked = reader.declared and reader.separable
+            try:
+                x, y = rows_of(reader, call, wanted, weight, seen) if checked else (None, None)
+            except NoProducts as error:
+                unlike[reader.weight] = f"{error}: left alone"
+                return
             if reader.weight in shifts:
                 assert call.y is not None
                 axis = walk.channel_axis(reader, call.y)
                 shifts[reader.weight].add(wanted, call.y, axis, _padded(call))
                 return
-            x, y = rows_of(reader, call, wanted, weight, seen)
+            if x is None or y is None:
+                x, y = rows_of(reader, call, wanted, weight, seen)
             if reader.weight not in moments:
                 moments[reader.weight] = Moments(x.shape[0], x.shape[2], y.shape[2], x.device)
             moments[reader.weight].add(x, y)
 
         pair.gather(wave, targets, take)
+        for name, told in unlike.items():
+            self.report.append(LayerRecovery(name, "none", math.nan, math.nan, told, False))
         with torch.no_grad():
             for reader in solved:
                 if reader.weight in moments:
                     self._solve(reader, moments.pop(reader.weight))
-            for reader in shifted:
+            for reader in (r for r in shifted if r.weight not in unlike):
                 self._shift(reader, shifts[reader.weight])
 
     def _constant(self, reader: Reader) -> walk.Constant:

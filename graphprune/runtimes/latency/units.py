@@ -151,6 +151,8 @@ def _convolution(node: fx.Node, axes: Axes) -> list[Unit]:
     if product is None or not isinstance(form, Sliding):
         return []
     stride, padding, dilation = (given(node, place) for place in (form.stride, form.padding, form.dilation))
+    if isinstance(padding, str):
+        return []
     transposed, groups, output_padding = product.transposed, product.groups, given(node, form.output_padding)
     x, w = axes.of(product.data), axes.of(product.weight)
     sites = tuple(a.length for a in x[2:])

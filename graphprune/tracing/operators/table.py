@@ -79,7 +79,7 @@ _ENTRIES: list[tuple[Operator, str]] = [
      "squeeze_"),
     (Operator(Kind.MOVEMENT, move=Move.RESHAPES), "view_copy unsqueeze_copy squeeze_copy"),
     (Operator(Kind.MOVEMENT, move=Move.ARRANGES, view=True),
-     "permute transpose transpose_ t t_ swapaxes swapdims movedim moveaxis numpy_T mT T adjoint"),
+     "permute transpose transpose_ t t_ swapaxes swapdims movedim moveaxis numpy_T mT adjoint"),
     (Operator(Kind.MOVEMENT, move=Move.ARRANGES),
      "permute_copy transpose_copy flip fliplr flipud roll pixel_shuffle pixel_unshuffle channel_shuffle "
      "native_channel_shuffle"),
@@ -112,15 +112,15 @@ _ENTRIES: list[tuple[Operator, str]] = [
      "copy_ copy where masked_fill masked_fill_ lerp lerp_ addcmul addcdiv _prelu_kernel gelu gelu_ silu silu_ mish "
      "mish_ sigmoid_ tanh_ log_sigmoid_forward softplus softshrink hardshrink threshold threshold_ rsub clamp_min "
      "clamp_min_ clamp_max clamp_max_ rrelu_with_noise square square_ nan_to_num fake_quantize_per_tensor_affine "
-     "float_power heaviside complex polar view_as_real_copy special_erf logit sinc bernoulli_p"),
+     "float_power heaviside complex polar view_as_real_copy special_erf logit sinc"),
     # -- norms and other statistics
     (Operator(Kind.BATCH_NORM, own_statistics=5),
      "native_batch_norm batch_norm _native_batch_norm_legit cudnn_batch_norm miopen_batch_norm "
      "_batch_norm_impl_index instance_norm"),
-    (Operator(Kind.BATCH_NORM, own_statistics=True), "batch_norm_with_update _batch_norm_with_update"),
+    (Operator(Kind.BATCH_NORM, own_statistics=True), "_batch_norm_with_update"),
     (Operator(Kind.BATCH_NORM), "_native_batch_norm_legit_no_training _batch_norm_no_update"),
     (Operator(Kind.LAYER_NORM), "native_layer_norm layer_norm"),
-    (Operator(Kind.RMS_NORM), "_fused_rms_norm rms_norm _fused_rms_norm_"),
+    (Operator(Kind.RMS_NORM), "_fused_rms_norm rms_norm"),
     (Operator(Kind.GROUP_NORM), "native_group_norm group_norm"),
     (Operator(Kind.WEIGHT_NORM), "_weight_norm_interface _weight_norm"),
     (Operator(Kind.SOFTMAX), "_softmax softmax _log_softmax log_softmax _safe_softmax"),
@@ -133,12 +133,11 @@ _ENTRIES: list[tuple[Operator, str]] = [
     (Operator(Kind.POOLING),
      "max_pool1d max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
      "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices mkldnn_max_pool2d "
-     "quantized_max_pool2d lp_pool2d fractional_max_pool2d fractional_max_pool3d max_unpool2d max_unpool3d"),
+     "quantized_max_pool2d fractional_max_pool2d fractional_max_pool3d max_unpool2d max_unpool3d"),
     (Operator(Kind.RESAMPLING, move=Move.REPEATS), "upsample_nearest1d upsample_nearest2d upsample_nearest3d"),
     (Operator(Kind.RESAMPLING),
      "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d "
-     "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa "
-     "upsample_bilinear2d_aa"),
+     "upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa"),
     # -- other
     (Operator(Kind.QUANTISATION, numbers=2),
      "quantize_per_channel fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask"),
