@@ -23,6 +23,6 @@ myst_heading_anchors = 3
 default_role = "code"
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
+autodoc_preserve_defaults = False
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False

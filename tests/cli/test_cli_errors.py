@@ -81,7 +81,7 @@ def test_errors_are_one_line_and_status_1(arguments: list[str], message: str) ->
         (["prune", "zoo:net", "--ratio", "first=0.5,first=0.4"], "neither a number"),
         (["prune", "zoo:net", "--ratio", ","], "expected a number or name=number"),
         (["prune", "zoo:net", "--round-to", "x"], "--round-to"),
-        (["prune", "zoo:net", "--budget", "speed=2"], "expected one of macs, params, memory, latency, latency_ms"),
+        (["prune", "zoo:net", "--budget", "speed=2"], "unknown budget 'speed'. Known: macs, params, memory, latency"),
         (["prune", "zoo:net", "--budget", "macs=x"], "expected one of macs"),
         (["prune", "zoo:net", "--budget", "latency=2"], "latency is a fraction"),
         (["prune", "zoo:net", "--budget", "macs=0.5,macs=0.4"], "each once"),
