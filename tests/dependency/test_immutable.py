@@ -16,9 +16,8 @@ from graphprune import Budget, DependencyGraph, GraphPruneError, GroupKind
 from graphprune.dependency import Reason
 from graphprune.dependency.effects import Freeze
 from graphprune.dependency.grouping import Grouping, Part
-from graphprune.importance import resolve_criterion
-from graphprune.planning.allocation import Settings
-from graphprune.planning.widths import plan_from_graph, plan_once
+from graphprune.planning.request import Request
+from graphprune.planning.widths import plan_from_graph, plan_once, settings_of
 from graphprune.plans.rewriting import Rewriter
 from tests.networks import NETWORKS, random_network
 
@@ -54,28 +53,28 @@ def digest(graph: DependencyGraph) -> dict[str, Any]:
     }
 
 
-def _planned(name: str, graph: DependencyGraph, settings: Settings, **options: Any) -> None:
-    if settings.budget is not None and not graph.groups:
+def _planned(name: str, graph: DependencyGraph, request: Request) -> None:
+    if request.budget is not None and not graph.groups:
         return  # without any work there is no fraction of it
     model = NETWORKS[name]()[0]
-    narrowed, decided = plan_from_graph(model, graph, settings, resolve_criterion("l2"), **options)
+    narrowed, decided = plan_from_graph(model, graph, request)
     assert narrowed.trace is graph.trace
     assert [g.size for g in narrowed.groups] == [g.size for g in decided.groups]
 
 
-def _settings(**changes: Any) -> Settings:
-    return dataclasses.replace(Settings(0.5), **changes)
+def _request(**options: Any) -> Request:
+    return Request(**{"criterion": "l2", "round_to": 1, **options})
 
 
 WAYS: dict[str, Callable[[str, DependencyGraph], None]] = {
-    "plain": lambda n, g: _planned(n, g, _settings()),
-    "ignore": lambda n, g: _planned(n, g, _settings(), ignore=next(p for p in g.trace.parameters)),
-    "everything ignored": lambda n, g: _planned(n, g, _settings(), ignore="*"),
-    "budget": lambda n, g: _planned(n, g, _settings(ratio=None, budget=Budget(macs=0.6), scope="global")),
-    "global": lambda n, g: _planned(n, g, _settings(scope="global", round_to=2)),
-    "rounded": lambda n, g: _planned(n, g, _settings(round_to=4, min_channels=2)),
+    "plain": lambda n, g: _planned(n, g, _request()),
+    "ignore": lambda n, g: _planned(n, g, _request(ignore=next(p for p in g.trace.parameters))),
+    "everything ignored": lambda n, g: _planned(n, g, _request(ignore="*")),
+    "budget": lambda n, g: _planned(n, g, _request(budget=Budget(macs=0.6), scope="global")),
+    "global": lambda n, g: _planned(n, g, _request(scope="global", round_to=2)),
+    "rounded": lambda n, g: _planned(n, g, _request(round_to=4, min_channels=2)),
     **{
-        kind: lambda n, g, kind=kind: _planned(n, g, _settings(granularity=kind))  # type: ignore[misc]
+        kind: lambda n, g, kind=kind: _planned(n, g, _request(granularity=kind))  # type: ignore[misc]
         for kind in ("channels", "mlp", "embedding", "heads", "head features", "qk features", "v features", "filters")
     },
 }
@@ -111,8 +110,8 @@ def test_rewriting_leaves_all_its_graphs_as_they_are(output: str) -> None:
             while True:
                 graph = rewriter.graph()
                 seen.append((graph, digest(graph)))
-                options = (_settings(), resolve_criterion("l2"), (), True, 0, None)
-                found = plan_once(model, graph, *options, rewriter)
+                request = _request()
+                found = plan_once(model, graph, request, settings_of(request), None, rewriter)
                 if found is not None:
                     break
         except GraphPruneError:  # the model cannot become one graph

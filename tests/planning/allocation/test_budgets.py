@@ -121,7 +121,7 @@ def test_unknown_names_are_refused(name: str) -> None:
 
 
 def test_the_nearest_name_is_proposed() -> None:
-    with pytest.raises(GraphPruneError, match="Did you mean 'params'"):
+    with pytest.raises(GraphPruneError, match="did you mean 'params'"):
         Budget(param=0.5, macs=0.5)
     with pytest.raises(GraphPruneError, match="unknown budget 'flops'"):
         Budget(macs=0.5, flops=None)

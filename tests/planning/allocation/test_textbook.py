@@ -95,7 +95,7 @@ def test_a_stream_that_both_write_is_neither_and_both_together_are_less_than_cha
     }
     assert cut["filters"] == cut["filter"] == {"a", "b"} and cut["neurons"] == {"up"}
     assert cut["both"] == {"a", "b", "up"} and cut["both"] < cut["channels"]
-    with pytest.raises(GraphPruneError, match=r"unknown granularity 'neurones'. Did you mean 'neurons'"):
+    with pytest.raises(GraphPruneError, match=r"unknown granularity 'neurones'; did you mean 'neurons'"):
         graphprune.plan(net, X, 0.5, granularity="neurones")
 
 
