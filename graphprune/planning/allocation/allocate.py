@@ -34,17 +34,18 @@ def allocate(
 
     Raises GraphPruneError for limits that cannot be met."""
     forced = forced or {}
+    weights = macs_by_group(graph)
     if limits:
-        return within(graph, scores, settings, forced, limits, chosen_groups(graph, settings.kinds))
+        return within(graph, scores, settings, forced, limits, chosen_groups(graph, settings.kinds), weights)
     assert settings.ratio is not None
     asked = matching_ratios(settings.ratio, graph)
     chosen = chosen_groups(graph, settings.kinds, _losing(graph, asked, settings))
     ratios = [r if c else 0.0 for r, c in zip(asked, chosen, strict=True)]
     wanted = _asked_per_group(graph, scores, ratios, settings.scope)
     keep = _keep_per_group(graph, wanted, ratios, settings)
-    made = realise(graph, scores, settings, forced, keep, ratios)
+    made = realise(graph, scores, settings, forced, keep, ratios, weights)
     shares = {i: wanted[i] for i, ratio in enumerate(ratios) if ratio}
-    return dataclasses.replace(made, asked=shares, weights=macs_by_group(graph))
+    return dataclasses.replace(made, asked=shares, weights=weights)
 
 
 def _losing(graph: DependencyGraph, ratios: Sequence[float], settings: Settings) -> list[bool] | None:

@@ -26,11 +26,11 @@ def round_on_average(
     cells: Sequence[Cell],
     systems: Sequence[System],
     forced: Mapping[int, int],
+    weights: Floats,
 ) -> None:
     """Give every cell an allowed width next to what was asked. Cells that must stay equal go the same way, and so do
     equal layers of a transformer, whose widths a configuration can then hold. Whole heads are rounded to nearest."""
     together = _in_step(graph, cells, systems, settings.even)
-    weights = macs_by_group(graph)
     free = {cell.group for cell in cells if cell.asked < len(cell.units) and cell.group not in forced}
     all_of_it = float(weights[list(free)].sum())
     best = math.inf

@@ -18,8 +18,10 @@ def realise(
     forced: Mapping[int, int],
     wanted: Sequence[float],
     ratios: Sequence[float] | None,
+    weights: Floats,
 ) -> Allocation:
-    """The allocation nearest to the wanted widths that obeys the equal-count constraints."""
+    """The allocation nearest to the wanted widths that obeys the equal-count constraints. `weights`: what groups count
+    in a mean."""
     cells, constraints = cells_of(graph, settings.kinds.apart)
     rounding = settings.rounding
     by_ratio = ratios if settings.scope == "local" else None
@@ -34,7 +36,7 @@ def realise(
             cell.keep = max(cell.keep, cell.floor)
     systems = systems_of(cells, constraints)
     if rounding.auto:
-        round_on_average(graph, scores, settings, cells, systems, forced)
+        round_on_average(graph, scores, settings, cells, systems, forced, weights)
     for system in systems:
         solve(cells, system)
     return select(graph, scores, cells)

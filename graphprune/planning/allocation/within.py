@@ -29,6 +29,7 @@ def within(
     forced: Mapping[int, int],
     limits: Sequence[Limit],
     chosen: Sequence[bool],
+    weights: Floats,
 ) -> Allocation:
     """Widths within the limits: what equal counts and shared indices add is found out exactly, and taken off.
 
@@ -38,7 +39,7 @@ def within(
     for rounding in finer:
         stepped = dataclasses.replace(settings, rounding=rounding)
         try:
-            found = _searched(graph, scores, stepped, forced, limits, chosen)
+            found = _searched(graph, scores, stepped, forced, limits, chosen, weights)
         except UnreachableBudget:
             if best is None and rounding is finer[-1]:
                 raise
@@ -72,6 +73,7 @@ def _searched(
     forced: Mapping[int, int],
     limits: Sequence[Limit],
     chosen: Sequence[bool],
+    weights: Floats,
 ) -> _Found | None:
     """What fits of the widths chosen for limits of several scales: the one that keeps most where widths have steps,
     between which there may be no way to use more, else the one that uses most."""
@@ -96,7 +98,7 @@ def _searched(
                 raise  # not even the floors fit
             fits, scale = max(fits, scale), (scale + min(exceeds, _FREE)) / 2
             continue
-        made = realise(graph, scores, settings, forced, wanted.tolist(), None)
+        made = realise(graph, scores, settings, forced, wanted.tolist(), None, weights)
         used = max(limit.cost.exact(made.gone) / limit.most for limit in limits)
         if used <= 1 + 1e-12:
             fits = scale
