@@ -217,6 +217,10 @@ class ImportanceContext:
         found = None if self._stored is None else self._stored.variance(name)
         return None if found is None else found.cpu().numpy()
 
+    def only_multiplies(self, name: str) -> bool:
+        """Whether the network does no more with a parameter or buffer than to multiply others with it."""
+        return self._stored is not None and self._stored.only_multiplies(name)
+
     def generator(self, group: Group) -> np.random.Generator:
         """Random numbers that depend on the seed and the group's index alone, not on what was drawn before."""
         return np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=(group.index,)))

@@ -17,15 +17,16 @@ def flow(context: ImportanceContext, group: Group) -> Floats:
     """How much of what each next layer reads comes through a unit: sd(x) |w|^2, as a share of the layer's sum.
 
     |w|^2: the squared weights with which a layer reads the unit's channels; sd(x): their standard deviations, from the
-    statistics that batch norms store, carried through what lies between. Where nothing is stored it is 1, and less for
-    filters that are shorter than a tenth of their layer's (a filter of zeros passes nothing on). Shares are summed
+    statistics that batch norms store, carried through what lies between. Where nothing is stored it is 1, less for
+    filters that are shorter than a tenth of their layer's (a filter of zeros passes nothing on), and times the size of
+    parameters and buffers that only multiply the unit (scales, masks). Shares are summed
     over the layers that read the group: a residual stream that ten layers read weighs as much as ten groups that one
     layer reads each, so that scores compare across groups as they are. A group that no linear layer or convolution
     reads is judged by its own squared weights, as if one layer read it.
 
     The default: chosen by an experiment on trained networks (docs/criteria.md).
     """
-    alive = _alive(context, group)
+    alive = _alive(context, group) * _scaled(context, group)
     read = [_read(context, member, alive) for member in context.members(group, ("in",))]
     if not read:
         read = [context.squares(member).sum(1) for member in judged_members(context, group)]
@@ -41,6 +42,14 @@ def _alive(context: ImportanceContext, group: Group) -> Floats:
     relative = [squares / squares.mean() for squares in made if squares.any()]
     alive: Floats = np.minimum(1, np.sqrt(np.mean(relative, 0)) / _SHORT) if relative else np.ones(group.size)
     return alive
+
+
+def _scaled(context: ImportanceContext, group: Group) -> Floats:
+    """The product of the scales of each unit."""
+    scales = [m for m in context.members(group, ("vector",)) if context.only_multiplies(m.parameter)]
+    sizes = [np.sqrt(context.squares(m).mean(1)) for m in scales]
+    out: Floats = np.prod(sizes, 0) if sizes else np.ones(group.size)
+    return out
 
 
 def _read(context: ImportanceContext, member: Member, alive: Floats) -> Floats:

@@ -150,3 +150,25 @@ def test_norms_see_weights_as_they_stand_and_folded_ones_on_request(name: str) -
     assert own == tuple(sorted(norms.argsort()[:3].tolist()))
     folded = graphprune.plan(net, x, {"up": 0.3}, criterion=f"{name}_folded", round_to=1).removed["up.weight"][0]
     assert folded == tuple(sorted((norms * scale.abs()).argsort()[:3].tolist()))
+
+
+def test_scales_and_masks_count_where_nothing_is_stored() -> None:
+    """x g with weights of one size: |g| decides; what g is added to, not."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1)
+            self.register_buffer("mask", torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0, 1.0]).reshape(1, 6, 1, 1))
+            self.scale = nn.Parameter(torch.tensor([9.0, -0.1, 2.0, 9.0, -3.0, 1.0]).reshape(1, 6, 1, 1))
+            self.shift = nn.Parameter(torch.tensor([5.0, 0.0, 0.0, 5.0, 0.0, 0.0]).reshape(1, 6, 1, 1))
+            with torch.no_grad():
+                for parameter in (*self.first.parameters(), *self.last.parameters()):
+                    parameter.fill_(0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x) * self.mask * self.scale + self.shift)
+
+    net, example = Net().eval(), torch.randn(1, 3, 4, 4)
+    order = [graphprune.plan(net, example, n / 6, criterion="flow", round_to=1).removed for n in (2, 3, 4)]
+    assert [removed["first.weight"][0] for removed in order] == [(0, 3), (0, 1, 3), (0, 1, 3, 5)]

@@ -428,6 +428,12 @@ class StoredStatistics:
                 out[reader.weight] = by_input(reader, spread.variance, self._tensors[reader.weight])
         return out
 
+    def only_multiplies(self, name: str) -> bool:
+        """Whether all that happens to a tensor is that others are multiplied with it, element by element."""
+        node = self._trace.parameters.get(name)
+        found = [] if node is None else [operator_of(user) for user in node.users]
+        return bool(found) and all(one is not None and one.merge is Merge.PRODUCT for one in found)
+
     def variance(self, weight: str) -> Tensor | None:
         """Variances of what a linear layer or convolution reads, one per index of its weight's input axis, over data,
         samples and places; NaN where unknown, None for what is no such layer. Behind layer norms they are assumed."""
