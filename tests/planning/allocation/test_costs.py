@@ -177,9 +177,7 @@ def exported_macs(path: Path, feed: dict[str, Any]) -> int:
     return total
 
 
-@pytest.mark.parametrize(
-    "name", ["lstm both", "gru", "rnn", "reader"]
-)
+@pytest.mark.parametrize("name", ["lstm both", "gru", "rnn", "reader"])
 def test_the_exported_file_computes_as_much(name: str, tmp_path: Path) -> None:
     model, x = made(name)
     for network in (model, graphprune.prune(model, x, budget=Budget(macs=0.5))):
