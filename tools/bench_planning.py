@@ -5,10 +5,10 @@
     python -m tools.bench_planning --profile densenet121         # where the time of ours goes
 
 Ours is `graphprune.prune(model, example, 0.5, criterion="l2", verify=False, recover=None)`: tracing, dependency
-analysis, importance, planning, Conv-BN folding and a pruned copy of the model, without the repair that is the default. Torch-Pruning's is building its pruner (which
-builds the dependency graph) and one `step()` on a deep copy; as it prunes in place, the deep copy is made before its
-clock starts, while the copy that ours makes is on ours. Both get the same weights, image and ratio and rank by the L2
-norm.
+analysis, importance, planning, Conv-BN folding and a pruned copy of the model, without the repair that is the default.
+Torch-Pruning's is building its pruner (which builds the dependency graph) and one `step()` on a deep copy; as it prunes
+in place, the deep copy is made before its clock starts, while the copy that ours makes is on ours. Both get the same
+weights, image and ratio and rank by the L2 norm.
 """
 
 from __future__ import annotations
