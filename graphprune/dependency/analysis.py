@@ -267,7 +267,7 @@ class _Propagation:
         """Factor at once what a call asks for in its own parameters, where nothing has read them before (the scale of a
         norm, the bias of a layer): it saves a pass over the network. True when the call has to be looked at again."""
         again = False
-        for request in self.effects[node].refines:  # mostly none
+        for request in self.effects[node].refines:
             root = self.dims.root_of[request.dim]
             if root not in self.dims.roots:
                 continue

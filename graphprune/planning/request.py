@@ -59,7 +59,7 @@ class Request:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", _checked_ratio(self.ratio, self.budget))
-        object.__setattr__(self, "ignore", items_of(self.ignore, "ignore"))
+        object.__setattr__(self, "ignore", tuple(items_of(self.ignore, "ignore")))
         check_choice("scope", self.scope, SCOPES)
         _check_plain(self)
         check_output(self.output)

@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from ..errors import GraphPruneError
-from .walking import all_modules, first_names, tensors_in
+from .walking import all_modules, first_names, named_tensors, tensors_in
 
 # Attributes under which objects of other libraries keep their networks, the likeliest first.
 _PLACES = ("model", "lightning_module", "module", "network", "net", "unet", "transformer", "vae", "text_encoder")
@@ -72,7 +72,7 @@ def checked_model(value: Any, what: str = "model", *, keep_wrapper: bool = False
 def check_changeable(model: nn.Module, what: str) -> None:
     """Raise GraphPruneError where tensors of the model were made under `torch.inference_mode()`: nothing can be written
     to them."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for name, tensor in named_tensors(model).items():
         if tensor.is_inference():
             raise GraphPruneError(
                 f"{what}: {name} was made under torch.inference_mode() and cannot be changed in place; pass a copy "

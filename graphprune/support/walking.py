@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
@@ -24,25 +25,24 @@ class _Memory(threading.local):
 _memory = _Memory()
 
 
-@contextlib.contextmanager
-def walked_once(models: Iterable[nn.Module]) -> Iterator[None]:
+def walked_once(models: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """While inside, on this thread, `all_modules` of these models is what the first walk found: for functions that
     leave the modules of these models where they are."""
-    outside: _Walks = _memory.walks
-    try:
-        new = {id(model): (model, None) for model in models if id(model) not in outside}
-        _memory.walks = {**outside, **new} if new else outside
-        yield
-    finally:
-        _memory.walks = outside
+    known = _memory.walks
+    new: _Walks = {id(model): (model, None) for model in models if id(model) not in known}
+    return _knowing({**known, **new} if new else known)
+
+
+def walked_anew() -> AbstractContextManager[None]:
+    """While inside, on this thread, nothing is taken from an earlier walk: for functions that change models."""
+    return _knowing({})
 
 
 @contextlib.contextmanager
-def walked_anew() -> Iterator[None]:
-    """While inside, on this thread, nothing is taken from an earlier walk: for functions that change models."""
+def _knowing(walks: _Walks) -> Iterator[None]:
     outside = _memory.walks
     try:
-        _memory.walks = {}
+        _memory.walks = walks
         yield
     finally:
         _memory.walks = outside

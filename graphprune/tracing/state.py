@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..support.interrupts import shielded
 from ..support.restoring import kept_attributes
 from ..support.settings import DICTS, is_named_tuple, is_settings_object, settings_of, with_setting
-from ..support.walking import all_modules, first_names, named_tensors
+from ..support.walking import all_modules, first_names, tensors_in
 from .attention import recorded_openly
 from .cloning import ATOMS, INTERNAL
 from .origin import traced_sqrt
@@ -92,8 +92,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
     The flags are set one by one: `train()` and `eval()` may be overridden to do more (merge adapters, for example).
     """
-    modules = list(first_names(all_modules(model)).values())
-    devices = _cuda_devices(named_tensors(model).values())
+    found = first_names(all_modules(model))
+    modules, devices = list(found.values()), _cuda_devices(tensors_in(found).values())
     with shielded() as shield, torch.random.fork_rng(devices=devices), torch.no_grad():
         undo = kept_attributes(modules)
         try:

@@ -14,11 +14,6 @@ from ...support.types import Ignore
 from ...tracing.matching import NameTable, items_of
 
 
-def module_of(parameter: str) -> str:
-    """The path of the module that holds a parameter."""
-    return parameter.rpartition(".")[0]
-
-
 def check_ratio(value: Any, where: str = "ratio") -> float:
     """A fraction of channels to remove, in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating)) or not 0 <= float(value) < 1:

@@ -238,7 +238,7 @@ def undeclare(name: str) -> None:
 _PYTHON = {
     "__matmul__": "matmul", "__rmatmul__": "matmul", "__add__": "add", "__radd__": "add", "__iadd__": "add_",
     "__sub__": "sub", "__rsub__": "rsub", "__isub__": "sub_", "__mul__": "mul", "__rmul__": "mul", "__imul__": "mul_",
-    "float": "to", "double": "to", "half": "to", "bfloat16": "to", "softmax": "softmax",
+    "float": "to", "double": "to", "half": "to", "bfloat16": "to",
 }  # fmt: skip
 
 
