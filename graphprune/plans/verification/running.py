@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from typing import Any
@@ -16,6 +17,7 @@ from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.state import RandomState, evaluating
 from ...tracing.trace import run_model
+from .precision import Computing
 from .results import Check
 
 
@@ -41,16 +43,17 @@ def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return tensor.detach().clone() if tensor.is_meta else tensor.detach() + noise
 
 
-def run(model: nn.Module, example: ExampleInput, what: str) -> Any:
-    """One run in eval mode without gradients, from the same random state each time. What the model's code keeps of it
-    does not stay."""
+def run(model: nn.Module, example: ExampleInput, what: str, dtype: torch.dtype | None = None) -> Any:
+    """One run in eval mode without gradients, from the same random state each time; `dtype`: all in this precision.
+    What the model's code keeps of it does not stay."""
+    computing = contextlib.nullcontext() if dtype is None else Computing(dtype)
     with shielded(), restored(model), evaluating(model):
         before = RandomState(named_tensors(model).values())
         try:
             torch.manual_seed(0)
             np.random.seed(0)
             random.seed(0)
-            with interruptible():
+            with interruptible(), computing:
                 return run_model(model, example.clone(), what)
         finally:
             before.put_back(drawn=True)
