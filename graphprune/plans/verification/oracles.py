@@ -28,7 +28,7 @@ from .precision import HALF, in_precision, precision_of
 from .repaired import TRAINED, checks_of_repaired
 from .results import TOLERANCE, TOLERANCES, Check, VerificationReport, out_of_memory, relative_error
 from .rewrite import run_rewritten
-from .running import run, same_shapes
+from .running import does_not_run, run, same_shapes
 from .state import checked_state
 
 TOLERANCE_64 = 1e-7
@@ -137,15 +137,17 @@ def verify(
         if trained or repair:
             checks = checks_of_repaired(pruned, cut, plan, TRAINED if trained else repair, example)
             return VerificationReport((*checks, *_verified(original, cut, plan, example, graph, tolerance).checks))
-        state = checked_state(pruned, cut, example)
-        del cut  # before the copies of the oracles
+        state, ran = checked_state(pruned, cut, example)
+        # what differs because it ran alone starts where the original stands
+        compared, cut = cut if ran and state.passed else pruned, None
         try:
-            found = _verified(original, pruned, plan, example, graph, tolerance)
+            if compared is not pruned:
+                run(pruned, example, "verify (pruned)")
+            found = _verified(original, compared, plan, example, graph, tolerance)
         except GraphPruneError as error:
             if state.passed:
                 raise
-            ends = Check("forward", False, math.nan, str(error).splitlines()[0])
-            return VerificationReport((ends, state))
+            return VerificationReport((does_not_run("forward", error), state))
         return VerificationReport((*found.checks, state))
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

@@ -25,6 +25,9 @@ class Computing(TorchDispatchMode):
     converted, and a type that the code asks for (`.half()`, `zeros(..., dtype=torch.bfloat16)`, autocast) is `dtype`.
     Complex numbers alike.
 
+    In float64 numbers are not rounded to the grid of a quantisation that is trained for: which way the last bit of a
+    sum decides, and torch has the operators in float32 alone.
+
     Where the code looks at the bits of floating-point numbers it raises GraphPruneError.
     """
 
@@ -40,6 +43,9 @@ class Computing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.view.dtype and (args[0].is_floating_point() or args[1].is_floating_point):
             raise GraphPruneError("the bits of floating-point numbers are looked at, which depend on the precision")
+        if self.dtype is torch.float64 and _to_grid(func):
+            mask = torch.ones_like(args[0], dtype=torch.bool)
+            return (args[0].clone(), mask) if len(func._schema.returns) == 2 else args[0].clone()
         values: list[Any] = [*args, *(kwargs or {}).values()]
         # what is written into keeps its type, and takes what is written
         written = [t for place in _written(func) for t in _tensors(_argument(func, place, args, kwargs or {}))]
@@ -67,6 +73,11 @@ class Computing(TorchDispatchMode):
 
 
 _HALF_TO_FLOAT = (torch.ops.aten._softmax.default, torch.ops.aten._log_softmax.default)
+
+
+def _to_grid(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    return name.startswith("fake_quantize") or "fake_quant" in name or "_obs_fq_helper" in name
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -8,19 +8,21 @@ from collections.abc import Callable
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...errors import GraphPruneError
 from ...support.comparing import Difference
 from ...support.walking import all_modules
 from ...tracing.example import ExampleInput
 from ...tracing.operators import products_of
 from ...tracing.trace import Trace, record_run
 from ..plan import Plan
-from ..surgery import fold_names
+from ..surgery import find_folds, fold_names
 from .results import Check
-from .running import run, same_shapes
+from .running import does_not_run, run, same_shapes
 from .state import Allowed, checked_state
 
 TRAINED = "training"
 _MEAN, _STATISTICS = "running_mean", ("running_mean", "running_var")
+_NORM = ("weight", "bias", *_STATISTICS)
 
 
 def checks_of_repaired(
@@ -29,12 +31,16 @@ def checks_of_repaired(
     """Two checks: the network runs, and holds what `cut` does, but for what the method of repair may change; with
     `repair=TRAINED` but for the values of tensors, modes, and what a run in training mode changes."""
     name = "trained" if repair == TRAINED else "repaired"
-    outputs = run(cut, example, "verify (cut)"), run(pruned, example, f"verify ({name})")
-    forward = dataclasses.replace(same_shapes(outputs[1], outputs[0]), name=f"forward, {name}")
-    if repair == TRAINED:
-        state, by = checked_state(pruned, cut, example, _of_training, trained=True), repair
-    else:
-        state, by = checked_state(pruned, cut, example, _of_repair(cut, plan, repair, example)), f"recover={repair!r}"
+    trained = repair == TRAINED
+    allowed, by = (_of_training, repair) if trained else (_of_repair(cut, plan, repair, example), f"recover={repair!r}")
+    state, _ = checked_state(pruned, cut, example, allowed, trained)
+    try:
+        outputs = run(cut, example, "verify (cut)"), run(pruned, example, f"verify ({name})")
+        forward = dataclasses.replace(same_shapes(outputs[1], outputs[0]), name=f"forward, {name}")
+    except GraphPruneError as error:
+        if state.passed:
+            raise
+        forward = does_not_run(f"forward, {name}", error)
     told = f"{by} changed it after it was cut; the other checks are of what the plan makes"
     return [forward, dataclasses.replace(state, name=name, detail=told if state.passed else state.detail)]
 
@@ -48,6 +54,9 @@ def _of_repair(cut: nn.Module, plan: Plan, repair: str, example: ExampleInput) -
     trace = record_run(cut, example)
     norms = {name for name, module in all_modules(cut).items() if isinstance(module, _BatchNorm)}
     changed = _METHODS[repair](trace, norms, plan)
+    if repair != "batchnorm" and norms and not plan.folds:  # repaired as if they were folded, and taken apart again
+        for fold in find_folds(cut, trace):
+            changed |= {*fold_names(fold), *(f"{fold.batch_norm}.{kind}" for kind in _NORM)}
 
     def allowed(difference: Difference) -> bool:
         given = difference.added and difference.owner is not None and difference.where.rpartition(".")[2] == "bias"
@@ -79,7 +88,7 @@ def _of_moments(trace: Trace, norms: set[str], plan: Plan) -> set[str]:
 def _of_least_squares(trace: Trace, norms: set[str], plan: Plan) -> set[str]:
     """All that is multiplied with data, and the batch norms that a fit is taken apart into."""
     weights, biases = _multiplied(trace)
-    return weights | biases | {f"{name}.{kind}" for name in norms for kind in ("weight", "bias", *_STATISTICS)}
+    return weights | biases | {f"{name}.{kind}" for name in norms for kind in _NORM}
 
 
 _METHODS: dict[str, Callable[[Trace, set[str], Plan], set[str]]] = {

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...errors import GraphPruneError
 from ...support.interrupts import interruptible, shielded
 from ...support.restoring import restored
 from ...support.walking import named_tensors
@@ -36,6 +37,11 @@ def same_shapes(got: Any, want: Any) -> Check:
     if not expected:  # equal, and nothing is known
         detail = "no tensor was found in what the model returns; return tensors, in tuples, dicts or objects"
     return Check("forward", found == expected and bool(expected), math.nan, detail)
+
+
+def does_not_run(name: str, error: GraphPruneError) -> Check:
+    """The check of a network that ends in an error, of which the state says what is wrong with it."""
+    return Check(name, False, math.nan, "; ".join(line.strip() for line in str(error).splitlines()[:2]))
 
 
 def _noise(tensor: Tensor, generator: torch.Generator) -> Tensor:
