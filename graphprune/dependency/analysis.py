@@ -20,7 +20,17 @@ from ..tracing.recorder import Guard, TensorMeta
 from ..tracing.trace import Trace
 from .context import NodeContext, Result
 from .dims import DimTable, Root
-from .effects import NOTHING_REWRITTEN, Effects, EqualCounts, Freeze, Reason, Rewritten, ScalarSite, SizeSite
+from .effects import (
+    NO_EFFECTS,
+    NOTHING_REWRITTEN,
+    Effects,
+    EqualCounts,
+    Freeze,
+    Reason,
+    Rewritten,
+    ScalarSite,
+    SizeSite,
+)
 from .rules import rule_for
 from .rules.registry import Rule, unknown
 from .state import Mask, Refine, State, Vector, sealed
@@ -287,12 +297,13 @@ class _Propagation:
     def _visit(self, node: fx.Node) -> None:
         """Run the rule of one node: its state and its effects."""
         states = self.states
+        if node.op in ("get_attr", "placeholder"):
+            here = node.op == "get_attr"
+            states[node] = _parameter(node, self.dims, node in self._kernels) if here else State(node.meta["val"].shape)
+            self.effects[node] = NO_EFFECTS
+            return
         context = NodeContext(node, states, self.dims, self.rewritten)
-        if node.op == "get_attr":
-            states[node] = _parameter(node, self.dims, node in self._kernels)
-        elif node.op == "placeholder":
-            states[node] = State(node.meta["val"].shape)
-        elif node.op == "output":
+        if node.op == "output":
             for value in node.all_input_nodes:
                 made = NodeContext(value, states, self.dims)  # the line that makes it is the one to name
                 made.effects = context.effects

@@ -24,19 +24,52 @@ class DimTable:
         self.roots: dict[Root, AxisMap] = {}
         self.fresh: dict[Root, AxisMap] = {}  # axes of tensors that the model's code makes, (name of the node, axis)
         self.total = 1  # position 0 stands for "immovable"
+        self._counting: dict[int, Vector] = {}
+        # facts about sealed vectors, which many nodes share, by their identities; the vectors are kept with them
+        self._whole: dict[int, Vector] = {}
+        self._pairs: dict[tuple[int, int], tuple[Vector, Vector, Vector | slice]] = {}
+        self._numbers: dict[int, tuple[Vector, int, Vector]] = {}
+
+    def counting(self, length: int) -> Vector:
+        """0, 1, ..., one array for all axes of this length."""
+        found = self._counting.get(length)
+        if found is None:
+            found = self._counting[length] = sealed(np.arange(length, dtype=np.int64))
+            self._whole[id(found)] = found
+        return found
+
+    def are_whole(self, axis_map: AxisMap) -> bool:
+        """Every Dim on the axis has a coordinate at every index."""
+        for vector in axis_map.values():
+            if id(vector) not in self._whole:
+                if np.minimum.reduce(vector) < 0:
+                    return False
+                if not vector.flags.writeable:
+                    self._whole[id(vector)] = vector
+        return True
+
+    def pairs(self, a: Vector, b: Vector, size: int) -> Vector | slice:
+        """Where every pair of two whole vectors stands once; everywhere where the second does not follow from the
+        first, whose Dim has `size` positions."""
+        known = self._pairs.get((id(a), id(b)))
+        if known is None:
+            known = (a, b, _pairs(a, b, size))
+            if not (a.flags.writeable or b.flags.writeable):
+                self._pairs[id(a), id(b)] = known
+        return known[2]
 
     def add_root(self, parameter: str, axis: int, length: int) -> AxisMap:
         """The axis starts as one Dim of its own."""
         root = (parameter, axis)
         if root not in self.roots:
-            self.roots[root] = {self._new(root, length): sealed(np.arange(length, dtype=np.int64))}
+            self.roots[root] = {self._new(root, length): self.counting(length)}
         return self.roots[root]
 
     def add_fresh(self, node: str, axis: int, length: int) -> AxisMap:
         """An axis that no parameter has: all its indices are alike, and it follows what it is tied to."""
         root = (node, axis)
         if root not in self.fresh:
-            self.fresh[root] = {self._new(root, length): sealed(np.arange(length, dtype=np.int64))}
+            self.fresh[root] = {self._new(root, length): self.counting(length)}
         return self.fresh[root]
 
     def _new(self, root: Root, size: int) -> int:
@@ -68,24 +101,57 @@ class DimTable:
         root = self.root_of[dim]
         size = self.size[dim]
         tables: list[tuple[int, Vector]] = []
-        if all(column.min() >= 0 for column in request.columns):  # the usual case
-            tables = [(self._new(root, count), place) for count, place in _factors(request.columns, size)]
+        if self.are_whole(dict(enumerate(request.columns))):  # the usual case
+            tables = [(self._new(root, count), place) for count, place in self._factors(request.columns, size)]
         else:
             for present, inside in _patterns(np.stack(request.columns) >= 0):
                 here = [column[inside] for column, found in zip(request.columns, present, strict=True) if found]
-                for count, place in _factors(here, int(inside.sum())):
+                for count, place in self._factors(here, int(inside.sum())):
                     table = np.full(size, -1, np.int64)
                     table[inside] = place
                     tables.append((self._new(root, count), table))
         table_of = self.roots if dim in self.roots.get(root, ()) else self.fresh
         axis_map = dict(table_of[root])
         old = axis_map.pop(dim)
-        whole = bool(old.min() >= 0)
         for new, table in tables:
-            axis_map[new] = sealed(table[old] if whole else np.where(old >= 0, table[old], -1))
+            axis_map[new] = self._placed(table, old)
         table_of[root] = axis_map
         self.size[dim] = 0
         return root
+
+    def _factors(self, columns: Sequence[Vector], positions: int) -> list[tuple[int, Vector]]:
+        """For positions that lie in all of some columns: a number of values per column, and each entry's rank among
+        them.
+
+        Without columns every position is one by itself. Of several columns, those that tell nothing apart are left out.
+        """
+        if not columns:
+            return [(positions, np.arange(positions))]
+        found = [self._ranks(column) for column in columns]
+        return found if len(found) == 1 else [(count, place) for count, place in found if count > 1]
+
+    def _ranks(self, column: Vector) -> tuple[int, Vector]:
+        """`_numbered`, once for a vector that can no longer change."""
+        known = self._numbers.get(id(column))
+        if known is None:
+            known = (column, *_numbered(column))
+            if not column.flags.writeable:
+                self._numbers[id(column)] = known
+        return known[1:]
+
+    def _placed(self, table: Vector, old: Vector) -> Vector:
+        """The coordinates that `table` gives to a Dim's positions, where the Dim has the coordinates `old`. Axes that
+        are factored alike share the vector."""
+        if old is self.counting(len(table)):
+            return sealed(table)
+        return sealed(table[old] if self.are_whole({0: old}) else np.where(old >= 0, table[old], -1))
+
+
+def _pairs(a: Vector, b: Vector, size: int) -> Vector | slice:
+    at = np.full(size, -1, np.int64)
+    at[a] = np.arange(len(a))
+    once = at[at >= 0]
+    return once if np.logical_and.reduce(b[at[a]] == b) else slice(None)
 
 
 def _patterns(present: npt.NDArray[np.bool_]) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]]:
@@ -97,17 +163,6 @@ def _patterns(present: npt.NDArray[np.bool_]) -> list[tuple[npt.NDArray[np.bool_
     number = weights @ present
     patterns = np.flatnonzero(np.bincount(number))
     return [((k & weights) > 0, number == k) for k in patterns.tolist()]
-
-
-def _factors(columns: Sequence[Vector], positions: int) -> list[tuple[int, Vector]]:
-    """For positions that lie in all of some columns: a number of values per column, and each entry's rank among them.
-
-    Without columns every position is one by itself. Of several columns, those that tell nothing apart are left out.
-    """
-    if not columns:
-        return [(positions, np.arange(positions))]
-    found = [_numbered(column) for column in columns]
-    return found if len(found) == 1 else [(count, place) for count, place in found if count > 1]
 
 
 def _numbered(column: Vector) -> tuple[int, Vector]:

@@ -103,7 +103,7 @@ class EqualCounts:
     soft: bool = False
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Effects:
     """Everything one node contributed; replaced as a whole when the node is analysed again."""
 
@@ -116,3 +116,6 @@ class Effects:
     equal: list[EqualCounts] = dataclasses.field(default_factory=list)
     kinds: list[tuple[int, GroupKind]] = dataclasses.field(default_factory=list)
     statistics: list[Vector] = dataclasses.field(default_factory=list)
+
+
+NO_EFFECTS = Effects()  # of every node that only brings a tensor in; never written to

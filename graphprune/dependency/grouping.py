@@ -185,15 +185,22 @@ def _members(
 ) -> list[list[tuple[int, Member]]]:
     """For each group its members, one for each axis and Dim that it has units on, with the Dim; `group` and `unit` say
     where each entry belongs."""
-    place = group * len(entries.slots) + entries.slot
-    sorting = np.argsort(place * (int(sizes.max()) + 1) + unit, kind="stable")
-    place = place[sorting]
+    place, index = group * len(entries.slots) + entries.slot, entries.index
     starts = np.flatnonzero(np.diff(place, prepend=-1))
-    pieces = _cut(sealed(entries.index[sorting]), starts)
+    if len(np.unique(place[starts])) < len(starts):  # entries of a group lie apart on an axis
+        sorting = np.argsort(place, kind="stable")
+        place, index, unit = place[sorting], index[sorting], unit[sorting]
+        starts = np.flatnonzero(np.diff(place, prepend=-1))
+    index = sealed(index)
+    falls = np.concatenate([unit[1:] < unit[:-1], [False]])
+    falls[starts[1:] - 1] = False
+    mixed = np.logical_or.reduceat(falls, starts).tolist()  # units do not come in their order
     found: list[list[tuple[int, Member]]] = [[] for _ in sizes]
     count = sizes.tolist()
-    for where, index in zip(place[starts].tolist(), pieces, strict=True):
-        g, slot = divmod(where, len(entries.slots))
+    wheres, pieces, units = place[starts], _cut(index, starts), _cut(unit, starts)
+    for run in np.argsort(wheres).tolist():
+        g, slot = divmod(int(wheres[run]), len(entries.slots))
+        index = sealed(pieces[run][np.argsort(units[run], kind="stable")]) if mixed[run] else pieces[run]
         root, dim = entries.slots[slot]
         found[g].append((dim, Member(root[0], root[1], index.reshape(count[g], -1), roles[root])))
     return found
