@@ -120,7 +120,7 @@ class Analysis:
         out[self.label[0]] = False
         return out
 
-    def frozen(self, positions: Vector) -> Vector:
+    def frozen(self, positions: Vector) -> Mask:
         """Which of these global positions cannot be removed."""
         return np.asarray(self.label[positions] == self.label[0])
 

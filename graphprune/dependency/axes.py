@@ -75,6 +75,8 @@ class Axes:
 
     def _parts(self, columns: Sequence[Vector]) -> tuple[tuple[tuple[int, ...], int], ...]:
         """How many indices belong to each combination of groups; `columns`: the group of each index by coordinate."""
+        if len(columns) == 1 and np.minimum.reduce(columns[0]) == (one := np.maximum.reduce(columns[0])):
+            return (((int(one),) if one >= 0 else (), len(columns[0])),)  # the usual case
         base = len(self.graph.groups) + 1
         if base ** len(columns) < 2**62:  # a combination is one number
             code = functools.reduce(lambda code, column: code * base + column + 1, columns, np.zeros(1, np.int64))

@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from .state import AxisMap, Refine, Vector, sealed
+from .state import AxisMap, Mask, Refine, Vector, sealed
 
 Root = tuple[str, int]  # (parameter, axis)
 # Columns whose patterns are told apart by counting; more are sorted.
 _FEW = 12
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Every index of every parameter axis, once for each Dim on the axis, as flat arrays in graph order.
+
+    `slots[k]`: an axis, as its place in `roots`, and a Dim on it. Entry e belongs to slot `slot[e]`; it is index
+    `index[e]` of the axis, and `position[e]` the global number of its coordinate, 0 ("immovable") where it has none.
+    The axes one after the other make one line; root r begins at `starts[r]`, and entry e stands at `place[e]`.
+    """
+
+    roots: tuple[Root, ...]
+    slots: tuple[tuple[int, int], ...]
+    slot: Vector
+    index: Vector
+    position: Vector
+    starts: Vector
+    place: Vector
+
+    def marked(self, entries: Mask) -> Mask:
+        """Along the line of all axes: the indices of which an entry is marked."""
+        found = np.zeros(int(self.starts[-1]), bool)
+        found[self.place[entries]] = True
+        return found
+
+    def by_root(self, line: Mask) -> Iterator[tuple[Root, Vector]]:
+        """Each axis with the marked indices on it, where it has some."""
+        marked = np.flatnonzero(line)
+        bounds = np.searchsorted(marked, self.starts).tolist()
+        for k, root in enumerate(self.roots):
+            if bounds[k] < bounds[k + 1]:
+                yield root, marked[bounds[k] : bounds[k + 1]] - self.starts[k]
 
 
 class DimTable:
@@ -29,6 +62,7 @@ class DimTable:
         self._whole: dict[int, Vector] = {}
         self._pairs: dict[tuple[int, int], tuple[Vector, Vector, Vector | slice]] = {}
         self._numbers: dict[int, tuple[Vector, int, Vector]] = {}
+        self._layout: tuple[int, int, Layout] | None = None
 
     def counting(self, length: int) -> Vector:
         """0, 1, ..., one array for all axes of this length."""
@@ -90,6 +124,29 @@ class DimTable:
         here = np.zeros(len(self.size), bool)
         here[list(dims)] = True
         return np.flatnonzero(np.repeat(here, np.diff([*self.offset, self.total]))) + 1
+
+    def layout(self) -> Layout:
+        """All parameter axes as they are now."""
+        if self._layout is None or self._layout[:2] != (len(self.size), len(self.roots)):
+            self._layout = len(self.size), len(self.roots), self._laid_out()
+        return self._layout[2]
+
+    def _laid_out(self) -> Layout:
+        slots = [(k, dim) for k, axis_map in enumerate(self.roots.values()) for dim in axis_map]
+        vectors = [vector for axis_map in self.roots.values() for vector in axis_map.values()]
+        lengths = np.fromiter(map(len, vectors), np.int64, len(vectors))
+        ends = np.cumsum(lengths)
+        slot = np.repeat(np.arange(len(slots)), lengths)
+        index = np.arange(len(slot)) - (ends - lengths)[slot]
+        axes = [len(next(iter(axis_map.values()))) for axis_map in self.roots.values()]
+        starts = np.cumsum([0, *axes])
+        coordinate = np.concatenate(vectors) if vectors else np.zeros(0, np.int64)
+        position = coordinate + np.array(self.offset, np.int64)[[dim for _, dim in slots]][slot]
+        if coordinate.min(initial=0) < 0:
+            position[coordinate < 0] = 0
+        place = index + starts[[k for k, _ in slots]][slot]
+        made = map(sealed, (slot, index, position, starts, place))
+        return Layout(tuple(self.roots), tuple(slots), *made)
 
     def refine(self, request: Refine) -> Root:
         """Replace a Dim by its factors in its root axis. Positions that lie in different columns get factors apart, and

@@ -148,20 +148,13 @@ def _cut(flat: Ints, starts: Ints) -> list[Ints]:
 
 def _entries(analysis: Analysis) -> _Entries | None:
     """Every index of every parameter axis that can go, as flat arrays; None where nothing can."""
-    dims, label = analysis.dims, analysis.label
-    slots = [(root, dim) for root, axis_map in dims.roots.items() for dim in axis_map]
-    if not slots:
-        return None
-    vectors = [vector for axis_map in dims.roots.values() for vector in axis_map.values()]
-    lengths = np.fromiter(map(len, vectors), np.int64, len(vectors))
-    coordinate = np.concatenate(vectors)
-    offset = np.array(dims.offset)[[dim for _, dim in slots]]
-    position = np.repeat(offset, lengths) + coordinate
-    labels = label[position if coordinate.min() >= 0 else np.where(coordinate >= 0, position, 0)]
+    layout, label = analysis.dims.layout(), analysis.label
+    labels = label[layout.position]
     free = np.flatnonzero(labels != label[0])
-    slot = np.repeat(np.arange(len(slots)), lengths)[free]
-    index = free - (np.cumsum(lengths) - lengths)[slot]
-    return _Entries(slots, slot, index, labels[free]) if len(free) else None
+    if not len(free):
+        return None
+    slots = [(layout.roots[k], dim) for k, dim in layout.slots]
+    return _Entries(slots, layout.slot[free], layout.index[free], labels[free])
 
 
 def _treatment(analysis: Analysis) -> npt.NDArray[np.uint64]:

@@ -157,7 +157,8 @@ class Recorder:
         if name is None:
             kind, name = "constant", f"_constant_{len(self.constants)}"
             self.constants[name] = tensor.detach()
-        node = self.graph.create_node("get_attr", name, (), {})
+        # fx takes long to make names of long ones, and the target says it all
+        node = self.graph.create_node("get_attr", name, (), {}, name.rpartition(".")[2])
         node.meta["val"] = TensorMeta(tuple(tensor.shape), tensor.dtype)
         node.meta[kind] = name
         node.meta["constant_value"] = True
@@ -291,7 +292,8 @@ class Recorder:
             for known in self._known.get(_call_key(operator.getitem, (node, index), {}), ()):
                 self._attach(known, tensor, bool(known.meta["constant_value"]))
                 return known
-        part = self.graph.call_function(operator.getitem, (node, index))
+        part = self.graph.create_node("call_function", operator.getitem, (), {}, "getitem")
+        part.args = (node, index)
         part.meta["operator"] = "getitem"
         part.meta.update({k: node.meta[k] for k in ("source", "module", "class", "function", "constant_value")})
         self._attach(part, tensor, node.meta["constant_value"])
