@@ -30,6 +30,7 @@ from .effects import (
     Rewritten,
     ScalarSite,
     SizeSite,
+    Union,
 )
 from .rules import rule_for
 from .rules.registry import Rule, unknown
@@ -140,12 +141,37 @@ def _held(number: Vector, positions: Iterable[Vector]) -> Vector:
 
 
 def _components(dims: DimTable, effects: Mapping[fx.Node, Effects]) -> Vector:
-    """All ties resolved in one call of a sparse connected-components routine."""
-    pairs = [u for e in effects.values() for u in e.unions]
-    u = np.concatenate([a for a, _ in pairs]) if pairs else np.zeros(0, np.int64)
-    v = np.concatenate([b for _, b in pairs]) if pairs else np.zeros(0, np.int64)
+    """All ties resolved in one call of a sparse connected-components routine. Numbered by the first of their positions.
+
+    Most ties are of two Dims as they are. These are joined first, and the first of such Dims stands for all."""
+    whole, others = list[Union](), list[Union]()
+    for effect in effects.values():
+        for union in effect.unions:
+            (whole if dims.are_one(union.dim, union.coordinates, union.other, union.others) else others).append(union)
+    offset = np.asarray([*dims.offset, dims.total], np.int64)
+    first = _joined(len(dims.offset), ((union.dim, union.other) for union in whole))
+    moved = np.concatenate([np.zeros(1, np.int64), np.repeat(offset[first] - offset[:-1], np.diff(offset))])
+    stands = np.arange(dims.total) + moved
+    u = stands[np.concatenate([np.zeros(1, np.int64), *(offset[t.dim] + t.coordinates for t in others)])]
+    v = stands[np.concatenate([np.zeros(1, np.int64), *(offset[t.other] + t.others for t in others)])]
     graph = coo_matrix((np.ones(len(u), np.int8), (u, v)), shape=(dims.total, dims.total))
-    return sealed(connected_components(graph, directed=False)[1].astype(np.int64))
+    label = connected_components(graph, directed=False)[1][stands]
+    return sealed((np.cumsum(np.bincount(label) > 0) - 1)[label])
+
+
+def _joined(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """For each of `count` things the first of those that it is joined with, itself where it is first."""
+    first = list(range(count))
+
+    def root(thing: int) -> int:
+        while first[thing] != thing:
+            first[thing] = thing = first[first[thing]]
+        return thing
+
+    for a, b in pairs:
+        a, b = root(a), root(b)
+        first[max(a, b)] = min(a, b)
+    return [root(thing) for thing in range(count)]
 
 
 def _kernel_weights(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -15,7 +15,7 @@ from ..tracing.origin import Expr, evaluate, leaves
 from ..tracing.recorder import TensorMeta
 from ..tracing.sizes import CallSizes
 from .dims import DimTable
-from .effects import NOTHING_REWRITTEN, Effects, EqualCounts, Reason, Rewritten, SizeSite, literal_text
+from .effects import NOTHING_REWRITTEN, Effects, EqualCounts, Reason, Rewritten, SizeSite, Union, literal_text
 from .groups import GroupKind
 from .state import (
     AxisMap,
@@ -136,9 +136,8 @@ class NodeContext:
         if a == b and (va is vb or (len(va) == len(vb) and np.logical_and.reduce(va == vb))):
             return
         if len(va) > self.dims.size[a] and len(vb) > self.dims.size[b]:  # positions of a factor, each many times
-            once = self.dims.pairs(va, vb, self.dims.size[a])
-            va, vb = va[once], vb[once]
-        self.effects.unions.append((self.dims.offset[a] + va, self.dims.offset[b] + vb))
+            va, vb = self.dims.pairs(va, vb, self.dims.size[a])
+        self.effects.unions.append(Union(a, va, b, vb))
 
     def union(self, a: int, va: Vector, b: int, vb: Vector) -> None:
         both = (va >= 0) & (vb >= 0)

@@ -60,7 +60,7 @@ class DimTable:
         self._counting: dict[int, Vector] = {}
         # facts about sealed vectors, which many nodes share, by their identities; the vectors are kept with them
         self._whole: dict[int, Vector] = {}
-        self._pairs: dict[tuple[int, int], tuple[Vector, Vector, Vector | slice]] = {}
+        self._pairs: dict[tuple[int, int], tuple[Vector, Vector, Vector, Vector]] = {}
         self._numbers: dict[int, tuple[Vector, int, Vector]] = {}
         self._layout: tuple[int, int, Layout] | None = None
 
@@ -82,15 +82,31 @@ class DimTable:
                     self._whole[id(vector)] = vector
         return True
 
-    def pairs(self, a: Vector, b: Vector, size: int) -> Vector | slice:
-        """Where every pair of two whole vectors stands once; everywhere where the second does not follow from the
-        first, whose Dim has `size` positions."""
+    def are_one(self, dim: int, coordinates: Vector, other: int, others: Vector) -> bool:
+        """Whether these are all positions of both Dims, in order."""
+        return coordinates is others and coordinates is self.counting(self._length(dim)) is self.counting(
+            self._length(other)
+        )
+
+    def _length(self, dim: int) -> int:
+        """The size of a Dim, or what it was before it was factored."""
+        return (self.offset[dim + 1] if dim + 1 < len(self.offset) else self.total) - self.offset[dim]
+
+    def pairs(self, a: Vector, b: Vector, size: int) -> tuple[Vector, Vector]:
+        """Two whole vectors with every pair once; as they are where the second does not follow from the first, whose
+        Dim has `size` positions."""
         known = self._pairs.get((id(a), id(b)))
         if known is None:
-            known = (a, b, _pairs(a, b, size))
+            once = _once(a, b, size)
+            known = (a, b, self._counted(a[once]), self._counted(b[once]))
             if not (a.flags.writeable or b.flags.writeable):
                 self._pairs[id(a), id(b)] = known
-        return known[2]
+        return known[2:]
+
+    def _counted(self, vector: Vector) -> Vector:
+        """The one array that counts, where this one does."""
+        counting = self.counting(len(vector))
+        return counting if np.logical_and.reduce(vector == counting) else vector
 
     def add_root(self, parameter: str, axis: int, length: int) -> AxisMap:
         """The axis starts as one Dim of its own."""
@@ -204,7 +220,7 @@ class DimTable:
         return sealed(table[old] if self.are_whole({0: old}) else np.where(old >= 0, table[old], -1))
 
 
-def _pairs(a: Vector, b: Vector, size: int) -> Vector | slice:
+def _once(a: Vector, b: Vector, size: int) -> Vector | slice:
     at = np.full(size, -1, np.int64)
     at[a] = np.arange(len(a))
     once = at[at >= 0]

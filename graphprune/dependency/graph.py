@@ -232,15 +232,13 @@ class DependencyGraph:
                 groups=sorted(set(of_axis[(name, axis)])),
                 frozen=frozen.count if frozen else 0,
             )
-        starts = np.asarray(dims.offset, np.int64)
         for node, effects in self._analysis.effects.items():
             seen: set[tuple[str, str]] = set()
-            for a, b in effects.unions:
-                if not len(a):
+            for union in effects.unions:
+                if not len(union.coordinates):
                     continue
                 ends = []
-                for positions in (a, b):
-                    dim = int(np.searchsorted(starts, positions[0], side="right")) - 1
+                for dim in (union.dim, union.other):
                     name, axis = dims.root_of[dim]
                     if (name, axis) not in dims.roots:
                         break  # a tensor that the model's code makes

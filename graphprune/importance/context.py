@@ -314,7 +314,8 @@ def _blockwise(tensor: Tensor, axis: int, p: float, dtype: torch.dtype) -> Float
     plain = tensor.is_contiguous() and not tensor.is_complex()
     if p == 2 and axis == 0 and plain and tensor.dim() > 1 and 0 < length <= _SHORT:
         norms = torch.linalg.vector_norm(tensor.reshape(len(tensor), length).to(dtype), 2, 1)
-        return np.square(norms.to("cpu", torch.float64).numpy())
+        squares: Floats = np.square(norms.to("cpu", torch.float64).numpy())
+        return squares
     others = [d for d in range(tensor.dim()) if d != axis]
     sums: Floats = np.zeros(tensor.shape[axis], dtype=np.float64)
     rows = max(1, _BLOCK.get(tensor.device.type, _BLOCK_ELSEWHERE) // max(1, length))
