@@ -26,6 +26,8 @@ from .sizes import CallSizes
 aten = torch.ops.aten
 _HIDDEN_DIRECTORIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 _ATOMS = frozenset((int, float, bool, str, type(None)))
+# assigning to a node's attribute also looks the node up in its graph
+_set_args = fx.Node.args.fset  # type: ignore[attr-defined]
 # Values of small integer constants are kept: they may be indices.
 _MAX_KEPT_VALUE = 1 << 20
 
@@ -217,7 +219,7 @@ class Recorder:
         # arguments are set afterwards: create_node would walk through them first
         name, operation = self._node_name(target)
         node = self.graph.create_node("call_function", target, (), {}, name)
-        node.args = inputs
+        _set_args(node, inputs)
         if named:
             node.kwargs = named
         meta = node.meta
@@ -293,7 +295,7 @@ class Recorder:
                 self._attach(known, tensor, bool(known.meta["constant_value"]))
                 return known
         part = self.graph.create_node("call_function", operator.getitem, (), {}, "getitem")
-        part.args = (node, index)
+        _set_args(part, (node, index))
         part.meta["operator"] = "getitem"
         part.meta.update({k: node.meta[k] for k in ("source", "module", "class", "function", "constant_value")})
         self._attach(part, tensor, node.meta["constant_value"])
