@@ -287,7 +287,7 @@ class _Propagation:
             before = states.get(node)
             self._visit(node)
             for _ in range(_MAX_OWN):
-                if not self._factor_own(node):
+                if not self.effects[node].refines or not self._factor_own(node):
                     break
                 self._visit(node)
             for request in self.effects[node].refines:

@@ -50,13 +50,16 @@ def effective_folds(model: nn.Module, trace: Trace) -> list[tuple[Fold, bool]]:
     modules = all_modules(model)
     names = Counter(trace.aliases.values())
     folds = []
-    for node in trace.graph.nodes:
-        if not uses_stored_statistics(node):
-            continue
+    for node in stored_norms(trace):
         fold = _fold_of(node, modules)
         if fold is not None and names[fold_names(fold)[0]] == 1:
             folds.append((fold, _replaceable(fold, node, modules)))
     return folds
+
+
+def stored_norms(trace: Trace) -> list[fx.Node]:
+    """The batch norms of a run that take stored statistics."""
+    return [node for node in trace.calls.get(Kind.BATCH_NORM, ()) if uses_stored_statistics(node)]
 
 
 def uses_stored_statistics(node: fx.Node) -> bool:
