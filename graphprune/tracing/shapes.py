@@ -6,6 +6,7 @@ Python, which takes longer than the arithmetic would; here it takes one allocati
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,18 +25,35 @@ _BINARY = frozenset((aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor))
 _BINARY_IN_PLACE = frozenset((aten.add_.Tensor, aten.mul_.Tensor))
 
 
+def shape_rule(target: Any) -> Callable[..., Any] | None:
+    """What gives the results of calls of `target` from their arguments, meta tensors, or None where torch has to be
+    asked; None where it has to be asked always."""
+    if target in _LIKE_FIRST:
+        return functools.partial(_pointwise, target._schema.is_mutable)
+    if target in _BINARY or target in _BINARY_IN_PLACE:
+        return functools.partial(_of_two, target in _BINARY_IN_PLACE)
+    return _KNOWN.get(target)
+
+
 def shape_only(target: Any, args: tuple[Any, ...]) -> Any:
     """The result of `target(*args)` for meta tensors, or None where torch has to be asked."""
-    found = _KNOWN.get(target)
-    if found is not None:
-        return found(*args)
-    if target in _LIKE_FIRST:
-        return _result(target, args[0])
-    if len(args) > 1 and (target in _BINARY or target in _BINARY_IN_PLACE):
-        if _covers(args[0], args[1]):
-            return _result(target, args[0])
-        return _result(target, args[1]) if target in _BINARY and _covers(args[1], args[0]) else None
-    return None
+    found = shape_rule(target)
+    return None if found is None else found(*args)
+
+
+def _pointwise(in_place: bool, first: Tensor, *_: Any) -> Tensor | None:
+    if not first.is_meta or not first.is_floating_point():
+        return None
+    if in_place:
+        return first
+    dense = first.is_contiguous() or aten.is_non_overlapping_and_dense.default(first)
+    return _like(first) if dense else None
+
+
+def _of_two(in_place: bool, first: Any, second: Any, *_: Any) -> Tensor | None:
+    if _covers(first, second):
+        return _pointwise(in_place, first)
+    return _pointwise(in_place, second) if not in_place and _covers(second, first) else None
 
 
 def _batch_norm(x: Tensor, *_: Any) -> tuple[Tensor, ...] | None:
@@ -161,15 +179,6 @@ def _broadcasts(small: torch.Size, large: torch.Size) -> bool:
     if len(small) > len(large) or 0 in large:
         return False
     return all(n == 1 or n == m for n, m in zip(reversed(small), reversed(large), strict=False))
-
-
-def _result(target: Any, first: Tensor) -> Tensor | None:
-    if not first.is_meta or not first.is_floating_point():
-        return None
-    if target._schema.is_mutable:
-        return first
-    dense = first.is_contiguous() or aten.is_non_overlapping_and_dense.default(first)
-    return _like(first) if dense else None
 
 
 _KNOWN: dict[Any, Callable[..., Any]] = {

@@ -161,14 +161,15 @@ def operator_of(node: fx.Node) -> Operator | None:
 
 def operator_of_target(target: Any) -> Operator | None:
     """`operator_of` what a node calls."""
-    try:
-        return _known[target]
-    except KeyError:
+    known = _known.get(id(target))
+    if known is None:
         found = named(target_name(target)) or (_ELEMENTWISE if _is_elementwise(target) else None)
-        return _known.setdefault(target, found)
+        known = _known.setdefault(id(target), (target, found))
+    return known[1]
 
 
-_known: dict[Any, Operator | None] = {}  # what was found already
+# What was found already, by identity: torch's operators take long to hash. Each is kept, so that no other gets its id.
+_known: dict[int, tuple[Any, Operator | None]] = {}
 
 
 def _is_elementwise(target: Any) -> bool:
