@@ -139,7 +139,8 @@ def verify(
             return VerificationReport((*checks, *_verified(original, cut, plan, example, graph, tolerance).checks))
         state, ran = checked_state(pruned, cut, example)
         # what differs because it ran alone starts where the original stands
-        compared, cut = cut if ran and state.passed else pruned, None
+        compared = cut if ran and state.passed else pruned
+        del cut  # before the copies of the oracles
         try:
             if compared is not pruned:
                 run(pruned, example, "verify (pruned)")

@@ -142,6 +142,11 @@ def _first(factor: float) -> Callable[[Tensor], Any]:
     return lambda t: t.view(-1)[-2].mul_(factor)
 
 
+def _next(tensor: Tensor) -> None:
+    first = tensor.view(-1)[0]
+    first.copy_(torch.nextafter(first, torch.ones((), dtype=tensor.dtype)))
+
+
 def _swap(one: str, other: str) -> Damage:
     def damage(model: nn.Module) -> None:
         a, b = getattr(model, one), getattr(model, other)
@@ -217,8 +222,7 @@ DAMAGES: dict[type[nn.Module], dict[str, Damage]] = {
     },
     Image: {
         "a weight 1 % larger": _tensor("b.weight", _first(1.01)),
-        "the smallest change of a weight": _tensor("b.weight", lambda t: t.view(-1)[0].copy_(
-            torch.nextafter(t.view(-1)[0], torch.ones((), dtype=t.dtype)))),  # fmt: skip
+        "the smallest change of a weight": _tensor("b.weight", _next),
         "a sign of zero": _tensor("bn.bias", lambda t: t[0].mul_(-1.0)),
         "equal convolutions swapped": _swap("b", "c"),
         "a running mean": _tensor("bn.running_mean", _first(1.01)),
