@@ -15,7 +15,7 @@ from torch import nn
 from ..support.walking import all_modules
 from .structure import structure_of
 
-_KEY = "_graphprune_history"
+KEY = "_graphprune_history"
 
 
 class Applied(Protocol):
@@ -55,7 +55,7 @@ class History:
 
 def history_of(module: nn.Module) -> History | None:
     """The history of `module` itself, not of its parts; None if no plan was applied to it."""
-    found = module.__dict__.get(_KEY)
+    found = module.__dict__.get(KEY)
     return found if isinstance(found, History) else None
 
 
@@ -74,7 +74,7 @@ def histories(model: nn.Module) -> dict[str, History]:
 def remember(pruned: nn.Module, original: nn.Module, plan: Applied, repair: str = "") -> nn.Module:
     """Note in `pruned` that it is `original` after `plan`, and how it was repaired; returns it."""
     before = history_of(original) or History((), {}, ())
-    pruned.__dict__[_KEY] = History((*before.plans, plan), structure_of(pruned), (*before.repairs, repair))
+    pruned.__dict__[KEY] = History((*before.plans, plan), structure_of(pruned), (*before.repairs, repair))
     return pruned
 
 
@@ -89,14 +89,14 @@ def note_repairs(model: nn.Module, repairs: Mapping[str, tuple[str, ...]]) -> No
     for path, module in all_modules(model).items():
         found = history_of(module)
         if found is not None and len(repairs.get(path, ())) == len(found.plans):
-            module.__dict__[_KEY] = dataclasses.replace(found, repairs=repairs[path])
+            module.__dict__[KEY] = dataclasses.replace(found, repairs=repairs[path])
 
 
 def carry(old: nn.Module, new: nn.Module) -> None:
     """`new` takes the place of `old`: it remembers the same."""
     found = history_of(old)
     if found is not None:
-        new.__dict__[_KEY] = found
+        new.__dict__[KEY] = found
 
 
 def changed_since(model: nn.Module) -> str:

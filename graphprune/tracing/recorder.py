@@ -260,6 +260,8 @@ class Recorder:
         meta["class"] = self._classes.get(meta["module"])
         meta["function"] = self.function_name
         meta["sizes"] = self.sizes
+        if called.name == "as_strided":  # its numbers are places in the memory of a tensor that lies like this
+            meta["layout"] = args[0].stride(), args[0].storage_offset()
         if self.scalars:
             meta["scalars"] = self.scalars
         constant = not called.random and all(a.meta.get("constant_value") for a in node.all_input_nodes)

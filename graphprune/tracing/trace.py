@@ -38,7 +38,8 @@ class Trace:
     and constant tensors (meta "constant"), one `call_function` node per ATen call, and one `output` node with the
     tensors of the model's output. Node meta: "val" (TensorMeta, or a tuple of them), "source" (the user's line),
     "module" (path of the running module), "class" (its class), "function" (torch function as the user called it),
-    "sizes" (CallSizes), "scalars", "value" (small integer constants).
+    "sizes" (CallSizes), "scalars", "value" (small integer constants), "layout" (strides and offset of what as_strided
+    looks at).
 
     `caches`: (module path, attribute) of dicts in which the run kept tensors it had computed. What lies in them follows
     from the parameters, so a copy with other parameters must not inherit it. `outputs`: how many of the output node's

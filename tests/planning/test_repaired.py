@@ -118,16 +118,16 @@ def test_verification_says_what_it_compares() -> None:
     assert names[:2] == ["forward, repaired", "repaired"] and {"permutation", "zero equivalence"} <= set(names)
     assert "recover='mean'" in str(report) and "what the plan makes" in str(report)
     bare = graphprune.verify(net, plan.apply(net), plan, X)
-    assert [check.name for check in bare.checks] == names[2:]
+    assert [check.name for check in bare.checks] == [*names[2:], "state"]
 
 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda model: model.body[3].weight[0, 0].add_(1), "body.3.weight has other values"),
-        (lambda model: setattr(model, "head", nn.Linear(8, 5)), "head.weight has other values"),
-        (lambda model: setattr(model, "head", nn.Linear(8, 6)), "head.weight is not what the plan leaves"),
-        (lambda model: model.register_buffer("more", torch.zeros(2)), "more is not what the plan leaves"),
+        (lambda model: model.body[3].weight[0, 0].add_(1), "body.3.weight: has other values"),
+        (lambda model: setattr(model, "head", nn.Linear(8, 5)), "head.weight: has other values"),
+        (lambda model: setattr(model, "head", nn.Linear(8, 6)), "head.weight: has shape (6, 8) instead of (5, 8)"),
+        (lambda model: model.register_buffer("more", torch.zeros(2)), "more: a tensor where none should be"),
     ],
 )
 def test_verification_catches_what_no_repair_does(change: Callable[[Any], None], told: str) -> None:

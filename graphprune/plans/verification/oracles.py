@@ -24,10 +24,12 @@ from ..rewriting import dependency_graph
 from ..surgery import bypass_layers, clone_with
 from .experts import verify_experts
 from .layers import verify_layers
-from .repaired import checks_of_repaired
-from .results import TOLERANCE, Check, VerificationReport, relative_error
+from .precision import HALF, in_precision, precision_of
+from .repaired import TRAINED, checks_of_repaired
+from .results import TOLERANCE, TOLERANCES, Check, VerificationReport, out_of_memory, relative_error
 from .rewrite import run_rewritten
-from .running import run, same_shapes
+from .running import does_not_run, run, same_shapes
+from .state import checked_state
 
 TOLERANCE_64 = 1e-7
 
@@ -81,20 +83,6 @@ def permutable(graph: DependencyGraph) -> list[Group]:
     return [g for g in graph.groups if not ordered[graph.units(g)].any()]
 
 
-def _as_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy with floating point parameters and buffers in `dtype`."""
-    tensors = {
-        n: t.detach().to(dtype)
-        for n, t in named_tensors(model).items()
-        if t.is_floating_point() and t.dtype != dtype
-    }
-    return clone_with(model, tensors)
-
-
-def _dtype_of(model: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
 @door("original", "pruned", exact=True)
 def verify(
     original: nn.Module,
@@ -104,6 +92,7 @@ def verify(
     *,
     graph: DependencyGraph | None = None,
     tolerance: float | None = None,
+    trained: bool = False,
 ) -> VerificationReport:
     """Check `pruned` against `original` on the example input.
 
@@ -112,47 +101,63 @@ def verify(
     - *zero equivalence*: the original with the removed slices zeroed gives the pruned network's output (proves the
       rewrite). Where a norm, softmax or mean runs over removed channels its result legitimately changes; then the
       pruned network is compared with *the recorded graph* run on the cut tensors instead.
-
     - *rounding*, for half precision when weights were computed (folded, rescaled): each one must be what float32
       gives, rounded; the comparisons then use the values that are not rounded.
+    - *state*: `pruned` holds, bit by bit, what `plan.apply(original)` does: parameters, buffers, tensors in plain
+      attributes, and every number, text, function and object that attributes lead to (sizes, scales, eps, momentum,
+      flags of single modules), shared where they are shared there. Aside are hooks, gradients, what one run changes by
+      itself (counters, caches, observers of quantisation), and `train()`, `eval()` and `requires_grad_()` of the whole.
 
     A network that `recover` (or `prune`, by default) repaired is no longer the plan's: then these checks are of what
     the plan makes of the original, and *forward, repaired* and *repaired* say that `pruned` runs and differs from it
-    only in what the repair may change (constant terms for "mean", any values otherwise).
+    only in the values that the repair may change: constant terms and means for "mean"; statistics of batch norms, and
+    layers into which these are folded, for "batchnorm"; both for "moments"; weights and constant terms of all layers
+    that multiply, and batch norms, for "least_squares". `trained=True`: `pruned` was trained since; *forward, trained*
+    and *trained* say that it runs and differs in the values of tensors and in modes alone.
 
     A plan that leaves out layers or experts is checked against the original in which they are bypassed, or barred from
     being chosen, instead. One that leaves out layers and changes widths too is checked in two steps: the original with
     these layers replaced by modules that do nothing against the original in which hooks bypass them (*bypass*,
     *weights*), then `pruned` against the former, as above. `graph`: of the former.
 
-    Relative errors above `tolerance` (default 1e-4; half precision models are compared in float32) are measured again
-    in float64. Layers, where nothing is computed anew, are held to 1e-5 by default, and not measured again. Costs four
-    forward passes and two copies of the model. On the meta device only shapes are checked.
+    `tolerance`: the largest relative error of outputs; by default what rounding explains, 1e-4 in float32 and 1e-9 in
+    float64. Models with parameters in half precision are compared in float32. Larger errors are measured again in
+    float64, where 1e-7 is the limit (that of the model's precision if weights were computed); `.half()`, `.float()` and
+    other types that the code names are then all float32, or float64. Code that only runs in half precision is compared
+    as coarsely as that, and the report says so. Layers, where nothing is computed anew, are held to 1e-5 by default,
+    and not measured again. Costs four forward passes and two copies of the model. On the meta device shapes and
+    attributes are checked.
 
-    Raises GraphPruneError where there is not enough memory for that.
+    Raises GraphPruneError where there is not enough memory for that, and where the original does not run.
     """
     check_plan(plan, original)
     example = ExampleInput.of(example_input)
     try:
-        repair = repair_after(pruned, plan)
-        if not repair:
-            return _verified(original, pruned, plan, example, graph, tolerance)
-        cut = plan.apply(original)
-        found = _verified(original, cut, plan, example, graph, tolerance)
-        return VerificationReport((*checks_of_repaired(pruned, cut, repair, example), *found.checks))
+        cut, repair = plan.apply(original), repair_after(pruned, plan)
+        if trained or repair:
+            checks = checks_of_repaired(pruned, cut, plan, TRAINED if trained else repair, example)
+            return VerificationReport((*checks, *_verified(original, cut, plan, example, graph, tolerance).checks))
+        state, ran = checked_state(pruned, cut, example)
+        # what differs because it ran alone starts where the original stands
+        compared = cut if ran and state.passed else pruned
+        del cut  # before the copies of the oracles
+        try:
+            if compared is not pruned:
+                run(pruned, example, "verify (pruned)")
+            found = _verified(original, compared, plan, example, graph, tolerance)
+        except GraphPruneError as error:
+            if state.passed:
+                raise
+            return VerificationReport((does_not_run("forward", error), state))
+        return VerificationReport((*found.checks, state))
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         size = sum(t.numel() * t.element_size() for t in named_tensors(original).values()) / 2**30
         raise GraphPruneError(
             f"verify: not enough memory to compare the networks (the original has {size:.1f} GiB of weights, and two "
             f"copies of it are made): pass a smaller example_input, or verify=False and check on a larger machine"
         ) from error
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or any(t in str(error) for t in ("allocate memory", "out of memory", "bad_alloc"))
 
 
 def _verified(
@@ -176,7 +181,6 @@ def _verified(
     if plan.experts:
 
         return verify_experts(original, pruned, plan.experts, example, **limit)
-    tolerance = TOLERANCE if tolerance is None else tolerance
     if graph is None and plan.rewrites:
         graph = dependency_graph(original, example, plan.output, [r.module for r in plan.rewrites])
     graph = graph or trace(original, example)
@@ -186,33 +190,25 @@ def _verified(
     checks = [same_shapes(outputs[1], outputs[0]), *first]
     if any(p.is_meta for p in original.parameters()):
         return VerificationReport(tuple(checks))
-    dtype = _dtype_of(original)
-    half = dtype in (torch.float16, torch.bfloat16)
-    rounded = bool(plan.folds or plan.rescales)  # weights were computed, and rounded to the model's own dtype
-    if half and rounded:
+    half = precision_of(original.parameters()) in HALF
+    if half and _computes(plan):  # weights were computed, and rounded to the model's own precision
         check, pruned = _unrounded(whole, pruned, plan)
         checks.append(check)
-    if half:
-        compared = _compare_in(torch.float32, original, pruned, plan, example, graph, tolerance)
-    else:
-        compared = _compare(original, outputs, plan, example, graph, tolerance)
-    failed = [c for c in compared if not c.passed]
-    if failed and dtype != torch.float64:
-        try:
-            strict = tolerance if rounded else max(TOLERANCE_64, tolerance * 1e-3)
-            compared = _compare_in(torch.float64, original, pruned, plan, example, graph, strict)
-        except GraphPruneError as error:
-            if half:
-                raise
-            compared = [dataclasses.replace(c, detail=f"{c.detail} (float64: {error})") for c in compared]
+    oracles = _Oracles(original, pruned, plan, example, graph, tolerance)
+    compared = oracles.of_half(outputs) if half else oracles.of_full(outputs)
     return VerificationReport((*checks, *compared))
+
+
+def _computes(plan: Plan) -> bool:
+    """Surgery computes weights, and rounds them; all others it takes as they are."""
+    return bool(plan.folds or plan.rescales)
 
 
 def _unrounded(original: nn.Module, pruned: nn.Module, plan: Plan) -> tuple[Check, nn.Module]:
     """Half precision is too coarse to compare outputs when weights were computed. So every tensor must be what the plan
     gives in float32, rounded (twice at most: folded and rescaled); and the oracles judge the pruned module with the
     tensors that are not rounded."""
-    exact = named_tensors(plan.apply(_as_dtype(original, torch.float32)))
+    exact = named_tensors(plan.apply(in_precision(original, torch.float32)))
     found = named_tensors(pruned)
     worst = 0.0
     for name in exact.keys() | found.keys():
@@ -223,63 +219,104 @@ def _unrounded(original: nn.Module, pruned: nn.Module, plan: Plan) -> tuple[Chec
             continue
         limits = torch.finfo(got.dtype)
         excess = (got.to(want.dtype) - want).abs() - 2 * limits.eps * (want.abs() + limits.tiny)
-        if not bool((excess <= 0).all()):
+        same = got.to(want.dtype) == want  # infinite in a mask
+        if not bool((same | (excess <= 0) | (got.isnan() & want.isnan())).all()):
             return Check("rounding", False, relative_error(got, want), f"{name} is not what the plan computes"), pruned
         worst = max(worst, relative_error(got, want))
     return Check("rounding", True, worst), clone_with(pruned, {n: t.detach() for n, t in exact.items()})
 
 
-def _compare_in(
-    dtype: torch.dtype,
-    original: nn.Module,
-    pruned: nn.Module,
-    plan: Plan,
-    example: ExampleInput,
-    graph: DependencyGraph,
-    tolerance: float,
-) -> list[Check]:
-    """`_compare` on copies in another floating point type."""
-    original, pruned = _as_dtype(original, dtype), _as_dtype(pruned, dtype)
-    example = example.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-    outputs = run(original, example, "verify (original)"), run(pruned, example, "verify (pruned)")
-    return _compare(original, outputs, plan, example, graph, tolerance)
+@dataclasses.dataclass(frozen=True)
+class _Oracles:
+    """The two comparisons of outputs, in one precision or another."""
 
+    original: nn.Module
+    pruned: nn.Module
+    plan: Plan
+    example: ExampleInput
+    graph: DependencyGraph
+    asked: float | None  # the tolerance
 
-def _compare(
-    original: nn.Module,
-    outputs: tuple[Any, Any],
-    plan: Plan,
-    example: ExampleInput,
-    graph: DependencyGraph,
-    tolerance: float,
-) -> list[Check]:
-    """The two oracles; `outputs` are those of the original and of the pruned network on `example`."""
-    dense, small = outputs
-    out = [_permutation_check(original, dense, graph, example, tolerance)]
-    if plan.statistics:
-        reference = run_rewritten(graph, plan, example, original)
-        error = relative_error(small, reference)
-        out.append(Check("rewritten graph", error <= tolerance, error))
-    else:
-        reference = run(zeroed(original, plan), example, "verify (zeroed)")
-        error = relative_error(small, reference)
+    def of_full(self, outputs: tuple[Any, Any]) -> list[Check]:
+        """In the model's own precision, and where that is too coarse, all in float64."""
+        dtype = precision_of(self.original.parameters())
+        found = self._compare(self.original, outputs, self.limit(dtype))
+        if all(c.passed for c in found):
+            return found
+        try:
+            return self._in(torch.float64, self.strict(dtype))
+        except GraphPruneError as error:
+            return [dataclasses.replace(c, detail=f"{c.detail} (float64: {error})".strip()) for c in found]
+
+    def of_half(self, outputs: tuple[Any, Any]) -> list[Check]:
+        """All in float32, then float64; code that can only run in its own precision is compared as coarsely as that."""
+        dtype = precision_of(self.original.parameters())
+        try:
+            found = self._in(torch.float32, self.limit(torch.float32))
+            return found if all(c.passed for c in found) else self._in(torch.float64, self.strict(torch.float32))
+        except GraphPruneError as error:
+            found = self._compare(self.original, outputs, self.limit(dtype))
+            return [dataclasses.replace(c, detail=f"{c.detail} ({dtype} only: {error})".strip()) for c in found]
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """The largest relative error that is taken for rounding."""
+        return TOLERANCES.get(dtype, TOLERANCE) if self.asked is None else self.asked
+
+    def strict(self, dtype: torch.dtype) -> float:
+        """That limit in float64, of a model in `dtype`: what was computed by surgery is rounded to that."""
+        if _computes(self.plan):
+            return self.limit(dtype)
+        return min(TOLERANCE_64, self.limit(dtype)) if self.asked is None else max(TOLERANCE_64, self.asked * 1e-3)
+
+    def _in(self, dtype: torch.dtype, tolerance: float) -> list[Check]:
+        """On copies in `dtype`, in which everything is computed."""
+        original, pruned = in_precision(self.original, dtype), in_precision(self.pruned, dtype)
+        example = self.example.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+        moved = dataclasses.replace(self, original=original, pruned=pruned, example=example)
+        outputs = run(original, example, "verify (original)", dtype), run(pruned, example, "verify (pruned)", dtype)
+        return moved._compare(original, outputs, tolerance, dtype)
+
+    def _compare(
+        self, original: nn.Module, outputs: tuple[Any, Any], tolerance: float, dtype: torch.dtype | None = None
+    ) -> list[Check]:
+        """`outputs` are those of the original and of the pruned network on the example."""
+        dense, small = outputs
+        out = [_permutation_check(original, dense, self.graph, self.example, tolerance, dtype)]
+        if self.plan.statistics:
+            reference = run_rewritten(self.graph, self.plan, self.example, original, dtype)
+            error = relative_error(small, reference)
+            out.append(Check("rewritten graph", error <= tolerance, error))
+            return out
+        error = self._from_zeroed(original, small, False, dtype)
         if math.isinf(error):
-            error = relative_error(small, run(zeroed(original, plan, nearly=True), example, "verify (zeroed)"))
+            error = self._from_zeroed(original, small, True, dtype)
         out.append(Check("zero equivalence", error <= tolerance, error))
-    return out
+        return out
+
+    def _from_zeroed(self, original: nn.Module, small: Any, nearly: bool, dtype: torch.dtype | None) -> float:
+        reference = zeroed(original, self.plan, nearly=nearly)
+        return relative_error(small, run(reference, self.example, "verify (zeroed)", dtype))
 
 
 def _permutation_check(
-    original: nn.Module, want: Any, graph: DependencyGraph, example: ExampleInput, tolerance: float
+    original: nn.Module,
+    want: Any,
+    graph: DependencyGraph,
+    example: ExampleInput,
+    tolerance: float,
+    dtype: torch.dtype | None,
 ) -> Check:
+    def error_of(groups: Sequence[Group]) -> float:
+        return relative_error(run(permuted(original, graph, groups), example, "verify (permuted)", dtype), want)
+
     groups = permutable(graph)
     if not groups:
         return Check("permutation", True, math.nan, "no groups")
-    error = relative_error(run(permuted(original, graph, groups), example, "verify (permuted)"), want)
+    error = error_of(groups)
     detail = f"{len(groups)} groups"
     if error > tolerance:
         for group in groups:
-            if relative_error(run(permuted(original, graph, [group]), example, "verify (permuted)"), want) > tolerance:
+            if error_of([group]) > tolerance:
                 detail = f"the units of {group.name} are not interchangeable"
                 break
     return Check("permutation", error <= tolerance, error, detail)

@@ -15,6 +15,8 @@ from ...tracing.example import result_tensors
 # Largest relative error accepted in float32; a larger one is looked at again in float64, where only real differences
 # survive.
 TOLERANCE = 1e-4
+# By the precision that outputs are compared in. Half precision: for code that cannot run in any other.
+TOLERANCES = {torch.float64: 1e-9, torch.float32: TOLERANCE, torch.float16: 2.0**-6, torch.bfloat16: 2.0**-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,12 @@ class VerificationReport:
         failed = [str(c) for c in self.checks if not c.passed]
         if failed:
             raise GraphPruneError("verification failed, the pruned network is not returned:\n" + "\n".join(failed))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory has run out."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(t in str(error) for t in ("allocate memory", "out of memory", "bad_alloc"))
 
 
 def failure_of(prove: Callable[[], VerificationReport]) -> str:

@@ -6,9 +6,10 @@ module only if both are right.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from ...tracing.names import operator_name
 from ..modules.recurrent import run_layers
 from ..plan import Plan
 from ..surgery.cutting import cut_tensor
+from .precision import Computing
+from .results import out_of_memory
 
 
 def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
@@ -76,10 +79,23 @@ class RewrittenRun:
             elif node.target is operator.getitem:
                 self.env[node] = self.env[node.args[0]][node.args[1]]
             else:
-                self.env[node] = self._call(node)
+                self.env[node] = self._explained(node)
             for done in self.finished[node]:
                 del self.env[done]
         raise AssertionError("a recorded graph ends in an output node")
+
+    def _explained(self, node: fx.Node) -> Any:
+        try:
+            return self._call(node)
+        except (GraphPruneError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            if out_of_memory(error):
+                raise
+            source = node.meta.get("source")
+            raise GraphPruneError(
+                f"verify: the recorded call of {node.meta.get('function') or operator_name(node)}"
+                f"{f' at {source}' if source else ''} cannot be evaluated with what the plan leaves "
+                f"({type(error).__name__}: {error}); pass verify=False and look at the outputs yourself"
+            ) from error
 
     def _call(self, node: fx.Node) -> Any:
         args = list(fx.node.map_arg(node.args, self.env.__getitem__))
@@ -226,19 +242,63 @@ class RewrittenRun:
     _lstm = _gru = _rnn_tanh = _rnn_relu = _recurrent
 
     def _as_strided(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        return args[0]  # as_strided_ after a pool: only the memory layout changes; other uses freeze what they touch
+        x, meta = args[0], node.args[0].meta["val"]  # type: ignore[union-attr]
+        if operator_name(node) == "as_strided_" and meta.shape == node.meta["val"].shape:
+            return x  # after a pool: only the memory layout changes
+        layout = node.meta.get("layout")
+        if layout is None or tuple(x.shape) != meta.shape:  # its rule holds the tensor that it looks at
+            raise GraphPruneError("it looks at places in memory, which are known for the recorded sizes alone")
+        if layout == (x.stride(), x.storage_offset()):
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        return _looked_up(x, layout, *_window(args, kwargs, layout[1]))
 
 
-def run_rewritten(graph: DependencyGraph, plan: Plan, example: ExampleInput, original: nn.Module) -> tuple[Tensor, ...]:
-    """The outputs of the recorded graph when the plan's slices are cut from the original's tensors."""
+def _window(args: list[Any], kwargs: dict[str, Any], start: int) -> tuple[list[int], list[int], int]:
+    """The size, strides and offset that as_strided was given; without an offset it is that of the tensor, `start`."""
+    given = dict(zip(("size", "stride", "storage_offset"), args[1:], strict=False)) | kwargs
+    offset = given.get("storage_offset")
+    return list(given["size"]), list(given["stride"]), start if offset is None else offset
+
+
+def _offsets(size: Sequence[int], stride: Sequence[int], start: int) -> Tensor:
+    """The place in memory of each element."""
+    out = torch.full(tuple(size), start, dtype=torch.int64)
+    for axis, step in enumerate(stride):
+        view = [1] * len(size)
+        view[axis] = -1
+        out += (torch.arange(size[axis]) * step).reshape(view)
+    return out
+
+
+def _looked_up(
+    x: Tensor, layout: tuple[tuple[int, ...], int], size: list[int], stride: list[int], start: int
+) -> Tensor:
+    """What as_strided makes of a tensor that lay in memory like `layout` (strides, offset) and does so no more."""
+    held, wanted = _offsets(x.shape, *layout), _offsets(size, stride, start)
+    if not wanted.numel():
+        return x.new_empty(size)
+    index = torch.full((int(max(held.max() if held.numel() else 0, wanted.max())) + 1,), -1)
+    index[held.reshape(-1)] = torch.arange(held.numel())
+    found = index[wanted]
+    if bool((found < 0).any()):
+        raise GraphPruneError("it looks at places in memory that do not belong to the tensor")
+    return x.reshape(-1)[found.to(x.device)]
+
+
+def run_rewritten(
+    graph: DependencyGraph, plan: Plan, example: ExampleInput, original: nn.Module, dtype: torch.dtype | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs of the recorded graph when the plan's slices are cut from the original's tensors; `dtype`: all
+    computed in this precision."""
     named = named_tensors(original)
-    dtype = next((t.dtype for t in named.values() if t.is_floating_point()), torch.float32)
     tensors = {}
     for name in graph.trace.parameters:
         tensor = named[name].detach()
         # a run may write into buffers: never into the user's
         tensors[name] = cut_tensor(tensor, plan.removed[name]) if name in plan.removed else tensor.clone()
     for name, tensor in graph.trace.constants.items():
-        tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
-    with torch.no_grad():
-        return RewrittenRun(graph, gone_components(graph, plan), tensors).run(example.clone().tensors())
+        converted = dtype is not None and tensor.is_floating_point()
+        tensors[name] = tensor.to(dtype) if converted else tensor.clone()
+    gone = gone_components(graph, plan)
+    with torch.no_grad(), contextlib.nullcontext() if dtype is None else Computing(dtype):
+        return RewrittenRun(graph, gone, tensors).run(example.clone().tensors())
