@@ -30,6 +30,14 @@ from ..tracing.cloning import INTERNAL
 from ..tracing.origin import Attribute, Expr, leaves
 from .request import FOLLOW, HOLD
 
+_NOTHING = nn.Identity()
+# What torch's layers say of themselves, and surgery keeps true.
+_DESCRIBED = frozenset(
+    "in_channels out_channels groups in_features out_features in1_features in2_features num_features num_channels "
+    "num_groups normalized_shape num_embeddings embedding_dim num_parameters input_size hidden_size embed_dim kdim vdim "
+    "num_heads head_dim kernel_size stride padding dilation output_padding num_layers proj_size padding_idx "
+    "_reversed_padding_repeated_twice".split()
+)
 Removed = Mapping[str, Mapping[int, Sequence[int]]]
 Sizes = Mapping[Width, int]
 
@@ -67,8 +75,9 @@ def _attributes(modules: Mapping[str, nn.Module], known: Mapping[Attribute, int]
     for path, module in modules.items():
         if _is_torchs(module):
             continue
+        layer = sizes_of(module) is not None
         for name, value in vars(module).items():
-            if name in INTERNAL:
+            if name in INTERNAL or (layer and name in _DESCRIBED):
                 continue
             if type(value) is int:
                 found.append(Attribute(path, name, (), value))
@@ -123,12 +132,12 @@ class _Network:
         self.readings: dict[str, Reading] = {}
         self.sizes: tuple[dict[Width, int], dict[Width, int]] = ({}, {})
         self.equations: list[Equation] = []
-        for path, module in modules.items():
-            if not _is_torchs(module):
-                self._read(read(path, module))
 
-    def _read(self, reading: Reading, name: str = "") -> None:
-        self.readings.setdefault(reading.path, reading)
+    def _read(self, path: str) -> None:
+        """The code of a module, and of those inside it that get numbers from it."""
+        if path in self.readings or _is_torchs(self.modules.get(path, _NOTHING)):
+            return
+        reading = self.readings[path] = read(path, self.modules[path])
         self._add(equations_of(reading))
 
     def _add(self, equations: Iterable[Equation]) -> None:
@@ -136,6 +145,8 @@ class _Network:
             self.equations.append(equation)
             if isinstance(equation.right, Width):
                 self._measure(equation.right)
+            else:
+                self._read(equation.right.module.removesuffix("()"))
 
     def _measure(self, width: Width) -> None:
         if width not in self.sizes[0]:
@@ -165,14 +176,17 @@ class _Network:
 
     def settle(self, wanted: list[Attribute], choices: Mapping[Attribute, str]) -> Unread:
         """What becomes of each attribute."""
+        for path in dict.fromkeys(a.module for a in wanted):
+            self._read(path)
         solved = self._solve()
-        missing = [a for a in wanted if self._found(a, *solved) is None]
+        found = {attribute: self._found(attribute, *solved) for attribute in wanted}
+        missing = [a for a in wanted if found[a] is None]
         if missing and self._read_methods(missing):
-            solved = self._solve()
+            again = self._solve()
+            found.update((attribute, self._found(attribute, *again)) for attribute in missing)
         changes, unsettled = [], []
         for attribute in wanted:
-            choice = choices.get(attribute)
-            new = self._found(attribute, *solved)
+            choice, new = choices.get(attribute), found[attribute]
             if choice == HOLD:
                 continue
             if new is None and choice == FOLLOW:
@@ -206,7 +220,7 @@ class _Network:
                 self._of_another(leaf, old, kept)
         before = self._system(self.equations, self.sizes[0]).solve(old, {})
         sound = [e for e in self.equations if self._holds(e, before)]
-        idle = {leaf: v for leaf, v in before.numbers.items() if "(" in leaf.name and leaf not in before.torn}
+        idle = {leaf: v for leaf, v in before.numbers.items() if leaf.name.endswith("()") and leaf not in before.torn}
         return before, self._system(sound, self.sizes[1]).solve(kept, idle)
 
     def _of_another(self, leaf: Attribute, old: dict[Attribute, Any], kept: dict[Attribute, Any]) -> None:
@@ -219,16 +233,15 @@ class _Network:
             kept[leaf] = self.known[leaf.module, leaf.name, ()]
 
     def _system(self, equations: Iterable[Equation], sizes: Sizes) -> System:
-        system = System()
-        system.add(equations, sizes)
+        definitions: dict[Attribute, Expr] = {}
         for path, reading in self.readings.items():
-            system.definitions.update(reading.definitions)
+            definitions.update(reading.definitions)
             for name, value in reading.fields.items():  # another module may read it
                 for key, part in _parts(value, path):
                     leaf = Attribute(path, name, key)
                     if part != leaf:
-                        system.definitions[leaf] = part
-        return system
+                        definitions[leaf] = part
+        return System(equations, sizes, definitions)
 
     def _holds(self, equation: Equation, before: Solution) -> bool:
         """The code made what is there. Otherwise it was misread, or somebody has changed the layer."""

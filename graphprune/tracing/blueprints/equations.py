@@ -55,7 +55,7 @@ def equations_of(reading: Reading) -> tuple[Equation, ...]:
     module, path = reading.module, reading.path
     for name, value in reading.fields.items():
         if name == "":
-            found += _of_layer(value, module, path, path)
+            found += _of_module(value, module, path, path)
         elif name in module._modules:
             child = module._modules[name]
             if child is not None:

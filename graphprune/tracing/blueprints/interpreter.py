@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import inspect
 import itertools
 import types
@@ -36,7 +37,7 @@ from .values import (
 )
 
 # Statements of one constructor, with all that it calls; calls inside calls; rounds of one loop.
-_STEPS, _DEPTH, _ROUNDS = 6000, 8, 128
+_STEPS, _DEPTH, _ROUNDS = 2000, 6, 128
 _OPERATORS: dict[type, str] = {
     ast.Add: "add",
     ast.Sub: "sub",
@@ -73,26 +74,26 @@ class Reading:
     own was computed from. `values`: what numbers are, where that is known.
     """
 
-    def __init__(self, path: str, module: nn.Module, start: Mapping[str, Value] | None = None) -> None:
+    def __init__(self, path: str, module: nn.Module, start: Reading | None = None) -> None:
         self.path, self.module = path, module
-        self.fields: Names = dict(start or {})
+        self.fields: Names = {} if start is None else dict(start.fields)
         self.definitions: dict[Attribute, Expr] = {}
         self.values: dict[Attribute, int | float] = {}
-        self.serial = itertools.count()
+        self.serial: Iterator[int] = itertools.count() if start is None else start.serial
         self.steps = 0
         self.loose = 0  # inside a loop of which it is not known how often it runs
 
 
 def read(path: str, module: nn.Module, method: str = "__init__", start: Reading | None = None) -> Reading:
     """What a method of `module`'s class does to it, from the source. `start`: what the constructor left."""
-    reading = Reading(path, module, None if start is None else start.fields)
+    reading = Reading(path, module, start)
     home, function = _method(type(module), method)
     if function is not None and home is not None:
         names = _arguments(reading, function, method == "__init__")
         try:
             _Frame(reading, function, home, 0).run(names)
         except (_TooLong, RecursionError):
-            reading.fields = dict(start.fields) if start is not None else {}
+            pass  # what was understood until then stands
     return reading
 
 
@@ -267,10 +268,12 @@ class _Frame:
         if decided is not None:
             return self._block(step.body if decided else step.orelse)
         before, fields = dict(self.names), dict(self.reading.fields)
+        self.reading.loose += 1
         goes_on = self._block(step.body)
         names, made = self.names, self.reading.fields
         self.names, self.reading.fields = before, fields
         other = self._block(step.orelse)
+        self.reading.loose -= 1
         if not goes_on:
             if not other:  # what both made stands, whichever it was
                 self.reading.fields = _merged(made, self.reading.fields)
@@ -562,8 +565,8 @@ class _Frame:
                 return found
         target = self.value(called)
         if isinstance(target, Known):
-            return self._known_call(target.value, ast.unparse(called), args, kwargs)
-        return Made(None, ast.unparse(called), tuple(args.values), kwargs)
+            return self._known_call(target.value, _label(called), args, kwargs)
+        return Made(None, _label(called), tuple(args.values), kwargs)
 
     def _method_call(self, called: ast.Attribute, args: Items, kwargs: dict[str, Value]) -> Value | None:
         """A call of a method: of the object, of its base class, of a list. None: something else."""
@@ -686,7 +689,7 @@ def bound(
     """The values of a function's parameters in a call, defaults among them; None where they do not fit. `more`: there
     are further ones that are not known."""
     try:
-        signature = inspect.signature(function)
+        signature = _signature(function)
         found = signature.bind_partial(*args, **kwargs).arguments
     except (TypeError, ValueError):
         return None
@@ -774,6 +777,17 @@ def _merged(one: Names, other: Names) -> Names:
 
 def _entry(target: ast.expr, index: int) -> ast.expr:
     return ast.Subscript(target, ast.Constant(index), ast.Load())
+
+
+def _label(called: ast.expr) -> str:
+    if isinstance(called, ast.Attribute):
+        return called.attr
+    return called.id if isinstance(called, ast.Name) else "?"
+
+
+@functools.lru_cache(maxsize=2048)
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(function)
 
 
 def _loading(target: ast.expr) -> ast.expr:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from ..origin import Attribute, Expr, Literal, Operation, evaluate, leaves
 from .equations import Equation
@@ -19,8 +20,14 @@ class Solution:
     numbers: Numbers = dataclasses.field(default_factory=dict)
     torn: dict[Attribute, set[int | float]] = dataclasses.field(default_factory=dict)
 
+    def number(self, leaf: Attribute) -> int | float | None:
+        """What a number is; None where that is not determined."""
+        return None if leaf in self.torn else self.numbers.get(leaf)
+
     def value(self, expr: Expr) -> int | float | None:
         """The value of an expression; None where one of its numbers is not determined."""
+        if isinstance(expr, Attribute):
+            return self.number(expr)
         if any(leaf in self.torn or leaf not in self.numbers for leaf in leaves(expr)):
             return None
         try:
@@ -29,89 +36,121 @@ class Solution:
             return None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Side:
+    """An expression with its numbers, and what it is: a size, or another number."""
+
+    expr: Expr
+    leaves: tuple[Attribute, ...]
+    right: Attribute | None
+    size: int
+
+    @classmethod
+    def of(cls, expr: Expr, right: Attribute | None, size: int = 0) -> _Side:
+        return cls(expr, _leaves(expr), right, size)
+
+    def target(self, found: Solution) -> int | float | None:
+        return self.size if self.right is None else found.number(self.right)
+
+    def unknown(self, found: Solution) -> Attribute | None:
+        """The only number that is missing, if it is one."""
+        missing = {leaf for leaf in self.leaves if leaf not in found.numbers}
+        leaf = missing.pop() if len(missing) == 1 else None
+        return None if leaf in found.torn else leaf
+
+    def solved(self, found: Solution) -> bool:
+        """Nothing more can be learned from it."""
+        return all(leaf in found.numbers or leaf in found.torn for leaf in self.leaves)
+
+
 class System:
     """Equations between expressions and sizes, or other numbers, and what numbers were computed from."""
 
-    def __init__(self) -> None:
-        self.equations: list[tuple[Expr, Attribute | None, int]] = []
-        self.definitions: dict[Attribute, Expr] = {}
-
-    def add(self, equations: Iterable[Equation], widths: Mapping[object, int]) -> None:
+    def __init__(
+        self, equations: Iterable[Equation], widths: Mapping[Any, int], definitions: Mapping[Attribute, Expr]
+    ) -> None:
         """`widths`: the size that each width has; equations with others say nothing."""
+        self.sides: list[_Side] = []
         for equation in equations:
             if isinstance(equation.right, Attribute):
-                self.equations.append((equation.left, equation.right, 0))
+                self.sides.append(_Side.of(equation.left, equation.right))
             elif equation.right in widths:
-                self.equations.append((equation.left, None, widths[equation.right]))
+                self.sides.append(_Side.of(equation.left, None, widths[equation.right]))
+        self.definitions = [_Side.of(expr, leaf) for leaf, expr in definitions.items()]
 
     def solve(self, given: Mapping[Attribute, int | float], idle: Mapping[Attribute, int | float]) -> Solution:
         """First what sizes say directly, from the inside out; then by what numbers were computed from and what they
         are computed into; last from the outside in, and with the numbers `idle` where nothing else is said of them."""
         found = Solution(dict(given))
-        steps = (self._sizes, self._computed, self._computing, self._handed_on, lambda s: self._idle(s, idle))
+        sides, computed, computing = list(self.sides), list(self.definitions), list(self.definitions)
+        handed_on = [side for side in sides if side.right is not None]
+        steps: tuple[Callable[[], Candidates], ...] = (
+            lambda: _inwards(sides, found),
+            lambda: _outwards(computed, found),
+            lambda: _inwards(computing, found),
+            lambda: _outwards(handed_on, found),
+            lambda: {n: {v} for n, v in idle.items() if n not in found.numbers and n not in found.torn},
+        )
         at = 0
         while at < len(steps):
-            at = 0 if _taken(found, steps[at](found), given) else at + 1
+            at = 0 if _taken(found, steps[at]()) else at + 1
         self._check(found, given)
         return found
 
-    def _sizes(self, found: Solution) -> Candidates:
-        out: Candidates = defaultdict(set)
-        for left, right, size in self.equations:
-            target = size if right is None else found.value(right)
-            leaf = _unknown(left, found)
-            if target is not None and leaf is not None:
-                value = inverse(left, leaf, target, found)
-                out[leaf].add(value)
-        return out
-
-    def _computed(self, found: Solution) -> Candidates:
-        out: Candidates = defaultdict(set)
-        for leaf, expr in self.definitions.items():
-            if leaf not in found.numbers and leaf not in found.torn:
-                value = found.value(expr)
-                if value is not None:
-                    out[leaf].add(value)
-        return out
-
-    def _computing(self, found: Solution) -> Candidates:
-        out: Candidates = defaultdict(set)
-        for leaf, expr in self.definitions.items():
-            target, unknown = found.value(leaf), _unknown(expr, found)
-            if target is not None and unknown is not None:
-                value = inverse(expr, unknown, target, found)
-                if value is not None:
-                    out[unknown].add(value)
-        return out
-
-    def _handed_on(self, found: Solution) -> Candidates:
-        out: Candidates = defaultdict(set)
-        for left, right, _ in self.equations:
-            if right is not None and right not in found.numbers and right not in found.torn:
-                value = found.value(left)
-                if value is not None:
-                    out[right].add(value)
-        return out
-
-    def _idle(self, found: Solution, idle: Mapping[Attribute, int | float]) -> Candidates:
-        return {n: {v} for n, v in idle.items() if n not in found.numbers and n not in found.torn}
-
     def _check(self, found: Solution, given: Mapping[Attribute, int | float]) -> None:
         """A number that one size determined, and others contradict, stands for sizes that differ."""
-        for left, right, size in self.equations:
-            target = size if right is None else found.value(right)
-            value = found.value(left)
-            if target is not None and value is not None and value != target:
-                for leaf in set(leaves(left)) - given.keys():
-                    assert isinstance(leaf, Attribute)
-                    found.torn.setdefault(leaf, set()).update({found.numbers[leaf]})
-                    found.torn[leaf].add(target if left == leaf else value)
+        for side in self.sides:
+            target = side.target(found)
+            value = None if target is None else found.value(side.expr)
+            if value is None or value == target:
+                continue
+            for leaf in set(side.leaves) - given.keys():
+                assert target is not None
+                found.torn.setdefault(leaf, {found.numbers[leaf]}).add(target if side.expr == leaf else value)
+
+
+def _inwards(sides: list[_Side], found: Solution) -> Candidates:
+    """What sizes say of the numbers in their expressions."""
+    out: Candidates = defaultdict(set)
+    left = []
+    for side in sides:
+        if side.solved(found):
+            continue
+        left.append(side)
+        leaf = side.unknown(found)
+        target = side.target(found) if leaf is not None else None
+        if leaf is not None and target is not None:
+            value = inverse(side.expr, leaf, target, found)
+            if value is not None or side.right is None:
+                out[leaf].add(value)
+    sides[:] = left
+    return out
+
+
+def _outwards(sides: list[_Side], found: Solution) -> Candidates:
+    """What expressions say of the numbers that they are."""
+    out: Candidates = defaultdict(set)
+    left = []
+    for side in sides:
+        right = side.right
+        if right is None or right in found.numbers or right in found.torn:
+            continue
+        left.append(side)
+        value = found.value(side.expr)
+        if value is not None:
+            out[right].add(value)
+    sides[:] = left
+    return out
+
+
+def _leaves(expr: Expr) -> tuple[Attribute, ...]:
+    return tuple(leaf for leaf in leaves(expr) if isinstance(leaf, Attribute))
 
 
 Candidates = dict[Attribute, set[int | float | None]]
 
 
-def _taken(found: Solution, candidates: Candidates, given: Mapping[Attribute, int | float]) -> bool:
+def _taken(found: Solution, candidates: Candidates) -> bool:
     """Take what is clear; whether anything new is known."""
     for leaf, values in candidates.items():
         if len(values) == 1 and None not in values:
@@ -119,15 +158,6 @@ def _taken(found: Solution, candidates: Candidates, given: Mapping[Attribute, in
         else:
             found.torn[leaf] = {v for v in values if v is not None}
     return bool(candidates)
-
-
-def _unknown(expr: Expr, found: Solution) -> Attribute | None:
-    """The only number that is missing, if it is one."""
-    missing = {leaf for leaf in leaves(expr) if leaf not in found.numbers}
-    if len(missing) != 1:
-        return None
-    leaf = missing.pop()
-    return leaf if isinstance(leaf, Attribute) and leaf not in found.torn else None
 
 
 def inverse(expr: Expr, leaf: Attribute, target: int | float, known: Solution) -> int | float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import linecache
 import textwrap
 import types
 
@@ -19,12 +20,12 @@ def tree_of(function: types.FunctionType) -> ast.FunctionDef | None:
 
 @functools.lru_cache(maxsize=_MOST)
 def _parsed(code: types.CodeType) -> ast.FunctionDef | None:
+    lines = linecache.getlines(code.co_filename)  # what `inspect` does, without a search for the module
     try:
-        lines, first = inspect.getsourcelines(code)
-        body = ast.parse(textwrap.dedent("".join(lines))).body
-    except (OSError, TypeError, SyntaxError, ValueError, IndexError):
+        block = inspect.getblock(lines[code.co_firstlineno - 1 :])
+        body = ast.parse(textwrap.dedent("".join(block))).body
+    except (SyntaxError, ValueError, IndexError, RecursionError):
         return None
-    del first
     found = body[0] if body else None
     return found if isinstance(found, ast.FunctionDef) and found.name == code.co_name else None
 

@@ -124,7 +124,8 @@ def text_of(value: Value) -> str:
     if isinstance(value, (Items, Either)):
         return str([text_of(v) for v in (value.values if isinstance(value, Items) else value.options)])
     if isinstance(value, Made):
-        return f"{value.name}({', '.join(map(text_of, value.args))})"
+        named = (f"{name}={text_of(given)}" for name, given in value.kwargs.items())
+        return f"{value.name}({', '.join([*map(text_of, value.args), *named])})"
     return f"?{id(value)}"
 
 
