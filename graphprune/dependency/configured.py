@@ -1,7 +1,7 @@
 """Widths that a configuration states in one number: they are one width, or the model cannot be built from it again.
 
-BERT's pooler maps `hidden_size` to `hidden_size`: nothing in the recorded run says that the two are one number, only the
-code of its class. Their channels go together, then, each with the one of the same index, or stay.
+BERT's pooler maps `hidden_size` to `hidden_size`: nothing in the recorded run says that the two are one number, only
+the code of its class. Their channels go together, then, each with the one of the same index, or stay.
 """
 
 from __future__ import annotations

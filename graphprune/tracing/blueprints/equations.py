@@ -25,9 +25,7 @@ SIZES: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], tuple[str, ...
     ((nn.RNNBase, nn.RNNCellBase), ("input_size", "hidden_size")),
     (nn.MultiheadAttention, ("embed_dim", "num_heads", "kdim", "vdim")),
 )
-_FILLED = frozenset(
-    getattr(torch, name) for name in "zeros ones empty full rand randn".split()
-)
+_FILLED = frozenset(getattr(torch, name) for name in "zeros ones empty full rand randn".split())
 _LISTS = (nn.Sequential, nn.ModuleList)
 
 
@@ -97,14 +95,10 @@ def _fits(value: Value, module: nn.Module) -> bool:
 
 
 def _of_list(value: Made, module: nn.Module, path: str, home: str) -> Iterator[Equation]:
-    given = list(value.args)
-    if len(given) == 1 and isinstance(given[0], Items):
-        given, loose = given[0].values, given[0].loose
-    else:
-        loose = []
-    yield from _of_entries(
-        Items([*given, *value.added.values], [*loose, *value.added.loose]), module, path, home
-    )
+    first = value.args[0] if len(value.args) == 1 else None
+    given = first if isinstance(first, Items) else Items(list(value.args))
+    more = value.added
+    yield from _of_entries(Items([*given.values, *more.values], [*given.loose, *more.loose]), module, path, home)
 
 
 def _of_entries(items: Items, module: nn.Module, path: str, home: str) -> Iterator[Equation]:
@@ -156,8 +150,7 @@ def _sizes(values: Iterable[Value], path: str, name: str, home: str) -> Iterator
 
 
 def _handed_on(given: Value, parameter: Open, home: str) -> Iterator[Equation]:
-    """A number, or numbers in a list, that the constructor of a module inside gets; an object is told by
-    `Equations` of its parts, see `parts_of`."""
+    """A number, numbers in a list, or what was passed in itself, which the constructor of a module inside gets."""
     if isinstance(given, Items) and not given.loose:
         for i, item in enumerate(given.values):
             yield from _handed_on(item, parameter.part(str(i)), home)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import functools
 import inspect
 import itertools
@@ -90,10 +91,8 @@ def read(path: str, module: nn.Module, method: str = "__init__", start: Reading 
     home, function = _method(type(module), method)
     if function is not None and home is not None:
         names = _arguments(reading, function, method == "__init__")
-        try:
+        with contextlib.suppress(_TooLong, RecursionError):  # what was understood until then stands
             _Frame(reading, function, home, 0).run(names)
-        except (_TooLong, RecursionError):
-            pass  # what was understood until then stands
     return reading
 
 
@@ -109,9 +108,8 @@ def _method(kind: type, name: str, after: type | None = None) -> tuple[type | No
 def _arguments(reading: Reading, function: types.FunctionType, constructor: bool) -> Names:
     """The parameters as open values; known where the code keeps them, unchanged, in an attribute."""
     tree = tree_of(function)
-    names: Names = {}
-    for name in inspect.signature(function).parameters:
-        names[name] = Open(Attribute(f"{reading.path}()" if constructor else f"{reading.path}({function.__name__})", name))
+    home = f"{reading.path}()" if constructor else f"{reading.path}({function.__name__})"
+    names: Names = {name: Open(Attribute(home, name)) for name in inspect.signature(function).parameters}
     if tree is None or not constructor:
         return names
     stored = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
@@ -120,11 +118,11 @@ def _arguments(reading: Reading, function: types.FunctionType, constructor: bool
         if not isinstance(step, ast.Assign) or plain is None:
             continue
         name, kept = plain, vars(reading.module)
-        for target in step.targets:
-            if _is_field(target) and name in names and name not in stored and target.attr in kept:
+        for field in filter(None, map(_field_in, step.targets)):
+            if name in names and name not in stored and field in kept:
                 found = names[name]
                 assert isinstance(found, Open)
-                names[name] = Open(found.leaf, kept[target.attr], True)
+                names[name] = Open(found.leaf, kept[field], True)
     return names
 
 
@@ -135,8 +133,10 @@ def _copied(node: ast.expr) -> str | None:
     return node.id if isinstance(node, ast.Name) else None
 
 
-def _is_field(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+def _field_in(node: ast.expr) -> str | None:
+    """x in `self.x`."""
+    mine = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"
+    return node.attr if mine and isinstance(node, ast.Attribute) else None
 
 
 class _Frame:
@@ -148,7 +148,7 @@ class _Frame:
         self.returned: list[Value] = []
         code = function.__code__
         cells = function.__closure__ or ()
-        self.outer = {n: c for n, c in zip(code.co_freevars, cells, strict=False)}
+        self.outer = dict(zip(code.co_freevars, cells, strict=False))
         self.me = code.co_varnames[0] if home is not None and code.co_argcount else None
 
     def run(self, names: Names) -> Value:
@@ -241,10 +241,10 @@ class _Frame:
         if type(kept) is not int or (isinstance(value, Number) and value.value is not None):
             return value
         number = number_of(value, self.reading.path)
-        if number is None or not isinstance(number.expr, Attribute):
-            number = Number(Attribute(self.reading.path, name))
-        self.reading.values[number.expr] = kept
-        return Number(number.expr, kept)
+        leaf = number.expr if number is not None and isinstance(number.expr, Attribute) else None
+        leaf = Attribute(self.reading.path, name) if leaf is None else leaf
+        self.reading.values[leaf] = kept
+        return Number(leaf, kept)
 
     def _parts(self, value: Value, count: int) -> list[Value]:
         if isinstance(value, Items) and len(value.values) == count and not value.loose:
@@ -668,7 +668,7 @@ class _Frame:
                 return Items(loose=[Items([either([*i.values, *i.loose]) for i in lists])])
             return Items([Items(list(row)) for row in zip(*(i.values for i in lists), strict=False)])
         if lists and target is enumerate:
-            first = [Items([literal(i), value]) for i, value in enumerate(lists[0].values)]
+            first: list[Value] = [Items([literal(i), value]) for i, value in enumerate(lists[0].values)]
             return Items(first, [Items([UNKNOWN, value]) for value in lists[0].loose])
         return Items(lists[0].values[::-1], lists[0].loose) if lists else None
 

@@ -156,8 +156,6 @@ def arithmetic(function: str, *operands: Number) -> Number:
             value = evaluate(plain, lambda leaf: leaf.value)  # type: ignore[union-attr]
         except (ArithmeticError, ValueError, TypeError):
             value = None
-        if isinstance(value, complex):
-            value = None
     if not any(True for _ in leaves(expr)) and value is not None:
         return Number(Literal(value), value)
     return Number(expr, value)
