@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 from torch import nn
 
-from ..support.settings import is_settings
+from ..support.settings import is_settings, settings_of
 from ..support.walking import all_modules
 from ..tracing.blueprints import Equation, Width, equations_of, read
-from ..tracing.origin import Attribute, Expr
+from ..tracing.origin import Attribute, Expr, leaves
 from .analysis import Analysis
 from .dims import Root
 from .state import Vector
@@ -23,11 +23,12 @@ from .state import Vector
 def tied_by_configuration(model: nn.Module, analysis: Analysis) -> Analysis:
     """The analysis of `model` with the two sides of a layer tied where its configuration has one number for both; the
     same where it has none, or these cannot be tied index by index (a side that is cut into heads)."""
-    if not is_settings(getattr(model, "config", None)):
+    config = getattr(model, "config", None)
+    if not is_settings(config):
         return analysis
     modules = all_modules(model)
     pairs = [(path, pair) for path in modules if (pair := _apart(modules[path], path, analysis)) is not None]
-    code = _Code(modules)
+    code = _Code(modules, frozenset(settings_of(config) if isinstance(config, dict) else ()))
     return analysis.tying(pair for path, pair in pairs if code.states_once(path))
 
 
@@ -57,10 +58,11 @@ def _whole(analysis: Analysis, root: Root) -> Vector | None:
 
 
 class _Code:
-    """What the code of a model's classes says of its layers, each read when first asked for."""
+    """What the code of a model's classes says of its layers, each read when first asked for. `entries`: of a
+    configuration that is a dict, which the model's constructor gets as arguments."""
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
-        self.modules = modules
+    def __init__(self, modules: Mapping[str, nn.Module], entries: frozenset[str]) -> None:
+        self.modules, self.entries = modules, entries
         self._read: dict[str, tuple[Equation, ...]] = {}
 
     def states_once(self, path: str) -> bool:
@@ -71,7 +73,12 @@ class _Code:
             if isinstance(width, Width) and width.module == path and width.axis is None:
                 said[width.name.partition("_")[0]].add(self._from_outside(equation.left))
         both = said["in"] & said["out"]
-        return any(isinstance(expr, Attribute) and bool(expr.key) for expr in both)
+        return any(map(self._is_configured, both))
+
+    def _is_configured(self, expr: Expr) -> bool:
+        """Whether it is made of entries of a configuration."""
+        found = [leaf for leaf in leaves(expr) if isinstance(leaf, Attribute)]
+        return bool(found) and all(leaf.key or (leaf.module == "()" and leaf.name in self.entries) for leaf in found)
 
     def _around(self, path: str) -> Iterator[Equation]:
         """What the modules that a module lies in say; the nearest first."""

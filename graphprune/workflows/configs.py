@@ -25,6 +25,7 @@ from ..plans.verification.results import relative_error
 from ..support.doors import door
 from ..support.settings import is_settings, settings_of, with_setting
 from ..support.walking import all_modules, named_tensors
+from ..tracing.blueprints.equations import sizes_of
 from ..tracing.example import ExampleInput
 from ..tracing.origin import Attribute, Expr, Session, TracedInt, evaluate, is_traced, leaves
 from ..tracing.state import evaluating
@@ -180,19 +181,23 @@ def _demands(model: nn.Module, config: Any) -> tuple[list[dict[Field, int]], str
         ) from error
     modules = all_modules(model)
     changed: dict[Expr, dict[int, str]] = defaultdict(dict)
+    layers: dict[Expr, dict[int, str]] = defaultdict(dict)  # what torch's layers say, which is never out of date
     kept: dict[Expr, int] = {}
     for path, module in all_modules(built).items():
         if path not in modules:
             return [], f"the model has no {path}, which its configuration makes (a folded batch norm, a removed layer)"
+        sizes = sizes_of(modules[path]) or ()
         for name, value in vars(module).items():
             now = vars(modules[path]).get(name)
             if not is_traced(value) or type(now) is not int:
                 continue
+            if name in sizes:
+                layers[value.origin].setdefault(now, f"{path}.{name}")
             if now != int.__int__(value):
                 changed[value.origin].setdefault(now, f"{path}.{name}")
             else:
                 kept[value.origin] = now
-    for expr, values in changed.items():
+    for expr, values in itertools.chain(layers.items(), changed.items()):
         if len(values) > 1:
             (a, first), (b, second) = list(values.items())[:2]
             return [], f"{expr_text(expr)} cannot be {a} and {b} at once (for {first} and {second})"
