@@ -12,7 +12,7 @@ from ...tracing.blueprints import Equation, Reading, Width, equations_of, read
 from ...tracing.blueprints.equations import sizes_of
 from ...tracing.blueprints.solving import Solution, System
 from ...tracing.blueprints.values import Items, Number, Open, Value, number_of
-from ...tracing.origin import Attribute, Expr, leaves
+from ...tracing.origin import Attribute, Expr, TensorSize, leaves
 from .methods import building
 from .shapes import Removed, shapes_of, stated
 from .used import Used
@@ -93,13 +93,21 @@ class Network:
                         old[part] = now
                         if (path, name, key) in self.known:
                             kept[part] = self.known[path, name, key]
-        for leaf in {leaf for e in self.equations for leaf in leaves(e.left)}:
+        for leaf in self._leaves():
             if isinstance(leaf, Attribute) and not leaf.module.endswith(")"):
                 self._of_another(leaf, old, kept)
         before = self._system(self.equations, self.sizes[0]).solve(old, {})
         sound = [e for e in self.equations if self._holds(e, before)]
         idle = {leaf: v for leaf, v in before.numbers.items() if leaf.name.endswith("()") and leaf not in before.torn}
         return before, self._system(sound, self.sizes[1]).solve(kept, idle)
+
+    def _leaves(self) -> set[Attribute | TensorSize]:
+        """All numbers that the code speaks of."""
+        exprs = [equation.left for equation in self.equations]
+        for path, reading in self.readings.items():
+            exprs += reading.definitions.values()
+            exprs += [part for value in reading.fields.values() for _, part in _parts(value, path)]
+        return {leaf for expr in exprs for leaf in leaves(expr)}
 
     def _of_another(self, leaf: Attribute, old: dict[Attribute, Any], kept: dict[Attribute, Any]) -> None:
         """`self.body.out_channels`: a size of a layer, or a number that another module keeps."""

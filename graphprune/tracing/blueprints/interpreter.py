@@ -382,6 +382,13 @@ class _Frame:
             return literal(found)
         return UNKNOWN
 
+    def _finished(self, node: ast.expr, value: Value) -> Value:
+        """Of a list of modules that the object has, this list."""
+        child = self.reading.module._modules.get(node.attr) if isinstance(node, ast.Attribute) else None
+        if child is None or not isinstance(node, ast.Attribute) or not self._is_me(node.value):
+            return value
+        return Child(self._below(node.attr), child)
+
     def _below(self, name: str) -> str:
         return f"{self.reading.path}.{name}" if self.reading.path else name
 
@@ -479,7 +486,7 @@ class _Frame:
             return UNKNOWN
 
     def _subscript(self, node: ast.Subscript) -> Value:
-        owner = self.value(node.value)
+        owner = self._finished(node.value, self.value(node.value))
         at = node.slice
         if isinstance(owner, Child):
             index = _plain(self.value(at)) if not isinstance(at, ast.Slice) else _MISSING
@@ -557,8 +564,6 @@ class _Frame:
         args = self._items(node.args)
         kwargs = {k.arg: self.value(k.value) for k in node.keywords if k.arg is not None}
         called = node.func
-        if args.loose:
-            args = Items([*args.values, *([UNKNOWN] if not args.values else [])], args.loose)
         if isinstance(called, ast.Attribute):
             found = self._method_call(called, args, kwargs)
             if found is not None:
@@ -566,7 +571,7 @@ class _Frame:
         target = self.value(called)
         if isinstance(target, Known):
             return self._known_call(target.value, _label(called), args, kwargs)
-        return Made(None, _label(called), tuple(args.values), kwargs)
+        return _made(None, _label(called), args, kwargs)
 
     def _method_call(self, called: ast.Attribute, args: Items, kwargs: dict[str, Value]) -> Value | None:
         """A call of a method: of the object, of its base class, of a list. None: something else."""
@@ -618,7 +623,7 @@ class _Frame:
             return UNKNOWN
         if name == "__init__" and _is_torchs(home):
             if home is not nn.Module:  # a layer of torch's is what the object is
-                self.reading.fields[""] = Made(home, home.__name__, tuple(args.values), kwargs)
+                self.reading.fields[""] = _made(home, home.__name__, args, kwargs)
             return Known(None)
         if function is None or _is_torchs(home):
             return UNKNOWN
@@ -636,7 +641,7 @@ class _Frame:
                 if number is not None and _is_whole(number.expr):
                     return number
             found = self._iteration(target, args)
-            return Made(target, name, tuple(args.values), kwargs) if found is None else found
+            return _made(target, name, args, kwargs) if found is None else found
         if target is len and args.values:
             items = self._iterated(args.values[0])
             return UNKNOWN if items.loose else literal(len(items.values))
@@ -648,7 +653,7 @@ class _Frame:
         if isinstance(target, types.FunctionType) and not (target.__module__ or "").startswith("torch."):
             function = function_of(target)
             return UNKNOWN if function is None else self._follow(function, None, args, kwargs)
-        return Made(target, name, tuple(args.values), kwargs)
+        return _made(target, name, args, kwargs)
 
     def _is_self(self, value: Value) -> bool:
         return isinstance(value, Open) and self.me is not None and value is self.names.get(self.me)
@@ -707,6 +712,10 @@ def bound(
         else:
             names[name] = literal(parameter.default)
     return names
+
+
+def _made(target: Any, name: str, args: Items, kwargs: dict[str, Value]) -> Made:
+    return Made(target, name, tuple(args.values), kwargs, Items([], list(args.loose)))
 
 
 def _argument(made: Made, name: str) -> Value:
