@@ -38,15 +38,15 @@ def interfaces_of(model: nn.Module, graph: DependencyGraph) -> tuple[Interface, 
 
 
 def _at_border(group: Group, modules: tuple[str, ...]) -> str:
-    """The first layer that makes the channels of a group which some of these modules share with others; "" if none."""
+    """The last layer that makes the channels of a group which some of these modules share with others, before they get
+    to the others or from these; "" if there are none."""
     owners = [(m.parameter.rpartition(".")[0], m.role) for m in group.members]
     inside = tuple(f"{path}." for path in modules)
-    makers = [path for path, role in owners if role == "out"]
-    readers = [path for path, role in owners if role == "in"]
-    crosses = any(
-        f"{maker}.".startswith(inside) != f"{reader}.".startswith(inside) for maker in makers for reader in readers
-    )
-    return makers[0] if crosses else ""
+    makers = [(path, f"{path}.".startswith(inside)) for path, role in owners if role == "out"]
+    readers = {f"{path}.".startswith(inside) for path, role in owners if role == "in"}
+    if not makers or readers <= {makers[0][1]}:
+        return ""
+    return next(path for path, side in reversed(makers) if side == makers[0][1])
 
 
 def _parts(model: nn.Module) -> Iterator[tuple[str, tuple[str, ...]]]:
