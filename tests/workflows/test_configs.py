@@ -217,7 +217,7 @@ class Refusing(nn.Module):
 
 
 def test_a_class_that_takes_no_configuration() -> None:
-    with pytest.raises(GraphPruneError, match="Refusing takes width, depth, and no configuration.*transformers"):
+    with pytest.raises(GraphPruneError, match=r"Refusing takes width, depth, and no configuration.*transformers"):
         graphprune.fit_config(Refusing(), torch.randn(1, 3))
 
 
