@@ -103,8 +103,8 @@ class Analysis:
         if not found:
             return self
         a, b = (np.concatenate([pair[side] for pair in found]) for side in (0, 1))
-        tied = _joined(self.tied, self.tied[a], self.tied[b])
-        return dataclasses.replace(self, tied=tied, label=_joined(self.label, self.label[a], self.label[b]))
+        tied = _also_tied(self.tied, self.tied[a], self.tied[b])
+        return dataclasses.replace(self, tied=tied, label=_also_tied(self.label, self.label[a], self.label[b]))
 
     def rewriting(self, rewritten: Rewritten, guards: tuple[Guard, ...]) -> Analysis:
         """The same with the sizes of other modules free and these guards to be obeyed. What literals froze stays."""
@@ -149,7 +149,7 @@ def _held(number: Vector, positions: Iterable[Vector]) -> Vector:
     return number if np.count_nonzero(stuck) == 1 else sealed(np.where(stuck[number], number[0], number))
 
 
-def _joined(number: Vector, a: Vector, b: Vector) -> Vector:
+def _also_tied(number: Vector, a: Vector, b: Vector) -> Vector:
     """The components with those numbered `a` and `b` joined, one by one. Each has the lowest number of those that it is
     made of, but the immovable one keeps its own."""
     count = int(number.max()) + 1
