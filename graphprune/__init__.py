@@ -24,7 +24,7 @@ from .runtimes import LatencyTable, Target, benchmark, export_onnx, latency_tabl
 from .tracing.counting import Count, LayerCount, count
 from .workflows.configs import ConfigFit, fit_config
 from .workflows.curves import Curve, Sensitivity, sensitivity
-from .workflows.diagnosis import Advice, Blocker, Doctor, Prunable, advise, doctor
+from .workflows.diagnosis import Advice, Blocker, Doctor, Interface, Prunable, advise, doctor
 from .workflows.gradual import prune_gradually
 from .workflows.pipelines import PipelineResult, pipeline
 from .workflows.reporting.summary import Point, Report, report
@@ -47,6 +47,7 @@ __all__ = [
     "GraphPruneWarning",
     "Group",
     "GroupKind",
+    "Interface",
     "Latency",
     "LatencyTable",
     "LayerCount",

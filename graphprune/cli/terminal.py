@@ -69,6 +69,15 @@ IgnoreOption = Annotated[
     list[str] | None,
     _option(_PRUNING, "Module, parameter or pattern whose outputs stay. Repeatable.", "--ignore", metavar="NAME"),
 ]
+SizesOption = Annotated[
+    list[str] | None,
+    _option(
+        _PRUNING,
+        "NAME=follow or NAME=hold: what becomes of a number that modules keep and the call does not read. Repeatable.",
+        "--size",
+        metavar="NAME=CHOICE",
+    ),
+]
 ScopeOption = Annotated[str, _option(_PRUNING, "Rank channels local, global or isomorphic.", "--scope")]
 ModeOption = Annotated[
     str,
@@ -278,6 +287,17 @@ def parse_ratio(texts: list[str] | None) -> float | dict[str, float]:
     if not named:
         raise typer.BadParameter("expected a number or name=number", param_hint="--ratio")
     return named
+
+
+def parse_sizes(texts: list[str] | None) -> dict[str, str]:
+    """What becomes of attributes, by name."""
+    found: dict[str, str] = {}
+    for text in texts or ():
+        name, sign, choice = text.rpartition("=")
+        if not sign or not name or name in found:
+            raise typer.BadParameter(f"{text!r} is no NAME=follow or NAME=hold, each name once", param_hint="--size")
+        found[name] = choice
+    return found
 
 
 def parse_options(texts: list[str] | None) -> dict[str, Any]:

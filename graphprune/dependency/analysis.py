@@ -97,6 +97,15 @@ class Analysis:
         label = _held(self.label, (positions for positions, _ in new))
         return dataclasses.replace(self, label=label, extra_freezes=(*self.extra_freezes, *new))
 
+    def tying(self, pairs: Iterable[tuple[Vector, Vector]]) -> Analysis:
+        """The same with more positions tied, each with one other; itself where nothing is to be tied."""
+        found = list(pairs)
+        if not found:
+            return self
+        a, b = (np.concatenate([pair[side] for pair in found]) for side in (0, 1))
+        tied = _also_tied(self.tied, self.tied[a], self.tied[b])
+        return dataclasses.replace(self, tied=tied, label=_also_tied(self.label, self.label[a], self.label[b]))
+
     def rewriting(self, rewritten: Rewritten, guards: tuple[Guard, ...]) -> Analysis:
         """The same with the sizes of other modules free and these guards to be obeyed. What literals froze stays."""
         return dataclasses.replace(self, rewritten=rewritten, trace=dataclasses.replace(self.trace, guards=guards))
@@ -138,6 +147,18 @@ def _held(number: Vector, positions: Iterable[Vector]) -> Vector:
     is new."""
     stuck = _marked(number, (np.zeros(1, np.int64), *positions))
     return number if np.count_nonzero(stuck) == 1 else sealed(np.where(stuck[number], number[0], number))
+
+
+def _also_tied(number: Vector, a: Vector, b: Vector) -> Vector:
+    """The components with those numbered `a` and `b` joined, one by one. Each has the lowest number of those that it is
+    made of, but the immovable one keeps its own."""
+    count = int(number.max()) + 1
+    graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(count, count))
+    found = connected_components(graph, directed=False)[1]
+    lowest = np.full(int(found.max()) + 1, count)
+    np.minimum.at(lowest, found, np.arange(count))
+    lowest[found[number[0]]] = number[0]
+    return sealed(lowest[found][number])
 
 
 def _components(dims: DimTable, effects: Mapping[fx.Node, Effects]) -> Vector:

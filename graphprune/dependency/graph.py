@@ -20,6 +20,7 @@ from ..tracing.pause import paused_collector
 from ..tracing.trace import Trace, record_run
 from .analysis import Analysis, analyse
 from .build import axis_roles
+from .configured import tied_by_configuration
 from .dims import Root
 from .drawing import as_dot, draw_dependencies
 from .effects import Reason
@@ -278,4 +279,5 @@ def trace(model: nn.Module, example_input: Any) -> DependencyGraph:
     Raises GraphPruneError when the model fails on the example input.
     """
     with paused_collector():
-        return DependencyGraph(analyse(record_run(model, example_input, training_paths=True)))
+        analysis = analyse(record_run(model, example_input, training_paths=True))
+        return DependencyGraph(tied_by_configuration(model, analysis))

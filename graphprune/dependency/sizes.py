@@ -50,10 +50,12 @@ class Conflict:
 
 @dataclasses.dataclass
 class Resolution:
-    """Attributes that must change, and the sizes that cannot be made right."""
+    """Attributes that must change, and the sizes that cannot be made right. `read`: what all attributes that a size
+    was read from must be, changed or not."""
 
     attributes: dict[Attribute, int]
     conflicts: list[Conflict]
+    read: dict[Attribute, int] = dataclasses.field(default_factory=dict)
 
 
 def gone_on_axis(analysis: Analysis, axis_map: AxisMap, length: int, gone: Mask) -> Mask:
@@ -123,7 +125,7 @@ class SizeSolver:
                 conflicts += self.blame(site.expr, site.what, site.node)
         conflicts += self._check_guards(guards)
         changed = {a: v for a, v in self.attributes.items() if v != a.value}
-        return Resolution(changed, conflicts)
+        return Resolution(changed, conflicts, self.attributes)
 
     def _demand(self, attribute: Attribute, value: int, site: SizeSite, conflicts: list[Conflict]) -> None:
         known = self.attributes.get(attribute)

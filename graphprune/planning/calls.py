@@ -43,6 +43,7 @@ def plan(
     target: Target | None = None,
     layer_criterion: Any = None,
     strict: bool = False,
+    sizes: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide what to remove from `model`, without changing it.
 
@@ -54,7 +55,9 @@ def plan(
       `Budget(latency=0.5)` is about the time of a call on the `target`; see below.
     - `max_ratio`: the largest fraction that any group may lose, in (0, 1]. Default 1: all units but one.
     - `ignore`: modules, parameters, names of them or patterns, whose outputs stay, with all that lies in them. The
-      network's inputs and outputs always stay.
+      network's inputs and outputs always stay. What is inside for this call may be an interface for others: where parts
+      are called on their own, as encode and decode of an autoencoder are, the latent between them is to be held with
+      `ignore`, by the name of the layer that makes it (`doctor` lists such methods).
     - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
       structure (Fang et al., ECCV 2024).
     - `criterion`: "flow" (default), "l1", "l2", "bn_scale", "fpgm", "lamp", "random"; with `data` "reconstruction",
@@ -111,6 +114,11 @@ def plan(
     - `strict`: whether it is an error, instead of a GraphPruneWarning, where a ratio above 0 removes nothing at all, or
       nothing of a name in the dict. Either names the option, or the most frequent reasons in the code.
 
+    - `sizes`: what becomes of numbers that modules keep and this call does not read (`num_features`, for a method that
+      puts a new head on): {name or pattern: "follow" or "hold"}. Without it those follow with which the code of their
+      class makes a layer whose width changes; a number that is only equal stays, and `plan.unsettled` lists those of
+      which the code does not tell. "follow": as the layers in its module that are as wide; "hold": it stays.
+
     Warns of parameters that the model sets itself from the first data it sees, where it has seen none yet (`prune`
     refuses such a model).
 
@@ -148,6 +156,7 @@ def prune(
     target: Target | None = None,
     layer_criterion: Any = None,
     strict: bool = False,
+    sizes: Mapping[str, str] | None = None,
 ) -> nn.Module:
     """A physically smaller copy of `model`; the model itself is not touched.
 

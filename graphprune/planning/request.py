@@ -26,6 +26,7 @@ from .allocation.selection import check_ratio
 
 Criterionlike = str | Callable[..., Any]
 SCOPES = ("local", "global", "isomorphic")
+FOLLOW, HOLD = CHOICES = ("follow", "hold")  # what becomes of a number that an attribute keeps
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,10 +57,12 @@ class Request:
     target: Target | None = None
     layer_criterion: Any = None
     strict: bool = False
+    sizes: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratio", _checked_ratio(self.ratio, self.budget))
         object.__setattr__(self, "ignore", tuple(items_of(self.ignore, "ignore")))
+        object.__setattr__(self, "sizes", _checked_sizes(self.sizes))
         check_choice("scope", self.scope, SCOPES)
         _check_plain(self)
         check_output(self.output)
@@ -112,6 +115,20 @@ def _checked_ratio(ratio: Any, budget: Any) -> float | dict[str, float] | None:
     if not ratio:
         raise GraphPruneError("ratio: the dict is empty; map names of modules, or patterns, to fractions")
     return {name: check_ratio(value, f"ratio[{name!r}]") for name, value in ratio.items()}
+
+
+def _checked_sizes(sizes: Any) -> dict[str, str]:
+    """What the user says of attributes, by name."""
+    if sizes is None:
+        return {}
+    if not isinstance(sizes, Mapping) or not all(isinstance(name, str) for name in sizes):
+        raise GraphPruneError(
+            f'sizes: expected a dict from names of attributes to "follow" or "hold", such as '
+            f'{{"num_features": "follow"}}, got {type(sizes).__name__}'
+        )
+    for name, choice in sizes.items():
+        check_choice(f"sizes[{name!r}]", choice, CHOICES)
+    return dict(sizes)
 
 
 def _check_plain(request: Request) -> None:
@@ -267,7 +284,9 @@ def takes_options(why: Mapping[str, str]) -> Callable[[Callable[P, R]], Callable
 
 
 __all__ = [
+    "FOLLOW",
     "GRANULARITIES",
+    "HOLD",
     "OPTIONS",
     "Criterionlike",
     "Decision",

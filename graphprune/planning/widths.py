@@ -21,6 +21,7 @@ from ..plans.surgery import Fold, effective_folds
 from .allocation import Allocation, Forecasts, Limit, Settings, ignored_positions, make_limits
 from .request import Request
 from .settling import settle
+from .unread import Used, unread_sizes
 
 
 def settings_of(request: Request, steady: bool = False) -> Settings:
@@ -82,7 +83,9 @@ def plan_once(
     if forecast is not None:
         forecast.predict(graph, allocation.gone)
     found = assemble(model, graph, allocation, resolution, factors, kept_folds)
-    return graph, dataclasses.replace(found, rewrites=rewrites)
+    unread = unread_sizes(model, found.removed, Used.of(graph.analysis, resolution), request.sizes or {})
+    changes = (*found.attributes, *unread.changes)
+    return graph, dataclasses.replace(found, rewrites=rewrites, attributes=changes, unsettled=unread.unsettled)
 
 
 def assemble(

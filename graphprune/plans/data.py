@@ -33,6 +33,21 @@ class AttributeChange:
 
 
 @dataclasses.dataclass(frozen=True)
+class UnsettledSize:
+    """`model.<module>.<name>[key...]` stays `value`, although it may be a size that has changed; `why` says so."""
+
+    module: str
+    name: str
+    key: tuple[int | str, ...]
+    value: int
+    why: str
+
+    def __str__(self) -> str:
+        path = f"{self.module}.{self.name}" if self.module else self.name
+        return path + "".join(f"[{k!r}]" for k in self.key) + f" stays {self.value}: {self.why}"
+
+
+@dataclasses.dataclass(frozen=True)
 class GroupPlan:
     """One group in the plan: how many of its units stay. `asked`: how many should have stayed by the ratio, before
     widths were rounded (a real number); None where there was no ratio for it. `weight`: what it counts in `Plan.asked`
@@ -70,6 +85,7 @@ class PlanData:
     layers: tuple[Block, ...] = ()
     experts: tuple[Experts, ...] = ()
     latency: Latency | None = None
+    unsettled: tuple[UnsettledSize, ...] = ()
 
     @property
     def asked(self) -> float | None:

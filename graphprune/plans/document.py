@@ -14,7 +14,7 @@ from ..dependency.whole.experts import Experts
 from ..errors import GraphPruneError
 from ..support.documents import DIGEST, check_digest, read_document, write_document
 from ..support.types import PathLike
-from .data import AttributeChange, GroupPlan, PlanData
+from .data import AttributeChange, GroupPlan, PlanData, UnsettledSize
 from .fields import axis, flag, indices, listed, number, table, text, whole
 from .invariants import check_invariants
 from .latency import Latency
@@ -36,6 +36,7 @@ def to_dict(plan: PlanData) -> dict[str, Any]:
         "structure": {k: list(v) for k, v in plan.structure.items()},
         "removed": {n: {str(a): list(i) for a, i in axes.items()} for n, axes in plan.removed.items()},
         "attributes": [{**dataclasses.asdict(a), "key": list(a.key)} for a in plan.attributes],
+        "unsettled": [{**dataclasses.asdict(u), "key": list(u.key)} for u in plan.unsettled],
         "folds": [dataclasses.asdict(f) for f in plan.folds],
         "rescales": [{**dataclasses.asdict(r), "indices": list(r.indices)} for r in plan.rescales],
         "groups": [dataclasses.asdict(g) for g in plan.groups],
@@ -110,6 +111,7 @@ def _fields(data: Mapping[str, Any]) -> dict[str, Any]:
             n: {axis(a): indices(idx) for a, idx in table(axes).items()} for n, axes in table(data["removed"]).items()
         },
         "attributes": tuple(map(_attribute, listed(data["attributes"]))),
+        "unsettled": tuple(map(_unsettled, listed(data["unsettled"]))),
         "folds": tuple(map(_fold, listed(data["folds"]))),
         "rescales": tuple(map(_rescale, listed(data["rescales"]))),
         "groups": tuple(map(_group, listed(data["groups"]))),
@@ -142,8 +144,19 @@ def _length(value: Any) -> int:
 
 
 def _attribute(data: Mapping[str, Any]) -> AttributeChange:
-    key = tuple(step if isinstance(step, str) else whole(step) for step in listed(data["key"]))
-    return AttributeChange(text(data["module"]), text(data["name"]), key, whole(data["old"]), whole(data["new"]))
+    return AttributeChange(
+        text(data["module"]), text(data["name"]), _key(data), whole(data["old"]), whole(data["new"])
+    )
+
+
+def _key(data: Mapping[str, Any]) -> tuple[int | str, ...]:
+    return tuple(step if isinstance(step, str) else whole(step) for step in listed(data["key"]))
+
+
+def _unsettled(data: Mapping[str, Any]) -> UnsettledSize:
+    return UnsettledSize(
+        text(data["module"]), text(data["name"]), _key(data), whole(data["value"]), text(data["why"])
+    )
 
 
 def _fold(data: Mapping[str, Any]) -> Fold:

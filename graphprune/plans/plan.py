@@ -34,6 +34,7 @@ class Plan(PlanData):
     emptied. `layers`: layers that are left out; whatever else the plan changes lies outside them, and all names are
     those of the model with these layers.
     `experts`: mixtures that lose experts; `removed` then cuts routers and stacked weights, and nothing else.
+    `unsettled`: attributes that nothing read and that may be out of date, each with the reason.
     `latency`: what was asked, predicted and measured, where the budget was one of latency.
     """
 

@@ -16,6 +16,9 @@ def summary(plan: PlanData) -> str:
     lines = [*(_layers(plan) if plan.layers else ()), *_widths(plan)]
     if plan.latency is not None:
         lines.append(f"  {plan.latency}")
+    if plan.unsettled:
+        lines.append("numbers that may be out of date (the option sizes makes them follow):")
+        lines += _indented(map(str, plan.unsettled))
     if plan.frozen:
         lines += ["cannot be removed:", *_indented(plan.frozen)]
     return "\n".join(lines)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import inspect
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,13 +25,15 @@ from ..plans.verification.results import relative_error
 from ..support.doors import door
 from ..support.settings import is_settings, settings_of, with_setting
 from ..support.walking import all_modules, named_tensors
+from ..tracing.blueprints.equations import sizes_of
 from ..tracing.example import ExampleInput
 from ..tracing.origin import Attribute, Expr, Session, TracedInt, evaluate, is_traced, leaves
 from ..tracing.state import evaluating
 
 _LARGEST_GUESS = 4096
 Key = tuple[int | str, ...]
-Field = tuple[str, ...]  # a path of attribute names, from the model's configuration
+Field = tuple[int | str, ...]  # a path of names, and of places in lists, from the model's configuration
+Misfit = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +70,9 @@ def fit_config(model: nn.Module, example_input: Any, *, tolerance: float = 1e-6)
     hidden_size / num_attention_heads), where batch norms were folded or modules became graphs, no configuration can
     express the model: `reason` says so, and nothing is changed. `graphprune.save` stores any pruned model.
 
-    `model`: has a `config` and is built by `type(model)(config)`, as all of Hugging Face's are. Only `model`'s own
-    configuration is changed; the model it was pruned from keeps its own.
+    `model`: has a `config`, and is built by `type(model)(config)`, as those of Hugging Face's transformers are, or by
+    `type(model).from_config(config)`, as those of diffusers are. Only `model`'s own configuration is changed; the model
+    it was pruned from keeps its own.
 
     Raises GraphPruneError for models without a configuration, or that cannot be built from it.
     """
@@ -82,36 +86,45 @@ def fit_config(model: nn.Module, example_input: Any, *, tolerance: float = 1e-6)
     if reason:
         return ConfigFit({}, reason)
     attempts = [_completed(model, config, guess) for guess in guesses]
-    wanted, reason = min(attempts, key=lambda attempt: bool(attempt[1]))
-    if reason:
-        return ConfigFit({}, reason)
-    changes = {".".join(field): (_get(config, field), value) for field, value in wanted.items()}
+    wanted, misfits = min(attempts, key=lambda attempt: len(attempt[1]))
+    if misfits:
+        return ConfigFit({}, _unfit(model, wanted, misfits))
+    changes = {_text(field): (_get(config, field), value) for field, value in wanted.items()}
     reason = _proof(model, config, wanted, ExampleInput.of(example_input), tolerance)
     return ConfigFit({} if reason else changes, reason)
 
 
+def _text(field: Field) -> str:
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in field).lstrip(".")
+
+
 def _fields(config: Any, depth: int = 0) -> Iterator[tuple[Field, int | None]]:
-    """Numbers, and empty fields, of a configuration and of those inside it."""
+    """Numbers, those in lists too, and empty fields, of a configuration and of those inside it."""
     for name, value in settings_of(config).items():
         if name.startswith("_"):
             continue
         if type(value) is int or value is None:
             yield (name,), value
+        elif type(value) in (list, tuple):
+            yield from (((name, i), item) for i, item in enumerate(value) if type(item) is int)
         elif depth < 2 and is_settings(value):
             for field, inner in _fields(value, depth + 1):
                 yield (name, *field), inner
 
 
 def _get(config: Any, field: Field) -> Any:
-    for name in field:
-        config = settings_of(config)[name]
+    for step in field:
+        config = config[step] if isinstance(step, int) else settings_of(config)[step]
     return config
 
 
 def _set(config: Any, field: Field, value: Any) -> Any:
     """`config` with another value there: itself, or another where it is a named tuple."""
-    inner = value if len(field) == 1 else _set(settings_of(config)[field[0]], field[1:], value)
-    return with_setting(config, field[0], inner)
+    step, rest = field[0], field[1:]
+    inner = value if not rest else _set(_get(config, field[:1]), rest, value)
+    if isinstance(step, int):
+        return type(config)([*config[:step], inner, *config[step + 1 :]])
+    return with_setting(config, step, inner)
 
 
 def _with(config: Any, values: Mapping[Field, Any]) -> Any:
@@ -123,8 +136,32 @@ def _with(config: Any, values: Mapping[Field, Any]) -> Any:
 
 def _build(model: nn.Module, config: Any, device: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]), torch.device(device), contextlib.redirect_stdout(None):
-        made: nn.Module = type(model)(config)
+        made: nn.Module = _constructor(model, config)(config)
     return made
+
+
+def _constructor(model: nn.Module, config: Any) -> Callable[[Any], nn.Module]:
+    """What makes a model of this class from its configuration. Raises GraphPruneError where the class takes none."""
+    kind = type(model)
+    from_config: Callable[[Any], nn.Module] | None = getattr(kind, "from_config", None)
+    if from_config is not None and isinstance(config, dict):
+        return from_config
+    first, *others = inspect.signature(kind).parameters.values() or [_NOTHING]
+    if not _needed(first) or any(map(_needed, others)):
+        raise GraphPruneError(
+            f"fit_config: {kind.__name__} takes {', '.join(inspect.signature(kind).parameters) or 'nothing'}, and no "
+            f"configuration; models are understood that are built by type(model)(config), as those of Hugging Face's "
+            f"transformers, or by type(model).from_config(config), as those of diffusers"
+        )
+    return kind
+
+
+_NOTHING = inspect.Parameter("nothing", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+
+def _needed(parameter: inspect.Parameter) -> bool:
+    variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return not variadic and parameter.default is parameter.empty
 
 
 def _demands(model: nn.Module, config: Any) -> tuple[list[dict[Field, int]], str]:
@@ -136,25 +173,31 @@ def _demands(model: nn.Module, config: Any) -> tuple[list[dict[Field, int]], str
         session.note(number, Attribute("", "config", field, int.__int__(number)))
     try:
         built = _build(model, _with(config, traced), "meta")
+    except GraphPruneError:
+        raise
     except Exception as error:
         raise GraphPruneError(
             f"fit_config: {type(model).__name__}(config) failed: {type(error).__name__}: {error}"
         ) from error
     modules = all_modules(model)
     changed: dict[Expr, dict[int, str]] = defaultdict(dict)
+    layers: dict[Expr, dict[int, str]] = defaultdict(dict)  # what torch's layers say, which is never out of date
     kept: dict[Expr, int] = {}
     for path, module in all_modules(built).items():
         if path not in modules:
             return [], f"the model has no {path}, which its configuration makes (a folded batch norm, a removed layer)"
+        sizes = sizes_of(modules[path]) or ()
         for name, value in vars(module).items():
             now = vars(modules[path]).get(name)
             if not is_traced(value) or type(now) is not int:
                 continue
+            if name in sizes:
+                layers[value.origin].setdefault(now, f"{path}.{name}")
             if now != int.__int__(value):
                 changed[value.origin].setdefault(now, f"{path}.{name}")
             else:
                 kept[value.origin] = now
-    for expr, values in changed.items():
+    for expr, values in itertools.chain(layers.items(), changed.items()):
         if len(values) > 1:
             (a, first), (b, second) = list(values.items())[:2]
             return [], f"{expr_text(expr)} cannot be {a} and {b} at once (for {first} and {second})"
@@ -167,7 +210,7 @@ def _demands(model: nn.Module, config: Any) -> tuple[list[dict[Field, int]], str
 def expr_text(expr: Expr) -> str:
     """An expression over configuration fields, for people."""
     if isinstance(expr, Attribute):
-        return "config." + ".".join(map(str, expr.key))
+        return f"config.{_text(expr.key)}"
     return str(expr)
 
 
@@ -187,7 +230,7 @@ def _solved(targets: Mapping[Expr, int], known: Mapping[Key, int], staying: list
             if guess > 0 and _value(expr, {**wanted, unknown[0].key: guess}) == target:
                 wanted[unknown[0].key] = guess
                 break
-    return {tuple(map(str, key)): value for key, value in wanted.items()}
+    return wanted
 
 
 def _value(expr: Expr, fields: Mapping[Key, int]) -> float | None:
@@ -202,13 +245,18 @@ def _value(expr: Expr, fields: Mapping[Key, int]) -> float | None:
         return None
 
 
-def _misfits(model: nn.Module, config: Any) -> list[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Name, shape in the model, shape by the configuration."""
+def _refused(misfits: list[Misfit]) -> bool:
+    return misfits[:1] == [("", (), ())]
+
+
+def _misfits(model: nn.Module, config: Any) -> list[Misfit]:
+    """Name, shape in the model, shape by the configuration. Names without a text: the class refuses these numbers
+    together, which is further away than any shape."""
+    here = named_tensors(model)
     try:
         built = named_tensors(_build(model, config, "meta"))
-    except Exception:  # the class refuses these numbers together
-        return [("", (), ())]
-    here = named_tensors(model)
+    except Exception:
+        return [("", (), ())] * (2 * len(here) + 1)
     out = []
     for name in here | built:
         mine, theirs = (tuple(t[name].shape) if name in t else () for t in (here, built))
@@ -217,23 +265,31 @@ def _misfits(model: nn.Module, config: Any) -> list[tuple[str, tuple[int, ...], 
     return out
 
 
-def _completed(model: nn.Module, config: Any, wanted: dict[Field, int]) -> tuple[dict[Field, int], str]:
-    """With fields that were left open filled in where that makes the sizes right; or what does not fit."""
+def _completed(model: nn.Module, config: Any, wanted: dict[Field, int]) -> tuple[dict[Field, int], list[Misfit]]:
+    """With fields that were left open filled in where that makes the sizes right; and what does not fit."""
     misfits = _misfits(model, _with(config, wanted))
     for field in [f for f, v in _fields(config) if v is None and misfits]:
         pairs = [pair for _, mine, theirs in misfits for pair in zip(mine, theirs, strict=False)]
         for size in dict.fromkeys(a for a, b in pairs if a != b):
             fewer = _misfits(model, _with(config, {**wanted, field: size}))
-            if len(fewer) < len(misfits) and fewer[:1] != [("", (), ())]:
+            if len(fewer) < len(misfits) and not _refused(fewer):
                 wanted, misfits = {**wanted, field: size}, fewer
                 break
-    if not misfits:
-        return wanted, ""
+    return wanted, misfits
+
+
+def _unfit(model: nn.Module, wanted: Mapping[Field, int], misfits: list[Misfit]) -> str:
+    """Why the closest configuration that was found does not express the model."""
     name, mine, theirs = misfits[0]
-    stated = ", ".join(f"{'.'.join(f)} = {v}" for f, v in wanted.items()) or "as it is"
-    if not name:
-        return wanted, f"{type(model).__name__} cannot be built with {stated}"
-    return wanted, f"{name} has shape {mine}, and the configuration ({stated}) makes it {theirs}"
+    stated = ", ".join(f"{_text(f)} = {v}" for f, v in wanted.items()) or "as it is"
+    if _refused(misfits):
+        return f"{type(model).__name__} cannot be built with {stated}"
+    if not mine or not theirs:
+        has, lacks = ("model", "configuration") if mine else ("configuration", "model")
+        return f"the {has} ({stated}) has {name}, and the {lacks} has none" if has == "model" else (
+            f"the configuration ({stated}) makes {name}, which the model has not"
+        )
+    return f"{name} has shape {mine}, and the configuration ({stated}) makes it {theirs}"
 
 
 def _proof(
@@ -242,7 +298,8 @@ def _proof(
     """Set the fields if the model then is what its configuration says; else why not."""
     new = _with(config, wanted)
     fresh, reference, own = _build(model, new, "cpu"), clone_with(model, {}), clone_with(model, {})
-    vars(own)["config"] = new
+    place = next((name for name, kept in vars(model).items() if kept is config), "config")
+    vars(own)[place] = new
     fresh.load_state_dict(dict(model.state_dict()), strict=False)
     first = next(model.parameters())
     example = example.clone().map(lambda t: t.double() if t.is_floating_point() else t)
@@ -256,9 +313,9 @@ def _proof(
         for field, value in wanted.items():
             config = _set(config, field, value)
         if config is not model.config:
-            vars(model)["config"] = config
+            vars(model)[place] = config
         return ""
-    values = ", ".join(f"{'.'.join(field)} = {value}" for field, value in wanted.items())
+    values = ", ".join(f"{_text(field)} = {value}" for field, value in wanted.items())
     return (
         f"a model built with {values} computes something else (relative error {error:.2g}): its code derives more than "
         f"sizes from the configuration"

@@ -62,6 +62,12 @@ def net():
     return Net.small()
 
 
+def counted():
+    model, example = Net.small()
+    model.kept = 8
+    return model, example
+
+
 def tokens():
     return Tied()
 

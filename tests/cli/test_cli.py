@@ -149,6 +149,14 @@ def test_options_reach_the_plan() -> None:
         assert found.removed == expected.removed and found.folds == expected.folds, arguments
 
 
+def test_what_is_said_of_sizes_reaches_the_plan() -> None:
+    data = as_json("prune", "zoo:counted")
+    assert not graphprune.Plan.load("pruned.plan.json").attributes and "kept stays 8" in data["unsettled"][0]
+    data = as_json("prune", "zoo:counted", "--size", "kept=follow")
+    assert [str(a) for a in graphprune.Plan.load("pruned.plan.json").attributes] == ["kept: 8 -> 4"]
+    assert not data["unsettled"] and not as_json("prune", "zoo:counted", "--size", "kept=hold")["unsettled"]
+
+
 def test_budgets_reach_the_plan() -> None:
     base = load_factory("zoo:net")
     cases: list[tuple[list[str], graphprune.Budget]] = [

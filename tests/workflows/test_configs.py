@@ -169,6 +169,83 @@ def test_configurations_of_every_kind(make: Any) -> None:
     assert torch.equal(again(x), small(x)) and type(small.config) is make
 
 
+class Keywords(nn.Module):
+    """A class in the style of diffusers: entries of the configuration are arguments, numbers in lists among them."""
+
+    def __init__(self, widths: tuple[int, ...] = (6, 6, 6, 6), latent: int = 2) -> None:
+        super().__init__()
+        self._kept = type("Entries", (dict,), {})(widths=tuple(widths), latent=latent)
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip((3, *widths[:-1]), widths, strict=True))
+        self.last = nn.Linear(widths[-1], latent)
+
+    @property
+    def config(self) -> Any:
+        return self._kept
+
+    @classmethod
+    def from_config(cls, config: Any) -> Keywords:
+        return cls(**config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x).relu()
+        out: Tensor = self.last(x)
+        return out
+
+
+def test_a_class_that_takes_its_configuration_as_keywords() -> None:
+    torch.manual_seed(0)
+    model, x = Keywords((8, 12)), torch.randn(2, 3)
+    assert graphprune.fit_config(model, x) and not graphprune.fit_config(model, x).changes
+    small = graphprune.prune(model, x, 0.5, round_to=1)
+    assert graphprune.fit_config(small, x).changes == {"widths[0]": (8, 4), "widths[1]": (12, 6)}
+    again = Keywords.from_config(small.config)
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again(x), small(x)) and model.config["widths"] == (8, 12)
+
+
+class Refusing(nn.Module):
+    """Has a configuration, and is not made from it."""
+
+    def __init__(self, width: int = 8, depth: int = 2) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(width=width)
+        self.up, self.down = nn.Linear(3, width), nn.Linear(width, depth)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))  # type: ignore[no-any-return]
+
+
+def test_a_class_that_takes_no_configuration() -> None:
+    with pytest.raises(GraphPruneError, match=r"Refusing takes width, depth, and no configuration.*transformers"):
+        graphprune.fit_config(Refusing(), torch.randn(1, 3))
+
+
+class Square(nn.Module):
+    """One number for two widths that are no longer equal."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.a, self.b = nn.Linear(3, config.width), nn.Linear(config.width, config.width)
+        self.c = nn.Linear(config.width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu()).relu())  # type: ignore[no-any-return]
+
+
+def test_the_reason_is_the_number_that_would_be_two() -> None:
+    torch.manual_seed(0)
+    model, x = Square(SimpleNamespace(width=8)), torch.randn(2, 3)
+    whole = graphprune.prune(model, x, 0.5)
+    assert graphprune.fit_config(whole, x).changes == {"width": (8, 4)}
+    del model.config  # nothing says that the two are one number
+    small = graphprune.prune(model, x, {"a": 0.25, "b": 0.5}, round_to=1)
+    small.config = SimpleNamespace(width=8)
+    fit = graphprune.fit_config(small, x)
+    assert not fit and fit.reason.startswith("config.width cannot be 6 and 4 at once"), fit.reason
+
+
 def test_models_without_a_configuration() -> None:
     with pytest.raises(GraphPruneError, match="has no configuration object"):
         graphprune.fit_config(nn.Linear(2, 2), torch.randn(1, 2))
@@ -223,6 +300,80 @@ HUGGING_FACE: dict[str, tuple[Callable[[], tuple[Any, Any]], Any, set[str]]] = {
                       decoder_start_token_id=1, hidden_size=None, num_hidden_layers=None, num_attention_heads=None,
                       **SIDES), "mlp", {"encoder_ffn_dim", "decoder_ffn_dim"}),
 }  # fmt: skip
+
+
+_BERTS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bert": ("BertForSequenceClassification", "BertConfig", {}),
+    "electra": ("ElectraForSequenceClassification", "ElectraConfig", {"embedding_size": 32}),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", {}),
+    "deberta": ("DebertaV2ForSequenceClassification", "DebertaV2Config", {}),
+}
+
+
+@pytest.mark.parametrize("name", _BERTS)
+def test_poolers_and_heads_of_berts_stay_where_mlps_go(name: str, tmp_path: Path) -> None:
+    model_name, config, options = _BERTS[name]
+    model, example = _tiny(model_name, config, **options)()
+    small = graphprune.prune(model, example, 0.5, granularity="mlp")
+    fit = graphprune.fit_config(small, example)
+    assert fit and set(fit.changes) == {"intermediate_size"}, str(fit)
+    cut = {n for n, p in small.named_parameters() if p.shape != model.get_parameter(n).shape}
+    assert cut and all("intermediate" in n or "output.dense" in n for n in cut)
+    small.save_pretrained(tmp_path)
+    found = type(model).from_pretrained(tmp_path).eval()
+    assert oracles.relative_error(found(**example).logits, small(**example).logits) == 0
+
+
+@pytest.mark.parametrize("name", _BERTS)
+def test_heads_of_berts_come_back_with_the_stream_or_by_save(name: str, tmp_path: Path) -> None:
+    """Their code makes the heads as wide as the stream: both go by one share, or no configuration can say it."""
+    model_name, config, options = _BERTS[name]
+    model, example = _tiny(model_name, config, **options)()
+    whole = graphprune.prune(model, example, 0.5)
+    fit = graphprune.fit_config(whole, example)
+    assert fit and fit.changes["num_attention_heads"] == (4, 2), str(fit)
+    whole.save_pretrained(tmp_path)
+    found = type(model).from_pretrained(tmp_path).eval()
+    assert oracles.relative_error(found(**example).logits, whole(**example).logits) == 0
+    heads = graphprune.prune(model, example, 0.5, granularity=["heads", "mlp"])
+    reason = graphprune.fit_config(heads, example).reason
+    assert reason.startswith("config.hidden_size cannot be 32 and 16 at once"), reason
+    graphprune.save(heads, tmp_path / "heads.safetensors")
+    again = graphprune.load(tmp_path / "heads.safetensors", model)
+    assert oracles.relative_error(again(**example).logits, heads(**example).logits) == 0
+
+
+def test_an_autoencoder_of_diffusers_encodes_and_decodes() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    sizes = {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4, "latent_channels": 4}
+    model, x = diffusers.AutoencoderKL(**blocks, **sizes, sample_size=16).eval(), torch.randn(1, 3, 16, 16)
+    parts = {i.method: i.layers for i in graphprune.doctor(model, x).interfaces}
+    assert parts["encode"] == parts["decode"] == ("quant_conv",)
+    small = graphprune.prune(model, x, 0.5, ignore=parts["encode"])
+    latent = small.encode(x).latent_dist.mode()
+    assert latent.shape == model.encode(x).latent_dist.mode().shape == (1, 4, 8, 8)
+    assert torch.equal(small.decode(latent).sample, small(x).sample)
+    fit = graphprune.fit_config(small, x)
+    assert fit.changes == {"block_out_channels[0]": (16, 8), "block_out_channels[1]": (32, 16)}, str(fit)
+    again = diffusers.AutoencoderKL.from_config(small.config).eval()
+    again.load_state_dict(small.state_dict())
+    assert oracles.relative_error(again(x).sample, small(x).sample) == 0
+
+
+def test_a_unet_of_diffusers_is_compared_with_itself() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8, "sample_size": 16}
+    model, x = diffusers.UNet2DModel(**blocks, **sizes).eval(), (torch.randn(1, 3, 16, 16), torch.tensor([5]))
+    assert graphprune.fit_config(model, x) and not graphprune.fit_config(model, x).changes
+    small = graphprune.prune(model, x, 0.5)
+    fit = graphprune.fit_config(small, x)
+    named = re.findall(r"[(\w.]*\w\.\w+_(?:channels|features)", fit.reason)
+    layers = {n.lstrip("(").rpartition(".")[0] for n in named}
+    assert not fit and len(layers) == 2 and layers <= set(dict(small.named_modules())), fit.reason
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)

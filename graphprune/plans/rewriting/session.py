@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from ...dependency import DependencyGraph
 from ...dependency.analysis import Analysis, analyse
+from ...dependency.configured import tied_by_configuration
 from ...dependency.effects import Rewritten
 from ...dependency.sizes import Conflict, SizeSolver
 from ...dependency.state import Mask
@@ -89,7 +90,8 @@ class Rewriter:
 
     def _analysed(self) -> DependencyGraph:
         trace = dataclasses.replace(self.trace, guards=self._guards(self.chosen))
-        self.latest = DependencyGraph(analyse(trace, self._rewritten(self.chosen)))
+        analysis = analyse(trace, self._rewritten(self.chosen))
+        self.latest = DependencyGraph(tied_by_configuration(self.model, analysis))
         return self.latest
 
     def _rewritten(self, chosen: set[str]) -> Rewritten:

@@ -86,7 +86,7 @@ class Document:
 
 def _compact(plan: Applied, shared: dict[tuple[int, ...], int]) -> dict[str, Any]:
     """A plan without what is for people only; the same indices, which many axes lose, are listed once."""
-    data = {**plan.to_dict(), "frozen": [], "groups": []}
+    data = {**plan.to_dict(), "frozen": [], "groups": [], "unsettled": []}
     data["removed"] = {
         name: {str(axis): shared.setdefault(tuple(gone), len(shared)) for axis, gone in axes.items()}
         for name, axes in plan.removed.items()

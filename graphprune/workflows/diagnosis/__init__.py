@@ -3,5 +3,6 @@
 from .advice import Advice, advise
 from .candidates import Option
 from .doctor import Blocker, Doctor, Prunable, doctor
+from .interfaces import Interface
 
-__all__ = ["Advice", "Blocker", "Doctor", "Option", "Prunable", "advise", "doctor"]
+__all__ = ["Advice", "Blocker", "Doctor", "Interface", "Option", "Prunable", "advise", "doctor"]

@@ -24,6 +24,7 @@ from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
 from ...tracing.example import ExampleInput
 from ...tracing.pause import paused_collector
+from .interfaces import Interface, interfaces_of
 from .shares import Shares, free_elements
 from .work import Axes, Work, work_of
 
@@ -70,7 +71,8 @@ class Doctor:
     `parameters`, `macs`: of the whole model; `macs` at the example's batch size. `prunable_parameters`,
     `prunable_macs`: those that go with some channel that can be removed. `prunable` and `blockers` are sorted, the
     dearest first. `others`: parameter axes that are no channels (tokens, pixels, vocabulary), with the reason.
-    `ratio`: the fraction of channels that the blockers were looked for at.
+    `ratio`: the fraction of channels that the blockers were looked for at. `interfaces`: methods that run a part of
+    the model, such as `encode` and `decode`, and the layers to `ignore` where they are called on their own.
     """
 
     model: str
@@ -82,6 +84,7 @@ class Doctor:
     blockers: tuple[Blocker, ...]
     others: Mapping[str, str]
     ratio: float
+    interfaces: tuple[Interface, ...] = ()
 
     def table(self, limit: int | None = None) -> tuple[Table, Table]:
         """The groups and the blockers as `rich` tables, at most `limit` lines each."""
@@ -109,7 +112,7 @@ class Doctor:
         tail = f"{len(self.others)} parameter axes are no channels: {', '.join(list(self.others)[:4])}"
         tail += ", ..." if len(self.others) > 4 else ""
         tables = [t for t, rows in zip(self.table(limit), (self.prunable, self.blockers), strict=True) if rows]
-        return render(head, *tables, *([tail] if self.others else []))
+        return render(head, *tables, *([tail] if self.others else []), *map(_called_alone, self.interfaces))
 
     def __str__(self) -> str:
         return self.text()
@@ -124,7 +127,17 @@ class Doctor:
             for b in self.blockers
         ]  # fmt: skip
         data["others"] = dict(self.others)
+        data["interfaces"] = [
+            {"method": i.method, "modules": list(i.modules), "layers": list(i.layers)} for i in self.interfaces
+        ]
         return data
+
+
+def _called_alone(interface: Interface) -> str:
+    return (
+        f"{interface.method}() runs a part of the model: where it is called on its own, prune with "
+        f"ignore={list(interface.layers)}"
+    )
 
 
 def _more(rows: tuple[Any, ...], limit: int | None) -> str:
@@ -190,6 +203,7 @@ def examine(model: nn.Module, graph: DependencyGraph, ratio: float, sort: str) -
         blockers=tuple(sorted([*_blockers(graph, blocks, sizes, work), *_unused(unused)], key=key)),
         others=_others(graph),
         ratio=ratio,
+        interfaces=interfaces_of(model, graph),
     )
 
 

@@ -232,3 +232,46 @@ def test_errors_on_the_command_line(zoo: None) -> None:
     assert "sort: expected" in failed("doctor", "zoo:net", "--sort", "cost")
     assert "tracing" in failed("doctor", "zoo:net", "--input-shape", "1,5,8,8")
     assert "--limit" in wrong("doctor", "zoo:net", "--limit", "-1")
+
+
+class Autoencoder(nn.Module):
+    """Two halves that are called on their own; a part that is not, and a method that runs all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.to_latent = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 8, 1)
+        self.from_latent, self.leave = nn.Conv2d(4, 16, 1), nn.ConvTranspose2d(16, 3, 2, 2)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        return self.enter(x).relu()  # type: ignore[no-any-return]
+
+    def encode(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.to_latent(self._embed(x)).chunk(2, 1)  # type: ignore[no-any-return]
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.leave(self.from_latent(z).relu())  # type: ignore[no-any-return]
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x)[0])
+
+    def describe(self) -> str:
+        return str(self.enter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, spread = self.encode(x)
+        return self.decode(mean + spread.exp())
+
+
+def test_parts_that_are_called_on_their_own() -> None:
+    model, x = Autoencoder().eval(), torch.randn(2, 3, 16, 16)
+    found = graphprune.doctor(model, x)
+    assert [(i.method, i.modules, i.layers) for i in found.interfaces] == [
+        ("encode", ("enter", "to_latent"), ("to_latent",)),
+        ("decode", ("from_latent", "leave"), ("to_latent",)),
+    ]
+    assert "ignore=['to_latent']" in str(found)
+    assert found.to_dict()["interfaces"][0]["layers"] == ["to_latent"]
+    small = graphprune.prune(model, x, 0.5, ignore=found.interfaces[0].layers)
+    assert small.decode(torch.randn(2, 4, 8, 8)).shape == (2, 3, 16, 16) and small.enter.out_channels == 8
+    held = graphprune.doctor(nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2)), torch.randn(2, 3))
+    assert not held.interfaces
