@@ -37,6 +37,8 @@ _DATA_GETTER, _DATA_SETTER = torch.Tensor.data.__get__, torch.Tensor.data.__set_
 # Values that leave torch are results: what becomes of them is out of sight.
 _LEAVES = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))
 _SIZE_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
+# Tensors that torch itself makes equally long.
+_BROADCASTS = frozenset(("broadcast_tensors", "take_along_dim"))
 
 
 class FunctionMode(TorchFunctionMode):
@@ -69,6 +71,8 @@ class FunctionMode(TorchFunctionMode):
         if name in _SIZE_LIKE and len(args) > 1 and isinstance(args[1], Tensor):
             node = recorder.node_of(args[1])
             recorder.sizes = CallSizes("shape", tuple(TensorSize(node, a) for a in range(args[1].dim())), name)
+        elif name in _BROADCASTS:
+            recorder.sizes = _common_shape(recorder, name, [*args, *kwargs.values()])
         else:
             recorder.sizes = read_sizes(name, args, kwargs)
         if whole is None:
@@ -88,6 +92,20 @@ class FunctionMode(TorchFunctionMode):
             raise
         finally:
             recorder.sizes, recorder.scalars, recorder.function_name = before
+
+
+def _common_shape(recorder: Recorder, name: str, operands: list[Any]) -> CallSizes:
+    """The longest of several tensors along every axis; along the one that `take_along_dim` picks from, each its own."""
+    given = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    ndim = max((t.dim() for t in tensors), default=0)
+    own = next((v % ndim for v in operands[1:] if type(v) is int), ndim) if ndim else 0
+    sizes: list[TensorSize | None] = []
+    for axis in range(ndim):
+        places = [(t, axis - ndim + t.dim()) for t in tensors]
+        longest = max((p for p in places if p[1] >= 0), key=lambda p: int(p[0].shape[p[1]]))
+        sizes.append(None if axis == own else TensorSize(recorder.node_of(longest[0]), longest[1]))
+    return CallSizes("shape", tuple(sizes), name)
 
 
 def _whole_call(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:

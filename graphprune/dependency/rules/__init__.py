@@ -1,6 +1,6 @@
 """The rules, by kind. Importing this package registers all of them."""
 
-from . import contraction, elementwise, indexing, movement, recurrent, statistics, vision
+from . import contraction, elementwise, indexing, movement, recurrent, scattering, statistics, vision
 from .registry import RULES, rule, rule_for
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "recurrent",
     "rule",
     "rule_for",
+    "scattering",
     "statistics",
     "vision",
 ]
