@@ -84,6 +84,7 @@ class Mark:
     by_id: dict[int, fx.Node]
     guards: int
     constants: int
+    left: int
 
 
 class Recorder:
@@ -236,7 +237,7 @@ class Recorder:
 
     def begin_second_run(self) -> Mark:
         """From here on, calls that the first run made with the same operands are not recorded again."""
-        mark = Mark(len(self.graph.nodes), dict(self._by_id), len(self.guards), len(self.constants))
+        mark = Mark(len(self.graph.nodes), dict(self._by_id), len(self.guards), len(self.constants), len(self.left))
         self._by_id = {key: node for key, node in self._by_id.items() if node.op == "get_attr"} | self._inputs
         self._known = {}
         for node in self.graph.nodes:
@@ -250,6 +251,7 @@ class Recorder:
             self.graph.erase_node(node)
         self._by_id = mark.by_id
         del self.guards[mark.guards :]
+        del self.left[mark.left :]
         for name in list(self.constants)[mark.constants :]:
             del self.constants[name]
 
