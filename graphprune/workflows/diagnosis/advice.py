@@ -239,8 +239,8 @@ def _facts(found: Doctor, model: nn.Module, dense: float | None, evaluate: Any) 
 
     parameters, macs = share(found.prunable_parameters, found.parameters), share(found.prunable_macs, found.macs)
     facts = [
-        f"{found.parameters:,} parameters and {found.macs:,} MACs of one call{at_batch_size(found.batch_size)}, {parameters} and "
-        f"{macs} of them on channels that can be removed"
+        f"{found.parameters:,} parameters and {found.macs:,} MACs of one call{at_batch_size(found.batch_size)}, "
+        f"{parameters} and {macs} of them on channels that can be removed"
     ]
     literal = [b for b in found.blockers if b.kind in ("size", "literal")]
     if literal:

@@ -141,8 +141,8 @@ class Report:
             (f"MACs of one {self._call}", f"{b.macs:,}", f"{a.macs:,}", f"{self.mac_reduction:.2f}x fewer"),
         ]
         if self.batch_size:
-            each = (f"{size.macs / self.batch_size:,.0f}" for size in (b, a))
-            out.append(("MACs per sample", *each, f"{self.mac_reduction:.2f}x fewer"))
+            each = [f"{size.macs / self.batch_size:,.0f}" for size in (b, a)]
+            out.append(("MACs per sample", each[0], each[1], f"{self.mac_reduction:.2f}x fewer"))
         if self.benchmark is not None:
             sizes = dict.fromkeys(row.batch_size for row in self.benchmark.rows)
             for size in sizes:
