@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .origin import Literal, TensorSize, plain
+from .origin import Expr, Literal, Operation, TensorSize, evaluate, is_traced, plain, recorded_value
 from .recorder import Recorder
 from .shapes import shape_only
 from .sizes import CallSizes, other_numbers, read_scalars, read_sizes
@@ -66,7 +66,8 @@ class FunctionMode(TorchFunctionMode):
         before = recorder.sizes, recorder.scalars, recorder.function_name
         recorder.function_name = name
         recorder.scalars = read_scalars(name, args, kwargs)
-        for number in other_numbers(name, args, kwargs):
+        counted = _counted(recorder, name, args)
+        for number in other_numbers(name, args, kwargs) if counted is None else ():
             recorder.guard("same", number.origin, Literal(plain(number)), True)
         if name in _SIZE_LIKE and len(args) > 1 and isinstance(args[1], Tensor):
             node = recorder.node_of(args[1])
@@ -77,7 +78,10 @@ class FunctionMode(TorchFunctionMode):
             recorder.sizes = read_sizes(name, args, kwargs)
         if whole is None:
             try:
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+                if counted is not None:
+                    _note_comparison(recorder, name, counted, args[1], out)
+                return out
             finally:
                 recorder.sizes, recorder.scalars, recorder.function_name = before
         recorder.whole_depth += 1
@@ -92,6 +96,32 @@ class FunctionMode(TorchFunctionMode):
             raise
         finally:
             recorder.sizes, recorder.scalars, recorder.function_name = before
+
+
+_COMPARES = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+
+
+def _counted(recorder: Recorder, name: str, args: Any) -> Expr | None:
+    """`(ids == image).sum() * x.shape[-1] == features.numel()`: the left side, a single integer of the input times a
+    size, where it is compared with another size. None for every other call."""
+    if name.strip("_") not in _COMPARES or len(args) != 2 or not is_traced(args[1]):
+        return None
+    product = args[0]
+    if not isinstance(product, Tensor) or product.numel() != 1 or product.is_floating_point() or product.is_meta:
+        return None
+    node = recorder.node_of(product)
+    scalars = node.meta.get("scalars") or {}
+    if node.meta.get("operator") != "mul" or len(scalars) != 1 or len(node.all_input_nodes) != 1:
+        return None
+    (size,) = scalars.values()
+    value, factor = recorder.unseen(lambda: int(product)), int(evaluate(size, recorded_value))
+    return Operation("mul", (Literal(value // factor), size)) if factor else None
+
+
+def _note_comparison(recorder: Recorder, name: str, counted: Expr, size: Any, out: Tensor) -> None:
+    """A comparison of sizes like one of plain numbers: it must come out as it did."""
+    recorder.guard(name.strip("_"), counted, size.origin, recorder.unseen(lambda: bool(out)))
+    recorder.node_of(out).meta["compares_sizes"] = True
 
 
 def _common_shape(recorder: Recorder, name: str, operands: list[Any]) -> CallSizes:

@@ -198,6 +198,14 @@ class Recorder:
             return value
         return plain(value) if isinstance(value, (int, float)) else None
 
+    def unseen(self, read: Callable[[], Any]) -> Any:
+        """What `read` finds in tensors of this run, which is no part of the recording."""
+        self.whole_depth += 1
+        try:
+            return read()
+        finally:
+            self.whole_depth -= 1
+
     def is_of_this_run(self, tensor: Tensor) -> bool:
         """Computed in this run, or a tensor that only stands in for one of the user's."""
         return self.made(tensor) or (tensor.is_meta and self.shapes_only)

@@ -311,6 +311,49 @@ def test_a_mask_that_is_changed_through_a_view_is_not_the_same_everywhere() -> N
     assert not outcome.failed, str(outcome)
 
 
+class Placeholders(nn.Module):
+    """Image features take the places that the text keeps for them, after a check that they are as many."""
+
+    def __init__(self, check: str) -> None:
+        super().__init__()
+        self.words, self.image, self.last = nn.Embedding(9, WIDTH), nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+        self.check = check
+
+    def forward(self, ids: Tensor, pixels: Tensor) -> Tensor:
+        text, image = self.words(ids), self.image(pixels)
+        places = ids == 8
+        count = places.sum()
+        if self.check == "equal" and not count * text.shape[-1] == image.numel():
+            raise ValueError("not as many")
+        if self.check == "different" and image.shape[1] * count != image.numel():
+            raise ValueError("not as many")
+        if self.check == "enough" and not 2 * text.shape[-1] <= count * text.shape[-1]:
+            raise ValueError("too few")
+        if self.check == "literal" and count * text.shape[-1] != 3 * 8:
+            raise ValueError("not 24")
+        if self.check == "kept":
+            text = text * (count * text.shape[-1])
+        return self.last(text.masked_scatter(places.unsqueeze(-1).expand_as(text), image).relu())
+
+
+@pytest.mark.parametrize("check", ["equal", "different", "enough", "literal", "kept"])
+def test_as_many_features_as_places(check: str) -> None:
+    """A number of elements, counted in the input times a size, is compared with that of another tensor."""
+    torch.manual_seed(0)
+    model = Placeholders(check).eval()
+    example = torch.tensor([[1, 8, 8, 3, 8, 0]]), torch.randn(3, 5)
+    plan = graphprune.plan(model, example, 0.5)
+    goes = check in ("equal", "different", "enough")
+    assert (len(plan.removed.get("words.weight", {}).get(1, ())) == WIDTH // 2) == goes
+    if goes:
+        small, more = plan.apply(model), (torch.tensor([[8, 8, 1, 8, 2], [0, 8, 3, 8, 4]]), torch.randn(5, 5))
+        assert small(*more).shape == (2, 5, 3)
+        with pytest.raises(RuntimeError if check == "enough" else ValueError):
+            small(more[0], more[1][:4])
+    outcome = examine(model, example, Demands(prove=True))
+    assert not outcome.failed, str(outcome)
+
+
 class Stretched(nn.Module):
     """A map with one channel is repeated for all channels, as often as a tensor has some."""
 
