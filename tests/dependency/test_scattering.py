@@ -311,6 +311,31 @@ def test_a_mask_that_is_changed_through_a_view_is_not_the_same_everywhere() -> N
     assert not outcome.failed, str(outcome)
 
 
+def _among_the_chosen(model: Messages, h: Tensor, edges: Tensor) -> Tensor:
+    """Nodes are chosen by the sum of their channels; how many edges lie between them, nobody knows before."""
+    h = h.relu()
+    chosen = torch.zeros(NODES, dtype=torch.bool).scatter(0, h.sum(-1).topk(4).indices, True)
+    inside = edges[:, chosen[edges[0]] & chosen[edges[1]]]
+    rows = h[inside[0]]
+    return torch.zeros_like(h).scatter_add(0, inside[1].reshape(-1, 1).expand_as(rows), rows.reshape(-1, h.shape[1]))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lengths_that_follow_from_values(seed: int) -> None:
+    """The smaller network may choose other nodes than the recorded run did: zeros prove it then."""
+    example = build(_among_the_chosen)[1]
+    torch.manual_seed(seed)
+    model = Messages(_among_the_chosen).eval()
+    plan = graphprune.plan(model, example, 0.5)
+    small = plan.apply(model)
+    assert len(small.first.weight) == WIDTH // 2
+    found = graphprune.verify(model, small, plan, example)
+    assert found.passed and ("lengths depend on values" in str(found)) == (seed > 0), str(found)
+    with torch.no_grad():
+        small.last.weight *= 1.1
+    assert not graphprune.verify(model, small, plan, example).passed
+
+
 class Placeholders(nn.Module):
     """Image features take the places that the text keeps for them, after a check that they are as many."""
 
