@@ -25,6 +25,7 @@ from .sizes import CallSizes
 
 aten = torch.ops.aten
 _HIDDEN_DIRECTORIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
+_OPAQUE = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, torch.ScriptObject)
 _ATOMS = frozenset((int, float, bool, str, type(None)))
 # assigning to a node's attribute also looks the node up in its graph
 _set_args = fx.Node.args.fset  # type: ignore[attr-defined]
@@ -197,7 +198,7 @@ class Recorder:
             return [v if type(v) in _ATOMS else self._convert(v) for v in value]
         if isinstance(value, torch.SymInt):
             return int(value)
-        if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, complex)):
+        if isinstance(value, _OPAQUE):
             return value
         return plain(value) if isinstance(value, (int, float)) else None
 
