@@ -22,7 +22,7 @@ from ..planning.request import GRANULARITIES
 from ..plans.verification import VerificationReport
 from ..runtimes.latency import Target
 from ..support.tables import Column, render, table
-from ..tracing.counting import Count
+from ..tracing.counting import Count, at_batch_size
 from .factories import InputShape
 
 _MODEL = "Model"
@@ -369,8 +369,7 @@ def checks_as_data(report: VerificationReport | None) -> dict[str, Any] | None:
 def comparison(before: Count, after: Count) -> Table:
     """Parameters and MACs before and after, and what share is gone."""
     rows = [("parameters", before.parameters, after.parameters)]
-    batch = "" if before.batch_size is None else f" at batch size {before.batch_size}"
-    rows.append((f"MACs{batch}", before.macs, after.macs))
+    rows.append((f"MACs{at_batch_size(before.batch_size)}", before.macs, after.macs))
     columns = [
         Column("", 0, justify="left"),
         Column("before", 1, ","),

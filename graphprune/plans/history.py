@@ -7,7 +7,7 @@ state dict does not show it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import nn
@@ -26,6 +26,9 @@ class Applied(Protocol):
 
     @property
     def removed(self) -> Mapping[str, Mapping[int, tuple[int, ...]]]: ...
+
+    @property
+    def folds(self) -> Sequence[Any]: ...
 
     @property
     def structure(self) -> Mapping[str, tuple[int, ...]]: ...

@@ -72,7 +72,7 @@ class Count:
     def __str__(self) -> str:
         lines = []
         if self.batch_size is not None:
-            lines.append(f"MACs of one forward pass at batch size {self.batch_size}")
+            lines.append(f"MACs of one forward pass{at_batch_size(self.batch_size)}")
         if self.uncounted:
             lines.append("not counted: " + ", ".join(f"{name} ({calls})" for name, calls in self.uncounted.items()))
         return render(self.table(), *lines)
@@ -87,6 +87,11 @@ class Count:
             "per_layer": {path: dataclasses.asdict(layer) for path, layer in self.per_layer.items()},
             "uncounted": dict(self.uncounted),
         }
+
+
+def at_batch_size(size: int | None) -> str:
+    """What MACs are of, to stand behind "one call"; empty where the size of the batch is unknown."""
+    return "" if size is None else f" at batch size {size}"
 
 
 @door("model")
@@ -138,11 +143,10 @@ def count(model: nn.Module, example_input: Any) -> Count:
                 held += parameter.numel()
         if held or macs.get(path):
             layers[path] = LayerCount(type(module).__name__, held, macs.get(path, 0))
-    batch = next((t.shape[0] for t in example.tensors() if t.dim()), None)
     return Count(
         parameters=sum(layer.parameters for layer in layers.values()),
         macs=sum(macs.values()),
-        batch_size=batch,
+        batch_size=example.batch_size,
         per_layer=layers,
         uncounted=uncounted,
     )

@@ -54,6 +54,11 @@ class ExampleInput:
         """Every tensor among the arguments, in order."""
         return flatten_tensors((self.args, dict(self.kwargs)))
 
+    @property
+    def batch_size(self) -> int | None:
+        """Length of the first axis of the first tensor; None without one."""
+        return next((int(t.shape[0]) for t in self.tensors() if t.dim()), None)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> ExampleInput:
         """The same arguments with every tensor replaced by `function(tensor)`."""
         return ExampleInput(_map(self.args, function), _map(dict(self.kwargs), function))

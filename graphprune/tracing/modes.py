@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .origin import Literal, TensorSize, plain
+from .origin import Expr, Literal, Operation, TensorSize, evaluate, is_traced, plain, recorded_value
 from .recorder import Called, Recorder
 from .sizes import CallSizes, other_numbers, read_scalars, read_sizes
 
@@ -36,6 +36,8 @@ _DATA_GETTER, _DATA_SETTER = torch.Tensor.data.__get__, torch.Tensor.data.__set_
 # Values that leave torch are results: what becomes of them is out of sight.
 _LEAVES = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))
 _SIZE_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
+# Tensors that torch itself makes equally long.
+_BROADCASTS = frozenset(("broadcast_tensors", "take_along_dim"))
 
 
 class FunctionMode(TorchFunctionMode):
@@ -63,16 +65,22 @@ class FunctionMode(TorchFunctionMode):
         before = recorder.sizes, recorder.scalars, recorder.function_name
         recorder.function_name = name
         recorder.scalars = read_scalars(name, args, kwargs)
-        for number in other_numbers(name, args, kwargs):
+        counted = _counted(recorder, name, args)
+        for number in other_numbers(name, args, kwargs) if counted is None else ():
             recorder.guard("same", number.origin, Literal(plain(number)), True)
         if name in _SIZE_LIKE and len(args) > 1 and isinstance(args[1], Tensor):
             node = recorder.node_of(args[1])
             recorder.sizes = CallSizes("shape", tuple(TensorSize(node, a) for a in range(args[1].dim())), name)
+        elif name in _BROADCASTS:
+            recorder.sizes = _common_shape(recorder, name, [*args, *kwargs.values()])
         else:
             recorder.sizes = read_sizes(name, args, kwargs)
         if whole is None:
             try:
-                return func(*args, **kwargs)
+                out = func(*args, **kwargs)
+                if counted is not None:
+                    _note_comparison(recorder, name, counted, args[1], out)
+                return out
             finally:
                 recorder.sizes, recorder.scalars, recorder.function_name = before
         recorder.whole_depth += 1
@@ -87,6 +95,46 @@ class FunctionMode(TorchFunctionMode):
             raise
         finally:
             recorder.sizes, recorder.scalars, recorder.function_name = before
+
+
+_COMPARES = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+
+
+def _counted(recorder: Recorder, name: str, args: Any) -> Expr | None:
+    """`(ids == image).sum() * x.shape[-1] == features.numel()`: the left side, a single integer of the input times a
+    size, where it is compared with another size. None for every other call."""
+    if name.strip("_") not in _COMPARES or len(args) != 2 or not is_traced(args[1]):
+        return None
+    product = args[0]
+    if not isinstance(product, Tensor) or product.numel() != 1 or product.is_floating_point() or product.is_meta:
+        return None
+    node = recorder.node_of(product)
+    scalars = node.meta.get("scalars") or {}
+    if node.meta.get("operator") != "mul" or len(scalars) != 1 or len(node.all_input_nodes) != 1:
+        return None
+    (size,) = scalars.values()
+    value, factor = recorder.unseen(lambda: int(product)), int(evaluate(size, recorded_value))
+    return Operation("mul", (Literal(value // factor), size)) if factor else None
+
+
+def _note_comparison(recorder: Recorder, name: str, counted: Expr, size: Any, out: Tensor) -> None:
+    """A comparison of sizes like one of plain numbers: it must come out as it did."""
+    recorder.guard(name.strip("_"), counted, size.origin, recorder.unseen(lambda: bool(out)))
+    recorder.node_of(out).meta["compares_sizes"] = True
+
+
+def _common_shape(recorder: Recorder, name: str, operands: list[Any]) -> CallSizes:
+    """The longest of several tensors along every axis; along the one that `take_along_dim` picks from, each its own."""
+    given = operands[0] if len(operands) == 1 and isinstance(operands[0], (tuple, list)) else operands
+    tensors = [t for t in given if isinstance(t, Tensor)]
+    ndim = max((t.dim() for t in tensors), default=0)
+    own = next((v % ndim for v in operands[1:] if type(v) is int), ndim) if ndim else 0
+    sizes: list[TensorSize | None] = []
+    for axis in range(ndim):
+        places = [(t, axis - ndim + t.dim()) for t in tensors]
+        longest = max((p for p in places if p[1] >= 0), key=lambda p: int(p[0].shape[p[1]]))
+        sizes.append(None if axis == own else TensorSize(recorder.node_of(longest[0]), longest[1]))
+    return CallSizes("shape", tuple(sizes), name)
 
 
 def _whole_call(target: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:

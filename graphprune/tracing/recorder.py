@@ -26,6 +26,7 @@ from .sizes import CallSizes
 
 aten = torch.ops.aten
 _HIDDEN_DIRECTORIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
+_OPAQUE = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex, torch.ScriptObject)
 _ATOMS = frozenset((int, float, bool, str, type(None)))
 # assigning to a node's attribute also looks the node up in its graph
 _set_args = fx.Node.args.fset  # type: ignore[attr-defined]
@@ -119,6 +120,7 @@ class Mark:
     by_id: dict[int, fx.Node]
     guards: int
     constants: int
+    left: int
 
 
 class Recorder:
@@ -227,9 +229,17 @@ class Recorder:
             return [v if type(v) in _ATOMS else self._convert(v) for v in value]
         if isinstance(value, torch.SymInt):
             return int(value)
-        if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format, complex)):
+        if isinstance(value, _OPAQUE):
             return value
         return plain(value) if isinstance(value, (int, float)) else None
+
+    def unseen(self, read: Callable[[], Any]) -> Any:
+        """What `read` finds in tensors of this run, which is no part of the recording."""
+        self.whole_depth += 1
+        try:
+            return read()
+        finally:
+            self.whole_depth -= 1
 
     def is_of_this_run(self, tensor: Tensor) -> bool:
         """Computed in this run, or a tensor that only stands in for one of the user's."""
@@ -272,7 +282,7 @@ class Recorder:
 
     def begin_second_run(self) -> Mark:
         """From here on, calls that the first run made with the same operands are not recorded again."""
-        mark = Mark(len(self.graph.nodes), dict(self._by_id), len(self.guards), len(self.constants))
+        mark = Mark(len(self.graph.nodes), dict(self._by_id), len(self.guards), len(self.constants), len(self.left))
         self._by_id = {key: node for key, node in self._by_id.items() if node.op == "get_attr"} | self._inputs
         self._known = {}
         for node in self.graph.nodes:
@@ -286,6 +296,7 @@ class Recorder:
             self.graph.erase_node(node)
         self._by_id = mark.by_id
         del self.guards[mark.guards :]
+        del self.left[mark.left :]
         for name in list(self.constants)[mark.constants :]:
             del self.constants[name]
 

@@ -22,10 +22,10 @@ from .origin import Expr, is_traced, origin_of
 class CallSizes:
     """The numbers a user's call passed.
 
-    `kind` says what they mean: "shape" (target sizes, aligned with the last axes of the result), "split" (one size per
-    piece, or a single one for all), "boundaries" (tensor_split), "index" (what stood between the brackets, see
-    `index_entries`), "chunks" (a number of equal pieces), "groups", "normalized_shape", "shift" (roll), "creation"
-    (sizes of a new tensor, None for those that are read from a tensor).
+    `kind` says what they mean: "shape" (target sizes, aligned with the last axes of the result), "repeats" (how often,
+    aligned likewise), "split" (one size per piece, or a single one for all), "boundaries" (tensor_split), "index" (what
+    stood between the brackets, see `index_entries`), "chunks" (a number of equal pieces), "groups",
+    "normalized_shape", "shift" (roll), "creation" (sizes of a new tensor, None for those that are read from a tensor).
     """
 
     kind: str
@@ -69,6 +69,11 @@ def _creation(function: str, skip: int) -> Callable[..., CallSizes | None]:
         )
 
     return read
+
+
+def _repeats(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSizes | None:
+    values = _shape_args(args, kwargs, "repeats")
+    return None if values is None else CallSizes("repeats", tuple(map(origin_of, values)), "repeat")
 
 
 def _unflatten(args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSizes | None:
@@ -186,6 +191,8 @@ READERS: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], CallSizes | None]
     "reshape": _shape("reshape"),
     "expand": _shape("expand"),
     "broadcast_to": _shape("expand"),
+    "repeat": _repeats,
+    "tile": _repeats,
     "unflatten": _unflatten,
     "split": _split,
     "unsafe_split": _split,

@@ -69,6 +69,76 @@ for _how in ("put", "accumulate", "one_value", "copy"):
     variant(f"writes_by_index_{_how}", lambda how=_how: WritesByIndex(how), tokens(), batch_axis=None)  # type: ignore[misc]
 
 
+def _ring() -> tuple[Tensor, Tensor]:
+    """Eight nodes in a ring with some chords, and the edges between them."""
+    edges = [(i, (i + step) % 8) for i in range(8) for step in (1, 3) if (i + step) % 5]
+    return torch.randn(8, 10), torch.tensor(edges).t()
+
+
+@network(_ring, batch_axis=None, statistics=True)
+class GraphAttention(nn.Module):
+    """Every node weighs the messages of its neighbours by a softmax over its own edges, head by head."""
+
+    def __init__(self, heads: int = 4, features: int = 6) -> None:
+        super().__init__()
+        self.heads, self.features = heads, features
+        self.first, self.last = nn.Linear(10, heads * features), nn.Linear(heads * features, 5)
+        self.into, self.out_of = nn.Parameter(torch.randn(heads, features)), nn.Parameter(torch.randn(heads, features))
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        y = self.first(x).view(-1, self.heads, self.features)
+        source, target = edges
+        score = F.leaky_relu((y * self.out_of).sum(-1)[source] + (y * self.into).sum(-1)[target])
+        index = target[:, None].expand_as(score)
+        largest = torch.full_like(score[: len(x)], -9.0).scatter_reduce(0, index, score, "amax")
+        weight = (score - largest[target]).exp()
+        total = torch.zeros_like(largest).scatter_add_(0, index, weight)
+        messages = y[source] * (weight / total[target])[..., None]
+        out = torch.zeros_like(y).index_add(0, target, messages)
+        return self.last(out.flatten(1).relu())
+
+
+class GraphConvolution(nn.Module):
+    """Messages are added up, averaged or compared at nodes, twice."""
+
+    def __init__(self, reduce: str) -> None:
+        super().__init__()
+        self.reduce = reduce
+        self.first, self.second, self.last = nn.Linear(10, 14), nn.Linear(14, 12), nn.Linear(12, 5)
+
+    def spread(self, y: Tensor, edges: Tensor) -> Tensor:
+        index = edges[1].view(-1, 1).expand(-1, y.size(-1))
+        out = y.new_zeros(y.shape).scatter_reduce_(0, index, y[edges[0]], self.reduce, include_self=False)
+        return y + out
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        y = self.spread(self.first(x), edges).relu()
+        return self.last(self.spread(self.second(y), edges).relu())
+
+
+for _reduce in ("sum", "mean", "amax"):
+    variant(f"graph_convolution_{_reduce}", lambda how=_reduce: GraphConvolution(how), _ring, batch_axis=None)  # type: ignore[misc]
+
+
+def _words_and_pictures() -> tuple[Tensor, Tensor]:
+    return torch.tensor([[3, 19, 19, 4], [19, 5, 6, 19]]), torch.randn(4, 7)
+
+
+@network(_words_and_pictures, batch_axis=None)
+class PicturesInText(nn.Module):
+    """What is seen takes the places that the text keeps for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.look, self.mix = nn.Embedding(20, 12), nn.Linear(7, 12), nn.Linear(12, 12)
+        self.out = nn.Linear(12, 5)
+
+    def forward(self, ids: Tensor, pictures: Tensor) -> Tensor:
+        text = self.words(ids)
+        places = (ids == 19).unsqueeze(-1).expand_as(text)
+        return self.out(self.mix(text.masked_scatter(places, self.look(pictures))).relu())
+
+
 @network(image(3, 12), batch_axis=None)
 class RegionHead(nn.Module):
     """Features read in rectangles, as in the second stage of a detector."""

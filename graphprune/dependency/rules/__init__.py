@@ -1,10 +1,11 @@
 """The rules, by kind. Importing this package registers all of them."""
 
-from . import contraction, elementwise, indexing, movement, recurrent, statistics, vision
+from . import collectives, contraction, elementwise, indexing, movement, recurrent, scattering, statistics, vision
 from .registry import RULES, rule, rule_for
 
 __all__ = [
     "RULES",
+    "collectives",
     "contraction",
     "elementwise",
     "indexing",
@@ -12,6 +13,7 @@ __all__ = [
     "recurrent",
     "rule",
     "rule_for",
+    "scattering",
     "statistics",
     "vision",
 ]

@@ -69,6 +69,8 @@ def _temperature(context: NodeContext) -> None:
     operand = next((a for a in context.node.args if isinstance(a, fx.Node)), None)
     if operand is None or not scalars or not line_of(context).scales:
         return
+    if context.node.users and all("compares_sizes" in user.meta for user in context.node.users):
+        return  # a guard says what must hold
     for position, expr in scalars.items():
         divide = line_of(context).merge is Merge.QUOTIENT and position == 1
         context.effects.scalars.append(ScalarSite(context.node, expr, operand, divide))

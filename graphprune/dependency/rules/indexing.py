@@ -17,6 +17,7 @@ from ...tracing.origin import Expr, Literal, Operation, evaluate, recorded_value
 from ..context import NodeContext, Result
 from ..state import AxisMap, State, axis_of, take
 from .registry import empty, rule
+from .scattering import WRITTEN
 
 
 def _entry(context: NodeContext, dim: int, kind: str) -> tuple[Any, ...] | None:
@@ -206,23 +207,6 @@ def roll(context: NodeContext) -> Result:
     return State(context.shape, axes)
 
 
-@rule("gather")
-def gather(context: NodeContext) -> Result:
-    """out[i, j] = x[i, index[i, j]]: along the other axes the index loses what x loses, if it can."""
-    state, index = context.state(context.arg(0)), context.state(context.arg(2, "index"))
-    dim = axis_of(context.arg(1, "dim"), len(state.shape))
-    axes = {}
-    for axis in range(len(state.shape)):
-        mine, theirs = state.axis(axis), index.axis(axis)
-        if axis != dim and mine and theirs and state.shape[axis] == index.shape[axis]:
-            context.tie(mine, theirs, state.shape[axis], "picked by an index tensor whose size stays")
-            axes[axis] = max((mine, theirs), key=len)
-        else:
-            context.freeze(mine, "index", "picked by an index tensor")
-            context.freeze(theirs, "index", "used as an index")
-    return State(context.shape, axes)
-
-
 @rule("index_select", "take_along_dim")
 def index_select(context: NodeContext) -> Result:
     state = context.state(context.arg(0))
@@ -236,25 +220,6 @@ def index_select(context: NodeContext) -> Result:
             context.freeze(axis_map, "index", "picked by an index tensor")
         axes = {}
     return State(context.shape, axes)
-
-
-@rule("index_add", "index_add_", "index_copy", "index_copy_")
-def index_write(context: NodeContext) -> Result:
-    """Slices of a source are written to chosen indices of one axis; all other axes lose the same indices."""
-    state, source = context.state(context.arg(0)), context.state(context.arg(3, "source"))
-    dim = axis_of(context.arg(1, "dim"), len(state.shape))
-    for axis_map in (state.axis(dim), source.axis(dim), *context.state(context.arg(2, "index")).axes.values()):
-        context.freeze(axis_map, "index", "written to by an index tensor")
-    axes = {}
-    for axis in range(len(state.shape)):
-        if axis != dim:
-            best = max((state.axis(axis), source.axis(axis)), key=len)
-            context.tie(state.axis(axis), source.axis(axis), state.shape[axis], _WRITTEN)
-            axes[axis] = best
-    return State(context.shape, axes)
-
-
-_WRITTEN = "written into a tensor whose channels cannot be removed"
 
 
 @rule("index_put", "index_put_")
@@ -271,7 +236,7 @@ def index_put(context: NodeContext) -> Result:
         mine, length = state.axis(axis), state.shape[axis]
         if back <= len(values.shape) and values.shape[-back] == length:
             theirs = values.axis(-back)
-            context.tie(mine, theirs, length, _WRITTEN)
+            context.tie(mine, theirs, length, WRITTEN)
             axes[axis] = max((mine, theirs), key=len)
     spread = {place.ndim - position for position in place.kept.values()}
     for axis in range(len(values.shape)):
@@ -311,22 +276,24 @@ def _written_down(index: fx.Node, length: int) -> Any:
 
 
 def _picked(context: NodeContext, state: State, reading: bool = False) -> _Place | None:
-    """Where the axes go that no index tensor takes; the others freeze. None for a mask over several axes.
+    """Where the axes go that no index tensor takes; the others freeze. None for a mask that is a single truth value.
 
     `reading`: nothing is written, so that what lies beyond indices written in the code may go."""
     indices = context.arg(1, "indices")
     for i in indices:
         if i is not None:
             context.freeze_state(context.state(i), "index", "used as an index")
-    indexed = [a for a, i in enumerate(indices) if i is not None]
-    for a in indexed:
-        within = _written_down(indices[a], state.shape[a]) if reading and len(indexed) == 1 else None
-        context.freeze(state.axis(a), "index", "picked by an index tensor", within)
-    masks = [i for i in indices if i is not None and i.meta["val"].dtype.is_floating_point is False]
-    if any(str(i.meta["val"].dtype) in ("torch.bool", "torch.uint8") and len(i.meta["val"].shape) > 1 for i in masks):
+    given = [i for i in indices if i is not None]
+    taken = [1 if i is None else _axes_taken(i) for i in indices]
+    if 0 in taken:
         context.freeze_state(state, "index", "picked by a mask")
         return None
-    width = max(len(i.meta["val"].shape) for i in indices if i is not None)
+    starts = np.cumsum([0, *taken])
+    indexed = [int(starts[k]) + a for k, i in enumerate(indices) if i is not None for a in range(taken[k])]
+    for a in indexed:
+        within = _written_down(given[0], state.shape[a]) if reading and len(indexed) == 1 else None
+        context.freeze(state.axis(a), "index", "picked by an index tensor", within)
+    width = max(1 if _is_mask(i) else len(i.meta["val"].shape) for i in given)
     adjacent = indexed == list(range(indexed[0], indexed[0] + len(indexed)))
     place = indexed[0] if adjacent else 0
     kept = [a for a in range(len(state.shape)) if a not in indexed]
@@ -334,3 +301,12 @@ def _picked(context: NodeContext, state: State, reading: bool = False) -> _Place
     for k, a in enumerate(kept):
         mapping[a] = k if k < place else k + width
     return _Place(len(kept) + width, mapping)
+
+
+def _is_mask(index: fx.Node) -> bool:
+    return index.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def _axes_taken(index: fx.Node) -> int:
+    """A mask stands for as many axes as it has, an index tensor for one."""
+    return len(index.meta["val"].shape) if _is_mask(index) else 1

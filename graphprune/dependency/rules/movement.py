@@ -98,22 +98,32 @@ def expand(context: NodeContext) -> Result:
     if sizes is not None and sizes.kind == "shape":
         for back, expr in enumerate(reversed(sizes.values)):
             axis = len(shape) - 1 - back
-            stretched = shape[axis] > 1 and (axis < added or state.shape[axis - added] == 1)
-            if stretched and isinstance(expr, TensorSize):
-                axes[axis] = context.state(expr.node).axis(expr.axis)
-            elif stretched and expr is not None and not _is_minus_one(expr) and _one_before(shape, axis):
-                # one head of keys and values, repeated for every head of the queries
-                found = list(leaves(expr))
-                axes[axis] = context.fresh(axis) if found and all(isinstance(x, Attribute) for x in found) else {}
-                context.require(expr, axes[axis], shape[axis], f"size {axis} in {sizes.function}()")
-            elif axis >= 0 and expr is not None and not _is_minus_one(expr):
+            if axis < 0 or expr is None or _is_minus_one(expr):
+                continue
+            if shape[axis] > 1 and (axis < added or state.shape[axis - added] == 1) and axis not in axes:
+                axes[axis] = _stretched(context, expr, axis)
+            else:
                 context.require(expr, axes.get(axis, {}), shape[axis], f"size {axis} in {sizes.function}()")
     return State(shape, axes)
 
 
-def _one_before(shape: tuple[int, ...], axis: int) -> bool:
-    """No other axis is repeated along with this one: query heads that share a head of keys keep their number."""
-    return axis > 0 and shape[axis - 1] == 1
+def _stretched(context: NodeContext, expr: Expr, axis: int) -> AxisMap:
+    """What lies along an axis of length 1 that was made as long as `expr` says."""
+    if isinstance(expr, TensorSize):
+        return context.state(expr.node).axis(expr.axis)
+    axis_map = context.fresh(axis) if _follows(context, expr, axis) else {}
+    context.require(expr, axis_map, context.shape[axis], f"size {axis} in {context.node.meta.get('function')}()")
+    return axis_map
+
+
+def _follows(context: NodeContext, expr: Expr, axis: int) -> bool:
+    """A repeated tensor may become as long as what it meets: an index or a mask; a head of keys and values where no
+    other axis is repeated along with it, as query heads that share a head of keys keep their number."""
+    dtype = context.node.meta["val"].dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return True
+    found = list(leaves(expr))
+    return bool(found) and all(isinstance(x, Attribute) for x in found) and axis > 0 and context.shape[axis - 1] == 1
 
 
 @rule("permute", "permute_copy")
@@ -217,6 +227,17 @@ def repeat(context: NodeContext) -> Result:
     for a, axis_map in state.axes.items():
         times = shape[a + added] // state.shape[a]
         axes[a + added] = {d: np.tile(v, times) for d, v in axis_map.items()}
+    sizes = context.sizes
+    if sizes is not None and sizes.kind == "repeats":
+        for back, expr in enumerate(reversed(sizes.values)):
+            axis = len(shape) - 1 - back
+            if isinstance(expr, Literal) or axis < 0:
+                continue
+            if shape[axis] > 1 and (axis < added or state.shape[axis - added] == 1) and axis not in axes:
+                axes[axis] = _stretched(context, expr, axis)
+            else:
+                times = shape[axis] // (state.shape[axis - added] if axis >= added else 1)
+                context.require(expr, {}, times, "a number of repeats")
     return State(shape, axes)
 
 
@@ -325,7 +346,7 @@ def _only_axes(context: NodeContext, state: State, allowed: tuple[int, ...]) -> 
             context.freeze(axis_map, "spatial", f"{context.operation} works along this axis")
 
 
-@rule("diagonal", "diagonal_copy", "as_strided", "as_strided_copy", "masked_select", "rot90", "unique", "_unique2")
+@rule("diagonal", "diagonal_copy", "as_strided", "as_strided_copy", "rot90", "unique", "_unique2")
 def frozen(context: NodeContext) -> Result:
     for state in context.states():
         context.freeze_state(state, "operator", f"{context.operation} rearranges its positions")

@@ -59,6 +59,19 @@ def _shape(call: Call, args: list[Any], kwargs: dict[str, Any], s: Survivors, fi
     _put(args, kwargs, where, items)
 
 
+def _repeated(call: Call, args: list[Any], kwargs: dict[str, Any], s: Survivors) -> None:
+    """An axis of length 1 is repeated as often as the result is long; how often another one is, no channel decides."""
+    where, items = _sequence(args, kwargs, 1, ("repeats", "dims"))
+    node, out = _tensor(call), call.out.meta["val"].shape
+    shape = () if node is None else node.meta["val"].shape
+    for back in range(1, len(items) + 1):
+        value = _number(items[-back])
+        if value is not None and back <= len(out):
+            stretched = back > len(shape) or shape[-back] == 1
+            items[-back] = s.size(items[-back], s.count(call.out, len(out) - back) if stretched else value)
+    _put(args, kwargs, where, items)
+
+
 def _created(call: Call, args: list[Any], kwargs: dict[str, Any], s: Survivors) -> None:
     _shape(call, args, kwargs, s, 1 if call.op == "call_method" else 0)
 
@@ -265,6 +278,7 @@ _TRANSPOSED = _groups(6, _transposed_groups)
 _SIZES: dict[str, Any] = {
     **dict.fromkeys(("view", "reshape", "expand", "broadcast_to"), _shape),
     **dict.fromkeys("zeros ones empty full rand randn new_zeros new_ones new_empty new_full".split(), _created),
+    **dict.fromkeys(("repeat", "tile"), _repeated),
     "unflatten": _unflatten,
     **dict.fromkeys(("split", "unsafe_split", "split_with_sizes", "unsafe_split_with_sizes"), _split),
     "tensor_split": _boundaries,

@@ -136,6 +136,15 @@ class RewrittenRun:
     def _expand(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
         return args[0].expand(self._shape(node))
 
+    def _repeat(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        shape = self._shape(node)
+        before = [1] * (len(shape) - args[0].dim()) + list(args[0].shape)
+        times = list(args[1])
+        for axis, (new, old) in enumerate(zip(shape, before, strict=True)):
+            if old == 1:  # others are as long as they are, as often as before
+                times[axis] = new
+        return args[0].repeat(times)
+
     def _slice(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
         dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
         kept = self._kept(node.args[0], dim)

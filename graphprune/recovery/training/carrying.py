@@ -39,31 +39,40 @@ def carry_optimizer(
     left out), in its parameter group with all options, and its state (momentum, averages of gradients and squares)
     loses the slices that the parameter lost: what stays is, bit for bit, what it was. State in another shape than the
     parameter's, or of a parameter that a batch norm was folded into, has no such meaning; these parameters start anew,
-    and their names are returned. Learning rate schedulers that hold the optimizer go on working.
+    and their names are returned. Learning rate schedulers that hold the optimizer go on working. Parameters of other
+    modules, where `model` is a part of what the optimizer trains, stay in it as they are, with their state.
 
-    Raises GraphPruneError where the optimizer holds parameters that `model` has not, or where `small` was not made by
-    `plan`; then nothing is changed.
+    Raises GraphPruneError where the optimizer trains no parameter of `model`, or where `small` was not made by `plan`;
+    then nothing is changed.
     """
     plan.check(model)
     before, after = named_tensors(model), named_tensors(small)
     names: dict[int, list[str]] = defaultdict(list)
     for name, tensor in before.items():
         names[id(tensor)].append(name)
+    after_names = {id(tensor): name for name, tensor in reversed(after.items())}
     carried = _Carried(plan, after, before, _Moves(plan, model))
-    groups: list[list[Tensor]] = []
+    if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+        raise GraphPruneError(
+            "carry_optimizer: the optimizer trains no parameter that is in the model; pass the optimizer that trained "
+            "it"
+        )
+    groups: list[dict[int, tuple[Tensor, str]]] = []
     state: defaultdict[Tensor, Any] = defaultdict(dict)
     restarted: list[str] = []
     for group in optimizer.param_groups:
-        members: dict[int, Tensor] = {}
-        for old in group["params"]:
+        members: dict[int, tuple[Tensor, str]] = {}
+        known = group.get("param_names", [""] * len(group["params"]))
+        for old, title in zip(group["params"], known, strict=True):
             own = names.get(id(old))
-            if own is None:
-                raise GraphPruneError(
-                    f"carry_optimizer: the optimizer trains a parameter of shape {tuple(old.shape)} that is not in the "
-                    f"model; pass the optimizer that trained it"
-                )
+            if own is None:  # another module's
+                members[id(old)] = old, title
+                if old in optimizer.state:
+                    state[old] = optimizer.state[old]
+                continue
+            prefix = next((title.removesuffix(name) for name in own if title.endswith(name)), "")
             for new in carried.successors(own):
-                members[id(new)] = new
+                members[id(new)] = new, prefix + after_names[id(new)]
             found = carried.successor(own)
             if found is None or old not in optimizer.state:
                 continue
@@ -72,12 +81,11 @@ def carry_optimizer(
                 restarted.append(own[0])
             else:
                 state[found] = new_state
-        groups.append(list(members.values()))
-    after_names = {id(tensor): name for name, tensor in reversed(after.items())}
-    for group, new_members in zip(optimizer.param_groups, groups, strict=True):
-        group["params"] = new_members
+        groups.append(members)
+    for group, members in zip(optimizer.param_groups, groups, strict=True):
+        group["params"] = [new for new, _ in members.values()]
         if "param_names" in group:
-            group["param_names"] = [after_names[id(p)] for p in new_members]
+            group["param_names"] = [title for _, title in members.values()]
     optimizer.state = state
     return tuple(restarted)
 

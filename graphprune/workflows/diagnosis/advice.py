@@ -19,6 +19,7 @@ from ...sparsity import masks, semi_structured_support
 from ...support.doors import door
 from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
+from ...tracing.counting import at_batch_size
 from ...tracing.example import ExampleInput
 from .candidates import Option, Outputs, Trial, check_real
 from .doctor import Doctor, doctor
@@ -238,8 +239,8 @@ def _facts(found: Doctor, model: nn.Module, dense: float | None, evaluate: Any) 
 
     parameters, macs = share(found.prunable_parameters, found.parameters), share(found.prunable_macs, found.macs)
     facts = [
-        f"{found.parameters:,} parameters and {found.macs:,} MACs, {parameters} and {macs} of them on channels that "
-        f"can be removed"
+        f"{found.parameters:,} parameters and {found.macs:,} MACs of one call{at_batch_size(found.batch_size)}, "
+        f"{parameters} and {macs} of them on channels that can be removed"
     ]
     literal = [b for b in found.blockers if b.kind in ("size", "literal")]
     if literal:

@@ -22,6 +22,7 @@ from ...planning.widths import plan_from_graph
 from ...support.doors import door
 from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
+from ...tracing.counting import at_batch_size
 from ...tracing.example import ExampleInput
 from ...tracing.pause import paused_collector
 from .interfaces import Interface, interfaces_of
@@ -68,7 +69,8 @@ class Prunable:
 class Doctor:
     """What `doctor` found; `print` it for people, `to_dict()` is plain data.
 
-    `parameters`, `macs`: of the whole model; `macs` at the example's batch size. `prunable_parameters`,
+    `parameters`, `macs`: of the whole model; `macs` of one call on the example, whose `batch_size` is the length of the
+    first axis of its first tensor (None without one). `prunable_parameters`,
     `prunable_macs`: those that go with some channel that can be removed. `prunable` and `blockers` are sorted, the
     dearest first. `others`: parameter axes that are no channels (tokens, pixels, vocabulary), with the reason.
     `ratio`: the fraction of channels that the blockers were looked for at. `interfaces`: methods that run a part of
@@ -85,6 +87,7 @@ class Doctor:
     others: Mapping[str, str]
     ratio: float
     interfaces: tuple[Interface, ...] = ()
+    batch_size: int | None = None
 
     def table(self, limit: int | None = None) -> tuple[Table, Table]:
         """The groups and the blockers as `rich` tables, at most `limit` lines each."""
@@ -107,7 +110,8 @@ class Doctor:
         """For people: totals and both tables, at most `limit` lines each."""
         head = (
             f"{self.model}: {_share(self.prunable_parameters, self.parameters)} of {self.parameters:,} parameters and "
-            f"{_share(self.prunable_macs, self.macs)} of {self.macs:,} MACs lie on channels that can be removed"
+            f"{_share(self.prunable_macs, self.macs)} of {self.macs:,} MACs of one call"
+            f"{at_batch_size(self.batch_size)} lie on channels that can be removed"
         )
         tail = f"{len(self.others)} parameter axes are no channels: {', '.join(list(self.others)[:4])}"
         tail += ", ..." if len(self.others) > 4 else ""
@@ -176,9 +180,9 @@ def doctor(model: nn.Module, example_input: Any, *, ratio: float = 0.5, sort: st
     check_choice("sort", sort, _SORTS)
     request = Request(ratio, criterion="random", round_to=1)
     with paused_collector():
-        graph = trace(model, ExampleInput.of(example_input))
-        graph, _ = plan_from_graph(model, graph, request)
-        return examine(model, graph, float(ratio), sort)
+        example = ExampleInput.of(example_input)
+        graph, _ = plan_from_graph(model, trace(model, example), request)
+        return dataclasses.replace(examine(model, graph, float(ratio), sort), batch_size=example.batch_size)
 
 
 def examine(model: nn.Module, graph: DependencyGraph, ratio: float, sort: str) -> Doctor:

@@ -46,7 +46,7 @@ def as_markdown(report: Report) -> str:
     """Tables of the summary and of the layers."""
     layers = [[column.text(layer) for column in LAYER_COLUMNS] for layer in report.layers]
     parts = [f"# {_plain(report.title)}", _markdown(HEADINGS, report.rows())]
-    parts += ["## Layers", _markdown([c.header for c in LAYER_COLUMNS], layers)]
+    parts += [f"## {report.layers_title}", _markdown([c.header for c in LAYER_COLUMNS], layers)]
     if report.benchmark is not None:
         parts += ["## Measurement", "\n".join(f"- {_plain(line)}" for line in report.benchmark.circumstances())]
     if report.notes:
@@ -82,7 +82,7 @@ def as_html(report: Report) -> str:
         image = f'<img alt="{escape(caption)}" src="data:image/svg+xml;base64,{data}">'
         parts.append(f"<h2>{escape(caption)}</h2><figure>{image}</figure>")
     layers = [[column.text(layer) for column in LAYER_COLUMNS] for layer in report.layers]
-    parts += ["<h2>Layers</h2>", _html([c.header for c in LAYER_COLUMNS], layers)]
+    parts += [f"<h2>{escape(report.layers_title)}</h2>", _html([c.header for c in LAYER_COLUMNS], layers)]
     for heading, lines in (
         ("Measurement", report.benchmark.circumstances() if report.benchmark is not None else ()),
         ("Notes", report.notes),

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ...support.plots import new_figure
+from ...tracing.counting import at_batch_size
 from .summary import Report
 
 _BEFORE, _AFTER = "#b8c4d0", "#0072b2"
@@ -71,7 +72,7 @@ def _accuracy(report: Report) -> Any:
         axes.annotate(_text(point.name), (point.macs, point.score), **where)
     axes.set_xlim(left=0)
     axes.margins(y=0.15)
-    axes.set_xlabel("multiply-accumulates")
+    axes.set_xlabel(f"multiply-accumulates of one call{at_batch_size(report.batch_size)}")
     axes.set_ylabel(_text(report.metric))
     return figure
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from ...errors import GraphPruneError
+from ...plans.history import histories
 from ...recovery.training.evaluation import evaluator, metric_name
 from ...runtimes import BenchmarkReport, benchmark
 from ...sparsity.files import save as save_sparse
@@ -27,7 +28,7 @@ from ...support.tables import Column, render, table
 from ...support.types import PathLike
 from ...support.unwrapping import checked_model
 from ...support.walking import all_modules, named_tensors
-from ...tracing.counting import Count, LayerCount, count
+from ...tracing.counting import Count, LayerCount, at_batch_size, count
 from ..curves import Sensitivity
 
 STAGES = ("before", "after pruning", "after recovery")
@@ -36,8 +37,8 @@ STAGES = ("before", "after pruning", "after recovery")
 @dataclasses.dataclass(frozen=True)
 class Size:
     """One network. `parameters`, and how many of them are not zero; `bytes` of all parameters and buffers as they are,
-    and `sparse_bytes`: size of the file that `graphprune.sparsity.save` writes; `macs` of one pass over the example;
-    `sparsity`: fraction of all parameters that is zero."""
+    and `sparse_bytes`: size of the file that `graphprune.sparsity.save` writes; `macs` of one call, the whole batch of
+    the example; `sparsity`: fraction of all parameters that is zero."""
 
     parameters: int
     nonzero: int
@@ -49,8 +50,9 @@ class Size:
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer with weights, by module path. Widths are output channels or features, None where the layer is in one of
-    the networks only; `sparsity`: fraction of its weights that is zero in the pruned network."""
+    """A module that holds parameters or multiplies, without the modules in it, by module path; the columns add up to
+    the totals. Widths are output channels or features, None for norms and the like and where the layer is in one of
+    the networks only; MACs are of one call; `sparsity`: fraction of its weights that is zero in the pruned network."""
 
     name: str
     kind: str
@@ -76,7 +78,8 @@ class Point:
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What `report` found. `scores`: stage ("before", "after pruning", "after recovery") -> `metric`. `sensitivity`:
-    group -> {ratio: score or error}. Speed is in `benchmark`, where the networks are "before" and "after"."""
+    group -> {ratio: score or error}. Speed is in `benchmark`, where the networks are "before" and "after".
+    `batch_size`: length of the first axis of the example's first tensor, None without one."""
 
     title: str
     before: Size
@@ -88,6 +91,7 @@ class Report:
     sensitivity: Mapping[str, Mapping[float, float]] = dataclasses.field(default_factory=dict)
     benchmark: BenchmarkReport | None = None
     notes: tuple[str, ...] = ()
+    batch_size: int | None = None
 
     @property
     def compression(self) -> float:
@@ -134,8 +138,11 @@ class Report:
             ("bytes", f"{b.bytes:,}", f"{a.bytes:,}", f"{b.bytes / max(1, a.bytes):.2f}x fewer"),
             ("bytes, sparse file", "-", f"{a.sparse_bytes:,}", f"{b.bytes / max(1, a.sparse_bytes):.2f}x fewer"),
             ("sparsity", f"{b.sparsity:.1%}", f"{a.sparsity:.1%}", "-"),
-            ("MACs", f"{b.macs:,}", f"{a.macs:,}", f"{self.mac_reduction:.2f}x fewer"),
+            (f"MACs of one {self._call}", f"{b.macs:,}", f"{a.macs:,}", f"{self.mac_reduction:.2f}x fewer"),
         ]
+        if self.batch_size:
+            each = [f"{size.macs / self.batch_size:,.0f}" for size in (b, a)]
+            out.append(("MACs per sample", each[0], each[1], f"{self.mac_reduction:.2f}x fewer"))
         if self.benchmark is not None:
             sizes = dict.fromkeys(row.batch_size for row in self.benchmark.rows)
             for size in sizes:
@@ -144,6 +151,15 @@ class Report:
                 at = "" if size is None else f", batch {size}"
                 out.append((f"median ms{at}", f"{old.median_ms:.3f}", f"{new.median_ms:.3f}", faster))
         return out + self._score_rows()
+
+    @property
+    def _call(self) -> str:
+        return f"call{at_batch_size(self.batch_size)}"
+
+    @property
+    def layers_title(self) -> str:
+        """What stands above the layers."""
+        return f"Layers (MACs of one {self._call})"
 
     def _score_rows(self) -> list[tuple[str, str, str, str]]:
         first = self.scores.get("before")
@@ -161,7 +177,7 @@ class Report:
             self.rows(), [Column(h, i, justify="right" if i else "left") for i, h in enumerate(HEADINGS)],
             title=self.title,
         )  # fmt: skip
-        return whole, table(self.layers, LAYER_COLUMNS, title="Layers")
+        return whole, table(self.layers, LAYER_COLUMNS, title=self.layers_title)
 
     def __str__(self) -> str:
         return render(*self.tables(), *(f"note: {note}" for note in self.notes))
@@ -218,8 +234,9 @@ def report(
 ) -> Report:
     """Compare `pruned` with the `model` it was made from. Both stay as they are.
 
-    Parameters, bytes, MACs (at the example's batch size), widths and sparsity are counted in both networks, masks and
-    zeros included; `sparse_bytes` is the size of a file that is really written, to a temporary place.
+    Parameters, bytes, MACs (of one call on the example, and per sample), widths and sparsity are counted in both
+    networks, masks and zeros included; `sparse_bytes` is the size of a file that is really written, to a temporary
+    place. Zeros that a folded batch norm leaves, because it scales by zero, are explained by a note.
 
     - `scores`: of stages "before", "after pruning", "after recovery", where you have them. `evaluate`: a function
       (model) -> number, or data for top-1 accuracy: it is asked for the stages that `scores` lacks, with `model`
@@ -237,6 +254,7 @@ def report(
     zeros = sparsity_of(model), sparsity_of(pruned)
     measured = _measured(model, pruned, example_input, speed)
     before, after = (_size(net, c, z) for net, c, z in zip((model, pruned), counts, zeros, strict=True))
+    layers = _layers(model, pruned, *counts, zeros[1])
     stage = next((s for s in reversed(STAGES) if s in found and s != "before"), None)
     points = [Point("before", found["before"], before.macs, before.parameters)] if "before" in found else []
     points += [Point("after", found[stage], after.macs, after.parameters)] if stage else []
@@ -244,13 +262,14 @@ def report(
         title=title or f"{type(model).__name__}, pruned",
         before=before,
         after=after,
-        layers=_layers(model, pruned, *counts, zeros[1]),
+        layers=layers,
         metric=metric or ("score" if evaluate is None else metric_name(evaluate)),
         scores=found,
         points=(*points, *_curve(curve, example_input)),
         sensitivity=_checked(sensitivity or {}),
         benchmark=measured,
-        notes=tuple(map(str, notes)),
+        notes=(*map(str, notes), *_folded_zeros(model, pruned, layers)),
+        batch_size=counts[0].batch_size,
     )
 
 
@@ -299,7 +318,8 @@ def _size(model: nn.Module, counted: Count, zeros: SparsityReport) -> Size:
             plain = {n: t for n, t in model.state_dict().items() if isinstance(t, Tensor)}
             whole = len(plain) == len(model.state_dict())
             sparse = save_sparse(model if whole else plain, Path(folder) / "model.gps").stat().st_size
-    return Size(zeros.parameters, zeros.parameters - zeros.zeros, stored, sparse, counted.macs, zeros.sparsity)
+    share = zeros.zeros / counted.parameters if counted.parameters else 0.0
+    return Size(counted.parameters, counted.parameters - zeros.zeros, stored, sparse, counted.macs, share)
 
 
 def _width(module: nn.Module | None) -> int | None:
@@ -326,18 +346,34 @@ def _layers(
     for path in {**first, **second}:
         widths = _width(old.get(path)), _width(new.get(path))
         a, b = first.get(path), second.get(path)
-        if widths == (None, None) and path not in sparse and not any(c is not None and c.macs for c in (a, b)):
-            continue  # norms and the like
         none, size = sparse.get(path, (0, 0))
-        kind = type(new[path] if path in new else old[path]).__name__.removeprefix("Parametrized")
+        left = new.get(path, old.get(path))
+        kind = type(old[path] if type(left) is nn.Identity and path in old else left).__name__
         out.append(
             Layer(
-                path or "(the model itself)", kind, *widths,
+                path or "(the model itself)", kind.removeprefix("Parametrized"), *widths,
                 a.parameters if a else 0, b.parameters if b else 0, a.macs if a else 0, b.macs if b else 0,
                 none / size if size else 0.0,
             )
         )  # fmt: skip
     return tuple(out)
+
+
+def _folded_zeros(model: nn.Module, pruned: nn.Module, layers: Iterable[Layer]) -> list[str]:
+    """Why layers are zero that nothing made sparse: a folded batch norm scales by zero (often from the start)."""
+    old, sparse = all_modules(model), {layer.name: layer.sparsity for layer in layers if layer.sparsity}
+    notes = []
+    for path, history in histories(pruned).items():
+        prefix = f"{path}." if path else ""
+        for fold in (fold for plan in history.plans for fold in plan.folds):
+            share, scale = sparse.get(prefix + fold.layer), getattr(old.get(prefix + fold.batch_norm), "weight", None)
+            if share and isinstance(scale, Tensor) and not scale.is_meta and bool((scale == 0).any()):
+                notes.append(
+                    f"{share:.1%} of the weights of {prefix}{fold.layer} are zero because the batch norm "
+                    f"{prefix}{fold.batch_norm}, folded into it, multiplies {'its' if share == 1 else 'some of its'} "
+                    f"channels by 0"
+                )
+    return notes
 
 
 def _by_owner(counted: Count) -> dict[str, LayerCount]:

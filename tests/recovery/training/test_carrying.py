@@ -200,7 +200,7 @@ def test_what_does_not_belong_is_refused_and_nothing_changed() -> None:
     plan = graphprune.plan(model, example(), 0.5, fold_bn=False)
     optimizer = MAKERS["sgd"](other.parameters())
     members = list(optimizer.param_groups[0]["params"])
-    with pytest.raises(GraphPruneError, match="not in the model"):
+    with pytest.raises(GraphPruneError, match="trains no parameter that is in the model"):
         graphprune.carry_optimizer(optimizer, model, plan.apply(model), plan)
     train(other, optimizer, 1, 0)
     with pytest.raises(GraphPruneError, match=r"plan\.apply"):
@@ -209,6 +209,46 @@ def test_what_does_not_belong_is_refused_and_nothing_changed() -> None:
         graphprune.carry_optimizer(optimizer, plan.apply(model), model, plan)
     assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], members, strict=True))
     assert len(optimizer.state) == len(members)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam", "rmsprop"])
+@pytest.mark.parametrize("named", [False, True])
+def test_what_is_trained_beside_the_model_goes_on_as_it_was(kind: str, named: bool) -> None:
+    """A backbone is pruned, and one optimizer trains it together with a head, in groups of both."""
+    model, head = net(), nn.Linear(3, 4).double()
+    whole = nn.ModuleDict({"backbone": model, "head": head})
+
+    def pairs(*keys: str) -> Any:
+        found = [(n, p) for n, p in whole.named_parameters() if n.endswith(keys)]
+        return found if named else [p for _, p in found]
+
+    optimizer = MAKERS[kind]([{"params": pairs("weight")}, {"params": pairs("bias"), "weight_decay": 0.5}])
+
+    def step(backbone: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        F.cross_entropy(head(backbone(torch.randn(8, 2, 6, 6).double())), torch.arange(8) % 4).backward()
+        optimizer.step()
+
+    model.eval()
+    for seed in range(3):
+        step(model, optimizer, seed)
+    plan = graphprune.plan(model, example(), 0.5, fold_bn=False)
+    small = plan.apply(model)
+    before = {p: {k: v.clone() for k, v in optimizer.state[p].items()} for p in head.parameters()}
+    assert all(before.values())
+    assert graphprune.carry_optimizer(optimizer, model, small, plan) == ()
+    for ending, group in zip(("weight", "bias"), optimizer.param_groups, strict=True):
+        wanted = [p for n, p in [*small.named_parameters(), *head.named_parameters()] if n.endswith(ending)]
+        assert list(map(id, group["params"])) == list(map(id, wanted))
+        if named:
+            assert group["param_names"] == [n for n, _ in whole.named_parameters() if n.endswith(ending)]
+    for parameter, state in before.items():
+        now = optimizer.state[parameter]
+        assert now.keys() == state.keys() and all(torch.equal(now[k], v) for k, v in state.items())
+    weight = head.weight.clone()
+    step(small.eval(), optimizer, 9)
+    assert not torch.equal(head.weight, weight)
 
 
 @pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList])

@@ -56,21 +56,74 @@ def test_numbers_are_those_of_slow_counts(tmp_path: Path) -> None:
     assert found.mac_reduction == found.before.macs / found.after.macs and found.speedup is None
     layers = {layer.name: layer for layer in found.layers}
     assert [(x.name, x.kind, x.width_before) for x in found.layers] == [
-        ("conv", "Conv2d", 8), ("up", "ConvTranspose2d", 6), ("fc", "Linear", 4)
+        ("conv", "Conv2d", 8), ("norm", "BatchNorm2d", None), ("up", "ConvTranspose2d", 6), ("fc", "Linear", 4)
     ]  # fmt: skip
     widths = [plain.conv.out_channels, plain.up.out_channels, plain.fc.out_features]  # type: ignore[union-attr]
-    assert [x.width_after for x in found.layers] == widths and widths[0] < 8
+    assert [x.width_after for x in found.layers if x.name != "norm"] == widths and widths[0] < 8
     for name, layer in layers.items():
         own, left = net.get_submodule(name), plain.get_submodule(name)
         assert layer.parameters_before == sum(p.numel() for p in own.parameters())
         assert layer.parameters_after == sum(p.numel() for p in left.parameters())
-        weight = left.weight
+        weight = left.weight if name != "norm" else torch.ones(1)  # folded
         assert isinstance(weight, Tensor)
         assert layer.sparsity == pytest.approx(float((weight == 0).float().mean()))
-    assert sum(x.macs_after for x in found.layers) == found.after.macs
+    for what in ("parameters", "macs"):
+        assert sum(getattr(x, f"{what}_before") for x in found.layers) == getattr(found.before, what)
+        assert sum(getattr(x, f"{what}_after") for x in found.layers) == getattr(found.after, what)
     assert [(p.name, p.score, p.macs) for p in found.points] == [
         ("before", 0.9, found.before.macs), ("after", 0.85, found.after.macs)
     ]  # fmt: skip
+
+
+def test_macs_are_said_to_be_of_a_call_and_per_sample(tmp_path: Path) -> None:
+    net, small = nets()
+    found = graphprune.report(net, small, X)
+    alone = graphprune.count(net, X[:1]).macs, graphprune.count(small, X[:1]).macs
+    rows = {row[0]: row[1:3] for row in found.rows()}
+    assert rows["MACs of one call at batch size 2"] == tuple(f"{2 * macs:,}" for macs in alone)
+    assert rows["MACs per sample"] == tuple(f"{macs:,}" for macs in alone)
+    for end in (".md", ".txt", ".html"):
+        text = found.save(tmp_path / f"r{end}").read_text(encoding="utf-8")
+        assert "Layers (MACs of one call at batch size 2)" in text
+    assert "MACs of one call at batch size 2 lie on" in str(graphprune.doctor(net, X))
+    assert "MACs of one call at batch size 2, " in graphprune.advise(net, X).facts[0]
+    assert json.loads(found.save(tmp_path / "r.json").read_text())["batch_size"] == 2
+
+
+class ZeroInitialised(nn.Module):
+    """Residual branches that begin as nothing, as ResNets may be trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.last = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 2)
+        self.branch = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
+        self.other = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.BatchNorm2d(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.stem(x).relu()
+        y = (y + self.branch(y) + self.other(y)).relu()
+        out: Tensor = self.last(y.mean((2, 3)))
+        return out
+
+
+def test_zeros_of_a_folded_norm_are_explained() -> None:
+    torch.manual_seed(0)
+    net = ZeroInitialised().eval()
+    nn.init.zeros_(net.branch[1].weight)  # type: ignore[arg-type]
+    with torch.no_grad():
+        net.other[1].weight[0] = 0  # type: ignore[index, operator]
+    small = graphprune.fold_conv_bn(net, X)
+    found = graphprune.report(net, small, X, notes=["mine"])
+    assert found.notes == (
+        "mine",
+        "100.0% of the weights of branch.0 are zero because the batch norm branch.1, folded into it, multiplies its "
+        "channels by 0",
+        "16.7% of the weights of other.0 are zero because the batch norm other.1, folded into it, multiplies some of "
+        "its channels by 0",
+    )
+    assert {x.name: (x.kind, x.parameters_after) for x in found.layers}["branch.1"] == ("BatchNorm2d", 0)
+    sparse = sparsity.magnitude(ZeroInitialised().eval(), 0.5)
+    assert graphprune.report(net, sparse, X).notes == ()  # masks need no explanation
 
 
 def test_scores_are_asked_for_where_they_are_missing() -> None:
