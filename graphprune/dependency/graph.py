@@ -25,6 +25,7 @@ from .drawing import as_dot, draw_dependencies
 from .effects import Reason
 from .grouping import Grouping, unproduced
 from .groups import Group, Ints, Role
+from .reparametrised import held_positions, plain
 from .state import multiplicity
 
 
@@ -280,8 +281,9 @@ class DependencyGraph:
 def trace(model: nn.Module, example_input: Any) -> DependencyGraph:
     """Record one run of `model` and find out which slices of which parameters are one channel.
 
-    The model runs once, in eval mode without gradients, and is left exactly as it was. `example_input`: a tensor, a
-    tuple of positional arguments or a dict of keyword arguments. Works on any device, `meta` included.
+    The model runs once, in eval mode without gradients, and is left exactly as it was. Weights that it computes from
+    others (weight norm, spectral norm, parametrisations) stand there as the weights that they are. `example_input`: a
+    tensor, a tuple of positional arguments or a dict of keyword arguments. Works on any device, `meta` included.
 
     >>> import torch, graphprune
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
@@ -290,5 +292,7 @@ def trace(model: nn.Module, example_input: Any) -> DependencyGraph:
 
     Raises GraphPruneError when the model fails on the example input.
     """
+    model = plain(model)
     with paused_collector():
-        return DependencyGraph(analyse(record_run(model, example_input, training_paths=True)))
+        graph = DependencyGraph(analyse(record_run(model, example_input, training_paths=True)))
+        return graph.freezing(held_positions(graph.analysis, model))

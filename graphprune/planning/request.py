@@ -13,6 +13,7 @@ import numpy as np
 from torch import nn
 
 from ..dependency import DependencyGraph
+from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
 from ..plans.plan import Plan
 from ..plans.rewriting import check_output
@@ -83,7 +84,7 @@ class Request:
 
     def decide(self, model: nn.Module, example: Any) -> Decision:
         """The plan for a model."""
-        return self.strategy.decide(model, example, self)
+        return self.strategy.decide(plain(model), example, self)
 
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(Request))

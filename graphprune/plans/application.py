@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
 from .data import PlanData
 from .rewriting import replace
 from .structure import structure_of
-from .surgery import attribute_at, bypass_layers, check_folds, close_gaps, operate, remove_listed_experts
+from .surgery import attribute_at, bypass_layers, check_folds, close_gaps, operate, remove_listed_experts, worn
 
 _OTHER = "the plan was made for another model"
 
@@ -16,8 +17,10 @@ _OTHER = "the plan was made for another model"
 def apply(plan: PlanData, model: nn.Module) -> nn.Module:
     """The pruned copy. Raises GraphPruneError where the plan does not fit `model` or cannot be carried out."""
     check(plan, model)
+    bare = plain(model)
     try:
-        return close_gaps(operated(plan, model), model, plan.layers)
+        small = close_gaps(_operated(plan, bare), bare, plan.layers)
+        return small if bare is model else worn(small, plan.removed)
     except GraphPruneError:
         raise
     except Exception as error:  # whatever a plan made to mislead broke, it broke in a copy
@@ -26,6 +29,12 @@ def apply(plan: PlanData, model: nn.Module) -> nn.Module:
 
 def operated(plan: PlanData, model: nn.Module) -> nn.Module:
     """The pruned copy while the layers that are left out still have their places, and all others their names."""
+    bare = plain(model)
+    small = _operated(plan, bare)
+    return small if bare is model else worn(small, plan.removed)
+
+
+def _operated(plan: PlanData, model: nn.Module) -> nn.Module:
     small = bypass_layers(model, plan.layers) if plan.layers else model
     if plan.changes_widths or not plan.layers:
         attributes = [(a.module, a.name, a.key, a.new) for a in plan.attributes]
@@ -37,6 +46,7 @@ def operated(plan: PlanData, model: nn.Module) -> nn.Module:
 
 def check(plan: PlanData, model: nn.Module) -> None:
     """Raise GraphPruneError unless the plan fits `model`."""
+    model = plain(model)
     found = structure_of(model)
     for name, shape in plan.structure.items():
         if name not in found:

@@ -78,6 +78,14 @@ def remember(pruned: nn.Module, original: nn.Module, plan: Applied, repair: str 
     return pruned
 
 
+def renewed(pruned: nn.Module) -> nn.Module:
+    """Note that the names and shapes of `pruned` now are those after the last of its plans; returns it."""
+    found = history_of(pruned)
+    if found is not None:
+        pruned.__dict__[_KEY] = dataclasses.replace(found, structure=structure_of(pruned))
+    return pruned
+
+
 def repair_after(pruned: nn.Module, plan: Applied) -> str:
     """How `pruned` was repaired after `plan`; "" where it was not, or where that was not the last plan."""
     found = history_of(pruned)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
 from ..support.doors import door
 from ..support.files import check_target, workspace
@@ -82,7 +83,8 @@ def export_onnx(
 ) -> ExportReport:
     """Write `model` as an ONNX file, and prove it in ONNX Runtime before the file gets its name.
 
-    The model is exported in eval mode (`torch.onnx.export(dynamo=True)`, constants folded); its training flags and the
+    The model is exported in eval mode (`torch.onnx.export(dynamo=True)`, constants folded, weights that it computes by
+    weight norm, spectral norm or another parametrisation as they are); its training flags and the
     random state are as before afterwards, also after an error. Inputs get the names of the model's own arguments,
     outputs the keys of a dict or dataclass, or "output", "output_0"...; None and numbers in the result are left out.
     Until all checks have passed the file lies in a temporary folder beside `path`; after an error nothing is left
@@ -109,7 +111,7 @@ def export_onnx(
             without an ONNX form; the batch cannot be dynamic; the opset cannot be reached; a shape is not the plan's;
             ONNX Runtime cannot run the file or computes something else.
     """
-    target = check_target(path)
+    target, model = check_target(path), plain(model)
     _check_arguments(model, opset, tolerance)
     planned = {} if plan is None else planned_shapes(model, plan)
     arguments = FlatArguments.of(example_input, model)

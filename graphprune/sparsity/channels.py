@@ -10,6 +10,7 @@ from torch import nn
 
 from ..dependency import DependencyGraph, Group
 from ..dependency.graph import trace
+from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
 from ..importance.calibration.source import CalibrationSource
 from ..planning.allocation import Kinds, chosen_groups
@@ -75,6 +76,7 @@ class Channels:
         if self.request.target is not None:  # found out once
             asked, self.note = stepped(model, self.example_input, self.request)
             self.request = asked.but(target=None)
+        user, model = model, plain(model)
         graph = trace(model, self.example_input)
         groups = [g for g, c in zip(graph.groups, chosen_groups(graph, self._kinds), strict=True) if c]
         if not groups:
@@ -92,7 +94,7 @@ class Channels:
         if self.verify:
             run_verification(model, small, decided, self.example_input, graph=graph).raise_on_failure()
         self.plan = decided
-        return small
+        return small if model is user else decided.apply(user)
 
     def _note(self, decided: Plan, request: Request, graph: DependencyGraph, chosen: set[str]) -> None:
         """Find out whether the sparsity so far came to nothing, and say at once what no sparsity can change."""

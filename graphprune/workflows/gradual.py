@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
 from ..planning.allocation import Budget
 from ..planning.calls import check_recover
@@ -128,7 +129,7 @@ class _OfWholes:
 
     def __call__(self, model: nn.Module, part: float) -> tuple[nn.Module, Plan]:
         asked = self.request.but(ratio=self.ratio * part)
-        found = asked.strategy.further(model, self.example_input, asked, self.before)
+        found = asked.strategy.further(plain(model), self.example_input, asked, self.before)
         self.shortfall = shortfall(found)
         self.before.append(found.plan)
         return _cut(model, found.plan, self.example_input, self.verify), found.plan

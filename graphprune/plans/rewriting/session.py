@@ -11,6 +11,7 @@ from torch import fx, nn
 from ...dependency import DependencyGraph
 from ...dependency.analysis import Analysis, analyse
 from ...dependency.effects import Rewritten
+from ...dependency.reparametrised import held_positions
 from ...dependency.sizes import Conflict, SizeSolver
 from ...dependency.state import Mask
 from ...dependency.temperature import rescales
@@ -89,7 +90,8 @@ class Rewriter:
 
     def _analysed(self) -> DependencyGraph:
         trace = dataclasses.replace(self.trace, guards=self._guards(self.chosen))
-        self.latest = DependencyGraph(analyse(trace, self._rewritten(self.chosen)))
+        graph = DependencyGraph(analyse(trace, self._rewritten(self.chosen)))
+        self.latest = graph.freezing(held_positions(graph.analysis, self.model))
         return self.latest
 
     def _rewritten(self, chosen: set[str]) -> Rewritten:

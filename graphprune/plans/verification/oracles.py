@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...dependency import DependencyGraph, Group
 from ...dependency.graph import trace
+from ...dependency.reparametrised import forms_in, plain
 from ...errors import GraphPruneError
 from ...support.doors import door
 from ...support.walking import named_tensors
@@ -37,7 +38,7 @@ def zeroed(model: nn.Module, plan: Plan, nearly: bool = False) -> nn.Module:
 
     `nearly`: so small that nothing else notices, but a weight divided by its own norm stays a number.
     """
-    named = named_tensors(model)
+    named, forms = named_tensors(model), forms_in(model)
     tensors = {}
     for name, axes in plan.removed.items():
         tensor = named[name].detach().clone()
@@ -45,6 +46,8 @@ def zeroed(model: nn.Module, plan: Plan, nearly: bool = False) -> nn.Module:
             for axis, indices in axes.items():
                 tiny = torch.finfo(tensor.dtype).tiny ** 0.45 if nearly and tensor.is_floating_point() else 0
                 tensor.index_fill_(axis, torch.tensor(indices, dtype=torch.long, device=tensor.device), tiny)
+        if name in forms:
+            tensor = forms[name].settled(tensor)
         tensors[name] = tensor
     return clone_with(model, tensors, caches=plan.caches)
 
@@ -135,9 +138,10 @@ def verify(
     example = ExampleInput.of(example_input)
     try:
         repair = repair_after(pruned, plan)
-        if not repair:
+        cut = plain(plan.apply(original)) if repair else None
+        original, pruned = plain(original), plain(pruned)
+        if cut is None:
             return _verified(original, pruned, plan, example, graph, tolerance)
-        cut = plan.apply(original)
         found = _verified(original, cut, plan, example, graph, tolerance)
         return VerificationReport((*checks_of_repaired(pruned, cut, repair, example), *found.checks))
     except (MemoryError, RuntimeError) as error:
@@ -188,7 +192,8 @@ def _verified(
         return VerificationReport(tuple(checks))
     dtype = _dtype_of(original)
     half = dtype in (torch.float16, torch.bfloat16)
-    rounded = bool(plan.folds or plan.rescales)  # weights were computed, and rounded to the model's own dtype
+    # weights were computed, and rounded to the model's own dtype
+    rounded = bool(plan.folds or plan.rescales or forms_in(original))
     if half and rounded:
         check, pruned = _unrounded(whole, pruned, plan)
         checks.append(check)

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...dependency import DependencyGraph
+from ...dependency.reparametrised import forms_in
 from ...dependency.sizes import gone_on_axis
 from ...dependency.state import Mask
 from ...errors import GraphPruneError
+from ...support.cutting import cut_tensor
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.names import operator_name
 from ..modules.recurrent import run_layers
 from ..plan import Plan
-from ..surgery.cutting import cut_tensor
 
 
 def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
@@ -233,11 +234,13 @@ def run_rewritten(graph: DependencyGraph, plan: Plan, example: ExampleInput, ori
     """The outputs of the recorded graph when the plan's slices are cut from the original's tensors."""
     named = named_tensors(original)
     dtype = next((t.dtype for t in named.values() if t.is_floating_point()), torch.float32)
-    tensors = {}
+    tensors, forms = {}, forms_in(original)
     for name in graph.trace.parameters:
         tensor = named[name].detach()
         # a run may write into buffers: never into the user's
         tensors[name] = cut_tensor(tensor, plan.removed[name]) if name in plan.removed else tensor.clone()
+        if name in forms and name in plan.removed:
+            tensors[name] = forms[name].settled(tensors[name])
     for name, tensor in graph.trace.constants.items():
         tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     with torch.no_grad():

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from ...plans.plan import Plan
-from ...plans.surgery.cutting import cut_tensor
 from ...plans.surgery.folding import fold_names
+from ...support.cutting import cut_tensor
 from ...support.doors import door
 from ...support.walking import all_modules, named_tensors
 

@@ -17,6 +17,7 @@ from ...dependency import DependencyGraph, Reason
 from ...dependency.build import axis_roles
 from ...dependency.graph import trace
 from ...dependency.groups import Ints
+from ...dependency.reparametrised import plain
 from ...planning.request import Request
 from ...planning.widths import plan_from_graph
 from ...support.doors import door
@@ -163,6 +164,7 @@ def doctor(model: nn.Module, example_input: Any, *, ratio: float = 0.5, sort: st
     check_choice("sort", sort, _SORTS)
     request = Request(ratio, criterion="random", round_to=1)
     with paused_collector():
+        model = plain(model)
         graph = trace(model, ExampleInput.of(example_input))
         graph, _ = plan_from_graph(model, graph, request)
         return examine(model, graph, float(ratio), sort)

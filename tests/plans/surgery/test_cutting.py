@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations
 
 import graphprune
 from graphprune import GraphPruneError
-from graphprune.plans.surgery.cutting import cut_tensor
+from graphprune.support.cutting import cut_tensor
 from tests import oracles
 from tests.networks.registry import settle
 
