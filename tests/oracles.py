@@ -12,6 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from tests.absent import absent_positions
 from tests.networks.registry import map_tensors
@@ -88,6 +91,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def with_slices(model: nn.Module, removed: Removed, value: float) -> nn.Module:
     """A copy in double precision whose removed slices hold `value`. Integer buffers stay: they are no channels."""
     result = double_copy(model)
+    spectral = make_permanent(result)
     tensors = named_tensors(result)
     for name, axes in removed.items():
         tensor = tensors.get(name)
@@ -99,9 +103,39 @@ def with_slices(model: nn.Module, removed: Removed, value: float) -> nn.Module:
             raise KeyError(f"the plan names {name}, which the original model does not have")
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
+        there = torch.ones_like(tensor)
         for axis, indices in axes.items():
             tensor.data.index_fill_(axis, torch.as_tensor(list(indices), dtype=torch.int64), value)
+            there.index_fill_(axis, torch.as_tensor(list(indices), dtype=torch.int64), 0.0)
+        if name in spectral:  # normalised anew
+            matrix = torch.where(there == 1, tensor, 0.0).movedim(spectral[name], 0).flatten(1)
+            tensor.data.div_(torch.linalg.matrix_norm(matrix, 2))
     return result
+
+
+def make_permanent(model: nn.Module) -> dict[str, int]:
+    """Turn the weights that the modules of a copy compute into ordinary ones, in place. Name -> rows of the matrix,
+    for those of a spectral norm."""
+    spectral: dict[str, int] = {}
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, SpectralNorm):
+                spectral[f"{prefix}{hook.name}"] = hook.dim
+                value = hook.compute_weight(module, do_power_iteration=False).detach()
+                nn.utils.remove_spectral_norm(module, hook.name)
+                getattr(module, hook.name).data = value
+            elif isinstance(hook, WeightNorm):
+                nn.utils.remove_weight_norm(module, hook.name)
+        if parametrize.is_parametrized(module):
+            chains = dict(module.parametrizations.items())
+            values = {name: getattr(module, name).detach() for name in chains}
+            spectral.update((prefix + n, c[0].dim) for n, c in chains.items() if hasattr(c[0], "_power_method"))
+            del module._modules["parametrizations"]
+            module.__class__ = type(module).__bases__[0]
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
+    return spectral
 
 
 def zero_reference(model: nn.Module, removed: Removed, fill: float = TINY) -> nn.Module:

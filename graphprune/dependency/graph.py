@@ -188,14 +188,19 @@ class DependencyGraph:
         """
         name = self.trace.canonical(parameter)
         if name not in self.trace.parameters:
-            if parameter in self.trace.aliases:
+            if parameter in self.trace.aliases or parameter in self.trace.sources:
                 return f"{parameter}: not used in the recorded run, so nothing is known of it and it stays as it is"
             raise GraphPruneError(f"explain: no parameter or buffer named {parameter!r}; see model.named_parameters()")
         shape = self.trace.parameters[name].meta["val"].shape
-        lines = [f"{parameter} {tuple(shape)}" + (f" (shared with {name})" if name != parameter else "")]
+        lines = [f"{parameter} {tuple(shape)}" + self._other_name(parameter, name)]
         for axis, length in enumerate(shape):
             lines += self._explain_axis(name, axis, length)
         return "\n".join(lines)
+
+    def _other_name(self, parameter: str, name: str) -> str:
+        if name == parameter:
+            return ""
+        return f" ({name}, computed from it)" if parameter in self.trace.sources else f" (shared with {name})"
 
     def _explain_axis(self, name: str, axis: int, length: int) -> list[str]:
         if length == 1:

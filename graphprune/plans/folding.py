@@ -25,4 +25,4 @@ def fold_conv_bn(model: nn.Module, example_input: Any) -> nn.Module:
     Raises GraphPruneError when the model fails on the example input.
     """
     bare = plain(model)
-    return folding(bare, find_folds(bare, record_run(bare, example_input))).apply(model)
+    return folding(model, find_folds(bare, record_run(bare, example_input))).apply(model)

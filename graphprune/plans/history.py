@@ -78,11 +78,13 @@ def remember(pruned: nn.Module, original: nn.Module, plan: Applied, repair: str 
     return pruned
 
 
-def renewed(pruned: nn.Module) -> nn.Module:
-    """Note that the names and shapes of `pruned` now are those after the last of its plans; returns it."""
+def renewed(pruned: nn.Module, plan: Applied) -> nn.Module:
+    """Note that the last of the plans of `pruned` is `plan`, the same in other names, and that its own names are as
+    they are now; returns it."""
     found = history_of(pruned)
     if found is not None:
-        pruned.__dict__[_KEY] = dataclasses.replace(found, structure=structure_of(pruned))
+        plans = (*found.plans[:-1], plan)
+        pruned.__dict__[_KEY] = dataclasses.replace(found, plans=plans, structure=structure_of(pruned))
     return pruned
 
 

@@ -16,6 +16,7 @@ from ..errors import GraphPruneError
 from ..support.doors import door
 from ..support.files import check_target, workspace
 from ..support.types import PathLike
+from ..support.walking import named_tensors
 from .arguments import FlatArguments, named_outputs
 from .capture import capture, inference_state, optimise, quiet, run_model
 from .external import named_by_contents, put_network_in_place
@@ -111,9 +112,11 @@ def export_onnx(
             without an ONNX form; the batch cannot be dynamic; the opset cannot be reached; a shape is not the plan's;
             ONNX Runtime cannot run the file or computes something else.
     """
-    target, model = check_target(path), plain(model)
+    target = check_target(path)
     _check_arguments(model, opset, tolerance)
     planned = {} if plan is None else planned_shapes(model, plan)
+    model = plain(model)  # which has no tensors that weights are computed from
+    planned = {name: shape for name, shape in planned.items() if name in named_tensors(model)}
     arguments = FlatArguments.of(example_input, model)
     if dynamic_batch and arguments.batch_size is None:
         raise GraphPruneError("no tensor of example_input has a batch dimension; pass dynamic_batch=False")

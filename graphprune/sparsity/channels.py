@@ -21,6 +21,7 @@ from ..planning.request import Decision, Request, takes_options
 from ..planning.shortfall import hopeless, shortfall, tell
 from ..planning.widths import plan_from_graph
 from ..plans.data import GroupPlan
+from ..plans.naming import in_users_names
 from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
 from ..support.doors import door
@@ -76,7 +77,7 @@ class Channels:
         if self.request.target is not None:  # found out once
             asked, self.note = stepped(model, self.example_input, self.request)
             self.request = asked.but(target=None)
-        user, model = model, plain(model)
+        users, model = model, plain(model)
         graph = trace(model, self.example_input)
         groups = [g for g, c in zip(graph.groups, chosen_groups(graph, self._kinds), strict=True) if c]
         if not groups:
@@ -90,11 +91,12 @@ class Channels:
         source = CalibrationSource.of(model, self.example_input, request.data, request.loss_fn)
         graph, decided = plan_from_graph(model, graph, request, source=source, steady=True)
         self._note(decided, request.but(ratio=sparsity), graph, {_key(g) for g in groups})
-        small = decided.apply(model)
+        decided = in_users_names(decided, model, users)
+        small = decided.apply(users)
         if self.verify:
-            run_verification(model, small, decided, self.example_input, graph=graph).raise_on_failure()
+            run_verification(users, small, decided, self.example_input, graph=graph).raise_on_failure()
         self.plan = decided
-        return small if model is user else decided.apply(user)
+        return small
 
     def _note(self, decided: Plan, request: Request, graph: DependencyGraph, chosen: set[str]) -> None:
         """Find out whether the sparsity so far came to nothing, and say at once what no sparsity can change."""

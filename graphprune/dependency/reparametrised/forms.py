@@ -43,6 +43,14 @@ class Form(abc.ABC):
         """What it is computed from, by name in its module."""
 
     @abc.abstractmethod
+    def cuts(self, axes: Axes) -> dict[str, Axes]:
+        """What the sources lose, by name, where the weight loses the indices `axes`."""
+
+    @abc.abstractmethod
+    def axes(self, cuts: Mapping[str, Axes]) -> Axes:
+        """The inverse of `cuts`."""
+
+    @abc.abstractmethod
     def tensors(self, weight: Tensor, axes: Axes) -> dict[str, Tensor]:
         """The new sources, by name in the module, once the weight has lost the indices `axes` and is `weight`."""
 
@@ -77,6 +85,13 @@ class WeightNorm(Form):
 
     def sources(self) -> dict[str, Tensor]:
         return dict(zip(self.names, (self.v, self.g), strict=True))
+
+    def cuts(self, axes: Axes) -> dict[str, Axes]:
+        rows = {self.dim: axes[self.dim]} if self.dim in axes else {}
+        return {self.names[0]: axes, self.names[1]: rows} if rows else {self.names[0]: axes}
+
+    def axes(self, cuts: Mapping[str, Axes]) -> Axes:
+        return cuts.get(self.names[0], {})
 
     def tensors(self, weight: Tensor, axes: Axes) -> dict[str, Tensor]:
         """v loses what the weight loses and g becomes the length of what is left. Where the weight has another
@@ -120,6 +135,20 @@ class SpectralNorm(Form):
 
     def sources(self) -> dict[str, Tensor]:
         return dict(zip(self.names, (self.o, *self.uv), strict=True))
+
+    def cuts(self, axes: Axes) -> dict[str, Axes]:
+        found: dict[str, Axes] = {self.names[0]: axes}
+        if self.uv:
+            gone = torch.zeros([n for axis, n in enumerate(self.o.shape) if axis != self.dim], dtype=torch.bool)
+            for axis, indices in axes.items():
+                if axis != self.dim:
+                    gone.index_fill_(axis - (axis > self.dim), torch.tensor(list(indices)), True)
+            found[self.names[1]] = {0: axes[self.dim]} if self.dim in axes else {}
+            found[self.names[2]] = {0: torch.nonzero(gone.flatten()).flatten().tolist()} if gone.any() else {}
+        return {name: cut for name, cut in found.items() if cut}
+
+    def axes(self, cuts: Mapping[str, Axes]) -> Axes:
+        return cuts.get(self.names[0], {})
 
     def settled(self, weight: Tensor) -> Tensor:
         """Normalised anew: of a spectral norm of 1, as all that the form can make."""

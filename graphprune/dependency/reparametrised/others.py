@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from ...support.walking import all_modules, first_names, named_tensors
 from ...tracing.cloning import clone_modules
 from ...tracing.trace import record_run
 from ..analysis import Analysis, analyse
-from ..sizes import gone_on_axis
+from ..sizes import gone_on_axis, gone_with
 from ..state import State
 from .forms import Axes, Form, Held
 
@@ -65,6 +66,17 @@ class Computed(Form):
     def sources(self) -> dict[str, Tensor]:
         return {self.prefix + name: tensor for name, tensor in named_tensors(self.chain).items()}
 
+    def cuts(self, axes: Axes) -> dict[str, Axes]:
+        return {self.prefix + name: cut for name, cut in self._cuts(axes).items()}
+
+    def axes(self, cuts: Mapping[str, Axes]) -> Axes:
+        if isinstance(self._followed, str):
+            return {}
+        analysis, state = self._followed
+        gone = gone_with(analysis, {f"chain.{name.removeprefix(self.prefix)}": cut for name, cut in cuts.items()})
+        lost = {a: gone_on_axis(analysis, state.axis(a), n, gone) for a, n in enumerate(state.shape)}
+        return {axis: np.nonzero(mask)[0].tolist() for axis, mask in lost.items() if mask.any()}
+
     def tensors(self, weight: Tensor, axes: Axes) -> dict[str, Tensor]:
         return {self.prefix + name: tensor for name, tensor in self._cut(axes).items()}
 
@@ -90,19 +102,20 @@ class Computed(Form):
             return None
         return np.asarray(analysis.label[analysis.dims.offset[found[0][0]] + found[0][1]])
 
-    def _cut(self, axes: Axes) -> dict[str, Tensor]:
-        """The sources, by name in the chain, without what belongs to these indices of the weight."""
-        named = named_tensors(self.chain)
+    def _cuts(self, axes: Axes) -> dict[str, dict[int, list[int]]]:
+        """What belongs to these indices of the weight, by name in the chain."""
         if not axes:
-            return dict(named)
+            return {}
+        labels = {} if isinstance(self._followed, str) else {axis: self._labels(axis) for axis in axes}
+        if any(labels.get(axis) is None for axis in axes):
+            raise GraphPruneError(f"{self.title} cannot lose what the plan removes from the weight that it computes")
         assert not isinstance(self._followed, str)
         analysis, _ = self._followed
         gone = np.zeros(analysis.components, bool)
         for axis, indices in axes.items():
-            labels = self._labels(axis)
-            if labels is None:
-                raise GraphPruneError(f"{self.title} cannot lose what the plan removes from axis {axis}")
-            gone[labels[list(indices)]] = True
+            found = labels[axis]
+            assert found is not None
+            gone[found[list(indices)]] = True
         gone[analysis.label[0]] = False
         cuts: dict[str, dict[int, list[int]]] = {}
         for (name, axis), axis_map in analysis.dims.roots.items():
@@ -110,6 +123,12 @@ class Computed(Form):
             lost = np.nonzero(gone_on_axis(analysis, axis_map, length, gone))[0]
             if len(lost):
                 cuts.setdefault(name.removeprefix("chain."), {})[axis] = lost.tolist()
+        return cuts
+
+    def _cut(self, axes: Axes) -> dict[str, Tensor]:
+        """The sources, by name in the chain, without what belongs to these indices of the weight."""
+        cuts = self._cuts(axes)
+        named = named_tensors(self.chain)
         return {name: cut_tensor(tensor, cuts[name]) if name in cuts else tensor for name, tensor in named.items()}
 
     # -- what is held

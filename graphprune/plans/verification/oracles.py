@@ -20,6 +20,7 @@ from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.names import operator_name
 from ..history import repair_after
+from ..naming import in_plain_names
 from ..plan import Plan, check_plan
 from ..rewriting import dependency_graph
 from ..surgery import bypass_layers, clone_with
@@ -139,7 +140,9 @@ def verify(
     try:
         repair = repair_after(pruned, plan)
         cut = plain(plan.apply(original)) if repair else None
-        original, pruned = plain(original), plain(pruned)
+        bare = plain(original)
+        plan = in_plain_names(plan, bare, original)
+        original, pruned = bare, plain(pruned)
         if cut is None:
             return _verified(original, pruned, plan, example, graph, tolerance)
         found = _verified(original, cut, plan, example, graph, tolerance)

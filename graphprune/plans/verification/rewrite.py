@@ -17,36 +17,14 @@ from torch import Tensor, fx, nn
 
 from ...dependency import DependencyGraph
 from ...dependency.reparametrised import forms_in
-from ...dependency.sizes import gone_on_axis
+from ...dependency.sizes import gone_on_axis, gone_with
 from ...dependency.state import Mask
-from ...errors import GraphPruneError
 from ...support.cutting import cut_tensor
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.names import operator_name
 from ..modules.recurrent import run_layers
 from ..plan import Plan
-
-
-def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
-    """Which components a plan removes: those whose every index on some parameter axis goes."""
-    analysis = graph.analysis
-    positions = []
-    for name, axes in plan.removed.items():
-        for axis, indices in axes.items():
-            axis_map = analysis.dims.roots.get((name, axis))
-            if axis_map is None:
-                raise GraphPruneError(f"the plan removes from axis {axis} of {name}, which is no channel axis")
-            length = graph.trace.parameters[name].meta["val"].shape[axis]
-            lost = np.zeros(length, bool)
-            lost[list(indices)] = True
-            for dim, vector in axis_map.items():
-                here = vector >= 0
-                total = np.bincount(vector[here], minlength=analysis.dims.size[dim])
-                removed = np.bincount(vector[here & lost], minlength=analysis.dims.size[dim])
-                whole = np.nonzero((total > 0) & (total == removed))[0]
-                positions.append(analysis.dims.offset[dim] + whole)
-    return analysis.components_of(positions)
 
 
 class RewrittenRun:
@@ -244,4 +222,4 @@ def run_rewritten(graph: DependencyGraph, plan: Plan, example: ExampleInput, ori
     for name, tensor in graph.trace.constants.items():
         tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     with torch.no_grad():
-        return RewrittenRun(graph, gone_components(graph, plan), tensors).run(example.clone().tensors())
+        return RewrittenRun(graph, gone_with(graph.analysis, plan.removed), tensors).run(example.clone().tensors())

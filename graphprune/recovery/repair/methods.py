@@ -13,6 +13,7 @@ from ...dependency.reparametrised import plain
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData
 from ...plans.history import remember, renewed
+from ...plans.naming import in_plain_names
 from ...plans.plan import Plan, check_plan
 from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds, worn
 from ...support.doors import door
@@ -109,10 +110,11 @@ def recover(
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
     bare, example = plain(model), ExampleInput.of(example_input)
     options = (float(ridge), every_layer, new_bias, progress)
-    found = _recovered(bare, plan, example, data, method, *options)
+    own = in_plain_names(plan, bare, model)
+    found = _recovered(bare, own, example, data, method, *options)
     if bare is model:
         return found
-    return dataclasses.replace(found, model=renewed(worn(found.model, plan.removed)))
+    return dataclasses.replace(found, model=renewed(worn(found.model, own.removed), plan))
 
 
 def _recovered(
