@@ -8,6 +8,7 @@ from ..errors import GraphPruneError
 from ..support.suggestions import check_choice
 from .data import PlanData
 from .rewriting import OUTPUTS
+from .structure import shape_in
 from .surgery import fold_names
 
 
@@ -60,14 +61,14 @@ def _check_factors(plan: PlanData) -> None:
     """Folds and rescales name what the plan describes."""
     for fold in plan.folds:
         layer, norm = fold_names(fold)[0], f"{fold.batch_norm}.running_mean"
-        if layer not in plan.structure or norm not in plan.structure:
+        if shape_in(plan.structure, layer) is None or norm not in plan.structure:
             raise GraphPruneError(f"the plan folds {fold.batch_norm} into {fold.layer}, which it does not describe")
         if fold.axis not in (0, 1):
             raise GraphPruneError(f"the plan folds {fold.batch_norm} along axis {fold.axis}; expected 0 or 1")
     if len({f.layer for f in plan.folds}) + len({f.batch_norm for f in plan.folds}) != 2 * len(plan.folds):
         raise GraphPruneError("the plan folds two batch norms into one layer, or one into two")
     for scale in plan.rescales:
-        shape = plan.structure.get(scale.parameter, ())
+        shape = shape_in(plan.structure, scale.parameter) or ()
         at = scale.indices
         inside = 0 <= scale.axis < len(shape) and len(at) <= shape[scale.axis]
         if not inside or (at and not 0 <= min(at) <= max(at) < shape[scale.axis]):
