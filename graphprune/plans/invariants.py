@@ -61,7 +61,7 @@ def _check_factors(plan: PlanData) -> None:
     """Folds and rescales name what the plan describes."""
     for fold in plan.folds:
         layer, norm = fold_names(fold)[0], f"{fold.batch_norm}.running_mean"
-        if shape_in(plan.structure, layer) is None or norm not in plan.structure:
+        if layer not in plan.structure or norm not in plan.structure:
             raise GraphPruneError(f"the plan folds {fold.batch_norm} into {fold.layer}, which it does not describe")
         if fold.axis not in (0, 1):
             raise GraphPruneError(f"the plan folds {fold.batch_norm} along axis {fold.axis}; expected 0 or 1")

@@ -21,9 +21,8 @@ def shape_in(structure: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, 
     described."""
     path, _, last = name.rpartition(".")
     new = f"{path}.parametrizations.{last}.original".lstrip(".")
-    places = (name, f"{name}_v", f"{name}_orig", new, f"{new}1", f"{new}0")
-    if f"{name}_orig" in structure:  # beside which lies another v
-        places = places[2:]
+    # beside a weight_orig lies a weight_v that is something else
+    places = (name, f"{name}_orig", f"{name}_v", new, f"{new}1", f"{new}0")
     return next((structure[place] for place in places if place in structure), None)
 
 

@@ -54,7 +54,7 @@ def _wear(module: nn.Module, weights: Sequence[Reparametrised], removed: Removed
             _hang(module, weight)
     if weights[0].hook is None:
         module._modules["parametrizations"] = copy.deepcopy(users._modules["parametrizations"], memo)
-        module.__class__ = _own_class(type(users))
+        module.__class__ = type(users)
     for table, there in _tables(module, users):  # in the user's order
         for name in [n for n in there if n in table] + [n for n in table if n not in there]:
             table[name] = table.pop(name)
@@ -90,12 +90,6 @@ def _hang(module: nn.Module, weight: Reparametrised) -> None:
     )
     now = plain_value(module, weight.attribute)
     module.__dict__[weight.attribute] = now
-
-
-def _own_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """torch keeps a parametrised attribute as a property of a class made for its module."""
-    body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(kind.__name__, kind.__bases__, body)
 
 
 def plain_value(module: nn.Module, attribute: str) -> Tensor:

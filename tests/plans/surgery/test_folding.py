@@ -159,8 +159,8 @@ NOT_FOLDED: dict[str, Callable[[], nn.Module]] = {
     "the norm's scale is read elsewhere": lambda: Twice(lambda m, x: m.norm(m.conv(x)) * m.norm.weight.mean()),
     "the weight is tied": tied,
     "the weight is tied to a layer that does not run": tied_and_unused,
-    "the weight is computed by what cannot make any": lambda: Twice(
-        lambda m, x: m.norm(m.other(x)), other=parametrizations.spectral_norm(nn.Conv2d(4, 4, 3, padding=1))
+    "the weight is computed": lambda: Twice(
+        lambda m, x: m.norm(m.other(x)), other=parametrizations.weight_norm(nn.Conv2d(4, 4, 3, padding=1))
     ),
     "statistics of the batch": lambda: Twice(lambda m, x: m.other(m.conv(x)), **spare(track_running_stats=False)),
     "no statistics": lambda: Twice(lambda m, x: F.batch_norm(m.conv(x), None, None, training=True)),
