@@ -82,15 +82,15 @@ class Codec(nn.Module):
         super().__init__()
 
         def block(width: int) -> nn.Sequential:
-            return nn.Sequential(
-                Snake(width), norm(nn.Conv1d(width, width, 7, padding=3)), Snake(width), norm(nn.Conv1d(width, width, 1))
-            )
+            wide, narrow = norm(nn.Conv1d(width, width, 7, padding=3)), norm(nn.Conv1d(width, width, 1))
+            return nn.Sequential(Snake(width), wide, Snake(width), narrow)
 
         self.start = norm(nn.Conv1d(1, 8, 7, padding=3))
         self.encode = nn.ModuleList([block(8), block(8)])
         self.down = nn.Sequential(Snake(8), norm(nn.Conv1d(8, 16, 4, 2, 1)))
         self.latent = norm(nn.Conv1d(16, 6, 3, padding=1))
-        self.up = nn.Sequential(norm(nn.Conv1d(6, 16, 7, padding=3)), Snake(16), norm(nn.ConvTranspose1d(16, 8, 4, 2, 1)))
+        wide, longer = norm(nn.Conv1d(6, 16, 7, padding=3)), norm(nn.ConvTranspose1d(16, 8, 4, 2, 1))
+        self.up = nn.Sequential(wide, Snake(16), longer)
         self.decode = nn.ModuleList([block(8), block(8)])
         self.end = nn.Sequential(Snake(8), norm(nn.Conv1d(8, 1, 7, padding=3)))
 

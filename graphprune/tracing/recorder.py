@@ -26,6 +26,8 @@ from .sizes import CallSizes
 aten = torch.ops.aten
 _HIDDEN_DIRECTORIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 _ATOMS = frozenset((int, float, bool, str, type(None)))
+# assigning to a node's attribute also looks the node up in its graph
+_set_args = fx.Node.args.fset  # type: ignore[attr-defined]
 # Values of small integer constants are kept: they may be indices.
 _MAX_KEPT_VALUE = 1 << 20
 
@@ -157,7 +159,8 @@ class Recorder:
         if name is None:
             kind, name = "constant", f"_constant_{len(self.constants)}"
             self.constants[name] = tensor.detach()
-        node = self.graph.create_node("get_attr", name, (), {})
+        # fx takes long to make names of long ones, and the target says it all
+        node = self.graph.create_node("get_attr", name, (), {}, name.rpartition(".")[2])
         node.meta["val"] = TensorMeta(tuple(tensor.shape), tensor.dtype)
         node.meta[kind] = name
         node.meta["constant_value"] = True
@@ -216,7 +219,7 @@ class Recorder:
         # arguments are set afterwards: create_node would walk through them first
         name, operation = self._node_name(target)
         node = self.graph.create_node("call_function", target, (), {}, name)
-        node.args = inputs
+        _set_args(node, inputs)
         if named:
             node.kwargs = named
         meta = node.meta
@@ -291,7 +294,8 @@ class Recorder:
             for known in self._known.get(_call_key(operator.getitem, (node, index), {}), ()):
                 self._attach(known, tensor, bool(known.meta["constant_value"]))
                 return known
-        part = self.graph.call_function(operator.getitem, (node, index))
+        part = self.graph.create_node("call_function", operator.getitem, (), {}, "getitem")
+        _set_args(part, (node, index))
         part.meta["operator"] = "getitem"
         part.meta.update({k: node.meta[k] for k in ("source", "module", "class", "function", "constant_value")})
         self._attach(part, tensor, node.meta["constant_value"])
