@@ -6,12 +6,16 @@ Everything is compared in double precision, so that an error of one channel cann
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from tests.absent import absent_positions
 from tests.networks.registry import map_tensors
@@ -88,8 +92,9 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 def with_slices(model: nn.Module, removed: Removed, value: float) -> nn.Module:
     """A copy in double precision whose removed slices hold `value`. Integer buffers stay: they are no channels."""
     result = double_copy(model)
+    computed = make_permanent(result)
     tensors = named_tensors(result)
-    for name, axes in removed.items():
+    for name, axes in computed.seen(removed, result).items():
         tensor = tensors.get(name)
         if tensor is None:
             # Folding a BatchNorm gives its convolution a bias: where the original has none, nothing is to be filled.
@@ -99,9 +104,72 @@ def with_slices(model: nn.Module, removed: Removed, value: float) -> nn.Module:
             raise KeyError(f"the plan names {name}, which the original model does not have")
         if not (tensor.is_floating_point() or tensor.is_complex()):
             continue
+        there = torch.ones_like(tensor)
         for axis, indices in axes.items():
             tensor.data.index_fill_(axis, torch.as_tensor(list(indices), dtype=torch.int64), value)
+            there.index_fill_(axis, torch.as_tensor(list(indices), dtype=torch.int64), 0.0)
+        if name in computed.rows:  # normalised anew
+            tensor.data.div_(spectral_norm_of(torch.where(there == 1, tensor, 0.0), computed.rows[name]))
     return result
+
+
+def spectral_norm_of(weight: Tensor, rows: int) -> Tensor:
+    """The largest singular value of a weight as a matrix."""
+    found: Tensor = torch.linalg.matrix_norm(weight.movedim(rows, 0).flatten(1), 2)
+    return found
+
+
+@dataclasses.dataclass
+class Computed:
+    """Weights that modules compute. `weight_of`: name of what one is computed from -> its name. `rows`: of the matrix
+    that a spectral norm is of, by the name of the weight."""
+
+    weight_of: dict[str, str] = dataclasses.field(default_factory=dict)
+    rows: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def seen(self, removed: Removed, model: nn.Module) -> Removed:
+        """What goes, by names of weights. `model`: after `make_permanent`."""
+        tensors, found = named_tensors(model), dict(removed)
+        for name in found.keys() & self.weight_of.keys():
+            axes, weight = found.pop(name), self.weight_of[name]
+            if max(axes) < tensors[weight].dim() and self.alike[name] == tensors[weight].shape:
+                found[weight] = {**found.get(weight, {}), **axes}
+        return found
+
+    alike: dict[str, torch.Size] = dataclasses.field(default_factory=dict)
+
+
+def make_permanent(model: nn.Module) -> Computed:
+    """Turn the weights that the modules of a copy compute into ordinary ones, in place."""
+    found = Computed()
+    before = {name: tensor.shape for name, tensor in named_tensors(model).items()}
+    for path, module in list(model.named_modules()):
+        prefix = f"{path}." if path else ""
+        for hook in list(module._forward_pre_hooks.values()):
+            if not isinstance(hook, (SpectralNorm, WeightNorm)):
+                continue
+            name = f"{prefix}{hook.name}"
+            if isinstance(hook, SpectralNorm):
+                found.rows[name] = hook.dim
+                value = hook.compute_weight(module, do_power_iteration=False).detach()
+                nn.utils.remove_spectral_norm(module, hook.name)
+                getattr(module, hook.name).data = value
+            else:
+                nn.utils.remove_weight_norm(module, hook.name)
+            ends = [f"{name}_{end}" for end in ("v", "g", "orig", "u")]
+            found.weight_of.update((source, name) for source in ends if source in before)
+        if parametrize.is_parametrized(module):
+            chains = dict(module.parametrizations.items())
+            values = {name: getattr(module, name).detach() for name in chains}
+            found.rows.update((prefix + n, c[0].dim) for n, c in chains.items() if hasattr(c[0], "_power_method"))
+            inside = {f"{prefix}parametrizations.{n}.": prefix + n for n in chains}
+            found.weight_of.update((n, w) for n in before for start, w in inside.items() if n.startswith(start))
+            del module._modules["parametrizations"]
+            module.__class__ = type(module).__bases__[0]
+            for name, value in values.items():
+                module.register_parameter(name, nn.Parameter(value))
+    found.alike = {name: before[name] for name in found.weight_of}
+    return found
 
 
 def zero_reference(model: nn.Module, removed: Removed, fill: float = TINY) -> nn.Module:
@@ -145,6 +213,7 @@ def permute_check(model: nn.Module, members: Sequence[Member], example: Any, rng
     None where the group cannot be judged this way: integer members would have to be renumbered as well.
     """
     result = double_copy(model)
+    make_permanent(result)
     before = call(result, double(example))
     tensors = named_tensors(result)
     units = rng.permutation(len(members[0].positions))
@@ -178,8 +247,8 @@ def parameters_match_plan(
         name + "." for name, module in model.named_modules() if isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
     )
     original, result = named_tensors(model), named_tensors(pruned)
+    problems, own = _computed_problems(model, pruned, removed)
     removed = _by_every_name(original, removed)
-    problems = []
     for name, tensor in original.items():
         if closed and name.startswith(closed):
             continue
@@ -197,11 +266,29 @@ def parameters_match_plan(
             problems.append(f"{name} has shape {tuple(actual.shape)}, by the plan {tuple(expected.shape)}")
         elif actual.dtype != expected.dtype:
             problems.append(f"{name} has dtype {actual.dtype}, not {expected.dtype}")
-        elif not actual.is_floating_point():
-            pass  # indices are renumbered
+        elif not actual.is_floating_point() or name in own:
+            pass  # indices are renumbered; what weights are computed from is told by the weights
         elif not torch.equal(actual, expected) and not (temperature and _rescaled(actual, expected)):
             problems.append(f"{name} is not the part of the original that the plan keeps")
     return problems
+
+
+def _computed_problems(model: nn.Module, pruned: nn.Module, removed: Removed) -> tuple[list[str], set[str]]:
+    """Which weights that modules compute are not what is left of them; and the names of what they are computed from."""
+    before, after = double_copy(model), double_copy(pruned)
+    computed = make_permanent(before)
+    if make_permanent(after).weight_of != computed.weight_of:
+        return ["other weights are computed than before"], set()
+    gone, problems = computed.seen(removed, before), []
+    for name in set(computed.weight_of.values()):
+        wanted, found = named_tensors(before)[name], named_tensors(after)[name]
+        for axis, indices in gone.get(name, {}).items():
+            wanted = wanted.index_select(axis, torch.tensor(sorted({*range(wanted.shape[axis])} - {*indices})))
+        if name in computed.rows and name in gone:
+            wanted = wanted / spectral_norm_of(wanted, computed.rows[name])
+        if not relative_error(found, wanted) < 1e-6:
+            problems.append(f"the computed {name} is not the part of the original that the plan keeps")
+    return problems, set(computed.weight_of)
 
 
 def _by_every_name(tensors: Mapping[str, Tensor], removed: Removed) -> Removed:

@@ -26,6 +26,7 @@ from .drawing import as_dot, draw_dependencies
 from .effects import Reason
 from .grouping import Grouping, unproduced
 from .groups import Group, Ints, Role
+from .reparametrised import held_positions, plain
 from .state import multiplicity
 
 
@@ -177,14 +178,19 @@ class DependencyGraph:
         """
         name = self.trace.canonical(parameter)
         if name not in self.trace.parameters:
-            if parameter in self.trace.aliases:
+            if parameter in self.trace.aliases or parameter in self.trace.sources:
                 return f"{parameter}: not used in the recorded run, so nothing is known of it and it stays as it is"
             raise GraphPruneError(f"explain: no parameter or buffer named {parameter!r}; see model.named_parameters()")
         shape = self.trace.parameters[name].meta["val"].shape
-        lines = [f"{parameter} {tuple(shape)}" + (f" (shared with {name})" if name != parameter else "")]
+        lines = [f"{parameter} {tuple(shape)}" + self._other_name(parameter, name)]
         for axis, length in enumerate(shape):
             lines += self._explain_axis(name, axis, length)
         return "\n".join(lines)
+
+    def _other_name(self, parameter: str, name: str) -> str:
+        if name == parameter:
+            return ""
+        return f" ({name}, computed from it)" if parameter in self.trace.sources else f" (shared with {name})"
 
     def _explain_axis(self, name: str, axis: int, length: int) -> list[str]:
         if length == 1:
@@ -268,8 +274,9 @@ class DependencyGraph:
 def trace(model: nn.Module, example_input: Any) -> DependencyGraph:
     """Record one run of `model` and find out which slices of which parameters are one channel.
 
-    The model runs once, in eval mode without gradients, and is left exactly as it was. `example_input`: a tensor, a
-    tuple of positional arguments or a dict of keyword arguments. Works on any device, `meta` included.
+    The model runs once, in eval mode without gradients, and is left exactly as it was. Weights that it computes from
+    others (weight norm, spectral norm, parametrisations) stand there as the weights that they are. `example_input`: a
+    tensor, a tuple of positional arguments or a dict of keyword arguments. Works on any device, `meta` included.
 
     >>> import torch, graphprune
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
@@ -278,6 +285,8 @@ def trace(model: nn.Module, example_input: Any) -> DependencyGraph:
 
     Raises GraphPruneError when the model fails on the example input.
     """
+    model = plain(model)
     with paused_collector():
         analysis = analyse(record_run(model, example_input, training_paths=True))
-        return DependencyGraph(tied_by_configuration(model, analysis))
+        graph = DependencyGraph(tied_by_configuration(model, analysis))
+        return graph.freezing(held_positions(graph.analysis, model))

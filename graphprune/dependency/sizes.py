@@ -7,11 +7,12 @@ the sizes that cannot be made right (`Conflict`), each with the axes that would 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from torch import fx
 
+from ..errors import GraphPruneError
 from ..tracing.origin import Attribute, Expr, Literal, Operation, TensorSize, evaluate, leaves, recorded_value
 from ..tracing.recorder import Guard, Source
 from .analysis import Analysis
@@ -65,6 +66,26 @@ def gone_on_axis(analysis: Analysis, axis_map: AxisMap, length: int, gone: Mask)
         labels = analysis.label[analysis.dims.offset[d] + v]
         mask |= gone[labels] & (v >= 0)
     return mask
+
+
+def gone_with(analysis: Analysis, removed: Mapping[str, Mapping[int, Sequence[int]]]) -> Mask:
+    """Which components go with indices of parameters (name -> axis -> indices): those whose every index on some of
+    these axes goes. Raises GraphPruneError for an axis that has no coordinates."""
+    positions = []
+    for name, axes in removed.items():
+        for axis, indices in axes.items():
+            axis_map = analysis.dims.roots.get((name, axis))
+            if axis_map is None:
+                raise GraphPruneError(f"the plan removes from axis {axis} of {name}, which is no channel axis")
+            length = analysis.trace.parameters[name].meta["val"].shape[axis]
+            lost = np.zeros(length, bool)
+            lost[list(indices)] = True
+            for dim, vector in axis_map.items():
+                here = vector >= 0
+                total = np.bincount(vector[here], minlength=analysis.dims.size[dim])
+                gone = np.bincount(vector[here & lost], minlength=analysis.dims.size[dim])
+                positions.append(analysis.dims.offset[dim] + np.nonzero((total > 0) & (total == gone))[0])
+    return analysis.components_of(positions)
 
 
 class SizeSolver:

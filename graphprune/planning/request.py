@@ -13,7 +13,9 @@ import numpy as np
 from torch import nn
 
 from ..dependency import DependencyGraph
+from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
+from ..plans.naming import in_users_names
 from ..plans.plan import Plan
 from ..plans.rewriting import check_output
 from ..runtimes.latency import Target
@@ -93,7 +95,9 @@ class Request:
 
     def decide(self, model: nn.Module, example: Any) -> Decision:
         """The plan for a model."""
-        return self.strategy.decide(model, example, self)
+        bare = plain(model)
+        decision = self.strategy.decide(bare, example, self)
+        return dataclasses.replace(decision, plan=in_users_names(decision.plan, bare, model))
 
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(Request))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..dependency.reparametrised import plain
 from ..support.doors import door
 from ..tracing.trace import record_run
 from .plan import folding
@@ -23,4 +24,5 @@ def fold_conv_bn(model: nn.Module, example_input: Any) -> nn.Module:
 
     Raises GraphPruneError when the model fails on the example input.
     """
-    return folding(model, find_folds(model, record_run(model, example_input))).apply(model)
+    bare = plain(model)
+    return folding(model, find_folds(bare, record_run(bare, example_input))).apply(model)

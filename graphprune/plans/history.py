@@ -81,6 +81,16 @@ def remember(pruned: nn.Module, original: nn.Module, plan: Applied, repair: str 
     return pruned
 
 
+def renewed(pruned: nn.Module, plan: Applied) -> nn.Module:
+    """Note that the last of the plans of `pruned` is `plan`, the same in other names, and that its own names are as
+    they are now; returns it."""
+    found = history_of(pruned)
+    if found is not None:
+        plans = (*found.plans[:-1], plan)
+        pruned.__dict__[KEY] = dataclasses.replace(found, plans=plans, structure=structure_of(pruned))
+    return pruned
+
+
 def repair_after(pruned: nn.Module, plan: Applied) -> str:
     """How `pruned` was repaired after `plan`; "" where it was not, or where that was not the last plan."""
     found = history_of(pruned)

@@ -8,6 +8,7 @@ from ..errors import GraphPruneError
 from ..support.suggestions import check_choice
 from .data import PlanData
 from .rewriting import OUTPUTS
+from .structure import shape_in
 from .surgery import fold_names
 
 
@@ -67,7 +68,7 @@ def _check_factors(plan: PlanData) -> None:
     if len({f.layer for f in plan.folds}) + len({f.batch_norm for f in plan.folds}) != 2 * len(plan.folds):
         raise GraphPruneError("the plan folds two batch norms into one layer, or one into two")
     for scale in plan.rescales:
-        shape = plan.structure.get(scale.parameter, ())
+        shape = shape_in(plan.structure, scale.parameter) or ()
         at = scale.indices
         inside = 0 <= scale.axis < len(shape) and len(at) <= shape[scale.axis]
         if not inside or (at and not 0 <= min(at) <= max(at) < shape[scale.axis]):

@@ -23,7 +23,8 @@ from .surgery import Fold
 class Plan(PlanData):
     """Which indices of which parameter axes go, and everything that must change with them.
 
-    `removed`: parameter or buffer name -> {axis: sorted removed indices, in the original numbering}.
+    `removed`: parameter or buffer name -> {axis: sorted removed indices, in the original numbering}. Of a weight that
+    the model computes from other tensors (weight norm, spectral norm, parametrisations) it lists these.
     `attributes`: integer attributes of modules that must change. `folds`: Conv-BN pairs that are merged first.
     `rescales`: rows multiplied by a factor, so that attention keeps its temperature. `groups`: every group, with how
     much of it stays. `frozen`: what could not be removed, and why, one line each. `structure`: names and shapes of the

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
 from ..support.doors import door
 from ..support.files import check_target, workspace
 from ..support.types import PathLike
+from ..support.walking import named_tensors
 from .arguments import FlatArguments, named_outputs
 from .capture import capture, inference_state, optimise, quiet, run_model
 from .external import named_by_contents, put_network_in_place
@@ -82,7 +84,8 @@ def export_onnx(
 ) -> ExportReport:
     """Write `model` as an ONNX file, and prove it in ONNX Runtime before the file gets its name.
 
-    The model is exported in eval mode (`torch.onnx.export(dynamo=True)`, constants folded); its training flags and the
+    The model is exported in eval mode (`torch.onnx.export(dynamo=True)`, constants folded, weights that it computes by
+    weight norm, spectral norm or another parametrisation as they are); its training flags and the
     random state are as before afterwards, also after an error. Inputs get the names of the model's own arguments,
     outputs the keys of a dict or dataclass, or "output", "output_0"...; None and numbers in the result are left out.
     Until all checks have passed the file lies in a temporary folder beside `path`; after an error nothing is left
@@ -112,6 +115,8 @@ def export_onnx(
     target = check_target(path)
     _check_arguments(model, opset, tolerance)
     planned = {} if plan is None else planned_shapes(model, plan)
+    model = plain(model)  # which has no tensors that weights are computed from
+    planned = {name: shape for name, shape in planned.items() if name in named_tensors(model)}
     arguments = FlatArguments.of(example_input, model)
     if dynamic_batch and arguments.batch_size is None:
         raise GraphPruneError("no tensor of example_input has a batch dimension; pass dynamic_batch=False")

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..dependency import DependencyGraph, Group
 from ..dependency.graph import trace
+from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
 from ..importance.calibration.source import CalibrationSource
 from ..planning.allocation import Kinds, chosen_groups
@@ -20,6 +21,7 @@ from ..planning.request import Decision, Request, takes_options
 from ..planning.shortfall import hopeless, shortfall, tell
 from ..planning.widths import plan_from_graph
 from ..plans.data import GroupPlan
+from ..plans.naming import in_users_names
 from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
 from ..support.doors import door
@@ -75,6 +77,7 @@ class Channels:
         if self.request.target is not None:  # found out once
             asked, self.note = stepped(model, self.example_input, self.request)
             self.request = asked.but(target=None)
+        users, model = model, plain(model)
         graph = trace(model, self.example_input)
         groups = [g for g, c in zip(graph.groups, chosen_groups(graph, self._kinds), strict=True) if c]
         if not groups:
@@ -88,9 +91,10 @@ class Channels:
         source = CalibrationSource.of(model, self.example_input, request.data, request.loss_fn)
         graph, decided = plan_from_graph(model, graph, request, source=source, steady=True)
         self._note(decided, request.but(ratio=sparsity), graph, {_key(g) for g in groups})
-        small = decided.apply(model)
+        decided = in_users_names(decided, model, users)
+        small = decided.apply(users)
         if self.verify:
-            run_verification(model, small, decided, self.example_input, graph=graph).raise_on_failure()
+            run_verification(users, small, decided, self.example_input, graph=graph).raise_on_failure()
         self.plan = decided
         return small
 

@@ -7,6 +7,7 @@ where it is registered several times; "" and "*" mean the whole model.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import re
 from collections.abc import Hashable, Iterable, Iterator, Mapping
@@ -43,6 +44,36 @@ def _no_item(value: Any, where: str) -> GraphPruneError:
     return GraphPruneError(f"{where}: expected modules, parameters, names or patterns, got {type(value).__name__}")
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class OtherNames:
+    """What the user may call things of a model that stands for his own: `objects`, his modules by identity, and
+    `tensors`, names of his tensors, each with the name of what stands for it."""
+
+    objects: Mapping[int, str]
+    tensors: Mapping[str, str]
+
+    def __deepcopy__(self, memo: Any) -> OtherNames:
+        return self
+
+    def put_on(self, model: nn.Module) -> None:
+        """From here on the model goes by them too."""
+        model.__dict__[_OTHERS] = self
+
+    @staticmethod
+    def of(model: nn.Module) -> OtherNames:
+        """Those of a model; none for most."""
+        found = model.__dict__.get(_OTHERS)
+        return found if isinstance(found, OtherNames) else OtherNames({}, {})
+
+    @staticmethod
+    def take_off(model: nn.Module) -> None:
+        """The model has its own names alone."""
+        model.__dict__.pop(_OTHERS, None)
+
+
+_OTHERS = "_graphprune_other_names"
+
+
 class NameTable:
     """The modules and tensors of a network by name.
 
@@ -67,8 +98,12 @@ class NameTable:
     @classmethod
     def of(cls, model: nn.Module) -> NameTable:
         """Of a model: all modules, parameters and buffers."""
-        modules, tensors = all_modules(model), named_tensors(model)
-        return cls({n: id(m) for n, m in modules.items()}, {n: id(t) for n, t in tensors.items()})
+        modules, tensors, others = all_modules(model), named_tensors(model), OtherNames.of(model)
+        keys = {name: id(tensor) for name, tensor in tensors.items()}
+        keys.update((name, id(tensors[first])) for name, first in others.tensors.items())
+        table = cls({n: id(m) for n, m in modules.items()}, keys)
+        table._objects = {**table._objects, **others.objects}
+        return table
 
     def meant(self, item: Any, where: str) -> dict[str, str]:
         """The names of all that `item` means, each with the name that was hit: its own, or that of the outermost module

@@ -20,6 +20,7 @@ from ..support.walking import all_modules, first_names, tensors_in
 from .cloning import INTERNAL, PLAIN, Bare, SameMemory, Unclonable, clone_modules
 from .example import ExampleInput, result_tensors
 from .leftovers import without_leftovers
+from .matching import OtherNames
 from .modes import WHOLE, DispatchMode, FunctionMode
 from .operators import Kind, Product, calls_by_kind, products_by_call
 from .recorder import Guard, Recorder, Source, is_users_file
@@ -45,6 +46,7 @@ class Trace:
     from the parameters, so a copy with other parameters must not inherit it. `outputs`: how many of the output node's
     tensors, the first ones, the model returns in eval mode; the others come from paths that only training takes.
     `initialised`: parameters that the run set to values computed from its input: the model has not seen data yet.
+    `sources`: names of tensors of the user's model -> the weight that it computes from them, a parameter here.
     """
 
     graph: fx.Graph
@@ -56,6 +58,7 @@ class Trace:
     caches: tuple[tuple[str, str], ...] = ()
     outputs: int = 0
     initialised: tuple[str, ...] = ()
+    sources: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def unready(self) -> str:
@@ -86,7 +89,8 @@ class Trace:
         return work_by_call(self.graph.nodes)
 
     def canonical(self, name: str) -> str:
-        """The first name of a shared parameter."""
+        """The first name of a shared parameter; of the tensors that a weight is computed from, the weight's."""
+        name = self.sources.get(name, name)
         return self.aliases.get(name, name)
 
 
@@ -236,7 +240,8 @@ class _Run:
             random.put_back(recorder.drew)
         first = {id(module): path for path, module in self.modules.items()}
         aliases = {path: modules[first[id(module)]] for path, module in self.paths.items()}
-        return _finish(aliases, recorder, modules, caches, len(outputs))
+        found = _finish(aliases, recorder, modules, caches, len(outputs))
+        return dataclasses.replace(found, sources=OtherNames.of(self.model).tensors)
 
 
 def _caches(recorder: Recorder, modules: dict[str, nn.Module]) -> tuple[tuple[str, str], ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
 from ..planning.allocation import Budget
 from ..planning.calls import check_recover
@@ -14,6 +16,7 @@ from ..planning.layers import ignored_names
 from ..planning.request import Request, options_in, takes_options
 from ..planning.shortfall import shortfall, tell
 from ..plans.folding import fold_conv_bn
+from ..plans.naming import in_users_names
 from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
 from ..recovery import recover as recover_accuracy
@@ -128,7 +131,9 @@ class _OfWholes:
 
     def __call__(self, model: nn.Module, part: float) -> tuple[nn.Module, Plan]:
         asked = self.request.but(ratio=self.ratio * part)
-        found = asked.strategy.further(model, self.example_input, asked, self.before)
+        bare = plain(model)
+        found = asked.strategy.further(bare, self.example_input, asked, self.before)
+        found = dataclasses.replace(found, plan=in_users_names(found.plan, bare, model))
         self.shortfall = shortfall(found)
         self.before.append(found.plan)
         return _cut(model, found.plan, self.example_input, self.verify), found.plan

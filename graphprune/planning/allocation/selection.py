@@ -33,7 +33,8 @@ def matching_ratios(ratio: float | Mapping[str, float], graph: DependencyGraph) 
 
 def names_in(graph: DependencyGraph) -> NameTable:
     """The names of the network that was recorded."""
-    return NameTable({path: path for path in graph.trace.modules}, graph.trace.aliases)
+    trace = graph.trace
+    return NameTable({path: path for path in trace.modules}, {**trace.aliases, **trace.sources})
 
 
 def winners(patterns: Iterable[str], graph: DependencyGraph) -> list[str | None]:

@@ -12,6 +12,7 @@ from ...dependency import DependencyGraph
 from ...dependency.analysis import Analysis, analyse
 from ...dependency.configured import tied_by_configuration
 from ...dependency.effects import Rewritten
+from ...dependency.reparametrised import held_positions
 from ...dependency.sizes import Conflict, SizeSolver
 from ...dependency.state import Mask
 from ...dependency.temperature import rescales
@@ -91,7 +92,8 @@ class Rewriter:
     def _analysed(self) -> DependencyGraph:
         trace = dataclasses.replace(self.trace, guards=self._guards(self.chosen))
         analysis = analyse(trace, self._rewritten(self.chosen))
-        self.latest = DependencyGraph(tied_by_configuration(self.model, analysis))
+        graph = DependencyGraph(tied_by_configuration(self.model, analysis))
+        self.latest = graph.freezing(held_positions(graph.analysis, self.model))
         return self.latest
 
     def _rewritten(self, chosen: set[str]) -> Rewritten:

@@ -5,6 +5,7 @@ from .copying import clone_with
 from .cutting import operate
 from .folding import Fold, apply_folds, check_folds, effective_folds, find_folds, fold_names, folded_tensors
 from .layers import bypass_layers, close_gaps, remove_layers, remove_listed_experts, uncounted_tokens
+from .wearing import worn
 
 __all__ = [
     "Fold",
@@ -22,4 +23,5 @@ __all__ = [
     "remove_layers",
     "remove_listed_experts",
     "uncounted_tokens",
+    "worn",
 ]

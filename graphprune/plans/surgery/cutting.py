@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...dependency.reparametrised import forms_in
 from ...dependency.temperature import Rescale
 from ...errors import GraphPruneError
+from ...support.cutting import cut_tensor
 from ...support.walking import all_modules, named_tensors
 from ..history import carry
 from ..modules.recurrent import replacement_of
@@ -18,23 +19,6 @@ from .copying import clone_with
 from .folding import Fold, fold_names, folded_tensors
 
 Removed = Mapping[str, Mapping[int, Sequence[int]]]
-
-
-def keep_indices(length: int, removed: Sequence[int]) -> np.ndarray:
-    """The indices that stay."""
-    mask = np.ones(length, bool)
-    mask[np.asarray(removed, np.int64)] = False
-    return np.nonzero(mask)[0]
-
-
-def cut_tensor(tensor: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:
-    """`tensor` without the given indices of its axes; shortest result first, so that little is copied twice."""
-    order = sorted(axes, key=lambda a: len(axes[a]) / tensor.shape[a], reverse=True)
-    out = tensor.detach()
-    for axis in order:
-        kept = torch.from_numpy(keep_indices(tensor.shape[axis], axes[axis])).to(tensor.device)
-        out = out.index_select(axis, kept)
-    return out
 
 
 def operate(
@@ -55,6 +39,7 @@ def operate(
             lost = _output_cut(model, fold, cuts.get(weight, {}), removed)
             if len(lost):
                 cuts[bias] = {0: lost}
+    forms = forms_in(model)
     new, done = _folded(model, folds, cuts, {scale.parameter for scale in rescales})
     with torch.no_grad():
         for scale in rescales:
@@ -68,6 +53,8 @@ def operate(
         for name, axes in cuts.items():
             if name not in done:
                 new[name] = _cut(name, new[name] if name in new else named[name], axes)
+            if name in forms:
+                new[name] = forms[name].settled(new[name])
     out = clone_with(model, new, {fold.batch_norm: nn.Identity() for fold in folds}, caches)
     modules = all_modules(out)
     whole = with_free_widths(out, modules, new)

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from ...dependency.reparametrised import reparametrised
 from ...errors import GraphPruneError
 from ...support.walking import all_modules
 from ...tracing.operators import Kind, Layer, Sliding, form_of, given, operator_of, products_of
@@ -76,6 +77,8 @@ def _replaceable(fold: Fold, node: fx.Node, modules: dict[str, nn.Module]) -> bo
     layer, producer = modules[fold.layer], node.all_input_nodes[0]
     if node.meta["module"] != fold.batch_norm or not _does_nothing_else(modules[fold.batch_norm]):
         return False
+    if reparametrised(layer):
+        return False  # whoever trains it goes on with what its weight is computed from
     return isinstance(layer.bias, Tensor) or (producer.meta["module"] == fold.layer and _uses_bias(layer))
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ...dependency import DependencyGraph, Group
 from ...dependency.graph import trace
+from ...dependency.reparametrised import forms_in, plain
 from ...errors import GraphPruneError
 from ...support.doors import door
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.names import operator_name
 from ..history import repair_after
+from ..naming import in_plain_names
 from ..plan import Plan, check_plan
 from ..rewriting import dependency_graph
 from ..surgery import bypass_layers, clone_with
@@ -39,7 +41,7 @@ def zeroed(model: nn.Module, plan: Plan, nearly: bool = False) -> nn.Module:
 
     `nearly`: so small that nothing else notices, but a weight divided by its own norm stays a number.
     """
-    named = named_tensors(model)
+    named, forms = named_tensors(model), forms_in(model)
     tensors = {}
     for name, axes in plan.removed.items():
         tensor = named[name].detach().clone()
@@ -47,6 +49,8 @@ def zeroed(model: nn.Module, plan: Plan, nearly: bool = False) -> nn.Module:
             for axis, indices in axes.items():
                 tiny = torch.finfo(tensor.dtype).tiny ** 0.45 if nearly and tensor.is_floating_point() else 0
                 tensor.index_fill_(axis, torch.tensor(indices, dtype=torch.long, device=tensor.device), tiny)
+        if name in forms:
+            tensor = forms[name].settled(tensor)
         tensors[name] = tensor
     return clone_with(model, tensors, caches=plan.caches)
 
@@ -134,9 +138,12 @@ def verify(
     example = ExampleInput.of(example_input)
     try:
         cut, repair = plan.apply(original), repair_after(pruned, plan)
+        bare = plain(original)
+        named = in_plain_names(plan, bare, original)
         if trained or repair:
-            checks = checks_of_repaired(pruned, cut, plan, TRAINED if trained else repair, example)
-            return VerificationReport((*checks, *_verified(original, cut, plan, example, graph, tolerance).checks))
+            cut = plain(cut)
+            checks = checks_of_repaired(plain(pruned), cut, named, TRAINED if trained else repair, example)
+            return VerificationReport((*checks, *_verified(bare, cut, named, example, graph, tolerance).checks))
         state, ran = checked_state(pruned, cut, example)
         # what differs because it ran alone starts where the original stands
         compared = cut if ran and state.passed else pruned
@@ -144,7 +151,7 @@ def verify(
         try:
             if compared is not pruned:
                 run(pruned, example, "verify (pruned)")
-            found = _verified(original, compared, plan, example, graph, tolerance)
+            found = _verified(bare, plain(compared), named, example, graph, tolerance)
         except GraphPruneError as error:
             if state.passed:
                 raise
@@ -191,7 +198,7 @@ def _verified(
     if any(p.is_meta for p in original.parameters()):
         return VerificationReport(tuple(checks))
     half = precision_of(original.parameters()) in HALF
-    if half and _computes(plan):  # weights were computed, and rounded to the model's own precision
+    if half and _computes(plan, original):  # weights were computed, and rounded to the model's own precision
         check, pruned = _unrounded(whole, pruned, plan)
         checks.append(check)
     oracles = _Oracles(original, pruned, plan, example, graph, tolerance)
@@ -199,9 +206,9 @@ def _verified(
     return VerificationReport((*checks, *compared))
 
 
-def _computes(plan: Plan) -> bool:
+def _computes(plan: Plan, original: nn.Module) -> bool:
     """Surgery computes weights, and rounds them; all others it takes as they are."""
-    return bool(plan.folds or plan.rescales)
+    return bool(plan.folds or plan.rescales or forms_in(original))
 
 
 def _unrounded(original: nn.Module, pruned: nn.Module, plan: Plan) -> tuple[Check, nn.Module]:
@@ -264,7 +271,7 @@ class _Oracles:
 
     def strict(self, dtype: torch.dtype) -> float:
         """That limit in float64, of a model in `dtype`: what was computed by surgery is rounded to that."""
-        if _computes(self.plan):
+        if _computes(self.plan, self.original):
             return self.limit(dtype)
         return min(TOLERANCE_64, self.limit(dtype)) if self.asked is None else max(TOLERANCE_64, self.asked * 1e-3)
 

@@ -17,38 +17,23 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...dependency import DependencyGraph
-from ...dependency.sizes import gone_on_axis
+from ...dependency.reparametrised import forms_in
+from ...dependency.sizes import gone_on_axis, gone_with
 from ...dependency.state import Mask
 from ...errors import GraphPruneError
+from ...support.cutting import cut_tensor
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.names import operator_name
 from ..modules.recurrent import run_layers
 from ..plan import Plan
-from ..surgery.cutting import cut_tensor
 from .precision import Computing
 from .results import out_of_memory
 
 
 def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
     """Which components a plan removes: those whose every index on some parameter axis goes."""
-    analysis = graph.analysis
-    positions = []
-    for name, axes in plan.removed.items():
-        for axis, indices in axes.items():
-            axis_map = analysis.dims.roots.get((name, axis))
-            if axis_map is None:
-                raise GraphPruneError(f"the plan removes from axis {axis} of {name}, which is no channel axis")
-            length = graph.trace.parameters[name].meta["val"].shape[axis]
-            lost = np.zeros(length, bool)
-            lost[list(indices)] = True
-            for dim, vector in axis_map.items():
-                here = vector >= 0
-                total = np.bincount(vector[here], minlength=analysis.dims.size[dim])
-                removed = np.bincount(vector[here & lost], minlength=analysis.dims.size[dim])
-                whole = np.nonzero((total > 0) & (total == removed))[0]
-                positions.append(analysis.dims.offset[dim] + whole)
-    return analysis.components_of(positions)
+    return gone_with(graph.analysis, plan.removed)
 
 
 class RewrittenRun:
@@ -300,11 +285,13 @@ def run_rewritten(
     """The outputs of the recorded graph when the plan's slices are cut from the original's tensors; `dtype`: all
     computed in this precision."""
     named = named_tensors(original)
-    tensors = {}
+    tensors, forms = {}, forms_in(original)
     for name in graph.trace.parameters:
         tensor = named[name].detach()
         # a run may write into buffers: never into the user's
         tensors[name] = cut_tensor(tensor, plan.removed[name]) if name in plan.removed else tensor.clone()
+        if name in forms and name in plan.removed:
+            tensors[name] = forms[name].settled(tensors[name])
     for name, tensor in graph.trace.constants.items():
         converted = dtype is not None and tensor.is_floating_point()
         tensors[name] = tensor.to(dtype) if converted else tensor.clone()

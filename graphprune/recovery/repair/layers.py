@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from ...dependency.reparametrised import forms_in
 from ...importance.calibration import (
     CalibrationData,
     Call,
@@ -72,6 +73,7 @@ class Refit:
     ) -> None:
         self.dense, self.small, self.plan, self.data = dense, small, plan, data
         self.ridge, self.every_layer, self.progress, self.new_bias = ridge, every_layer, progress, new_bias
+        self.forms = forms_in(small)
         trace = record_run(small, example)
         self.readers = [r for r in find_readers(trace) if r.weight.rpartition(".")[0] not in unlike]
         self.behind = _behind_layers(dense, plan, example)
@@ -113,6 +115,9 @@ class Refit:
         """Why the weights of a layer are left alone."""
         weight = named_tensors(self.small)[reader.weight]
         features = weight.numel() // weight.shape[reader.out_axis]
+        for form in (self.forms[name] for name in (reader.weight, reader.bias) if name in self.forms):
+            if not form.changeable:
+                return f"{form.title} cannot make any values: only its constant term is corrected, where that is free"
         if not reader.separable:
             return "transposed convolution of several groups: only its constant term is corrected"
         if features > walk.MAX_FEATURES:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...dependency.reparametrised import plain
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData
-from ...plans.history import remember
+from ...plans.history import remember, renewed
+from ...plans.naming import in_plain_names
 from ...plans.plan import Plan, check_plan
-from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds
+from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds, worn
 from ...support.doors import door
 from ...support.suggestions import check_choice
 from ...tracing.example import ExampleInput
@@ -106,7 +108,26 @@ def recover(
         method = "moments" if data is None else "least_squares"
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
-    example = ExampleInput.of(example_input)
+    bare, example = plain(model), ExampleInput.of(example_input)
+    options = (float(ridge), every_layer, new_bias, progress)
+    own = in_plain_names(plan, bare, model)
+    found = _recovered(bare, own, example, data, method, *options)
+    if bare is model:
+        return found
+    return dataclasses.replace(found, model=renewed(worn(found.model, own.removed), plan))
+
+
+def _recovered(
+    model: nn.Module,
+    plan: Plan,
+    example: ExampleInput,
+    data: Any,
+    method: str,
+    ridge: float,
+    every_layer: bool,
+    new_bias: bool,
+    progress: Callable[[str], None] | None,
+) -> Recovery:
     stored = data is None or method == "moments"
     batches = None if stored else CalibrationData(data, example, model)
     if any(p.is_meta for p in model.parameters()):
@@ -132,7 +153,7 @@ def recover(
         dense = apply_folds(model, (*folds, *kept))  # a copy, also without folds
         fitted = apply_folds(small, kept) if kept else small
         unlike = frozenset(f.layer for f in plan.folds if f not in folds)
-        refit = Refit(dense, fitted, plan, example, batches, float(ridge), every_layer, progress, unlike, new_bias)
+        refit = Refit(dense, fitted, plan, example, batches, ridge, every_layer, progress, unlike, new_bias)
         found = tuple(refit.run(solve=method == "least_squares"))
         if kept:
             take_apart(small, fitted, kept, batches)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from ...dependency.reparametrised import forms_in
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData, Call, Moments, Reader, observe, rows_of
 from ...importance.calibration.replay import Replay
 from ...importance.calibration.statistics import MAX_FEATURES, MEMORY
 from ...plans.plan import Plan
-from ...plans.surgery.cutting import keep_indices
+from ...support.cutting import keep_indices
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 
@@ -169,7 +170,8 @@ class Constant:
         named = named_tensors(small)
         path, _, last = reader.weight.rpartition(".")
         owner = small.get_submodule(path)
-        self.bias = named[reader.bias] if reader.bias else None
+        form = forms_in(small).get(reader.bias)
+        self.bias = named[reader.bias] if reader.bias and (form is None or form.changeable) else None
         self.mean = getattr(batch_norm, "running_mean", None) if self.bias is None else None
         plain = isinstance(owner, (nn.Linear, _ConvNd)) and last == "weight" and owner.bias is None
         usual = new_bias and type(owner).forward.__module__.startswith("torch.nn")

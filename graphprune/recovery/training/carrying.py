@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...dependency.reparametrised import plain
 from ...errors import GraphPruneError
 from ...plans.plan import Plan
-from ...plans.surgery.cutting import cut_tensor
 from ...plans.surgery.folding import fold_names
+from ...support.cutting import cut_tensor
 from ...support.doors import door
 from ...support.walking import all_modules, named_tensors
+from ...tracing.matching import OtherNames
 
 # Averages of gradients and of their squares, in torch's optimizers: where a parameter is multiplied by f, its
 # gradient is divided by f.
@@ -51,7 +53,8 @@ def carry_optimizer(
     for name, tensor in before.items():
         names[id(tensor)].append(name)
     after_names = {id(tensor): name for name, tensor in reversed(after.items())}
-    carried = _Carried(plan, after, before, _Moves(plan, model))
+    computed = OtherNames.of(plain(model)).tensors
+    carried = _Carried(plan, after, before, _Moves(plan, model), computed)
     if not any(id(p) in names for group in optimizer.param_groups for p in group["params"]):
         raise GraphPruneError(
             "carry_optimizer: the optimizer trains no parameter that is in the model; pass the optimizer that trained "
@@ -118,14 +121,25 @@ class _Moves:
 
 
 class _Carried:
-    def __init__(self, plan: Plan, after: Mapping[str, Tensor], before: Iterable[str], moved: _Moves) -> None:
+    """`computed`: names of parameters -> of the weights that are computed from them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        after: Mapping[str, Tensor],
+        before: Iterable[str],
+        moved: _Moves,
+        computed: Mapping[str, str],
+    ) -> None:
         self._plan = plan
         names = {name: new for name in before if (new := moved(name)) is not None}
         self._after = {old: after[new] for old, new in names.items() if new in after}
         for name in names.keys() - self._after.keys():
             if not any(name.startswith(f"{fold.batch_norm}.") for fold in plan.folds):
                 raise GraphPruneError(f"carry_optimizer: {name} is missing after pruning; pass plan.apply(model)")
-        self._folded = {n for fold in plan.folds for n in fold_names(fold)}
+        folded = {n for fold in plan.folds for n in fold_names(fold)}
+        changed = folded | {scale.parameter for scale in plan.rescales}
+        self._folded = folded | {name for name, weight in computed.items() if weight in changed}
         # a bias that folding adds belongs where its weight is
         added = {w: moved(b) or b for w, b in map(fold_names, plan.folds) if b not in plan.structure}
         self._added = {weight: after[bias] for weight, bias in added.items() if bias in after}

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...dependency import trace
+from ...dependency.reparametrised import plain
 from ...errors import GraphPruneError
 from ...plans.structure import structural_hash
 from ...support.doors import door
@@ -33,6 +34,7 @@ def latency_table(model: nn.Module, example_input: Any, target: Target | None = 
         raise GraphPruneError("latency_table: target must not have a table already")
     provider, options = provider_of(chosen), chosen.options()
     table = own_table(provider, chosen.threads, options)
+    model = plain(model)
     graph = trace(model, example_input)
     with Bench(model, example_input, provider, chosen.threads, options) as bench:
         context = measured_context(graph, table, bench.profile())

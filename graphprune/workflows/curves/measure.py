@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...dependency import Group
 from ...dependency.graph import trace
+from ...dependency.reparametrised import plain
 from ...dependency.sizes import SizeSolver
 from ...dependency.temperature import rescales
 from ...errors import GraphPruneError
@@ -83,7 +84,7 @@ def sensitivity(
     )
     if request.strategy.kinds is None:
         raise GraphPruneError(f"granularity: curves are of widths, and {granularity!r} goes as a whole")
-    shares = _checked(ratios)
+    shares, model = _checked(ratios), plain(model)
     settings, chosen = settings_of(request), resolve_criterion(criterion)
     source = CalibrationSource.of(model, example_input, [example_input] if data is None else data, loss_fn)
     assert source is not None

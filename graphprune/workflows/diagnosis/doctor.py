@@ -17,6 +17,7 @@ from ...dependency import DependencyGraph, Reason
 from ...dependency.build import axis_roles
 from ...dependency.graph import trace
 from ...dependency.groups import Ints
+from ...dependency.reparametrised import plain
 from ...planning.request import Request
 from ...planning.widths import plan_from_graph
 from ...support.doors import door
@@ -180,7 +181,7 @@ def doctor(model: nn.Module, example_input: Any, *, ratio: float = 0.5, sort: st
     check_choice("sort", sort, _SORTS)
     request = Request(ratio, criterion="random", round_to=1)
     with paused_collector():
-        example = ExampleInput.of(example_input)
+        model, example = plain(model), ExampleInput.of(example_input)
         graph, _ = plan_from_graph(model, trace(model, example), request)
         return dataclasses.replace(examine(model, graph, float(ratio), sort), batch_size=example.batch_size)
 
