@@ -48,6 +48,10 @@ def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
     return analysis.components_of(positions)
 
 
+class OtherLengths(Exception):
+    """A recorded call does not fit, because lengths follow from values and are not those of the recorded run."""
+
+
 class RewrittenRun:
     """Executes the recorded calls in order; one method per kind of call whose arguments hold sizes."""
 
@@ -76,10 +80,19 @@ class RewrittenRun:
             elif node.target is operator.getitem:
                 self.env[node] = self.env[node.args[0]][node.args[1]]
             else:
-                self.env[node] = self._call(node)
+                self.env[node] = self._checked_call(node)
             for done in self.finished[node]:
                 del self.env[done]
         raise AssertionError("a recorded graph ends in an output node")
+
+    def _checked_call(self, node: fx.Node) -> Any:
+        try:
+            return self._call(node)
+        except (IndexError, RuntimeError, ValueError) as error:
+            tensors = [n for n in node.all_input_nodes if isinstance(self.env[n], Tensor)]
+            if any(list(self.env[n].shape) != self._shape(n) for n in tensors):
+                raise OtherLengths(str(error)) from error
+            raise
 
     def _call(self, node: fx.Node) -> Any:
         args = list(fx.node.map_arg(node.args, self.env.__getitem__))
