@@ -36,6 +36,10 @@ def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
     return gone_with(graph.analysis, plan.removed)
 
 
+class OtherLengths(GraphPruneError):
+    """A recorded call does not fit, because lengths follow from values and are not those of the recorded run."""
+
+
 class RewrittenRun:
     """Executes the recorded calls in order; one method per kind of call whose arguments hold sizes."""
 
@@ -75,8 +79,10 @@ class RewrittenRun:
         except (GraphPruneError, RuntimeError, ValueError, TypeError, IndexError) as error:
             if out_of_memory(error):
                 raise
+            tensors = [n for n in node.all_input_nodes if isinstance(self.env[n], Tensor)]
+            others = any(list(self.env[n].shape) != self._shape(n) for n in tensors)
             source = node.meta.get("source")
-            raise GraphPruneError(
+            raise (OtherLengths if others else GraphPruneError)(
                 f"verify: the recorded call of {node.meta.get('function') or operator_name(node)}"
                 f"{f' at {source}' if source else ''} cannot be evaluated with what the plan leaves "
                 f"({type(error).__name__}: {error}); pass verify=False and look at the outputs yourself"
