@@ -203,7 +203,8 @@ class SizeSolver:
                 right = COMPARE[guard.comparison](evaluate(guard.left, value), evaluate(guard.right, value))
         except (ArithmeticError, TypeError):  # a square root of many at once is none
             return None
-        return every[np.broadcast_to(np.asarray(right) == guard.outcome, every.shape)]
+        found: Vector = every[np.broadcast_to(np.asarray(right) == guard.outcome, every.shape)]
+        return found
 
     def _nearby(self, guard: Guard, leaf: TensorSize) -> int | None:
         """The size nearest to the present one for which a comparison comes out as recorded."""

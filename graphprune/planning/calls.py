@@ -109,7 +109,8 @@ def plan(
     index.
 
     - `strict`: whether it is an error, instead of a GraphPruneWarning, where a ratio above 0 removes nothing at all, or
-      nothing of a name in the dict. Either names the option, or the most frequent reasons in the code.
+      nothing of a name in the dict, or a latency is missed by more than 1 %. Either names the option, or the most
+      frequent reasons in the code, or what was measured.
 
     Warns of parameters that the model sets itself from the first data it sees, where it has seen none yet (`prune`
     refuses such a model).

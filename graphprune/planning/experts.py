@@ -78,22 +78,24 @@ def plan_experts(
     """
     example = ExampleInput.of(example_input)
     held = held_modules(request.ignore, model)
-    mixtures = [m for m in find_mixtures(model, example) if held.isdisjoint(_names(m))]
+    every = find_mixtures(model, example)
+    mixtures = [m for m in every if held.isdisjoint(_names(m))]
     scores = _scores(model, mixtures, example, request.data)
     refused: dict[str, str] = {}
     chosen = [m for m in (_cut(m, scores[m.experts.router], request, before) for m in mixtures) if m.experts.gone]
-    made = _plan(model, chosen, mixtures, refused)
+    made = _plan(model, chosen, every, refused)
     if chosen and _failure(model, made, example):
         sound: list[Mixture] = []
         for mixture in chosen:  # which of them is it?
-            reason = _failure(model, _plan(model, [*sound, mixture], mixtures, {}), example)
+            reason = _failure(model, _plan(model, [*sound, mixture], every, {}), example)
             if reason:
                 refused[mixture.experts.router] = reason
             else:
                 sound.append(mixture)
-        made = _plan(model, sound, mixtures, refused)
+        made = _plan(model, sound, every, refused)
     if not mixtures:
-        made = dataclasses.replace(made, frozen=("no mixture of experts: no router's outputs are ranked by a top-k",))
+        none = "no mixture of experts: no router's outputs are ranked by a top-k"
+        made = dataclasses.replace(made, frozen=("all mixtures of experts are ignored" if every else none,))
     return made
 
 

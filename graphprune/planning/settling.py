@@ -93,7 +93,9 @@ def _restricted(
     """Note which widths a comparison in the code allows, for a budget to choose among; whether that is news."""
     found = False
     for conflict in conflicts:
-        groups = _groups_on(graph, conflict) if conflict.possible is not None else []
+        if conflict.possible is None:
+            continue
+        groups = _groups_on(graph, conflict)
         if len(groups) != 1 or not kinds.may_change(groups[0].kind):
             continue
         group, position = groups[0], _position(graph, groups[0])

@@ -34,8 +34,8 @@ _FULL, _NEAR, _EXCHANGES = 0.995, 0.99, 6
 # Where that is not enough: by how many steps one group is widened at once, in networks of how many groups at most (in
 # others a step of one group is a small part of a budget).
 _STRIDES, _FEW = 8, 12
-# And where a network is so small, or so few widths are allowed, that there are no more choices than this of all groups but
-# one, or of two of them: all are tried.
+# And where a network is so small, or so few widths are allowed, that there are no more choices than this of all groups
+# but one, or of two of them: all are tried.
 _TRIED = 2000
 
 
