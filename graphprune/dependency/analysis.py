@@ -20,7 +20,18 @@ from ..tracing.recorder import Guard, TensorMeta
 from ..tracing.trace import Trace
 from .context import NodeContext, Result
 from .dims import DimTable, Root
-from .effects import NOTHING_REWRITTEN, Effects, EqualCounts, Freeze, Reason, Rewritten, ScalarSite, SizeSite
+from .effects import (
+    NO_EFFECTS,
+    NOTHING_REWRITTEN,
+    Effects,
+    EqualCounts,
+    Freeze,
+    Reason,
+    Rewritten,
+    ScalarSite,
+    SizeSite,
+    Union,
+)
 from .rules import rule_for
 from .rules.registry import Rule, unknown
 from .state import Mask, Refine, State, Vector, sealed
@@ -110,7 +121,7 @@ class Analysis:
         out[self.label[0]] = False
         return out
 
-    def frozen(self, positions: Vector) -> Vector:
+    def frozen(self, positions: Vector) -> Mask:
         """Which of these global positions cannot be removed."""
         return np.asarray(self.label[positions] == self.label[0])
 
@@ -130,12 +141,37 @@ def _held(number: Vector, positions: Iterable[Vector]) -> Vector:
 
 
 def _components(dims: DimTable, effects: Mapping[fx.Node, Effects]) -> Vector:
-    """All ties resolved in one call of a sparse connected-components routine."""
-    pairs = [u for e in effects.values() for u in e.unions]
-    u = np.concatenate([a for a, _ in pairs]) if pairs else np.zeros(0, np.int64)
-    v = np.concatenate([b for _, b in pairs]) if pairs else np.zeros(0, np.int64)
+    """All ties resolved in one call of a sparse connected-components routine. Numbered by the first of their positions.
+
+    Most ties are of two Dims as they are. These are joined first, and the first of such Dims stands for all."""
+    whole, others = list[Union](), list[Union]()
+    for effect in effects.values():
+        for union in effect.unions:
+            (whole if dims.are_one(union.dim, union.coordinates, union.other, union.others) else others).append(union)
+    offset = np.asarray([*dims.offset, dims.total], np.int64)
+    first = _joined(len(dims.offset), ((union.dim, union.other) for union in whole))
+    moved = np.concatenate([np.zeros(1, np.int64), np.repeat(offset[first] - offset[:-1], np.diff(offset))])
+    stands = np.arange(dims.total) + moved
+    u = stands[np.concatenate([np.zeros(1, np.int64), *(offset[t.dim] + t.coordinates for t in others)])]
+    v = stands[np.concatenate([np.zeros(1, np.int64), *(offset[t.other] + t.others for t in others)])]
     graph = coo_matrix((np.ones(len(u), np.int8), (u, v)), shape=(dims.total, dims.total))
-    return sealed(connected_components(graph, directed=False)[1].astype(np.int64))
+    label = connected_components(graph, directed=False)[1][stands]
+    return sealed((np.cumsum(np.bincount(label) > 0) - 1)[label])
+
+
+def _joined(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+    """For each of `count` things the first of those that it is joined with, itself where it is first."""
+    first = list(range(count))
+
+    def root(thing: int) -> int:
+        while first[thing] != thing:
+            first[thing] = thing = first[first[thing]]
+        return thing
+
+    for a, b in pairs:
+        a, b = root(a), root(b)
+        first[max(a, b)] = min(a, b)
+    return [root(thing) for thing in range(count)]
 
 
 def _kernel_weights(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -251,7 +287,7 @@ class _Propagation:
             before = states.get(node)
             self._visit(node)
             for _ in range(_MAX_OWN):
-                if not self._factor_own(node):
+                if not self.effects[node].refines or not self._factor_own(node):
                     break
                 self._visit(node)
             for request in self.effects[node].refines:
@@ -287,12 +323,13 @@ class _Propagation:
     def _visit(self, node: fx.Node) -> None:
         """Run the rule of one node: its state and its effects."""
         states = self.states
+        if node.op in ("get_attr", "placeholder"):
+            here = node.op == "get_attr"
+            states[node] = _parameter(node, self.dims, node in self._kernels) if here else State(node.meta["val"].shape)
+            self.effects[node] = NO_EFFECTS
+            return
         context = NodeContext(node, states, self.dims, self.rewritten)
-        if node.op == "get_attr":
-            states[node] = _parameter(node, self.dims, node in self._kernels)
-        elif node.op == "placeholder":
-            states[node] = State(node.meta["val"].shape)
-        elif node.op == "output":
+        if node.op == "output":
             for value in node.all_input_nodes:
                 made = NodeContext(value, states, self.dims)  # the line that makes it is the one to name
                 made.effects = context.effects

@@ -64,14 +64,32 @@ class Axes:
         for group in graph.groups:
             self._group_of[graph.units(group)] = group.index
         self._made: dict[tuple[int, ...], Axis] = {}
+        self._only: dict[int, int | None] = {}
 
     def axis(self, axis_map: AxisMap, length: int) -> Axis:
         """The axis with these coordinates."""
         key = (length, *(x for d, v in axis_map.items() for x in (d, id(v))))
         if key not in self._made:
-            parts = self._parts([self._groups_on(d, v) for d, v in axis_map.items()]) if axis_map else (((), length),)
+            alike = self._alike(axis_map, length)
+            parts = alike or self._parts([self._groups_on(d, v) for d, v in axis_map.items()])
             self._made[key] = Axis(axis_map, length, parts)
         return self._made[key]
+
+    def _alike(self, axis_map: AxisMap, length: int) -> tuple[tuple[tuple[int, ...], int], ...]:
+        """The one part of an axis whose indices all belong to the same groups, as is usual; empty for others."""
+        groups = [self._only_group(dim) for dim in axis_map]
+        if None in groups or not self.graph.analysis.dims.are_whole(axis_map):
+            return ()
+        return ((tuple(sorted({g for g in groups if g is not None and g >= 0})), length),)
+
+    def _only_group(self, dim: int) -> int | None:
+        """The group that all positions of a Dim are in, -1 if that is none, or None where they differ."""
+        if dim not in self._only:
+            dims, label = self.graph.analysis.dims, self.graph.analysis.label
+            groups = self._group_of[label[dims.offset[dim] : dims.offset[dim] + dims.size[dim]]]
+            first = int(groups[0])
+            self._only[dim] = first if np.logical_and.reduce(groups == first) else None
+        return self._only[dim]
 
     def _parts(self, columns: Sequence[Vector]) -> tuple[tuple[tuple[int, ...], int], ...]:
         """How many indices belong to each combination of groups; `columns`: the group of each index by coordinate."""

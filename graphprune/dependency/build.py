@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import fx
 
-from ..tracing.operators import Kind, Product, kind_of, products_of, shape_of
+from ..tracing.operators import Kind, Product, kind_of, shape_of
 from .analysis import Analysis
 from .dims import Root
 from .groups import Role
@@ -21,8 +21,8 @@ def axis_roles(analysis: Analysis) -> dict[Root, Role]:
         lone = sum(n > 1 for n in shape) == 1
         roles.update(((parameter, a), "vector" if lone else "other") for a in range(len(shape)))
     computed: list[Product] = []
-    for node in analysis.trace.graph.nodes:
-        for product in products_of(node):
+    for products in analysis.trace.products.values():
+        for product in products:
             name = product.weight.meta.get("parameter") if product.weight.op == "get_attr" else None
             if name is not None:
                 roles.update(((name, axis), role) for axis, role in _sides(product))

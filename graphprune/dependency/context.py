@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..tracing.origin import Expr, evaluate, leaves
 from ..tracing.recorder import TensorMeta
 from ..tracing.sizes import CallSizes
 from .dims import DimTable
-from .effects import NOTHING_REWRITTEN, Effects, EqualCounts, Reason, Rewritten, SizeSite, literal_text
+from .effects import NOTHING_REWRITTEN, Effects, EqualCounts, Reason, Rewritten, SizeSite, Union, literal_text
 from .groups import GroupKind
 from .state import (
     AxisMap,
@@ -24,7 +24,6 @@ from .state import (
     Refine,
     State,
     Vector,
-    all_whole,
     axis_groups,
     multiplicity,
     separate,
@@ -134,12 +133,11 @@ class NodeContext:
 
     def _union_whole(self, a: int, va: Vector, b: int, vb: Vector) -> None:
         """`union` of vectors without gaps."""
-        if a == b and (va is vb or np.array_equal(va, vb)):
+        if a == b and (va is vb or (len(va) == len(vb) and np.logical_and.reduce(va == vb))):
             return
         if len(va) > self.dims.size[a] and len(vb) > self.dims.size[b]:  # positions of a factor, each many times
-            once = _pairs(va, vb, self.dims.size[a])
-            va, vb = va[once], vb[once]
-        self.effects.unions.append((self.dims.offset[a] + va, self.dims.offset[b] + vb))
+            va, vb = self.dims.pairs(va, vb, self.dims.size[a])
+        self.effects.unions.append(Union(a, va, b, vb))
 
     def union(self, a: int, va: Vector, b: int, vb: Vector) -> None:
         both = (va >= 0) & (vb >= 0)
@@ -166,16 +164,19 @@ class NodeContext:
 
     # -- ties
 
-    def tie(self, a: AxisMap, b: AxisMap, length: int, what: str = "") -> None:
-        """The two axes lose the same indices, or none."""
+    def tie(self, a: AxisMap, b: AxisMap, length: int, what: str | Callable[[], str] = "") -> None:
+        """The two axes lose the same indices, or none. `what`: why indices without a partner are immovable, or what
+        finds that out, which is asked only where there are some."""
         if length == 1 or a is b or not (a or b):
             return
-        if a and b and all_whole(a) and all_whole(b) and self._tie_whole(a, b):
+        if a and b and self.dims.are_whole(a) and self.dims.are_whole(b) and self._tie_whole(a, b):
             return
         count_a, count_b = multiplicity(a, length), multiplicity(b, length)
-        text = what or "meets indices that cannot be removed"
-        self.freeze(a, "immovable", text, (count_b == 0) & (count_a > 0))
-        self.freeze(b, "immovable", text, (count_a == 0) & (count_b > 0))
+        alone_a, alone_b = (count_b == 0) & (count_a > 0), (count_a == 0) & (count_b > 0)
+        if np.logical_or.reduce(alone_a | alone_b):
+            text = (what if isinstance(what, str) else what()) or "meets indices that cannot be removed"
+            self.freeze(a, "immovable", text, alone_a)
+            self.freeze(b, "immovable", text, alone_b)
         one = (count_a == 1) & (count_b == 1)
         if one.any():
             for da, va in a.items():
@@ -213,9 +214,13 @@ class NodeContext:
         ((dim, vector),) = flat.items()
         columns = []
         for factor in product.values():
-            column = np.full(self.dims.size[dim], -1, np.int64)
-            column[vector] = factor
-            if not (column[vector] == factor).all() or (factor == factor[0]).all():
+            column = factor
+            if vector is not self.dims.counting(self.dims.size[dim]):
+                column = np.full(self.dims.size[dim], -1, np.int64)
+                column[vector] = factor
+                if not np.logical_and.reduce(column[vector] == factor):
+                    return False
+            if np.logical_and.reduce(factor == factor[0]):
                 return False
             columns.append(column)
         self.refine(Refine(dim, tuple(columns)))
@@ -371,7 +376,9 @@ class NodeContext:
         if len(axis_map) != 1:
             return False
         ((dim, vector),) = axis_map.items()
-        if len(vector) != self.dims.size[dim] or not (vector == np.arange(len(vector))).all():
+        if vector is not self.dims.counting(self.dims.size[dim]) and (
+            len(vector) != self.dims.size[dim] or not np.logical_and.reduce(vector == np.arange(len(vector)))
+        ):
             return False
         self.refine(Refine(dim, tuple(np.unravel_index(vector, lengths))))
         return True
@@ -427,12 +434,6 @@ class NodeContext:
             self.freeze(axis_map, "uneven", f"{what}: some of its indices cannot be removed")
 
 
-def _pairs(a: Vector, b: Vector, size: int) -> Vector | slice:
-    """Where every pair of the two stands once; all of them where the second does not follow from the first."""
-    at = np.full(size, -1, np.int64)
-    at[a] = np.arange(len(a))
-    once = at[at >= 0]
-    return once if (b[at[a]] == b).all() else slice(None)
 def _check_axis(what: str, axis_map: object) -> None:
     if not isinstance(axis_map, dict):
         raise GraphPruneError(
@@ -442,7 +443,7 @@ def _check_axis(what: str, axis_map: object) -> None:
 
 
 def _same_partition(a: Vector, b: Vector) -> bool:
-    if a is b or np.array_equal(a, b):
+    if a is b or (len(a) == len(b) and np.logical_and.reduce(a == b)):
         return True
     forward = np.full(int(a.max()) + 1, -1, np.int64)
     backward = np.full(int(b.max()) + 1, -1, np.int64)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import fx
 
@@ -88,7 +88,7 @@ class _Trial(NodeContext):
             return frozenset((axis_map.root,))
         return frozenset(self.dims.root_of[dim] for dim in axis_map)
 
-    def tie(self, a: AxisMap, b: AxisMap, length: int, what: str = "") -> None:
+    def tie(self, a: AxisMap, b: AxisMap, length: int, what: str | Callable[[], str] = "") -> None:
         self.ties.append((self.roots(a), self.roots(b)))
         super().tie(a, b, length, what)
 

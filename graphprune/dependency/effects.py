@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import fx
 
@@ -103,11 +104,20 @@ class EqualCounts:
     soft: bool = False
 
 
-@dataclasses.dataclass
+class Union(NamedTuple):
+    """Positions of two Dims that go together, pair by pair: those with these coordinates, of which none is absent."""
+
+    dim: int
+    coordinates: Vector
+    other: int
+    others: Vector
+
+
+@dataclasses.dataclass(slots=True)
 class Effects:
     """Everything one node contributed; replaced as a whole when the node is analysed again."""
 
-    unions: list[tuple[Vector, Vector]] = dataclasses.field(default_factory=list)
+    unions: list[Union] = dataclasses.field(default_factory=list)
     freezes: list[Freeze] = dataclasses.field(default_factory=list)
     refines: list[Refine] = dataclasses.field(default_factory=list)
     sites: list[SizeSite] = dataclasses.field(default_factory=list)
@@ -116,3 +126,6 @@ class Effects:
     equal: list[EqualCounts] = dataclasses.field(default_factory=list)
     kinds: list[tuple[int, GroupKind]] = dataclasses.field(default_factory=list)
     statistics: list[Vector] = dataclasses.field(default_factory=list)
+
+
+NO_EFFECTS = Effects()  # of every node that only brings a tensor in; never written to

@@ -96,23 +96,12 @@ class DependencyGraph:
 
     def _free_axes(self) -> set[Root]:
         """Axes of which every index can go by one of its coordinates (the usual case), found in one go."""
-        analysis = self._analysis
-        roots = list(analysis.dims.roots)
-        parts = [(k, dim, v) for k, root in enumerate(roots) for dim, v in analysis.dims.roots[root].items()]
-        if not parts:
+        layout = self._analysis.dims.layout()
+        if not layout.roots:
             return set()
-        lengths = [len(next(iter(analysis.dims.roots[root].values()))) for root in roots]
-        starts = np.cumsum([0, *lengths[:-1]])
-        sizes = [lengths[k] for k, _, _ in parts]
-        coordinate = np.concatenate([v for _, _, v in parts])
-        offset = np.repeat([analysis.dims.offset[dim] for _, dim, _ in parts], sizes)
-        ends = np.cumsum(sizes)
-        place = np.arange(len(coordinate)) + np.repeat(starts[[k for k, _, _ in parts]] - (ends - sizes), sizes)
-        can_go = (coordinate >= 0) & ~analysis.frozen(np.where(coordinate < 0, 0, offset + coordinate))
-        free = np.zeros(sum(lengths), bool)
-        free[place[can_go]] = True
-        whole = np.logical_and.reduceat(free, starts)
-        return {root for root, all_free in zip(roots, whole.tolist(), strict=True) if all_free}
+        free = layout.marked(~self._analysis.frozen(layout.position))
+        whole = np.logical_and.reduceat(free, layout.starts[:-1])
+        return {root for root, all_free in zip(layout.roots, whole.tolist(), strict=True) if all_free}
 
     def units(self, group: Group) -> Ints:
         """The component number of every unit of a group."""
@@ -243,15 +232,13 @@ class DependencyGraph:
                 groups=sorted(set(of_axis[(name, axis)])),
                 frozen=frozen.count if frozen else 0,
             )
-        starts = np.asarray(dims.offset, np.int64)
         for node, effects in self._analysis.effects.items():
             seen: set[tuple[str, str]] = set()
-            for a, b in effects.unions:
-                if not len(a):
+            for union in effects.unions:
+                if not len(union.coordinates):
                     continue
                 ends = []
-                for positions in (a, b):
-                    dim = int(np.searchsorted(starts, positions[0], side="right")) - 1
+                for dim in (union.dim, union.other):
                     name, axis = dims.root_of[dim]
                     if (name, axis) not in dims.roots:
                         break  # a tensor that the model's code makes

@@ -148,20 +148,13 @@ def _cut(flat: Ints, starts: Ints) -> list[Ints]:
 
 def _entries(analysis: Analysis) -> _Entries | None:
     """Every index of every parameter axis that can go, as flat arrays; None where nothing can."""
-    dims, label = analysis.dims, analysis.label
-    slots = [(root, dim) for root, axis_map in dims.roots.items() for dim in axis_map]
-    if not slots:
-        return None
-    vectors = [vector for axis_map in dims.roots.values() for vector in axis_map.values()]
-    lengths = np.fromiter(map(len, vectors), np.int64, len(vectors))
-    coordinate = np.concatenate(vectors)
-    offset = np.array(dims.offset)[[dim for _, dim in slots]]
-    position = np.repeat(offset, lengths) + coordinate
-    labels = label[position if coordinate.min() >= 0 else np.where(coordinate >= 0, position, 0)]
+    layout, label = analysis.dims.layout(), analysis.label
+    labels = label[layout.position]
     free = np.flatnonzero(labels != label[0])
-    slot = np.repeat(np.arange(len(slots)), lengths)[free]
-    index = free - (np.cumsum(lengths) - lengths)[slot]
-    return _Entries(slots, slot, index, labels[free]) if len(free) else None
+    if not len(free):
+        return None
+    slots = [(layout.roots[k], dim) for k, dim in layout.slots]
+    return _Entries(slots, layout.slot[free], layout.index[free], labels[free])
 
 
 def _treatment(analysis: Analysis) -> npt.NDArray[np.uint64]:
@@ -185,15 +178,22 @@ def _members(
 ) -> list[list[tuple[int, Member]]]:
     """For each group its members, one for each axis and Dim that it has units on, with the Dim; `group` and `unit` say
     where each entry belongs."""
-    place = group * len(entries.slots) + entries.slot
-    sorting = np.argsort(place * (int(sizes.max()) + 1) + unit, kind="stable")
-    place = place[sorting]
+    place, index = group * len(entries.slots) + entries.slot, entries.index
     starts = np.flatnonzero(np.diff(place, prepend=-1))
-    pieces = _cut(sealed(entries.index[sorting]), starts)
+    if len(np.unique(place[starts])) < len(starts):  # entries of a group lie apart on an axis
+        sorting = np.argsort(place, kind="stable")
+        place, index, unit = place[sorting], index[sorting], unit[sorting]
+        starts = np.flatnonzero(np.diff(place, prepend=-1))
+    index = sealed(index)
+    falls = np.concatenate([unit[1:] < unit[:-1], [False]])
+    falls[starts[1:] - 1] = False
+    mixed = np.logical_or.reduceat(falls, starts).tolist()  # units do not come in their order
     found: list[list[tuple[int, Member]]] = [[] for _ in sizes]
     count = sizes.tolist()
-    for where, index in zip(place[starts].tolist(), pieces, strict=True):
-        g, slot = divmod(where, len(entries.slots))
+    wheres, pieces, units = place[starts], _cut(index, starts), _cut(unit, starts)
+    for run in np.argsort(wheres).tolist():
+        g, slot = divmod(int(wheres[run]), len(entries.slots))
+        index = sealed(pieces[run][np.argsort(units[run], kind="stable")]) if mixed[run] else pieces[run]
         root, dim = entries.slots[slot]
         found[g].append((dim, Member(root[0], root[1], index.reshape(count[g], -1), roles[root])))
     return found

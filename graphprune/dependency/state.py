@@ -98,11 +98,6 @@ def concatenate(maps: list[tuple[AxisMap, int]]) -> AxisMap:
     return out
 
 
-def all_whole(axis_map: AxisMap) -> bool:
-    """Every Dim on the axis has a coordinate at every index."""
-    return all(np.minimum.reduce(vector) >= 0 for vector in axis_map.values())
-
-
 def multiplicity(axis_map: AxisMap, length: int) -> Vector:
     """How many coordinates each index has."""
     count = np.zeros(length, np.int64)

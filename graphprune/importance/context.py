@@ -25,6 +25,8 @@ Floats = npt.NDArray[np.float64]
 # read of the weight and never a copy of it. An accelerator has memory to spare and wants few, long kernels.
 _BLOCK = {"cpu": 1 << 18}
 _BLOCK_ELSEWHERE = 1 << 25
+# Rows up to this length torch sums up to within 1e-6 without splitting them, in half the time or less.
+_SHORT = 1 << 13
 # A float32 sum of powers below this may have lost terms to underflow; it is then done again in float64.
 _TRUSTED = 1e-30
 
@@ -308,9 +310,15 @@ def _blockwise(tensor: Tensor, axis: int, p: float, dtype: torch.dtype) -> Float
     if tensor.device.type == "mps":  # has no float64
         tensor = tensor.cpu()
     axis %= tensor.dim()
+    length = tensor[:1].numel()
+    plain = tensor.is_contiguous() and not tensor.is_complex()
+    if p == 2 and axis == 0 and plain and tensor.dim() > 1 and 0 < length <= _SHORT:
+        norms = torch.linalg.vector_norm(tensor.reshape(len(tensor), length).to(dtype), 2, 1)
+        squares: Floats = np.square(norms.to("cpu", torch.float64).numpy())
+        return squares
     others = [d for d in range(tensor.dim()) if d != axis]
     sums: Floats = np.zeros(tensor.shape[axis], dtype=np.float64)
-    rows = max(1, _BLOCK.get(tensor.device.type, _BLOCK_ELSEWHERE) // max(1, tensor[:1].numel()))
+    rows = max(1, _BLOCK.get(tensor.device.type, _BLOCK_ELSEWHERE) // max(1, length))
     for start in range(0, tensor.shape[0], rows):
         block = tensor[start : start + rows]
         if block.is_complex():

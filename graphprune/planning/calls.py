@@ -171,11 +171,11 @@ def prune(
     """
     request = Request(**options_in(locals()))
     check_recover(request, recover)
-    decision = request.decide(model, example_input)
-    tell(decision.unready, strict=True)
-    tell(shortfall(decision), strict)
-    graph, decided = decision.graph, decision.plan
     with paused_collector():
+        decision = request.decide(model, example_input)
+        tell(decision.unready, strict=True)
+        tell(shortfall(decision), strict)
+        graph, decided = decision.graph, decision.plan
         small = decided.apply(model)
     if verify:
         report = run_verification(model, small, decided, example_input, graph=graph)

@@ -40,7 +40,7 @@ class WholeExperts(Granularity):
 
     def check(self, request: Request) -> None:
         """Raise GraphPruneError for ratios by name, budgets and criteria, which experts do not take."""
-        _share(request)
+        request.one_ratio("experts")
         if request.criterion not in (None, "routing"):
             raise GraphPruneError(f"criterion: experts are ranked by 'routing', got {request.criterion!r}")
 
@@ -55,12 +55,6 @@ class WholeExperts(Granularity):
 
 
 GRANULARITIES.add("experts", WholeExperts())
-
-
-def _share(request: Request) -> float:
-    if request.ratio is None or isinstance(request.ratio, Mapping):
-        raise GraphPruneError("granularity='experts' takes one ratio, neither ratios by name nor a budget")
-    return request.ratio
 
 
 def plan_experts(
@@ -129,7 +123,7 @@ def _scores(
 def _cut(mixture: Mixture, scores: Any, request: Request, before: Sequence[Plan]) -> Mixture:
     earlier = (e for plan in before for e in plan.experts if e.router == mixture.experts.router)
     taken = sum(len(e.gone) for e in earlier)
-    wanted = lost(_share(request), mixture.number + taken) - taken
+    wanted = lost(request.one_ratio("experts"), mixture.number + taken) - taken
     most = request.rounding.most(mixture.number + taken) - taken
     number = min(wanted, most, mixture.number - max(mixture.chosen, request.min_channels))
     gone = np.argsort(scores, kind="stable")[: max(number, 0)]

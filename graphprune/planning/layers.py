@@ -115,7 +115,7 @@ def _chosen(
     if request.budget is not None:
         gone = _within(model, example, scored, request.budget, most)
     else:
-        number = max(0, min(lost(share_of(request), all_of_them) - before, most))
+        number = max(0, min(lost(request.one_ratio("layers"), all_of_them) - before, most))
         order = sorted(range(len(scored)), key=lambda i: scored[i][1])
         gone = set(order[:number])
     return [block for i, (block, _) in enumerate(scored) if i in gone]
@@ -124,7 +124,7 @@ def _chosen(
 def check_alone(request: Request) -> None:
     """Raise GraphPruneError for ratios and budgets that layers alone do not take."""
     if request.budget is None:
-        share_of(request)
+        request.one_ratio("layers")
         return
     for name in request.budget.limits():
         if name not in _COUNTED:
@@ -132,13 +132,6 @@ def check_alone(request: Request) -> None:
                 f"budget: {name} is not known for layers alone; use Budget(macs=...) or Budget(params=...), or let "
                 f'widths change too, as in granularity=["layer", "channels"]'
             )
-
-
-def share_of(request: Request) -> float:
-    """The ratio. Raises GraphPruneError for a dict."""
-    if request.ratio is None or isinstance(request.ratio, Mapping):
-        raise GraphPruneError("ratio: layers take one number; use ignore= for those that must stay")
-    return request.ratio
 
 
 def _within(

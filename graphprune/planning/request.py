@@ -77,6 +77,13 @@ class Request:
         """What the granularity names."""
         return strategy_of(self.granularity)
 
+    def one_ratio(self, what: str) -> float:
+        """The ratio, for `what` ("layers") goes as a whole. Raises GraphPruneError for a dict and for a budget."""
+        if self.ratio is None or isinstance(self.ratio, Mapping):
+            kind = "a budget" if self.ratio is None else "a dict"
+            raise GraphPruneError(f"ratio: {what} take one number, got {kind}; use ignore= for those that must stay")
+        return self.ratio
+
     def but(self, **options: Any) -> Request:
         """The same with other options, checked anew."""
         return dataclasses.replace(self, **options)

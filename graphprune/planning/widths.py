@@ -8,7 +8,7 @@ import numpy as np
 from torch import nn
 
 from ..dependency import DependencyGraph, Frozen
-from ..dependency.sizes import Resolution, gone_on_axis
+from ..dependency.sizes import Resolution
 from ..dependency.temperature import Rescale
 from ..importance import resolve_criterion
 from ..importance.calibration.source import CalibrationSource
@@ -96,11 +96,9 @@ def assemble(
     """The plan of an allocation whose sizes are settled."""
     analysis = graph.analysis
     removed: dict[str, dict[int, tuple[int, ...]]] = {}
-    for (name, axis), axis_map in analysis.dims.roots.items():
-        length = graph.trace.parameters[name].meta["val"].shape[axis]
-        mask = gone_on_axis(analysis, axis_map, length, allocation.gone)
-        if mask.any():
-            removed.setdefault(name, {})[axis] = tuple(np.nonzero(mask)[0].tolist())
+    layout = analysis.dims.layout()
+    for (name, axis), indices in layout.by_root(layout.marked(allocation.gone[analysis.label[layout.position]])):
+        removed.setdefault(name, {})[axis] = tuple(indices.tolist())
     touched = [p for e in analysis.effects.values() for p in e.statistics]
     statistics = any(allocation.gone[analysis.label[p]].any() for p in touched)
     kept = [g.size - len(allocation.removed.get(g.index, ())) for g in graph.groups]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 import weakref
@@ -50,8 +51,8 @@ class _Shield:
         self.raised: float | None = None
         self.error: BaseException | None = None
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        """Stands in for every handler: now, or when the shield goes."""
+    def handle(self, number: int, frame: FrameType | None, waited: bool = False) -> None:
+        """Stands in for every handler: now, or when the shield goes. `waited`: the moment is a good one."""
         handler = self.handlers[number]
         if not self.depth:
             handler(number, frame)
@@ -61,7 +62,7 @@ class _Shield:
             if number not in self.waiting:
                 self.waiting.append(number)
             return
-        if frame is not None and _between(frame):
+        if not waited and frame is not None and _between(frame):
             _again_soon(number)
             return
         was, self.open = self.open, False
@@ -192,4 +193,4 @@ class interruptible:
 def _deliver() -> None:
     """Let through what has waited."""
     while _shield.open and _shield.waiting:
-        _shield.handle(_shield.waiting.pop(0), None)
+        _shield.handle(_shield.waiting.pop(0), sys._getframe(), waited=True)  # as python does, with a frame

@@ -32,11 +32,14 @@ def reachable(root: Any, closures: bool = False) -> list[Any]:
     while waiting:
         for value in _held(waiting.pop()):
             kind = type(value)
-            if kind in _ATOMS or id(value) in found or isinstance(value, closed):
+            if kind in _ATOMS or id(value) in found:
                 continue
-            found[id(value)] = value
-            # modules have ten empty tables each
-            if kind not in _TABLES or value or (kind is collections.OrderedDict and vars(value)):
+            if kind in _TABLES:
+                found[id(value)] = value
+                if value or (kind is collections.OrderedDict and vars(value)):  # modules have ten empty tables each
+                    waiting.append(value)
+            elif not isinstance(value, closed):
+                found[id(value)] = value
                 waiting.append(value)
     return list(found.values())
 

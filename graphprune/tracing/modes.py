@@ -12,8 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .origin import Literal, TensorSize, plain
-from .recorder import Recorder
-from .shapes import shape_only
+from .recorder import Called, Recorder
 from .sizes import CallSizes, other_numbers, read_scalars, read_sizes
 
 aten = torch.ops.aten
@@ -140,11 +139,12 @@ class DispatchMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         recorder = self.recorder
-        if recorder.is_random(func):
+        called = Called.of(func)
+        if called.random:
             recorder.drew = True
-        if func._schema.is_mutable:
+        if called.writes:
             recorder.before_write(func, args, kwargs)
-        out = shape_only(func, args) if recorder.shapes_only and not kwargs else None
+        out = called.shape(*args) if called.shape is not None and recorder.shapes_only and not kwargs else None
         if out is None:
             out = func(*args, **kwargs)
         if recorder.whole_depth == 0:

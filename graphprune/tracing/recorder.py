@@ -21,11 +21,14 @@ from .cloning import Unclonable
 from .names import target_name
 from .origin import Attribute, Expr, Session, TensorSize, TracedInt, plain
 from .patches import patched
+from .shapes import shape_rule
 from .sizes import CallSizes
 
 aten = torch.ops.aten
 _HIDDEN_DIRECTORIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
 _ATOMS = frozenset((int, float, bool, str, type(None)))
+# assigning to a node's attribute also looks the node up in its graph
+_set_args = fx.Node.args.fset  # type: ignore[attr-defined]
 # Values of small integer constants are kept: they may be indices.
 _MAX_KEPT_VALUE = 1 << 20
 
@@ -76,6 +79,38 @@ class Guard:
     source: Source | None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Called:
+    """What is always so of calls of one operator: the name that fx gives to their nodes, which it works out anew for
+    every node, the operator's own name, whether it draws random numbers or writes into what it is given, and its shapes
+    without asking torch, if that can be done."""
+
+    target: Any
+    node_name: str
+    name: str
+    random: bool
+    writes: bool
+    shape: Callable[..., Any] | None
+
+    @classmethod
+    def of(cls, target: Any) -> Called:
+        """The same for every recording."""
+        known = _called.get(id(target))
+        if known is None:
+            known = _called[id(target)] = cls._found(target)
+        return known
+
+    @classmethod
+    def _found(cls, target: Any) -> Called:
+        random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+        schema = getattr(target, "_schema", None)
+        writes = schema is not None and bool(schema.is_mutable)
+        return cls(target, fx.Graph()._target_to_str(target), target_name(target), random, writes, shape_rule(target))
+
+
+_called: dict[int, Called] = {}  # by identity: operators take long to hash
+
+
 @dataclasses.dataclass(frozen=True)
 class Mark:
     """How far the recording had come."""
@@ -98,7 +133,6 @@ class Recorder:
         self.session = Session(lambda *told: self.guard(*told))
         self.drew = False
         self.initialised: dict[str, None] = {}
-        self._random: dict[Any, bool] = {}
         self.guards: list[Guard] = []
         self.constants: dict[str, Tensor] = {}
         self.touched: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # what was written, its memory, and what it held
@@ -116,7 +150,6 @@ class Recorder:
         self._names: dict[int, str] = {}
         self._owners: dict[int, Tensor] = {}
         self._user_code: dict[int, tuple[bool, CodeType]] = {}  # by identity: code takes long to hash
-        self._node_names: dict[Any, tuple[str, str]] = {}
         self._known: dict[str, list[fx.Node]] | None = None
         self._keep: list[Tensor] = []
         for name, tensor in tensors_in(modules).items():
@@ -157,7 +190,8 @@ class Recorder:
         if name is None:
             kind, name = "constant", f"_constant_{len(self.constants)}"
             self.constants[name] = tensor.detach()
-        node = self.graph.create_node("get_attr", name, (), {})
+        # fx takes long to make names of long ones, and the target says it all
+        node = self.graph.create_node("get_attr", name, (), {}, name.rpartition(".")[2])
         node.meta["val"] = TensorMeta(tuple(tensor.shape), tensor.dtype)
         node.meta[kind] = name
         node.meta["constant_value"] = True
@@ -214,13 +248,13 @@ class Recorder:
         if self._known is not None and self._seen_before(target, inputs, named, out):
             return
         # arguments are set afterwards: create_node would walk through them first
-        name, operation = self._node_name(target)
-        node = self.graph.create_node("call_function", target, (), {}, name)
-        node.args = inputs
+        called = Called.of(target)
+        node = self.graph.create_node("call_function", target, (), {}, called.node_name)
+        _set_args(node, inputs)
         if named:
             node.kwargs = named
         meta = node.meta
-        meta["operator"] = operation
+        meta["operator"] = called.name
         meta["source"] = self.source()
         meta["module"] = self.module_stack[-1] if self.module_stack else ""
         meta["class"] = self._classes.get(meta["module"])
@@ -228,7 +262,7 @@ class Recorder:
         meta["sizes"] = self.sizes
         if self.scalars:
             meta["scalars"] = self.scalars
-        constant = not self.is_random(target) and all(a.meta.get("constant_value") for a in node.all_input_nodes)
+        constant = not called.random and all(a.meta.get("constant_value") for a in node.all_input_nodes)
         meta["constant_value"] = constant
         self._attach(node, out, constant)
 
@@ -240,7 +274,7 @@ class Recorder:
         self._by_id = {key: node for key, node in self._by_id.items() if node.op == "get_attr"} | self._inputs
         self._known = {}
         for node in self.graph.nodes:
-            if node.op == "call_function" and not self.is_random(node.target):
+            if node.op == "call_function" and not Called.of(node.target).random:
                 self._known.setdefault(_call_key(node.target, node.args, node.kwargs), []).append(node)
         return mark
 
@@ -261,13 +295,6 @@ class Recorder:
                 self._attach(node, out, bool(node.meta["constant_value"]))
                 return True
         return False
-
-    def _node_name(self, target: Any) -> tuple[str, str]:
-        """The name that a node of this target would get, which fx works out anew for every node, and its operator's."""
-        names = self._node_names.get(target)
-        if names is None:
-            names = self._node_names[target] = self.graph._target_to_str(target), target_name(target)
-        return names
 
     def _attach(self, node: fx.Node, out: Any, constant: bool) -> None:
         if isinstance(out, Tensor):
@@ -291,7 +318,8 @@ class Recorder:
             for known in self._known.get(_call_key(operator.getitem, (node, index), {}), ()):
                 self._attach(known, tensor, bool(known.meta["constant_value"]))
                 return known
-        part = self.graph.call_function(operator.getitem, (node, index))
+        part = self.graph.create_node("call_function", operator.getitem, (), {}, "getitem")
+        _set_args(part, (node, index))
         part.meta["operator"] = "getitem"
         part.meta.update({k: node.meta[k] for k in ("source", "module", "class", "function", "constant_value")})
         self._attach(part, tensor, node.meta["constant_value"])
@@ -343,14 +371,6 @@ class Recorder:
         """`other`, new, is another object for the values of `tensor`."""
         if id(other) not in self._by_id and id(other) not in self._names:
             other._graphprune_node = (self, self.node_of(tensor), None)  # type: ignore[attr-defined]
-
-    def is_random(self, target: Any) -> bool:
-        """The operator draws random numbers."""
-        found = self._random.get(target)
-        if found is None:
-            found = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-            self._random[target] = found
-        return found
 
     def undo_writes(self) -> None:
         """The memory that was written to holds what it held; the tensor may be another's by now (`.data = ...`)."""

@@ -6,13 +6,14 @@ Python, which takes longer than the arithmetic would; here it takes one allocati
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-_BATCH_NORMS = (aten.native_batch_norm.default, aten._native_batch_norm_legit_no_training.default)
 _LIKE_FIRST = frozenset(
     getattr(aten, name).default
     for name in (
@@ -24,23 +25,97 @@ _BINARY = frozenset((aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor))
 _BINARY_IN_PLACE = frozenset((aten.add_.Tensor, aten.mul_.Tensor))
 
 
+def shape_rule(target: Any) -> Callable[..., Any] | None:
+    """What gives the results of calls of `target` from their arguments, meta tensors, or None where torch has to be
+    asked; None where it has to be asked always."""
+    if target in _LIKE_FIRST:
+        return functools.partial(_pointwise, target._schema.is_mutable)
+    if target in _BINARY or target in _BINARY_IN_PLACE:
+        return functools.partial(_of_two, target in _BINARY_IN_PLACE)
+    return _KNOWN.get(target)
+
+
 def shape_only(target: Any, args: tuple[Any, ...]) -> Any:
     """The result of `target(*args)` for meta tensors, or None where torch has to be asked."""
-    if target in _BATCH_NORMS:
-        if not args[0].is_contiguous():
+    found = shape_rule(target)
+    return None if found is None else found(*args)
+
+
+def _pointwise(in_place: bool, first: Tensor, *_: Any) -> Tensor | None:
+    if not first.is_meta or not first.is_floating_point():
+        return None
+    if in_place:
+        return first
+    dense = first.is_contiguous() or aten.is_non_overlapping_and_dense.default(first)
+    return _like(first) if dense else None
+
+
+def _of_two(in_place: bool, first: Any, second: Any, *_: Any) -> Tensor | None:
+    if _covers(first, second):
+        return _pointwise(in_place, first)
+    return _pointwise(in_place, second) if not in_place and _covers(second, first) else None
+
+
+def _batch_norm(x: Tensor, *_: Any) -> tuple[Tensor, ...] | None:
+    if not x.is_contiguous():
+        return None
+    return _like(x), *(torch.empty_strided((0,), (1,), dtype=x.dtype, device="meta") for _ in range(2))
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    """A bias of one axis added to a product of matrices, as linear layers make it."""
+    if bias.dim() != 1 or a.dim() != 2 or b.dim() != 2 or bias.shape[0] != b.shape[1] or bias.dtype != a.dtype:
+        return None
+    return _mm(a, b) if bias.is_meta else None
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor | None:
+    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
+        return None
+    if not (a.is_meta and b.is_meta and a.is_floating_point()):
+        return None
+    return torch.empty((a.shape[0], b.shape[1]), dtype=a.dtype, device="meta")
+
+
+def _cat(tensors: Sequence[Tensor], axis: int = 0) -> Tensor | None:
+    """Contiguous tensors that are as long as each other along every other axis."""
+    shape = list(tensors[0].shape) if tensors else []
+    if not -len(shape) <= axis < len(shape):
+        return None
+    axis %= len(shape)
+    dtype, total = tensors[0].dtype, 0
+    for tensor in tensors:
+        own = list(tensor.shape)
+        if len(own) != len(shape) or own[:axis] != shape[:axis] or own[axis + 1 :] != shape[axis + 1 :]:
             return None
-        return _like(args[0]), *(torch.empty_strided((0,), (1,), dtype=args[0].dtype, device="meta") for _ in range(2))
-    if target is aten.convolution.default:
-        return _convolution(*args)
-    if target in _LIKE_FIRST:
-        return _result(target, args[0])
-    if len(args) > 1 and (target in _BINARY or target in _BINARY_IN_PLACE):
-        if _covers(args[0], args[1]):
-            return _result(target, args[0])
-        return _result(target, args[1]) if target in _BINARY and _covers(args[1], args[0]) else None
-    if target is aten.mean.dim:
-        return _mean(*args)
-    return None
+        if tensor.dtype is not dtype or not tensor.is_meta or not tensor.is_contiguous() or 0 in own:
+            return None
+        total += own[axis]
+    shape[axis] = total
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _max_pool(
+    x: Tensor, kernel: list[int], stride: list[int] = [], padding: list[int] = [0], dilation: list[int] = [1],  # noqa: B006
+    ceil: bool = False,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Values and their places, of an image or a batch of them; torch is asked about windows that do not fit."""
+    if x.dim() not in (3, 4) or not x.is_meta or not x.is_floating_point() or not x.is_contiguous() or 0 in x.shape:
+        return None
+    sizes = []
+    for at, n in zip((-2, -1), x.shape[-2:], strict=True):
+        k, p, d = (values[at if len(values) > 1 else 0] for values in (kernel, padding, dilation))
+        s = (stride[at if len(stride) > 1 else 0]) if stride else k
+        if min(k, s, d) < 1 or p < 0 or 2 * p > k:
+            return None
+        out = (n + 2 * p - d * (k - 1) - 1 + (s - 1 if ceil else 0)) // s + 1
+        if ceil and (out - 1) * s >= n + p:  # the last window begins inside
+            out -= 1
+        if out < 1:
+            return None
+        sizes.append(out)
+    shape = (*x.shape[:-2], *sizes)
+    return torch.empty(shape, dtype=x.dtype, device="meta"), torch.empty(shape, dtype=torch.int64, device="meta")
 
 
 def _mean(x: Tensor, axes: list[int] | None, keepdim: bool = False) -> Tensor | None:
@@ -106,10 +181,13 @@ def _broadcasts(small: torch.Size, large: torch.Size) -> bool:
     return all(n == 1 or n == m for n, m in zip(reversed(small), reversed(large), strict=False))
 
 
-def _result(target: Any, first: Tensor) -> Tensor | None:
-    if not first.is_meta or not first.is_floating_point():
-        return None
-    if target._schema.is_mutable:
-        return first
-    dense = first.is_contiguous() or aten.is_non_overlapping_and_dense.default(first)
-    return _like(first) if dense else None
+_KNOWN: dict[Any, Callable[..., Any]] = {
+    aten.native_batch_norm.default: _batch_norm,
+    aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    aten.convolution.default: _convolution,
+    aten.mean.dim: _mean,
+    aten.addmm.default: _addmm,
+    aten.mm.default: _mm,
+    aten.cat.default: _cat,
+    aten.max_pool2d_with_indices.default: _max_pool,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import traceback
 from collections.abc import Callable, Collection, Mapping
@@ -20,9 +21,11 @@ from .cloning import INTERNAL, PLAIN, Bare, SameMemory, Unclonable, clone_module
 from .example import ExampleInput, result_tensors
 from .leftovers import without_leftovers
 from .modes import WHOLE, DispatchMode, FunctionMode
+from .operators import Kind, Product, calls_by_kind, products_by_call
 from .recorder import Guard, Recorder, Source, is_users_file
 from .state import RandomState, trace_attributes, unfused
 from .training import record_training_paths
+from .work import Term, work_by_call
 
 Observe = Callable[[Recorder], contextlib.AbstractContextManager[None]]
 
@@ -63,6 +66,23 @@ class Trace:
             f"{names}: set by the model itself from the data of its first run, so their values are not there yet; run "
             f"the model once on a representative batch before it is pruned"
         )
+
+    # What the table says of all calls, found out when first asked for
+
+    @functools.cached_property
+    def calls(self) -> Mapping[Kind, tuple[fx.Node, ...]]:
+        """The calls of each kind in the table of operators, in graph order."""
+        return calls_by_kind(self.graph.nodes)
+
+    @functools.cached_property
+    def products(self) -> Mapping[fx.Node, tuple[Product, ...]]:
+        """What each call multiplies with what, for those that do."""
+        return products_by_call(self.graph.nodes)
+
+    @functools.cached_property
+    def work(self) -> Mapping[fx.Node, tuple[Term, ...]]:
+        """The multiply-accumulates of each call of the run in eval mode, for those that have some."""
+        return work_by_call(self.graph.nodes)
 
     def canonical(self, name: str) -> str:
         """The first name of a shared parameter."""

@@ -10,6 +10,7 @@ import functools
 import math
 import operator
 import re
+from collections.abc import Iterable
 
 from torch import fx
 
@@ -27,6 +28,12 @@ def terms_of(node: fx.Node) -> tuple[Term, ...] | None:
     if found.form is None or found.kind is Kind.LOOKUP:
         return None
     return tuple(work_of_product(node, product) for product in found.form.products(node)) or None
+
+
+def work_by_call(nodes: Iterable[fx.Node]) -> dict[fx.Node, tuple[Term, ...]]:
+    """`terms_of` every call of the run in eval mode that multiplies and adds."""
+    both = ((node, terms_of(node)) for node in nodes if runs_in_eval(node))
+    return {node: terms for node, terms in both if terms}
 
 
 def term_macs(term: Term) -> int:
@@ -84,4 +91,14 @@ def _multiplies(qualified: str) -> bool:
     return bool(_WORKING.search(name)) and not _IDLE.search(name)
 
 
-__all__ = ["Loop", "Term", "macs_of", "not_counted", "qualified_name", "runs_in_eval", "term_macs", "terms_of"]
+__all__ = [
+    "Loop",
+    "Term",
+    "macs_of",
+    "not_counted",
+    "qualified_name",
+    "runs_in_eval",
+    "term_macs",
+    "terms_of",
+    "work_by_call",
+]

@@ -172,8 +172,9 @@ def reference_units(graph: DependencyGraph) -> set[frozenset[int]]:
     analysis = graph.analysis
     near: dict[int, set[int]] = {p: set() for p in range(analysis.dims.total)}
     for effects in analysis.effects.values():
-        for a, b in effects.unions:
-            for x, y in zip(a.tolist(), b.tolist(), strict=True):
+        for dim, coordinates, other, others in effects.unions:
+            ends = analysis.dims.offset[dim] + coordinates, analysis.dims.offset[other] + others
+            for x, y in zip(*map(np.ndarray.tolist, ends), strict=True):
                 near[x].add(y)
                 near[y].add(x)
     held = {0, *(p for positions, _ in analysis.freezes for p in positions.tolist())}

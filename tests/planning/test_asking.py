@@ -90,7 +90,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"granularity": "layer", "ratio": {"a": 0.5}}, "layers take one number"),
     ({"granularity": "layer", "budget": Budget(memory=0.5)}, "memory is not known for layers alone"),
     ({"granularity": "layer", "target": graphprune.Target()}, "target: it chooses widths"),
-    ({"granularity": "experts", "budget": Budget(macs=0.5)}, "takes one ratio"),
+    ({"granularity": "experts", "budget": Budget(macs=0.5)}, "experts take one number"),
     ({"granularity": "experts", "criterion": "l2"}, "experts are ranked by 'routing'"),
     ({"granularity": ["layer", "mlp"]}, "'layer' and widths at once need a budget"),
 ]

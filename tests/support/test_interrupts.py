@@ -165,6 +165,22 @@ def test_a_handler_that_only_takes_note_is_called_and_the_run_goes_on() -> None:
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_a_handler_always_gets_a_frame() -> None:
+    """A sampling profiler looks at it."""
+    frames: list[object] = []
+    before = signal.signal(signal.SIGTERM, lambda _, frame: frames.append(frame))
+    try:
+        with interrupts.shielded():
+            signal.raise_signal(signal.SIGTERM)
+            assert not frames
+            with interrupts.interruptible():
+                assert len(frames) == 1
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(frames) == 2 and all(isinstance(frame, FrameType) for frame in frames)
+
+
 def test_what_an_interrupt_unwinds_is_not_interrupted_again() -> None:
     done = []
     with pytest.raises(KeyboardInterrupt), shielded():

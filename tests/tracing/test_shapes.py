@@ -20,7 +20,9 @@ def assert_like_torch(target: Any, *args: Any) -> None:
     found = shape_only(target, args)
     if found is not None:
         expected = target(*args)
-        assert (found.shape, _strides(found), found.dtype) == (expected.shape, _strides(expected), expected.dtype)
+        several = (found, expected) if isinstance(found, tuple) else ((found,), (expected,))
+        for mine, theirs in zip(*several, strict=True):
+            assert (mine.shape, _strides(mine), mine.dtype) == (theirs.shape, _strides(theirs), theirs.dtype)
 
 
 def _strides(tensor: Tensor) -> list[int]:
@@ -103,3 +105,58 @@ def test_the_narrower_operand_may_come_first() -> None:
     assert shape_only(aten.mul.Tensor, (gate, x)).shape == x.shape
     assert shape_only(aten.mul_.Tensor, (gate, x)) is None
     assert shape_only(aten.mean.dim, (x, [2, 3], True)).shape == gate.shape
+
+
+@settings(deadline=None)
+@given(
+    rest=st.lists(st.integers(1, 3), max_size=3), lengths=st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    axis=st.integers(-4, 3), odd=st.booleans(),
+)  # fmt: skip
+def test_concatenation(rest: list[int], lengths: list[int], axis: int, odd: bool) -> None:
+    at = axis % (len(rest) + 1)
+    tensors = [meta(*rest[:at], n, *rest[at:]) for n in lengths]
+    if odd:
+        tensors[-1] = meta(*(n + 1 for n in tensors[-1].shape))
+    try:
+        aten.cat.default(tensors, axis)
+    except (IndexError, RuntimeError):
+        assert shape_only(aten.cat.default, (tensors, axis)) is None
+        return
+    assert_like_torch(aten.cat.default, tensors, axis)
+
+
+def test_torch_is_asked_about_unusual_concatenations() -> None:
+    x, last = meta(1, 4, 5, 5), torch.channels_last
+    for other in (x.to(memory_format=last), meta(1, 4, 5, 5, dtype=torch.float64), meta(0)):
+        assert shape_only(aten.cat.default, ([x, other], 1)) is None
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 3), min_size=5, max_size=5), double=st.booleans())
+def test_products_of_matrices(sizes: list[int], double: bool) -> None:
+    a, b, bias = meta(*sizes[:2]), meta(*sizes[2:4]), meta(sizes[4], dtype=torch.float64 if double else torch.float32)
+    fits = sizes[1] == sizes[2]
+    assert (shape_only(aten.mm.default, (a, b)) is not None) == fits
+    assert (shape_only(aten.addmm.default, (bias, a, b)) is not None) == (fits and sizes[3] == sizes[4] and not double)
+    assert_like_torch(aten.mm.default, a, b)
+    assert_like_torch(aten.mm.default, a, meta(sizes[3], sizes[2]).t())
+    assert_like_torch(aten.addmm.default, bias, a, b)
+
+
+@settings(deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)), kernel=st.lists(st.integers(1, 4), min_size=1, max_size=2),
+    stride=st.lists(st.integers(1, 3), max_size=2), padding=st.integers(0, 2), dilation=st.integers(1, 2),
+    ceil=st.booleans(), batch=st.booleans(),
+)  # fmt: skip
+def test_max_pools(
+    size: tuple[int, int], kernel: list[int], stride: list[int], padding: int, dilation: int, ceil: bool, batch: bool
+) -> None:
+    args = (meta(*[2] * batch, 3, *size), kernel, stride, [padding], [dilation], ceil)
+    try:
+        aten.max_pool2d_with_indices.default(*args)
+    except RuntimeError:
+        assert shape_only(aten.max_pool2d_with_indices.default, args) is None
+        return
+    assert_like_torch(aten.max_pool2d_with_indices.default, *args)
+    assert shape_only(aten.max_pool2d_with_indices.default, args) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -145,8 +146,8 @@ def _aligned(context: NodeContext, node: fx.Node, axis: int) -> None:
         context.effects.guards.append(Guard("eq", rest, Literal(0), True, context.node.meta["source"]))
 
 
-def _reads(context: NodeContext, data: Any) -> str:
-    return context.blocked_by(data, "reads channels that cannot be removed")
+def _reads(context: NodeContext, data: Any) -> Callable[[], str]:
+    return lambda: context.blocked_by(data, "reads channels that cannot be removed")
 
 
 @rule("<sliding>")
@@ -179,9 +180,11 @@ def convolution(context: NodeContext) -> Result:
 
 def _single_tap(context: NodeContext, form: Sliding, kernel: tuple[int, ...], axis: int) -> bool:
     """Whether a convolution leaves its positions along `axis` apart and in place: one tap that moves by one."""
+    if kernel[axis] != 1:
+        return False
     stride, padding = (_of_axis(context.arg(position), axis) for position in (form.stride, form.padding))
     extra = form.output_padding is not None and _of_axis(context.arg(form.output_padding), axis)
-    return kernel[axis] == 1 and stride == 1 and padding == 0 and not extra
+    return stride == 1 and padding == 0 and not extra
 
 
 def _of_axis(values: Any, axis: int) -> Any:

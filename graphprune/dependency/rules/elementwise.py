@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import fx
 
 from ...tracing.operators import Merge
@@ -15,6 +17,8 @@ from .registry import empty, line_of, rule
 def tie_all(context: NodeContext, states: list[State], shape: tuple[int, ...]) -> State:
     """Tie operands that broadcast to `shape`; the result carries the coordinates of the richest one per axis."""
     n = len(shape)
+    if len(states) == 1 and states[0].shape == shape:
+        return State(shape, {a: m for a, m in states[0].axes.items() if shape[a] > 1})
     axes: dict[int, AxisMap] = {}
     for axis in range(n):
         length = shape[axis]
@@ -29,7 +33,7 @@ def tie_all(context: NodeContext, states: list[State], shape: tuple[int, ...]) -
         if best:
             for other in maps:
                 if other is not best:
-                    context.tie(best, other, length, _MET if other else _blocker(context))
+                    context.tie(best, other, length, _MET if other else functools.partial(_blocker, context))
             axes[axis] = best
     return State(shape, axes)
 

@@ -27,13 +27,11 @@ def stream_components(analysis: Analysis) -> tuple[npt.NDArray[np.bool_], npt.ND
     residual: list[Ints] = []
     looked_up: list[Ints] = []
     order = {node: i for i, node in enumerate(analysis.trace.graph.nodes)}
-    for node in order:
+    for node in analysis.trace.calls.get(Kind.LOOKUP, ()):
+        looked_up += _positions(analysis, analysis.state(node), (len(analysis.state(node).shape) - 1,))
+    for node in analysis.trace.calls.get(Kind.POINTWISE, ()):
         operator = operator_of(node)
-        if operator is None:
-            continue
-        if operator.kind is Kind.LOOKUP:
-            looked_up += _positions(analysis, analysis.state(node), (len(analysis.state(node).shape) - 1,))
-        elif operator.sums:
+        if operator is not None and operator.sums:
             state = analysis.state(node)
             axes = tuple(a for a, axis_map in state.axes.items() if axis_map)
             if axes and _is_residual(node, order):

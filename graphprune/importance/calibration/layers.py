@@ -93,21 +93,21 @@ def find_readers(trace: Trace) -> list[Reader]:
         assert product.data_axis is not None and product.result_axis is not None
         out.append(
             Reader(
-                name,
-                _bias(nodes, made[name]) or "",
-                isinstance(form_of(first), Sliding),
-                product.transposed,
-                product.groups,
-                product.reads[0],
-                product.produces[0],
-                product.data_axis - rank(product.data),
-                product.result_axis - rank(first),
-                operator_name(first) if isinstance(form_of(first), Declared) else "",
-                _places(first, product),
-                index[first],
-                len(nodes),
-                adds,
-                before,
+                weight=name,
+                bias=_bias(nodes, made[name]) or "",
+                convolution=isinstance(form_of(first), Sliding),
+                transposed=product.transposed,
+                groups=product.groups,
+                in_axis=product.reads[0],
+                out_axis=product.produces[0],
+                data_axis=product.data_axis - rank(product.data),
+                result_axis=product.result_axis - rank(first),
+                declared=operator_name(first) if isinstance(form_of(first), Declared) else "",
+                places=_places(first, product),
+                order=index[first],
+                calls=len(nodes),
+                adds=adds,
+                after=before,
             )
         )
     return sorted(out, key=lambda r: r.order)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ...plans.surgery.folding import uses_stored_statistics
+from ...plans.surgery.folding import stored_norms, uses_stored_statistics
 from ...tracing.names import operator_name
 from ...tracing.operators import (
     Kind,
@@ -84,8 +84,7 @@ def stored_spreads(
 ) -> dict[fx.Node, Spread]:
     """The spreads of these nodes. `tensors`: parameters and buffers by name. `assume`: every feature of a layer norm
     is like all of them together."""
-    norms = {node for node in trace.graph.nodes if _norm_places(node) is not None}
-    sources = norms | {node for node in trace.graph.nodes if assume and _is_layer_norm(node)}
+    sources = set(stored_norms(trace)) | set(trace.calls.get(Kind.LAYER_NORM, ()) if assume else ())
     informed = _informed(trace, sources)
     wanted = _needed(upto, informed, sources)
     found: dict[fx.Node, Any] = {}
@@ -430,14 +429,23 @@ class StoredStatistics:
 
     def only_multiplies(self, name: str) -> bool:
         """Whether all that happens to a tensor is that others are multiplied with it, element by element."""
-        node = self._trace.parameters.get(name)
-        found = [] if node is None else [operator_of(user) for user in node.users]
-        return bool(found) and all(one is not None and one.merge is Merge.PRODUCT for one in found)
+        return name in self._factors
+
+    @functools.cached_property
+    def _factors(self) -> frozenset[str]:
+        products = {n for n in self._trace.calls.get(Kind.POINTWISE, ()) if _merge(n) is Merge.PRODUCT}
+        named = self._trace.parameters.items()
+        return frozenset(name for name, node in named if node.users and products.issuperset(node.users))
 
     def variance(self, weight: str) -> Tensor | None:
         """Variances of what a linear layer or convolution reads, one per index of its weight's input axis, over data,
         samples and places; NaN where unknown, None for what is no such layer. Behind layer norms they are assumed."""
         return self._variances.get(weight)
+
+
+def _merge(node: fx.Node) -> Merge | None:
+    operator = operator_of(node)
+    return None if operator is None else operator.merge
 
 
 def read_by(call: fx.Node) -> fx.Node:

@@ -12,7 +12,6 @@ from ...dependency.axes import Floats, ProductCosts, coordinates
 from ...dependency.state import Mask
 from ...plans.surgery import Fold, fold_names
 from ...support.walking import named_tensors
-from ...tracing.work import runs_in_eval, terms_of
 
 
 @runtime_checkable
@@ -43,10 +42,9 @@ def mac_costs(graph: DependencyGraph) -> ProductCosts:
     """Multiply-accumulates of the run in eval mode, as `graphprune.count` counts them."""
     costs = ProductCosts(graph)
     analysis = graph.analysis
-    for node in graph.trace.graph.nodes:
-        if runs_in_eval(node):
-            for term in terms_of(node) or ():
-                costs.add(1, [(coordinates(analysis, loop), loop.length) for loop in term])
+    for terms in graph.trace.work.values():
+        for term in terms:
+            costs.add(1, [(coordinates(analysis, loop), loop.length) for loop in term])
     return costs
 
 

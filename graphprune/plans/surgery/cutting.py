@@ -48,7 +48,6 @@ def operate(
     """A pruned copy. `model` is not touched, and nothing is returned unless every step succeeded."""
     gone = {f"{f.batch_norm}.{p}" for f in folds for p in ("weight", "bias", "running_mean", "running_var")}
     named = named_tensors(model)
-    new = folded_tensors(model, list(folds))
     cuts: dict[str, Mapping[int, Sequence[int]]] = {n: a for n, a in removed.items() if n not in gone}
     for fold in folds:
         weight, bias = fold_names(fold)
@@ -56,6 +55,7 @@ def operate(
             lost = _output_cut(model, fold, cuts.get(weight, {}), removed)
             if len(lost):
                 cuts[bias] = {0: lost}
+    new, done = _folded(model, folds, cuts, {scale.parameter for scale in rescales})
     with torch.no_grad():
         for scale in rescales:
             tensor = new.get(scale.parameter, named[scale.parameter])
@@ -66,10 +66,8 @@ def operate(
             factor = factor.to(tensor.device).reshape(view)
             new[scale.parameter] = (tensor.detach().to(factor.dtype) * factor).to(tensor.dtype)
         for name, axes in cuts.items():
-            try:
-                new[name] = cut_tensor(new[name] if name in new else named[name], axes)
-            except IndexError as error:
-                raise GraphPruneError(f"the plan removes from {name} what it does not have: {error}") from error
+            if name not in done:
+                new[name] = _cut(name, new[name] if name in new else named[name], axes)
     out = clone_with(model, new, {fold.batch_norm: nn.Identity() for fold in folds}, caches)
     modules = all_modules(out)
     whole = with_free_widths(out, modules, new)
@@ -83,6 +81,30 @@ def operate(
     touched |= {path.rpartition(".")[0] for path in touched}
     refresh([module for path, module in modules.items() if path in touched])
     return out
+
+
+def _cut(name: str, tensor: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:
+    try:
+        return cut_tensor(tensor, axes)
+    except IndexError as error:
+        raise GraphPruneError(f"the plan removes from {name} what it does not have: {error}") from error
+
+
+def _folded(
+    model: nn.Module, folds: Sequence[Fold], cuts: Mapping[str, Mapping[int, Sequence[int]]], rescaled: set[str]
+) -> tuple[dict[str, Tensor], set[str]]:
+    """The tensors of layers with their batch norms folded in, and the names of those that are cut already: a weight is
+    cut before, so that only what stays is multiplied, unless its outputs lie in several axes or it is rescaled."""
+
+    def cut(name: str, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        axes = cuts.get(name, {})
+        return _cut(name, weight, axes), _cut(name, scale, {0: axes[0]} if 0 in axes else {})
+
+    late = [fold.axis != 0 or fold_names(fold)[0] in rescaled for fold in folds]
+    new = folded_tensors(model, [fold for fold, later in zip(folds, late, strict=True) if later])
+    early = [fold for fold, later in zip(folds, late, strict=True) if not later]
+    new.update(folded_tensors(model, early, cut))
+    return new, {fold_names(fold)[0] for fold in early}
 
 
 def with_free_widths(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,13 +50,16 @@ def effective_folds(model: nn.Module, trace: Trace) -> list[tuple[Fold, bool]]:
     modules = all_modules(model)
     names = Counter(trace.aliases.values())
     folds = []
-    for node in trace.graph.nodes:
-        if not uses_stored_statistics(node):
-            continue
+    for node in stored_norms(trace):
         fold = _fold_of(node, modules)
         if fold is not None and names[fold_names(fold)[0]] == 1:
             folds.append((fold, _replaceable(fold, node, modules)))
     return folds
+
+
+def stored_norms(trace: Trace) -> list[fx.Node]:
+    """The batch norms of a run that take stored statistics."""
+    return [node for node in trace.calls.get(Kind.BATCH_NORM, ()) if uses_stored_statistics(node)]
 
 
 def uses_stored_statistics(node: fx.Node) -> bool:
@@ -148,28 +151,42 @@ def check_folds(model: nn.Module, folds: Sequence[Fold]) -> None:
             )
 
 
-def folded_tensors(model: nn.Module, folds: list[Fold]) -> dict[str, Tensor]:
-    """New weights and biases by parameter name, computed in float32 or better and returned in the layer's dtype."""
+# What is left of a weight and of the factors of its outputs, by the name of the weight
+Cut = Callable[[str, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def folded_tensors(model: nn.Module, folds: list[Fold], cut: Cut | None = None) -> dict[str, Tensor]:
+    """New weights and biases by parameter name, computed in float32 or better and returned in the layer's dtype.
+
+    `cut`: what of the weights is wanted, where only part of them is; biases are whole."""
     modules = all_modules(model)
     out: dict[str, Tensor] = {}
     with torch.no_grad():
         for fold in folds:
             layer, norm = modules[fold.layer], modules[fold.batch_norm]
             assert isinstance(layer, (_ConvNd, nn.Linear)) and isinstance(norm, _BatchNorm)
-            weight = layer.weight.detach()
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)  # type: ignore[union-attr]
-            if norm.weight is not None:
-                scale = scale * norm.weight.detach().to(dtype)
-            shift = -norm.running_mean.to(dtype) * scale  # type: ignore[union-attr]
-            if norm.bias is not None:
-                shift = shift + norm.bias.detach().to(dtype)
-            if layer.bias is not None:
-                shift = shift + layer.bias.detach().to(dtype) * scale
             weight_name, bias_name = fold_names(fold)
-            out[weight_name] = scale_filters(weight, scale, fold.axis, layer).to(weight.dtype)
+            weight = layer.weight.detach()
+            scale, shift = _scale_and_shift(layer, norm)
             out[bias_name] = shift.to(weight.dtype)
+            if cut is not None:
+                weight, scale = cut(weight_name, weight, scale)
+            out[weight_name] = scale_filters(weight, scale, fold.axis, layer).to(weight.dtype)
     return out
+
+
+def _scale_and_shift(layer: _ConvNd | nn.Linear, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """By what the outputs of a layer without bias are multiplied and what is added: s and b' of the module's text."""
+    dtype = torch.promote_types(layer.weight.dtype, torch.float32)
+    scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)  # type: ignore[union-attr]
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().to(dtype)
+    shift = -norm.running_mean.to(dtype) * scale  # type: ignore[union-attr]
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().to(dtype)
+    if layer.bias is not None:
+        shift = shift + layer.bias.detach().to(dtype) * scale
+    return scale, shift
 
 
 def scale_filters(weight: Tensor, scale: Tensor, axis: int, layer: nn.Module) -> Tensor:

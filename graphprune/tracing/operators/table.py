@@ -8,7 +8,7 @@ tags it so, an elementwise one. How channels flow through the less usual ones is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -161,14 +161,15 @@ def operator_of(node: fx.Node) -> Operator | None:
 
 def operator_of_target(target: Any) -> Operator | None:
     """`operator_of` what a node calls."""
-    try:
-        return _known[target]
-    except KeyError:
+    known = _known.get(id(target))
+    if known is None:
         found = named(target_name(target)) or (_ELEMENTWISE if _is_elementwise(target) else None)
-        return _known.setdefault(target, found)
+        known = _known.setdefault(id(target), (target, found))
+    return known[1]
 
 
-_known: dict[Any, Operator | None] = {}  # what was found already
+# What was found already, by identity: torch's operators take long to hash. Each is kept, so that no other gets its id.
+_known: dict[int, tuple[Any, Operator | None]] = {}
 
 
 def _is_elementwise(target: Any) -> bool:
@@ -196,6 +197,23 @@ def products_of(node: fx.Node) -> tuple[Product, ...]:
     """The one answer to what a call multiplies with what, built-in or a user's: see `Product`."""
     form = form_of(node)
     return () if form is None else form.products(node)
+
+
+def calls_by_kind(nodes: Iterable[fx.Node]) -> dict[Kind, tuple[fx.Node, ...]]:
+    """The calls of each kind, in the order of the nodes."""
+    found: dict[Kind, list[fx.Node]] = {}
+    for node in nodes:
+        if node.op == "call_function":
+            operator = operator_of(node)
+            if operator is not None:
+                found.setdefault(operator.kind, []).append(node)
+    return {kind: tuple(calls) for kind, calls in found.items()}
+
+
+def products_by_call(nodes: Iterable[fx.Node]) -> dict[fx.Node, tuple[Product, ...]]:
+    """`products_of` every call that multiplies something."""
+    both = ((node, products_of(node)) for node in nodes if node.op == "call_function")
+    return {node: products for node, products in both if products}
 
 
 _LAYERS = frozenset((Kind.CONTRACTION, Kind.CONVOLUTION, Kind.RECURRENT))
