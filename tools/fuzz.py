@@ -2,6 +2,7 @@
 
     python -m tools.fuzz --start 0 --count 5000
     python -m tools.fuzz --start 1234 --count 1 --ratio 0.5
+    python -m tools.fuzz --programs --count 1000
 
 Prints every failing seed as it is found and a summary at the end; exit status 1 if there was any.
 """
@@ -10,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 
 import torch
 
-from tests.examination import Outcome, examine_random
+from tests.examination import Outcome, examine_program, examine_random
 from tests.waiting import time_limit
 
 
@@ -23,6 +25,10 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=5000, help="number of seeds (default 5000)")
     parser.add_argument("--ratio", type=float, help="share of channels to remove (default: another one for each seed)")
     parser.add_argument("--prove", action="store_true", help="also run the engine's own verification")
+    parser.add_argument(
+        "--programs", action="store_true",
+        help="networks of the second generator, functions on bare parameters in three precisions, always with --prove",
+    )  # fmt: skip
     parser.add_argument("--limit", type=int, default=120, help="seconds for one network (default 120, 0 for no limit)")
     parser.add_argument("--every", type=int, default=100, help="networks between two lines of progress (default 100)")
     options = parser.parse_args()
@@ -30,13 +36,18 @@ def main() -> int:
 
     failures: dict[int, Outcome] = {}
     shares: list[float] = []
+    reasons: Counter[str] = Counter()
     for done, seed in enumerate(range(options.start, options.start + options.count), 1):
         try:
             with time_limit(options.limit, TimeoutError(f"not done after {options.limit} s")):
-                outcome = examine_random(seed, options.ratio, prove=options.prove)
+                if options.programs:
+                    outcome = examine_program(seed, options.ratio)
+                else:
+                    outcome = examine_random(seed, options.ratio, prove=options.prove)
         except TimeoutError as error:
             outcome = Outcome(crash=str(error))
         shares.append(outcome.share)
+        reasons.update([outcome.reason] if outcome.reason else [])
         if outcome.failed:
             failures[seed] = outcome
             print(f"seed {seed}: {outcome}", flush=True)
@@ -48,6 +59,8 @@ def main() -> int:
         f"{options.count} networks, seeds {options.start} to {options.start + options.count - 1}: "
         f"{len(failures)} failures, {len(smaller)} became smaller, by {mean:.1%} of their parameters on average"
     )
+    for reason, number in reasons.most_common(10):
+        print(f"{number:5d} stayed whole: {reason}")
     if failures:
         print("failing seeds: " + " ".join(map(str, failures)))
     return 1 if failures else 0

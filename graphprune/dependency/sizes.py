@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from torch import fx
@@ -37,6 +38,7 @@ class Conflict:
     """A number that does not come out right.
 
     `wanted` is the count of surviving indices that would satisfy it; `instead` another axis whose count would.
+    `possible`: all counts that would, ascending, where a comparison can be asked for every count alone; else None.
     """
 
     text: str
@@ -47,6 +49,7 @@ class Conflict:
     wanted: int | None
     source: Source | None = None
     instead: Conflict | None = None
+    possible: Vector | None = None
 
 
 @dataclasses.dataclass
@@ -210,6 +213,22 @@ class SizeSolver:
         length = site.expr.node.meta["val"].shape[site.expr.axis]
         return Conflict(text, site.node, axis_map, length, self.value(site.expr), wanted) if axis_map else None
 
+    def _possible(self, guard: Guard, leaf: TensorSize) -> Vector | None:
+        """The sizes for which a comparison comes out as recorded, other sizes as they are now; None where that cannot
+        be asked of many at once."""
+        now, every = self.value(leaf), np.arange(1, leaf.node.meta["val"].shape[leaf.axis] + 1, dtype=np.int64)
+
+        def value(x: Attribute | TensorSize) -> Any:
+            return every if isinstance(x, TensorSize) and self.value(x) == now else self.value(x)
+
+        try:
+            with np.errstate(all="raise"):
+                right = COMPARE[guard.comparison](evaluate(guard.left, value), evaluate(guard.right, value))
+        except (ArithmeticError, TypeError):  # a square root of many at once is none
+            return None
+        found: Vector = every[np.broadcast_to(np.asarray(right) == guard.outcome, every.shape)]
+        return found
+
     def _nearby(self, guard: Guard, leaf: TensorSize) -> int | None:
         """The size nearest to the present one for which a comparison comes out as recorded."""
         now, length = self.value(leaf), leaf.node.meta["val"].shape[leaf.axis]
@@ -257,7 +276,8 @@ class SizeSolver:
             return conflict
         for leaf in (*leaves(guard.left), *leaves(guard.right)):
             if isinstance(leaf, TensorSize) and self.value(leaf) == conflict.survivors:
-                return dataclasses.replace(conflict, wanted=self._nearby(guard, leaf))
+                possible = self._possible(guard, leaf)
+                return dataclasses.replace(conflict, wanted=self._nearby(guard, leaf), possible=possible)
         return conflict
 
     def _check_guards(self, guards: Iterable[Guard]) -> list[Conflict]:

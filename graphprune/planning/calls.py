@@ -112,7 +112,8 @@ def plan(
     index.
 
     - `strict`: whether it is an error, instead of a GraphPruneWarning, where a ratio above 0 removes nothing at all, or
-      nothing of a name in the dict. Either names the option, or the most frequent reasons in the code.
+      nothing of a name in the dict, or a latency is missed by more than 1 %. Either names the option, or the most
+      frequent reasons in the code, or what was measured.
 
     - `sizes`: what becomes of numbers that modules keep and this call does not read (`num_features`, for a method that
       puts a new head on): {name or pattern: "follow" or "hold"}. Without it those follow with which the code of their

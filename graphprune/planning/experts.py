@@ -72,22 +72,24 @@ def plan_experts(
     """
     example = ExampleInput.of(example_input)
     held = held_modules(request.ignore, model)
-    mixtures = [m for m in find_mixtures(model, example) if held.isdisjoint(_names(m))]
+    every = find_mixtures(model, example)
+    mixtures = [m for m in every if held.isdisjoint(_names(m))]
     scores = _scores(model, mixtures, example, request.data)
     refused: dict[str, str] = {}
     chosen = [m for m in (_cut(m, scores[m.experts.router], request, before) for m in mixtures) if m.experts.gone]
-    made = _plan(model, chosen, mixtures, refused)
+    made = _plan(model, chosen, every, refused)
     if chosen and _failure(model, made, example):
         sound: list[Mixture] = []
         for mixture in chosen:  # which of them is it?
-            reason = _failure(model, _plan(model, [*sound, mixture], mixtures, {}), example)
+            reason = _failure(model, _plan(model, [*sound, mixture], every, {}), example)
             if reason:
                 refused[mixture.experts.router] = reason
             else:
                 sound.append(mixture)
-        made = _plan(model, sound, mixtures, refused)
+        made = _plan(model, sound, every, refused)
     if not mixtures:
-        made = dataclasses.replace(made, frozen=("no mixture of experts: no router's outputs are ranked by a top-k",))
+        none = "no mixture of experts: no router's outputs are ranked by a top-k"
+        made = dataclasses.replace(made, frozen=("all mixtures of experts are ignored" if every else none,))
     return made
 
 
@@ -141,25 +143,40 @@ def _plan(model: nn.Module, chosen: Sequence[Mixture], mixtures: Sequence[Mixtur
 
 
 def _attributes(model: nn.Module, chosen: Sequence[Mixture], mixtures: Sequence[Mixture]) -> list[AttributeChange]:
-    """What counts experts in the modules of a mixture, and in settings where all mixtures lose as many."""
+    """What counts experts: in the modules of a mixture; in those around mixtures that all come out alike, as where the
+    loss of the routers is computed; and in settings where all mixtures of the model do."""
     modules = all_modules(model)
+    lost_by = {m.experts.router: len(m.experts.gone) for m in chosen}
+    left = {m.experts.router: (m.number, m.number - lost_by.get(m.experts.router, 0)) for m in mixtures}
     out = []
-    for m in chosen:
-        left = m.number - len(m.experts.gone)
-        for path, module in modules.items():
-            if path == m.block or path.startswith(f"{m.block}." if m.block else ""):
-                for name, value in module.__dict__.items():
-                    if type(value) is int and value == m.number and _counts(name):
-                        out.append(AttributeChange(path, name, (), value, left))
-    gone = {m.experts.router: len(m.experts.gone) for m in chosen}
-    widths = {(m.number, m.number - gone.get(m.experts.router, 0)) for m in mixtures}
-    if len(widths) == 1:
-        ((number, left),) = widths
+    for path, module in modules.items():
+        inside = [m for m in chosen if _within(path, m.block)]
+        about = inside or [m for m in mixtures if _within(_place(m), path)]
+        widths = {left[m.experts.router] for m in about}
+        if len(widths) == 1:
+            ((number, now),) = widths
+            if now < number:
+                found = [name for name, value in module.__dict__.items() if _is(value, number) and _counts(name)]
+                out += [AttributeChange(path, name, (), number, now) for name in found]
+    if chosen and len(set(left.values())) == 1:
+        ((number, now),) = set(left.values())
         for path, name, settings in configurations(modules).values():
-            for key, value in settings_of(settings).items():
-                if type(value) is int and value == number and _counts(key):
-                    out.append(AttributeChange(path, name, (key,), value, left))
+            keys = [key for key, value in settings_of(settings).items() if _is(value, number) and _counts(key)]
+            out += [AttributeChange(path, name, (key,), number, now) for key in keys]
     return out
+
+
+def _within(path: str, whole: str) -> bool:
+    return not whole or path == whole or path.startswith(f"{whole}.")
+
+
+def _place(mixture: Mixture) -> str:
+    """A module of the mixture."""
+    return mixture.block or mixture.experts.router
+
+
+def _is(value: Any, number: int) -> bool:
+    return type(value) is int and value == number
 
 
 def _counts(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from ..errors import GraphPruneError
 from ..importance.scorer import Scorer
 from ..plans.rewriting import Rewriter
 from .allocation import Allocation, Kinds, Limit, Settings, allocate
+from .allocation.rounding import Ints
+
+T = TypeVar("T")
 
 # Each round freezes or fixes at least one group, so the number of groups bounds it; this is only a safety net.
 _MAX_ROUNDS = 400
@@ -31,9 +35,11 @@ def settle(
     The graph that comes back is `graph` with what had to be held. None where what does not come out right is to be
     rewritten instead: another graph is needed."""
     forced: dict[int, int] = {}
+    possible: dict[int, Ints] = {}
     tried: set[tuple[int, int]] = set()
     for _ in range(_MAX_ROUNDS):
-        allocation = allocate(graph, scorer(graph), settings, _by_index(graph, forced), limits(graph))
+        free = _by_index(graph, possible)
+        allocation = allocate(graph, scorer(graph), settings, _numbers(graph, forced), limits(graph), free)
         solver = SizeSolver(graph.analysis, allocation.gone)
         resolution = solver.resolve()
         factors, blocked = rescales(graph.analysis, solver)
@@ -49,6 +55,8 @@ def settle(
                     resolution = solver.resolve()
                     factors = rescales(released, solver)[0]
             return graph, allocation, resolution, factors
+        if settings.budget is not None and _restricted(graph, conflicts, allocation, possible, settings.kinds):
+            continue
         adjusted = _adjustments(graph, conflicts, allocation, tried, settings.kinds)
         if adjusted:
             forced.update(adjusted)
@@ -59,16 +67,47 @@ def settle(
     raise GraphPruneError("planning did not settle on this model; please report it")
 
 
-def _by_index(graph: DependencyGraph, forced: Mapping[int, int]) -> dict[int, int]:
-    """Forced counts are remembered by a position, as groups are renumbered when they are rebuilt."""
+def _by_index(graph: DependencyGraph, values: Mapping[int, T]) -> dict[int, T]:
+    """What is known of groups is remembered by a position, as groups are renumbered when they are rebuilt."""
     label = graph.analysis.label
-    component = {int(label[position]): keep for position, keep in forced.items()}
-    out = {}
-    for group in graph.groups:
-        keep = component.get(int(graph.units(group)[0]))
-        if keep is not None:
-            out[group.index] = min(keep, group.size)
-    return out
+    component = {int(label[position]): value for position, value in values.items()}
+    first = {group.index: int(graph.units(group)[0]) for group in graph.groups}
+    return {index: component[unit] for index, unit in first.items() if unit in component}
+
+
+def _numbers(graph: DependencyGraph, forced: Mapping[int, int]) -> dict[int, int]:
+    return {index: min(keep, graph.groups[index].size) for index, keep in _by_index(graph, forced).items()}
+
+
+def _position(graph: DependencyGraph, group: Group) -> int:
+    return int(np.nonzero(graph.analysis.label == graph.units(group)[0])[0][0])
+
+
+def _restricted(
+    graph: DependencyGraph,
+    conflicts: list[Conflict],
+    allocation: Allocation,
+    possible: dict[int, Ints],
+    kinds: Kinds,
+) -> bool:
+    """Note which widths a comparison in the code allows, for a budget to choose among; whether that is news."""
+    found = False
+    for conflict in conflicts:
+        if conflict.possible is None:
+            continue
+        groups = _groups_on(graph, conflict)
+        if len(groups) != 1 or not kinds.may_change(groups[0].kind):
+            continue
+        group, position = groups[0], _position(graph, groups[0])
+        keep = group.size - len(allocation.removed.get(group.index, ()))
+        widths, rest = np.divmod(keep * conflict.possible, conflict.survivors)
+        widths = widths[(rest == 0) & (widths >= 1) & (widths <= group.size)]
+        if position in possible:
+            widths = np.intersect1d(widths, possible[position])
+        if keep not in widths and group.size in widths and not np.array_equal(widths, possible.get(position, ())):
+            possible[position] = widths
+            found = True
+    return found
 
 
 def _groups_on(graph: DependencyGraph, conflict: Conflict) -> list[Group]:
@@ -112,7 +151,7 @@ def _adjust_axis(
     for group in sorted(groups, key=lambda g: (g.kind.is_head, g.index)):
         keep = group.size - len(allocation.removed.get(group.index, ()))
         new, rest = divmod(keep * conflict.wanted, conflict.survivors)
-        position = int(np.nonzero(graph.analysis.label == graph.units(group)[0])[0][0])
+        position = _position(graph, group)
         if rest or not 1 <= new <= group.size or new == keep or (position, new) in tried:
             continue
         if group.kind.is_head and new == group.size:

@@ -18,6 +18,8 @@ from .request import Decision, Request
 _EVERYWHERE = ("immovable", "output")
 _NEVER = ("kernel", "numbers", "vocabulary")
 _SHOWN = 3
+# How far above what was asked for a latency may be.
+_MET = 1.01
 
 
 def tell(message: str, strict: bool) -> None:
@@ -33,7 +35,7 @@ def shortfall(decision: Decision) -> str:
     plan, request, graph = decision.plan, decision.request, decision.graph
     ratio = request.ratio
     if ratio is None:
-        told = _missed(plan)
+        told = missed(plan)
     elif isinstance(ratio, Mapping):
         told = "" if graph is None else _named(plan, ratio, request, graph)
     elif not plan.empty or not ratio:
@@ -44,12 +46,25 @@ def shortfall(decision: Decision) -> str:
     return f"{told}; {decision.note}" if told and decision.note else told
 
 
-def _missed(plan: Plan) -> str:
-    """Other budgets are met or refused; of a latency the nearest plan that was seen is taken."""
+def missed(plan: Plan) -> str:
+    """Why a latency is not what was asked for, empty where it is, or none was: other budgets are met or refused, of a
+    latency the nearest plan that was seen is taken."""
     found = plan.latency
-    if found is None or not plan.empty or found.requested_ms >= 0.995 * found.dense_ms:
+    if found is None:
         return ""
-    return f"nothing was removed, although a latency was asked for: {found}"
+    if plan.empty:
+        near = found.requested_ms >= 0.995 * found.dense_ms
+        return "" if near else f"nothing was removed, although a latency was asked for: {found}"
+    seen, how = found.measured_ms, "measured"
+    if seen is None:
+        seen, how = found.predicted_ms, "predicted"
+    if seen <= _MET * found.requested_ms:
+        return ""
+    return (
+        f"the latency that was asked for is missed: {seen:.3g} ms {how}, {found.requested_ms:.3g} ms asked for "
+        f"({seen / found.requested_ms - 1:+.1%}; {found.dense_ms:.3g} ms dense, {len(found.attempts)} attempts); it is "
+        f"the nearest plan that was seen: ask for less time, on a machine that does nothing else"
+    )
 
 
 def _nothing_whole(plan: Plan, request: Request) -> str:

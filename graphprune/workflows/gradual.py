@@ -14,7 +14,7 @@ from ..planning.allocation import Budget
 from ..planning.calls import check_recover
 from ..planning.layers import ignored_names
 from ..planning.request import Request, options_in, takes_options
-from ..planning.shortfall import shortfall, tell
+from ..planning.shortfall import missed, shortfall, tell
 from ..plans.folding import fold_conv_bn
 from ..plans.naming import in_users_names
 from ..plans.plan import Plan
@@ -53,7 +53,8 @@ def prune_gradually(
       copy, such as `lambda model, step: graphprune.finetune(model, loader, epochs=1).model`. Without it the steps alone
       are taken, after `recover` if that is given.
     - `recover`: as in `prune`, applied at every step before `train`, against the model of the step before.
-    - `strict`: whether it is an error, instead of a GraphPruneWarning, where nothing at all was removed in the end.
+    - `strict`: whether it is an error, instead of a GraphPruneWarning, where nothing at all was removed in the end, or
+      a latency was missed.
     - `fold_bn`: whether batch norms are folded into layers at the end. They stay while there is training.
 
     The others are those of `plan`. With `granularity` "layer", "branch" or "experts" the ratio is of those that could
@@ -83,8 +84,8 @@ def prune_gradually(
     for step in range(1, steps + 1):
         small, made = shrink(model, way(step) / 0.5)
         removed = removed or not made.empty
-        if step == steps and not removed:
-            tell(shrink.shortfall, request.strict)
+        if step == steps:
+            tell(missed(made) if removed else shrink.shortfall, request.strict)
         if recover is not None:
             small = recover_accuracy(model, made, example_input, request.data, recover).model
         model = small if train is None else _trained(train, small, step)

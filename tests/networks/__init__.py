@@ -21,6 +21,7 @@ from . import (
     structure,
 )
 from .random import random_network
+from .random_programs import random_program
 from .registry import NETWORKS, Network
 
 THEMES = (
@@ -29,4 +30,4 @@ THEMES = (
 )  # fmt: skip
 """The modules that fill the registry."""
 
-__all__ = ["NETWORKS", "THEMES", "Network", "random_network"]
+__all__ = ["NETWORKS", "THEMES", "Network", "random_network", "random_program"]

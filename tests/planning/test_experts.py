@@ -12,6 +12,7 @@ import graphprune
 from graphprune import GraphPruneError, Plan
 from graphprune.dependency.whole.experts import find_mixtures
 from tests.moe_networks import ListedMixture, Needed, StackedMixture, Transformer
+from tests.tracing.counting_reference import computed
 
 
 def slow(model: Transformer, x: Tensor, gone: dict[int, set[int]]) -> Tensor:
@@ -121,6 +122,39 @@ def test_wrong_networks_and_files_are_refused(tmp_path: Path) -> None:
         wrong.apply(model)
 
 
+class Routed(nn.Module):
+    """The loss of the routers is computed outside of the mixtures, with a number of its own; the other number is one of
+    hidden channels that happens to be the same."""
+
+    def __init__(self, stacked: bool) -> None:
+        super().__init__()
+        self.net, self.num_experts, self.classes, self.top_experts = Transformer(stacked), 6, 6, 6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def balance(self, logits: Tensor) -> Tensor:
+        share = F.one_hot(logits.argmax(-1), self.num_experts).float().mean(0)
+        return (share * logits.softmax(-1).mean(0)).sum() * self.num_experts
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_numbers_of_experts_outside_of_the_mixtures_follow(stacked: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Routed(stacked).eval(), torch.randn(2, 4, 5)
+    small = graphprune.prune(model, x, 0.34, granularity="experts")
+    assert (small.num_experts, small.classes, small.top_experts) == (4, 6, 6) and model.num_experts == 6
+    weight = small.net.layers[0].router if stacked else small.net.layers[0].gate.weight
+    assert small.balance(small.net.inward(x).flatten(0, 1) @ weight.T).item() > 0
+
+
+def test_a_number_stays_where_mixtures_come_out_different() -> None:
+    model, x = Routed(False).eval(), torch.randn(2, 4, 5)
+    small = graphprune.prune(model, x, 0.34, granularity="experts", ignore="net.layers.0")
+    assert [small.net.layers[i].num_experts for i in (0, 1)] == [6, 4] and small.num_experts == 6
+    assert small.net.config.num_local_experts == 6
+
+
 def test_options_that_experts_do_not_take() -> None:
     model, x = Transformer().eval(), torch.randn(2, 4, 5)
     with pytest.raises(GraphPruneError, match="one ratio"):
@@ -149,3 +183,29 @@ def test_hugging_face(name: str) -> None:
     assert graphprune.verify(model, small, plan, x).passed
     small = graphprune.prune(small, x, 0.5, granularity=["heads", "mlp"])
     assert sum(p.numel() for p in small.parameters()) < 0.7 * sum(p.numel() for p in model.parameters())
+    assert [small.num_experts, small.model.layers[0].mlp.experts.num_experts] == [3, 3]
+    small.train()(**x, labels=x["input_ids"], output_router_logits=True).loss.backward()
+    fewer = graphprune.prune(model, x, 0.5, granularity="experts")
+    assert graphprune.fit_config(fewer, x)
+
+
+@pytest.mark.parametrize("kind", ["macs", "params"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen2Moe"])
+def test_budgets_of_hugging_face_mixtures(name: str, kind: str) -> None:
+    """Against a count by what runs: two axes of every matrix product, and all rows of the grouped ones."""
+    transformers = pytest.importorskip("transformers")
+    options = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    options |= {"num_local_experts": 6} if name == "Mixtral" else {
+        "num_experts": 6, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**options)).eval()
+    x = {"input_ids": torch.randint(0, 60, (4, 8)), "use_cache": False}
+    small = graphprune.prune(model, x, budget=graphprune.Budget(**{kind: 0.5}))
+    counted = [graphprune.count(net, x) for net in (small, model)]
+    # only the products of two rotary tables are no weights' and no attention's
+    assert [c.macs for c in counted] == [computed(net, x) for net in (small, model)]
+    assert [c.parameters for c in counted] == [sum(p.numel() for p in net.parameters()) for net in (small, model)]
+    used = counted[0].macs / counted[1].macs if kind == "macs" else counted[0].parameters / counted[1].parameters
+    assert 0.99 * 0.5 <= used <= 0.5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 import warnings
 from typing import Any
 
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import Budget, GraphPruneError, GraphPruneWarning, sparsity
+from graphprune.planning.shortfall import missed
+from graphprune.plans.latency import Attempt
 
 from ..runtimes.latency.law import table
 
@@ -198,3 +202,16 @@ def test_a_summary_says_what_was_asked_for_where_it_was_rounded() -> None:
     assert "asked for\n" not in str(graphprune.plan(network(), X, 0.5, round_to=1))
     held = graphprune.plan(network(), X, {"0": 0.5, "3": 0.5}, min_channels=12)
     assert "3.weight[0]: 12 of 12 channels kept, 6 asked for" in str(held)
+
+
+@pytest.mark.parametrize(
+    ("requested", "predicted", "measured", "told"),
+    [(2.0, 1.9, 2.01, ""), (2.0, 1.9, 2.1, r"2.1 ms measured, 2 ms asked for .\+5.0%"),
+     (2.0, 2.5, None, "2.5 ms predicted"), (2.0, 2.5, 1.9, ""), (2.0, 2.0, None, "")],
+)  # fmt: skip
+def test_a_missed_latency_is_said(requested: float, predicted: float, measured: float | None, told: str) -> None:
+    plan = graphprune.plan(network(), X, 0.5)
+    attempts = (Attempt(1.0, 9.0, 9.0), Attempt(requested, predicted, measured))
+    found = missed(dataclasses.replace(plan, latency=graphprune.Latency(requested, 4.0, attempts, 1, {})))
+    assert re.search(told, found) if told else found == ""
+    assert missed(plan) == ""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -34,3 +35,29 @@ def independent_macs(model: nn.Module, *inputs: Any) -> int:
     flops: int = counter.get_total_flops()
     assert flops % 2 == 0
     return flops // 2
+
+
+class _Products(TorchDispatchMode):
+    """Multiplications of all matrix products, by the shapes that they have when they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "_grouped_mm"):
+            self.total += out.numel() * args[0].shape[-1]
+        elif name == "addmm":
+            self.total += out.numel() * args[1].shape[-1]
+        else:
+            assert "mm" not in name and name not in ("convolution", "baddbmm", "_trilinear"), name
+        return out
+
+
+def computed(model: nn.Module, example: dict[str, Any] | Tensor) -> int:
+    """MACs of a run whose only work are matrix products, grouped ones among them."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Products() as products:
+        model(**example) if isinstance(example, dict) else model(example)
+    return products.total

@@ -15,7 +15,7 @@ from .budget import Limit
 from .cells import Allocation
 from .kinds import chosen_groups
 from .realising import realise
-from .rounding import lost
+from .rounding import Ints, lost
 from .selection import matching_ratios
 from .settings import Settings
 from .within import within
@@ -27,16 +27,19 @@ def allocate(
     settings: Settings,
     forced: Mapping[int, int] | None = None,
     limits: Sequence[Limit] = (),
+    possible: Mapping[int, Ints] | None = None,
 ) -> Allocation:
     """Decide what goes. `scores[g]` holds one score per unit of group g (higher stays; on one scale for
     all groups unless the scope is local); `forced[g]` fixes how many units of a group stay. With `limits`, widths are
-    chosen so that these costs are kept, and ratios are not looked at.
+    chosen so that these costs are kept, and ratios are not looked at; `possible[g]`: the only widths that group g may
+    have then.
 
     Raises GraphPruneError for limits that cannot be met."""
     forced = forced or {}
     weights = macs_by_group(graph)
     if limits:
-        return within(graph, scores, settings, forced, limits, chosen_groups(graph, settings.kinds), weights)
+        chosen = chosen_groups(graph, settings.kinds)
+        return within(graph, scores, settings, forced, limits, chosen, weights, possible or {})
     assert settings.ratio is not None
     asked = matching_ratios(settings.ratio, graph)
     chosen = chosen_groups(graph, settings.kinds, _losing(graph, asked, settings))

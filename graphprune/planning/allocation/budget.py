@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,9 @@ _FULL, _NEAR, _EXCHANGES = 0.995, 0.99, 6
 # Where that is not enough: by how many steps one group is widened at once, in networks of how many groups at most (in
 # others a step of one group is a small part of a budget).
 _STRIDES, _FEW = 8, 12
+# And where a network is so small, or so few widths are allowed, that there are no more choices than this of all groups
+# but one, or of two of them: all are tried.
+_TRIED = 2000
 
 
 @dataclasses.dataclass(frozen=True, init=False, repr=False)
@@ -165,7 +169,8 @@ class Widths:
         keep = self.rough(limits, scale)
         if (keep == self.ceilings).all():
             return keep
-        return self._exchanged(self._filled(keep, limits, most), limits, most)
+        keep = self._exchanged(self._filled(keep, limits, most), limits, most)
+        return self._tried(keep, limits, most) if self._used(keep, limits, most) < _NEAR else keep
 
     def rough(self, limits: Sequence[Limit], scale: float = 1.0) -> Ints:
         """`choose` without filling what room is left."""
@@ -264,6 +269,43 @@ class Widths:
                 break
             keep = best
         return keep
+
+    def _tried(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> Ints:
+        """Of all ways to give the groups, or else two of them, other widths the one that keeps most of the score, among
+        those that meet the limits within 1 %; `keep` where there is none, or where there are too many ways."""
+        number = [len(options) for options in self.options]
+        order = [g for g in np.argsort(number, kind="stable").tolist() if number[g] > 1]
+        ways: Iterator[Ints] = iter(())
+        if order and math.prod(number[g] for g in order[:-1]) <= _TRIED:
+            every = itertools.product(*(self.options[g].tolist() for g in order[:-1]))
+            ways = (self._with(keep, order[:-1], widths) for widths in every)
+            lasts = order[-1:]
+        elif len(order) <= _FEW and sum(number) * len(order) <= _TRIED:
+            ways = (self._with(keep, [g], [w]) for g in order for w in self.options[g].tolist())
+            lasts = order
+        best, score = keep, -math.inf
+        for way in ways:
+            for h in lasts:
+                for width in self._near(way, h, limits, most).tolist():
+                    new = self._with(way, [h], [width])
+                    if (found := self._kept_score(new)) > score:
+                        best, score = new, found
+        return best
+
+    def _with(self, keep: Ints, groups: Sequence[int], widths: Sequence[int]) -> Ints:
+        new = keep.copy()
+        new[groups] = widths
+        return new
+
+    def _near(self, keep: Ints, g: int, limits: Sequence[Limit], most: Sequence[float]) -> Ints:
+        """The widths of group g with which the limits are kept, and met within 1 %."""
+        kept, fractions = self.fraction(keep), self.options[g] / self.sizes[g]
+        used = np.zeros(len(fractions))
+        for limit, m in zip(limits, most, strict=True):
+            curve = limit.cost.curve(g, kept, np.append(fractions, kept[g]))
+            used = np.maximum(used, (limit.cost.value(kept) - curve[-1] + curve[:-1]) / m)
+        found: Ints = self.options[g][(used <= 1 + 1e-12) & (used >= _NEAR)]
+        return found
 
     def _used(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> float:
         kept = self.fraction(keep)

@@ -98,9 +98,8 @@ class Rounding:
         """The widths that a group of this size and kind may have, ascending; those below `least` too."""
         return widths(size, self.round_to, kind.is_head)
 
-    def narrowest(self, size: int, kind: GroupKind) -> int:
-        """The least allowed width that is not below `least`."""
-        possible = self.allowed(size, kind)
+    def narrowest(self, size: int, possible: Ints) -> int:
+        """The least of these widths, the last of which is `size`, that is not below `least`."""
         return int(possible[np.searchsorted(possible, self.least(size))])
 
     def alone(self, wish: int, size: int) -> int:

@@ -6,12 +6,15 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from ...dependency import DependencyGraph
 from ...dependency.axes import Floats
 from ...errors import GraphPruneError
 from .budget import Limit, UnreachableBudget, Widths
 from .cells import Allocation
 from .realising import realise
+from .rounding import Ints
 from .settings import Settings
 from .staircase import StairWidths
 
@@ -30,6 +33,7 @@ def within(
     limits: Sequence[Limit],
     chosen: Sequence[bool],
     weights: Floats,
+    possible: Mapping[int, Ints],
 ) -> Allocation:
     """Widths within the limits: what equal counts and shared indices add is found out exactly, and taken off.
 
@@ -39,7 +43,7 @@ def within(
     for rounding in finer:
         stepped = dataclasses.replace(settings, rounding=rounding)
         try:
-            found = _searched(graph, scores, stepped, forced, limits, chosen, weights)
+            found = _searched(graph, scores, stepped, forced, limits, chosen, weights, possible)
         except UnreachableBudget:
             if best is None and rounding is finer[-1]:
                 raise
@@ -74,17 +78,20 @@ def _searched(
     limits: Sequence[Limit],
     chosen: Sequence[bool],
     weights: Floats,
+    possible: Mapping[int, Ints],
 ) -> _Found | None:
     """What fits of the widths chosen for limits of several scales: the one that keeps most where widths have steps,
     between which there may be no way to use more, else the one that uses most."""
     groups = graph.groups
     rounding = settings.rounding
     allowed = [rounding.allowed(g.size, g.kind) for g in groups]
+    for index, widths in possible.items():
+        allowed[index] = np.union1d(np.intersect1d(allowed[index], widths), [groups[index].size])
     floors, ceilings = [], []
     for group in groups:
         ceilings.append(forced.get(group.index, group.size))
         free = chosen[group.index] and group.index not in forced
-        floors.append(rounding.narrowest(group.size, group.kind) if free else ceilings[-1])
+        floors.append(rounding.narrowest(group.size, allowed[group.index]) if free else ceilings[-1])
     stairs = any(limit.stairs is not None for limit in limits)
     chooser = (StairWidths if stairs else Widths)([scores[g.index] for g in groups], floors, ceilings, allowed)
     steps = stairs or rounding.steps

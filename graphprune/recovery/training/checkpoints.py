@@ -13,7 +13,7 @@ from ...support.runs import Checkpoint, read_run, write_run
 from ...support.types import PathLike
 from ...support.walking import named_tensors
 
-_KEY = "graphprune.training/1"
+_KEY = "graphprune.training/2"
 
 
 def write_checkpoint(path: PathLike, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
@@ -61,32 +61,45 @@ def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], what: str, part: 
     return stored
 
 
+def check_others(others: Mapping[str, Tensor], tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raise GraphPruneError unless the file has just these tensors "other/..." of the optimizer."""
+    stored = {name: tensor for name, tensor in tensors.items() if name.startswith("other/")}
+    for name in others.keys() | stored.keys():
+        if name not in others or name not in stored or others[name].shape != stored[name].shape:
+            raise GraphPruneError(f"{what} is of another run: the optimizer trains other parameters beside the model's")
+
+
 def optimizer_state(
-    optimizer: torch.optim.Optimizer, model: nn.Module
+    optimizer: torch.optim.Optimizer, named: Mapping[str, Tensor]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """The state of every parameter by name: plain values, and tensors as "optimizer/<parameter>/<key>"."""
-    names = {id(tensor): name for name, tensor in own_tensors(model).items()}
+    """The state of every parameter by name: plain values, and tensors as "optimizer/<parameter>/<key>". `named`: all
+    that the optimizer trains is among them."""
+    names = {id(tensor): name for name, tensor in named.items()}
     plain: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
         values = plain.setdefault(name, {})
         for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value
-            elif value is None or isinstance(value, (bool, int, float, str)):
-                values[key] = value
-            else:
+            stored = value if isinstance(value, list) else [value]
+            if not all(isinstance(v, (Tensor, bool, int, float, str, type(None))) for v in stored):
                 raise GraphPruneError(
                     f"checkpoint: {type(optimizer).__name__} keeps a {type(value).__name__} as {key!r}, which cannot "
                     f"be stored; train without checkpoint, or with another optimizer"
                 )
+            if isinstance(value, Tensor):
+                tensors[f"optimizer/{name}/{key}"] = value
+            elif isinstance(value, list):  # as LBFGS has: what is no tensor stays in its place
+                values[key] = [None if isinstance(v, Tensor) else v for v in value]
+                tensors |= {f"optimizer/{name}/{key}:{i}": v for i, v in enumerate(value) if isinstance(v, Tensor)}
+            else:
+                values[key] = value
     return plain, tensors
 
 
 def load_optimizer(
     optimizer: torch.optim.Optimizer,
-    model: nn.Module,
+    named: Mapping[str, Tensor],
     plain: Mapping[str, Mapping[str, Any]],
     tensors: Mapping[str, Tensor],
 ) -> None:
@@ -94,13 +107,17 @@ def load_optimizer(
 
     Raises GraphPruneError, changing nothing, for state of what the optimizer does not train.
     """
-    names = {id(tensor): name for name, tensor in own_tensors(model).items()}
+    names = {id(tensor): name for name, tensor in named.items()}
     order = [names[id(parameter)] for group in optimizer.param_groups for parameter in group["params"]]
     stored: dict[str, dict[str, Any]] = {name: dict(values) for name, values in plain.items()}
     for key, tensor in tensors.items():
         if key.startswith("optimizer/"):
             name, _, what = key.removeprefix("optimizer/").rpartition("/")
-            stored.setdefault(name, {})[what] = tensor
+            held, (what, _, place) = stored.setdefault(name, {}), what.partition(":")
+            if place:
+                held[what] = [tensor if i == int(place) else v for i, v in enumerate(held[what])]
+            else:
+                held[what] = tensor
     for name in stored:
         if name not in order:
             raise GraphPruneError(f"it holds state of the optimizer for {name!r}, which is not trained")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -18,7 +19,7 @@ from ...importance.calibration import CalibrationData
 from ...plans.plan import Plan
 from ...support.suggestions import check_choice
 from .carrying import carry_optimizer
-from .checkpoints import load_model, load_optimizer, model_state, optimizer_state
+from .checkpoints import check_fit, check_others, load_model, load_optimizer, model_state, optimizer_state, own_tensors
 from .evaluation import ONE_INPUT
 from .objective import Objective
 from .randomness import seed_epoch
@@ -113,20 +114,30 @@ def mixed_precision(amp: bool | str, device: torch.device) -> torch.dtype | None
 
 
 class Trainer:
-    """A model in training. `model` and `optimizer` may be replaced by `prune`; `step` counts optimizer steps."""
+    """A model in training. `model` and `optimizer` may be replaced by `prune`; `step` counts optimizer steps.
+    `original`: the one that it is a copy of, which the loss may know."""
 
-    def __init__(self, model: nn.Module, data: Any, objective: Objective, options: Training) -> None:
+    def __init__(
+        self, model: nn.Module, data: Any, objective: Objective, options: Training, original: nn.Module
+    ) -> None:
         self.model = model
         self.options = options
         self.optimizer = options.make(model)
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self._data = data
         self._objective = objective
+        self._loss = objective.state(model, original)
         device = next(p.device for p in model.parameters())
         self._dtype = mixed_precision(options.amp, device)
         self._device = device.type
         self._resumed = ""
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype is torch.float16)
+        self._closure = _wants_closure(self.optimizer)
+        if self._closure and self._scaler.is_enabled():
+            raise GraphPruneError(
+                f"optimizer: {type(self.optimizer).__name__} asks for a closure, which the scaling of float16 losses "
+                f"does not allow; pass amp=False"
+            )
         self.steps = self._count_steps()
 
     def _count_steps(self) -> int:
@@ -145,7 +156,7 @@ class Trainer:
         seed_epoch(self.options.seed, number, self._data)
         self.model.train()
         total, rate, seen = 0.0, 0.0, 0
-        with self._objective.watching(self.model):
+        with self._objective.watching(self.model), torch.enable_grad():  # whatever the caller's mode
             for inputs, targets in CalibrationData(self._data, ONE_INPUT, self.model):
                 rate = self._set_rates(number * self.steps + min(seen, self.steps - 1))
                 loss = self._step(inputs, targets)
@@ -165,31 +176,56 @@ class Trainer:
         return float(self.rates[0] * factor)
 
     def _step(self, inputs: Any, targets: Any) -> float:
+        if self._closure:
+            losses: list[float] = []
+
+            def closure() -> Tensor:
+                loss = self._backward(inputs.clone(), targets)
+                losses.append(float(loss.detach()))
+                return loss
+
+            self._update(closure)
+            return losses[0] if losses else math.nan
+        loss = self._backward(inputs, targets)
+        self._update()
+        return float(loss.detach())
+
+    def _backward(self, inputs: Any, targets: Any) -> Tensor:
+        """The loss of a batch; its gradients, clipped, are where the optimizer looks for them."""
         self.optimizer.zero_grad(set_to_none=True)
         with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
             loss = self._objective(self.model, inputs, targets)
         if not loss.requires_grad:
-            raise GraphPruneError("training: the loss does not depend on any parameter that wants gradients")
+            raise GraphPruneError(
+                "training: the loss does not depend on any parameter that wants gradients; look for torch.no_grad, "
+                "detach or argmax in the model's forward and in loss_fn"
+            )
         self._scaler.scale(loss).backward()
         if self.options.clip is not None:
             self._scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.options.clip)
-        self._update()
-        self._scaler.update()
-        return float(loss.detach())
+        return loss
 
-    def _update(self) -> None:
+    def _update(self, *closure: Callable[[], Tensor]) -> None:
         """A step of the optimizer; the first one after `load` shows whether its state was whole."""
         try:
-            self._scaler.step(self.optimizer)
+            self._scaler.step(self.optimizer, *closure)
+        except GraphPruneError:
+            raise
         except Exception as error:
+            what = f"{type(error).__name__}: {error}"
             if not self._resumed:
-                raise
+                name = type(self.optimizer).__name__
+                raise GraphPruneError(
+                    f"optimizer: {name}.step failed ({what}); it is called without arguments, and with a closure that "
+                    f"gives the loss where `step(self, closure)` asks for one"
+                ) from error
             raise GraphPruneError(
-                f"{self._resumed} is damaged: the optimizer cannot go on from its state there ({type(error).__name__}: "
-                f"{error}); delete it to start again"
+                f"{self._resumed} is damaged: the optimizer cannot go on from its state there ({what}); delete it to "
+                f"start again"
             ) from error
+        self._scaler.update()
         self._resumed = ""
 
     def prune(self, small: nn.Module, plan: Plan | None) -> tuple[str, ...]:
@@ -204,18 +240,28 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that the next epoch depends on: plain values, and tensors by name."""
-        plain, tensors = optimizer_state(self.optimizer, self.model)
-        about = {"optimizer": plain, "scaler": self._scaler.state_dict()}
-        return about, {**model_state(self.model), **tensors}
+        other = {**self._loss.tensors(), **self._foreign()}
+        plain, tensors = optimizer_state(self.optimizer, {**other, **own_tensors(self.model)})
+        about = {"optimizer": plain, "scaler": self._scaler.state_dict(), "loss": self._loss.changed()}
+        return about, {**model_state(self.model), **other, **tensors}
 
     def load(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
         """Go on from a `state`. The model must have its structure already."""
-        load_model(self.model, tensors, what)
-        unknown = [name for name in tensors if not name.startswith(("model/", "best/", "optimizer/"))]
+        known = ("model/", "best/", "optimizer/", "loss/", "other/")
+        unknown = [name for name in tensors if not name.startswith(known)]
         if unknown:
             raise GraphPruneError(f"{what} is damaged: nothing is called {unknown[0]!r}")
+        foreign = self._foreign()
+        check_others(foreign, tensors, what)
+        check_fit(self.model, tensors, what)
+        self._loss.load(tensors, about["loss"])
+        load_model(self.model, tensors, what)
         try:
-            load_optimizer(self.optimizer, self.model, about["optimizer"], tensors)
+            with torch.no_grad():
+                for name, tensor in foreign.items():
+                    tensor.copy_(tensors[name])
+            named = {**self._loss.tensors(), **foreign, **own_tensors(self.model)}
+            load_optimizer(self.optimizer, named, about["optimizer"], tensors)
             if about["scaler"]:
                 self._scaler.load_state_dict(about["scaler"])
         except GraphPruneError as error:
@@ -223,6 +269,19 @@ class Trainer:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"{what} is damaged: {type(error).__name__}: {error}") from error
         self._resumed = what
+
+    def _foreign(self) -> dict[str, Tensor]:
+        """What the optimizer trains beside the model and what the loss is known to hold, by its place there."""
+        own = {id(t) for t in (*own_tensors(self.model).values(), *self._loss.tensors().values())}
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return {f"other/{i}": p for i, p in enumerate(trained) if id(p) not in own}
+
+
+def _wants_closure(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step must be given a function that computes the loss anew, as LBFGS does."""
+    # torch wraps `step` of every class that has been made once, and keeps its signature
+    parameter = inspect.signature(optimizer.step).parameters.get("closure")
+    return parameter is not None and parameter.default is inspect.Parameter.empty
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from ...tracing.example import ExampleInput
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
 from .distillation import Distillation, Tap, feature_distance, logit_distance
+from .losses import LossState
 
 
 def logits_of(output: Any) -> Tensor:
@@ -70,6 +71,10 @@ class Objective:
         self._teacher = teacher
         self._distillation = distillation or Distillation()
         self._taps: tuple[Tap, Tap] | None = None
+
+    def state(self, *apart: nn.Module) -> LossState:
+        """What the loss holds itself, without the teacher and these networks."""
+        return LossState(self._loss_fn, (*apart, self._teacher))
 
     @contextlib.contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:

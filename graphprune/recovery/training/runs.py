@@ -101,7 +101,7 @@ class Run:
     ) -> None:
         check_patience(patience, evaluate)
         self.checkpoint = None if checkpoint is None else check_target(checkpoint)
-        self.trainer = Trainer(clone_with(model, {}), data, objective, options)
+        self.trainer = Trainer(clone_with(model, {}), data, objective, options, model)
         self.flags = {path: module.training for path, module in all_modules(model).items()}
         self.evaluate, self.patience, self.on_epoch, self.pruner = evaluate, patience, on_epoch, pruner
         self.settings = {

@@ -45,9 +45,11 @@ def finetune(
     - `data`: a DataLoader or list of batches (inputs, targets), read once an epoch. Inputs are a tensor, a tuple of
       positional arguments, or a dict of keyword arguments. Batches go to the model's device.
     - `epochs`: how many. `loss_fn(output, targets)`: a scalar; default cross-entropy of logits and class numbers, or,
-      without targets, the loss that the model returns itself (`output.loss`).
+      without targets, the loss that the model returns itself (`output.loss`). It may hold weights, which are trained
+      in place where your own optimizer has them too, buffers and counters.
     - `optimizer`: "sgd" (Nesterov, with `momentum`), "adam", "adamw", or a function (model) -> torch optimizer with its
-      own options. `lr`: peak learning rate, default 0.02 for "sgd", 0.001 for the others. `weight_decay`: 5e-4.
+      own options; one whose `step` asks for a closure, as LBFGS does, is given one, which runs the batch anew. `lr`:
+      peak learning rate, default 0.02 for "sgd", 0.001 for the others. `weight_decay`: 5e-4.
     - The rate rises linearly over the fraction `warmup` of all steps and falls to zero along half a cosine. `clip`:
       largest norm of all gradients together (default 5), None for no clipping.
     - `amp`: "auto" (default) for mixed precision on GPUs (bfloat16, or float16 with loss scaling where the GPU has no
@@ -62,10 +64,12 @@ def finetune(
       weights, bit for bit, as far as torch's operators are deterministic on the device.
     - `checkpoint`: a file (safetensors) that is written after every epoch and read first where it exists: a run that
       was stopped at any moment goes on with the epoch that was under way and ends with the same weights. `epochs` and
-      the other numbers must be the same.
+      the other numbers must be the same. Stored too: what else the optimizer trains; tensors of the loss, and its plain
+      values (numbers, flags, texts) that have changed: of its modules, and of the object or the function itself.
     - `on_epoch(epoch, model)`: called after every epoch. `progress`: a bar on standard error if that is a terminal.
 
-    Masks of `graphprune.sparsity` stay in force.
+    Masks of `graphprune.sparsity` stay in force. `torch.no_grad` and `torch.inference_mode` around the call change
+    nothing.
 
     Raises GraphPruneError for arguments out of range, data in another form, a loss that is not finite, a checkpoint
     of another run, and errors of the model.

@@ -25,6 +25,7 @@ from graphprune.planning.allocation import mac_costs, parameter_costs
 from graphprune.plans.verification.rewrite import gone_components
 from graphprune.tracing.work import terms_of
 from tests.networks import NETWORKS, random_network
+from tests.tracing.counting_reference import computed
 
 
 class Sequences(nn.Module):
@@ -185,6 +186,12 @@ def test_the_exported_file_computes_as_much(name: str, tmp_path: Path) -> None:
         graphprune.export_onnx(network, x, path)
         feed = {onnx.load(path).graph.input[0].name: x.numpy()}
         assert exported_macs(path, feed) == graphprune.count(network, x).macs
+
+
+def test_grouped_products_are_counted_as_they_run() -> None:
+    model, x = made("experts")
+    for network in (model, graphprune.prune(model, x, budget=Budget(macs=0.5))):
+        assert computed(network, x) == graphprune.count(network, x).macs
 
 
 def exactly(model: nn.Module, x: Any, **options: Any) -> None:
