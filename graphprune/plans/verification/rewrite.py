@@ -27,6 +27,11 @@ from ..modules.recurrent import run_layers
 from ..plan import Plan
 
 
+def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
+    """Which components a plan, in the names of the graph, removes."""
+    return gone_with(graph.analysis, plan.removed)
+
+
 class RewrittenRun:
     """Executes the recorded calls in order; one method per kind of call whose arguments hold sizes."""
 
@@ -222,4 +227,4 @@ def run_rewritten(graph: DependencyGraph, plan: Plan, example: ExampleInput, ori
     for name, tensor in graph.trace.constants.items():
         tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor
     with torch.no_grad():
-        return RewrittenRun(graph, gone_with(graph.analysis, plan.removed), tensors).run(example.clone().tensors())
+        return RewrittenRun(graph, gone_components(graph, plan), tensors).run(example.clone().tensors())
