@@ -303,7 +303,8 @@ def random_program(seed: int, dtype: torch.dtype = torch.float32) -> tuple[Progr
 
 def _step(rng: Rng, model: Program, values: list[Tensor], kind: str, at: int, wide: int = 0) -> None:
     """Append a step, and a value; one of another kind where this takes no such value."""
-    sources, c = (at,), values[at].shape[-1]
+    sources: tuple[int, ...] = (at,)
+    c = values[at].shape[-1]
     if kind in _OF_TWO:
         sources = (at, int(rng.integers(1, len(values))))
     if (kind in _EVEN and c % 2) or (kind == "joined" and sum(values[i].shape[-1] for i in sources) > WIDEST):
