@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...errors import GraphPruneError
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.operators import (
@@ -28,7 +29,7 @@ from ...tracing.operators import (
 from ...tracing.state import evaluating, unfused
 from ...tracing.trace import run_model
 from .layers import Reader
-from .replay import Replay
+from .replay import Diverged, Replay
 
 
 @dataclasses.dataclass
@@ -65,30 +66,41 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        number = 0
-        if self.replay is not None:
-            number, known, out = self.replay.enter(args, kwargs)
-            if known:
-                self._check()
-                return out
         operator = named(name)
         if self.waiting and operator is not None and operator.merge is Merge.SUM and len(args) == 2:
-            self._addition(args)
-        found = None if operator is None else self._call_of(operator, func, name, args, kwargs)
-        out = func(*args, **kwargs)
-        if self.replay is not None:
-            self.replay.leave(number, name, args, kwargs, out, self._name(args, kwargs))
+            with self._aside():
+                self._addition(args)
+        found = None
+        if operator is not None:
+            with self._aside():
+                found = self._call_of(operator, func, name, args, kwargs)
+        out = self._made(func, name, args, kwargs)
         if found is None:
             self._check()
             return out
         reader, call = found
         # copies, because what follows may write in place
-        call.y = out.clone() if self.outputs else None
+        with self._aside():
+            call.y = out.clone() if self.outputs else None
         self.calls[reader.weight].append(call)
         if reader.adds and self.additions:
             self.waiting.append((out, call))
         self.missing -= 1
         self._check()
+        return out
+
+    def _aside(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.replay is None else self.replay.aside()
+
+    def _made(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """The result of a call, from memory where it is settled."""
+        if self.replay is None:
+            return func(*args, **kwargs)
+        readers = self.replay.reader_names(name, args, kwargs)
+        if readers:
+            return self.replay.layer(readers, func, args, kwargs)
+        out = func(*args, **kwargs)
+        self.replay.told(func, name, args, kwargs, out)
         return out
 
     def _addition(self, args: Any) -> None:
@@ -104,12 +116,6 @@ class _Watch(TorchFunctionMode):
     def _check(self) -> None:
         if not self.missing and not self.waiting and (self.replay is None or self.replay.done):
             raise _Enough
-
-    def _name(self, args: Any, kwargs: Any) -> str | None:
-        """The reader that a call belongs to, whether or not it is watched now."""
-        assert self.replay is not None
-        found = (self.replay.names.get(id(a)) for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter))
-        return next((n for n in found if n is not None), None)
 
     def _call_of(
         self, operator: Operator, func: Any, name: str, args: Any, kwargs: Any
@@ -204,19 +210,29 @@ def observe(
 
     Raises GraphPruneError when the model fails on the batch.
     """
-    named = named_tensors(model)
-    watch = _Watch({id(named[r.weight]): r for r in readers}, inputs, outputs, additions, replay)
+    weights = named_tensors(model)
 
-    def run() -> None:
-        with watch:
+    def seen(memory: Replay | None) -> dict[str, list[Call]]:
+        watch = _Watch({id(weights[r.weight]): r for r in readers}, inputs, outputs, additions, memory)
+        with (
+            evaluating(model),
+            unfused(),
+            contextlib.suppress(_Enough),
+            contextlib.nullcontext() if memory is None else memory.watching(),
+            watch,
+        ):
             run_model(model, example.clone(), "data")
+        return watch.calls
 
-    _quietly(model, run)
-    if replay is not None:
+    if replay is None or not replay.usable:
+        return seen(None)
+    replaying = replay.replaying
+    try:
+        calls = seen(replay)
         replay.finish()
-    return watch.calls
-
-
-def _quietly(model: nn.Module, run: Callable[[], None]) -> None:
-    with evaluating(model), unfused(), contextlib.suppress(_Enough):
-        run()
+        return calls
+    except (Diverged, GraphPruneError):
+        if not replaying:
+            raise
+        replay.drop()
+        return seen(None)

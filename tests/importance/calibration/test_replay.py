@@ -1,0 +1,232 @@
+"""What is replayed is what a plain run computes: over random networks, wave after wave, weights changed in between."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from graphprune.importance.calibration import Reader, find_readers, observe
+from graphprune.importance.calibration.replay import Replay
+from graphprune.support.walking import named_tensors
+from graphprune.tracing.example import ExampleInput
+from graphprune.tracing.trace import record_run
+
+WIDTH, STEPS = 8, 5
+Step = Callable[["Network", Tensor, int], Tensor]
+
+
+def cast(_: Network, x: Tensor, i: int) -> Tensor:
+    return x.to(torch.float32)
+
+
+def wider(_: Network, x: Tensor, i: int) -> Tensor:
+    return x.double().tanh().to(torch.float32)
+
+
+def compact(_: Network, x: Tensor, i: int) -> Tensor:
+    return x.contiguous()
+
+
+def idle(net: Network, x: Tensor, i: int) -> Tensor:
+    return F.dropout(x, 0.5, net.training)
+
+
+def reshaped(_: Network, x: Tensor, i: int) -> Tensor:
+    return x.flatten().view(x.shape).unsqueeze(0).squeeze(0)
+
+
+def noisy(_: Network, x: Tensor, i: int) -> Tensor:
+    return x + 0.1 * torch.randn_like(x)
+
+
+def block(net: Network, x: Tensor, i: int) -> Tensor:
+    return x + 0.5 * net.down[i](net.up[i](x).relu())
+
+
+def idle_block(net: Network, x: Tensor, i: int) -> Tensor:
+    return x + net.idle(net.down[i](net.up[i](x.to(torch.float32)).relu_()))
+
+
+def in_place(net: Network, x: Tensor, i: int) -> Tensor:
+    h = net.down[i](F.gelu(net.up[i](x)))
+    h.add_(x)
+    h[:, 0] = h[:, 1]
+    return h
+
+
+def written_later(net: Network, x: Tensor, i: int) -> Tensor:
+    """A view is read after what it looks at was written to."""
+    h = net.down[i](x)
+    view = h.view(-1)
+    h.mul_(2.0)
+    return view.view(x.shape) + x
+
+
+def window(net: Network, x: Tensor, i: int) -> Tensor:
+    out = torch.zeros_like(x)
+    out[:, 2:5] = net.down[i](net.up[i](x))[:, 2:5]
+    return out + x
+
+
+def shared(net: Network, x: Tensor, i: int) -> Tensor:
+    return x + 0.3 * net.both(net.both(x).tanh())
+
+
+def routed(net: Network, x: Tensor, i: int) -> Tensor:
+    chosen, out = net.router(x).argmax(1), torch.zeros_like(x)
+    for number in range(2):
+        rows = torch.where(chosen == number)[0]
+        out = out.index_add(0, rows, net.down[number](net.up[number](x[rows])))
+    return x + out
+
+
+def top(net: Network, x: Tensor, i: int) -> Tensor:
+    found = x.topk(WIDTH, 1)
+    return x + net.down[i](net.up[i](found.values)) * found.indices.sum(1, keepdim=True)
+
+
+def measured(net: Network, x: Tensor, i: int) -> Tensor:
+    """Numbers leave the tensors and come back."""
+    scale = 1 + abs(x.mean().item())
+    return net.down[i](net.up[i](x)) / scale + torch.tensor(x.sum(1).tolist())[:, None]
+
+
+def branch(net: Network, x: Tensor, i: int) -> Tensor:
+    return net.down[i](net.up[i](x)) + x if x.sum() > 0 else x - net.down[i](x)
+
+
+def recurrent(net: Network, x: Tensor, i: int) -> Tensor:
+    return x + net.lstm(x[None])[0][0]
+
+
+def normed(net: Network, x: Tensor, i: int) -> Tensor:
+    mean, variance = torch.var_mean(x, 1, keepdim=True)
+    first, second = net.up[i](x - variance / (1 + mean.abs())).chunk(2, 1)
+    return x + net.down[i](torch.cat([first * second, first], 1))
+
+
+STEPS_OF: list[Step] = [
+    cast, wider, compact, idle, reshaped, noisy, block, idle_block, in_place, written_later, window, shared, routed,
+    top, measured, branch, recurrent, normed,
+]  # fmt: skip
+
+
+class Network(nn.Module):
+    def __init__(self, steps: list[Step]) -> None:
+        super().__init__()
+        self.steps = steps
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3)
+        self.up = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=bool(i % 2)) for i in range(STEPS))
+        self.down = nn.ModuleList(nn.Linear(WIDTH, WIDTH, bias=bool(i % 3)) for i in range(STEPS))
+        self.both, self.router, self.idle = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 2), nn.Dropout(0.2)
+        self.lstm = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for i, step in enumerate(self.steps):
+            x = step(self, x, i)
+        return self.last(x)
+
+
+def in_order(readers: list[Reader]) -> list[list[Reader]]:
+    level: dict[str, int] = {}
+    for reader in readers:
+        level[reader.weight] = 1 + max((level[w] for w in reader.after if w in level), default=-1)
+    return [[r for r in readers if level[r.weight] == n] for n in range(1 + max(level.values()))]
+
+
+def change(net: nn.Module, reader: Reader) -> None:
+    """As a repair does: other weights, and a bias where there was none."""
+    layer = net.get_submodule(reader.weight.rpartition(".")[0])
+    with torch.no_grad():
+        layer.weight.mul_(0.9).add_(0.05 * torch.randn_like(layer.weight))  # type: ignore[operator,union-attr,arg-type]
+    if layer.bias is None:
+        layer.register_parameter("bias", nn.Parameter(torch.full((WIDTH,), 0.1)))
+
+
+def compare(net: nn.Module, batches: list[Any], changed: bool = True) -> list[Replay]:
+    """Every wave with memory and without, over several batches."""
+    readers = find_readers(record_run(net, batches[0]))
+    order = in_order(readers)
+    levels = {r.weight: n for n, wave in enumerate(order) for r in wave}
+    weights = {n: t for n, t in named_tensors(net).items() if n in levels}
+    memories = [Replay(levels, weights) for _ in batches]
+    options = {"inputs": True, "outputs": True, "additions": True}
+    for wave in order:
+        for memory, batch in zip(memories, batches, strict=True):
+            example = ExampleInput.of(batch)
+            plain = observe(net, wave, example, **options)  # type: ignore[arg-type]
+            memory.start(levels[wave[0].weight], frozenset(r.weight for r in wave))
+            replayed = observe(net, wave, example, **options, replay=memory)  # type: ignore[arg-type]
+            for name, calls in plain.items():
+                assert len(calls) == len(replayed[name])
+                for one, other in zip(calls, replayed[name], strict=True):
+                    for a, b in ((one.x, other.x), (one.y, other.y), (one.other, other.other)):
+                        assert (a is None) == (b is None)
+                        assert a is None or b is None or torch.equal(a, b), name
+        for reader in wave if changed else ():
+            change(net, reader)
+    return memories
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_networks(seed: int) -> None:
+    torch.manual_seed(seed)
+    net = Network(random.Random(seed).choices(STEPS_OF, k=STEPS)).eval()
+    compare(net, [torch.randn(6, WIDTH) for _ in range(2)])
+
+
+@pytest.mark.parametrize("step", STEPS_OF, ids=lambda step: step.__name__)
+def test_memory_is_of_use(step: Step) -> None:
+    """Where the way through the network does not depend on what is refitted, nothing is run twice."""
+    torch.manual_seed(0)
+    net, by_value = Network([block, step, block, block]).eval(), (routed, branch)
+    (memory,) = compare(net, [torch.randn(6, WIDTH)], changed=step not in by_value)
+    assert memory.usable
+
+
+def test_settled_layers_are_left_out() -> None:
+    """The layers before the border are not computed: with memory a deep chain costs one layer per wave."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(8))).eval()
+    readers = find_readers(record_run(net, torch.randn(2, WIDTH)))
+    order = in_order(readers)
+    levels = {r.weight: n for n, wave in enumerate(order) for r in wave}
+    memory = Replay(levels, {n: t for n, t in named_tensors(net).items() if n in levels})
+    example, ran = ExampleInput.of(torch.randn(4, WIDTH)), []
+    for n, wave in enumerate(order):
+        memory.start(n, frozenset(r.weight for r in wave))
+        ran.append(0)
+        with torch.profiler.profile() as profile:
+            observe(net, wave, example, inputs=True, replay=memory)
+        ran[-1] = sum(event.name == "aten::addmm" for event in profile.events())
+    assert ran[0] == 8 and max(ran[2:]) <= 2
+
+
+class Counter(nn.Module):
+    """Counts its calls in a buffer and uses the count: no two runs are the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        self.seen.add_(1.0)
+        return self.b(x.relu() * self.seen)
+
+
+def test_state_that_outlives_a_run_is_no_memory() -> None:
+    net = Counter().eval()
+    readers = find_readers(record_run(net, torch.randn(2, WIDTH)))
+    memory = Replay({"a.weight": 0, "b.weight": 1}, {r.weight: named_tensors(net)[r.weight] for r in readers})
+    memory.start(0, frozenset(("a.weight",)))
+    observe(net, readers, ExampleInput.of(torch.randn(2, WIDTH)), inputs=True, replay=memory)
+    assert not memory.usable
