@@ -40,6 +40,9 @@ _MEMORY = frozenset(
 )
 
 
+_NEVER = 1 << 30  # the wave after which random numbers are settled
+
+
 class Diverged(BaseException):
     """A run went another way than the first one."""
 
@@ -288,12 +291,12 @@ class Replay:
             written = _handed_back(note, call)
             _bytes(written).copy_(kept[0])
             return written
-        return _shaped(note.result, iter([_copy(t) if note.rewritten else t for t in kept]))
+        return _shaped(note.result, iter([(_copy if note.rewritten else _alias)(t) for t in kept]))
 
     def _kept(self, note: _Note, call: Any, out: Any) -> list[Tensor]:
         if note.kind is _Kind.WRITES:
             return [_bytes(_handed_back(note, call)).clone()]
-        return [_copy(t) if note.rewritten else t.detach() for t in tensors_of(out)]
+        return [(_copy if note.rewritten else _alias)(t) for t in tensors_of(out)]
 
     # -- the first run
 
@@ -352,7 +355,9 @@ class Replay:
             note.kind = _Kind.VIEW
         elif about.reads_values(*call):
             self._told = max(self._told, note.level)
-        elif about.known and not about.draws(*call):
+        elif about.draws(*call):
+            note.level = _NEVER
+        elif about.known:
             note.kind = _kind_of(before, out, made, fresh)
             note.result = _form_of(out)
         return bool(before) or all(fresh) or not any(fresh)
@@ -444,6 +449,12 @@ def _bytes(tensor: Tensor) -> Tensor:
     """All of a tensor's memory."""
     storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload,no-any-return]
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another tensor of the same memory, that torch does not see as a view: factories would hand out a view of that."""
+    made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return made.set_(tensor.untyped_storage(), 0, tensor.shape, tensor.stride())  # type: ignore[call-overload,no-any-return]
 
 
 def _copy(tensor: Tensor) -> Tensor:
