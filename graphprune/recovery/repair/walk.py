@@ -198,7 +198,9 @@ class Constant:
 
 
 def bytes_needed(reader: Reader, weight: Tensor) -> int:
-    """Memory of a reader's moments."""
+    """Memory of a reader's moments; those of transposed convolutions of several groups are never taken."""
+    if not reader.separable:
+        return 0
     outputs = weight.shape[reader.out_axis] // reader.groups
     return Moments.bytes_needed(reader.groups, weight.numel() // (outputs * reader.groups), outputs)
 
