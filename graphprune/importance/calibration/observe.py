@@ -28,7 +28,9 @@ from ...tracing.operators import (
 )
 from ...tracing.state import evaluating, unfused
 from ...tracing.trace import run_model
+from .data import refuse_infinite
 from .layers import Reader
+from .picks import Rows, follow, picking, rows_in
 from .replay import Diverged, Replay
 
 
@@ -38,7 +40,8 @@ class Call:
 
     `geometry`: (stride, padding, dilation, output padding) of a convolution, a number per axis; padding may be "same",
     and output padding is for transposed ones. `again`: of a user's operator, what it makes of the same data with
-    another weight, and with one number for all of the bias; kept with `x`.
+    another weight, and with one number for all of the bias; kept with `x`. `rows`: which rows `x` holds, where they were
+    picked by value.
     """
 
     x: Tensor | None
@@ -46,6 +49,7 @@ class Call:
     other: Tensor | None = None
     geometry: tuple[Any, Any, Any, Any] | None = None
     again: Callable[[Tensor, float], Tensor] | None = None
+    rows: Rows | None = None
 
 
 class _Enough(BaseException):
@@ -62,6 +66,8 @@ class _Watch(TorchFunctionMode):
         self.calls: dict[str, list[Call]] = {r.weight: [] for r in weights.values()}
         self.missing = sum(r.calls for r in weights.values())
         self.waiting: list[tuple[Tensor, Call]] = []
+        self.following = outputs and (replay is None or not replay.replaying)
+        self.picked = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -75,6 +81,9 @@ class _Watch(TorchFunctionMode):
             with self._aside():
                 found = self._call_of(operator, func, name, args, kwargs)
         out = self._made(func, name, args, kwargs)
+        if self.following:
+            with self._aside():
+                self._follow(func, name, args, kwargs, out)
         if found is None:
             self._check()
             return out
@@ -102,6 +111,15 @@ class _Watch(TorchFunctionMode):
         out = func(*args, **kwargs)
         self.replay.told(func, name, args, kwargs, out)
         return out
+
+    def _follow(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        """Which rows results hold."""
+        by = picking(name, args, kwargs)
+        if by and self.replay is not None:
+            self.replay.picked(by)
+        self.picked = self.picked or bool(by)
+        if self.picked:
+            follow(name, func, args, kwargs, out)
 
     def _addition(self, args: Any) -> None:
         for i, (made, call) in enumerate(self.waiting):
@@ -136,7 +154,7 @@ class _Watch(TorchFunctionMode):
             return None
         if isinstance(form, Sliding):
             geometry = _geometry(form, lambda place: argument(target, args, kwargs, place), weight.dim() - 2)
-        return reader, Call(x.clone() if self.inputs else None, None, None, geometry)
+        return reader, Call(x.clone() if self.inputs else None, None, None, geometry, rows=rows_in(x))
 
     def _declared(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Reader, Call] | None:
         given = [*args, *kwargs.values()]
@@ -145,9 +163,16 @@ class _Watch(TorchFunctionMode):
             return None
         x = argument(func, args, kwargs, reader.places.data)
         if not self.inputs:
-            return reader, Call(None, None)
+            return reader, Call(None, None, rows=rows_in(x))
         held = x.clone()
-        return reader, Call(held, None, again=_repeated(func, args, kwargs, reader, held))
+        return reader, Call(held, None, again=_repeated(func, args, kwargs, reader, held), rows=rows_in(x))
+
+
+def refuse_infinite_call(reader: Reader, call: Call, index: int, whose: str = "the model") -> None:
+    """Raise GraphPruneError where a layer read or made something that is not finite, on batch `index` of data."""
+    for values, verb in ((call.x, "reads"), (call.y, "makes")):
+        if values is not None:
+            refuse_infinite(values, f"on batch {index}, {reader.weight} of {whose} {verb}")
 
 
 def _geometry(form: Sliding, given: Callable[[int], Any], axes: int) -> tuple[Any, Any, Any, Any]:

@@ -240,6 +240,11 @@ class Replay:
             function, lambda: function(*args, **kwargs), given, numbers, frozenset(), (args, kwargs)
         )
 
+    def picked(self, by: list[Tensor]) -> None:
+        """Rows are picked by these; where that depends on what is refitted, every run has to show which."""
+        if self.usable and not self.recorded and any(s is not None and self.notes[s].level >= 0 for s in map(self._source, by)):
+            self.usable = False
+
     def _give_up(self) -> None:
         self.usable = False
         if self.replaying:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ from ...support.suggestions import check_choice
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from .batchnorm import reestimate
-from .layers import LayerRecovery, Refit
+from .checking import Check, FitData
+from .layers import Refit
 from .norms import kept_folds, take_apart
+from .steps import LayerRecovery
 from .stored import compensate, stores_statistics
 
 METHODS = ("auto", "mean", "moments", "batchnorm", "least_squares")
@@ -29,15 +32,28 @@ _DATA_FREE = ("auto", "mean", "moments")
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """`model`: the recovered network. `layers`: what was done, layer by layer, in order (empty for "batchnorm").
+    """`model`: the recovered network. `layers`: what was done, layer by layer, in order (for "batchnorm" empty, or what
+    was taken back).
 
-    The network remembers the method, `graphprune.verify` says that it does, and files of `graphprune.save` say so."""
+    `before`, `after`: squared error of the outputs, divided by their squares, on `checked` (inputs that were held from
+    the repair); NaN where nothing was measured, as without data.
+
+    The network remembers the method, `graphprune.verify` says that it does, and files of `graphprune.save` say so;
+    unless nothing was changed."""
 
     model: nn.Module
     layers: tuple[LayerRecovery, ...]
+    before: float = math.nan
+    after: float = math.nan
+    checked: str = ""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.layers))
+        lines = [str(layer) for layer in self.layers]
+        if self.layers and not any(layer.changed for layer in self.layers):
+            lines.append("nothing was repaired")
+        elif not math.isnan(self.before):
+            lines.append(f"error of the outputs on {self.checked}: {self.before:.2e} -> {self.after:.2e}")
+        return "\n".join(lines)
 
 
 def check_method(method: Any, data: Any) -> None:
@@ -122,21 +138,36 @@ def recover(
             dense = apply_folds(model, _common_folds(model, plan, example))
             said = compensate(model, dense, small, plan, example, method == "moments", new_bias)
             return Recovery(_closed(small, model, plan, method if any(r.changed for r in said) else ""), tuple(said))
+        seen = FitData(batches, model)
         if method == "batchnorm":
-            small = dataclasses.replace(plan, folds=()).operated(model)
-            reestimate(small, batches)
-            return Recovery(_closed(apply_folds(small, plan.folds), model, plan, method), ())
+            return _reestimated(model, plan, seen)
         small = plan.operated(model)  # with the model's own names
         folds = _common_folds(model, plan, example)
         kept = () if plan.folds else kept_folds(model, small, example)
         dense = apply_folds(model, (*folds, *kept))  # a copy, also without folds
         fitted = apply_folds(small, kept) if kept else small
         unlike = frozenset(f.layer for f in plan.folds if f not in folds)
-        refit = Refit(dense, fitted, plan, example, batches, float(ridge), every_layer, progress, unlike, new_bias)
+        refit = Refit(dense, fitted, plan, example, seen, float(ridge), every_layer, progress, unlike, new_bias)
+        before = refit.check.error
         found = tuple(refit.run(solve=method == "least_squares"))
-        if kept:
-            take_apart(small, fitted, kept, batches)
-        return Recovery(_closed(small, model, plan, method), found)
+        if kept and any(layer.changed for layer in found):
+            take_apart(small, fitted, kept, seen)
+        done = method if any(layer.changed for layer in found) else ""
+        return Recovery(_closed(small, model, plan, done), found, before, refit.check.error, seen.said)
+
+
+def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
+    """With batch norm statistics estimated again, if that is no worse."""
+    bare = dataclasses.replace(plan, folds=())
+    small = bare.operated(model)
+    check = Check(model, small, seen.held)
+    before = check.error
+    reestimate(small, seen)
+    if check.passes():
+        return Recovery(_closed(apply_folds(small, plan.folds), model, plan, "batchnorm"), (), before, check.error, seen.said)
+    told = f"taken back: on held inputs the error of the outputs rose from {before:.2e} to {check.last:.2e}"
+    said = LayerRecovery("all batch norms", "batchnorm", math.nan, math.nan, told, False)
+    return Recovery(_closed(plan.operated(model), model, plan, ""), (said,), before, before, seen.said)
 
 
 def auto_possible(model: nn.Module, plan: Plan, data: Any) -> bool:
