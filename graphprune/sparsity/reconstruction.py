@@ -23,7 +23,7 @@ from ..plans.surgery import clone_with, find_folds
 from ..recovery.repair import walk
 from ..recovery.repair.checking import Check, FitData
 from ..recovery.repair.solve import masked_ridge_solution, squared_error
-from ..recovery.repair.steps import LayerRecovery, Option, Steps
+from ..recovery.repair.steps import LayerRecovery, Option, Steps, better_of_two
 from ..support.doors import door
 from ..support.walking import named_tensors
 from ..support.warning import warn
@@ -126,16 +126,23 @@ class _Fit:
             for r in self.readers
         }
         order = walk.waves(self.readers, lambda r: walk.bytes_needed(r, named[r.weight]))
-        pair = walk.Pair(self.dense, self.small, self.data, order)
-        report: list[LayerRecovery] = []
-        for wave in order:
-            by_weight = {r.weight: r for r in wave}
-            found = self._moments(pair, wave, targets)
-            tried = [(by_weight[name], [self._fitted(by_weight[name], moments)]) for name, moments in found.items()]
-            report += self.steps.take(tried) if tried else []
-        left = {said.weight: said.note for said in report if not said.changed}
+        left_out: dict[str, str] = {}
+
+        def once() -> list[LayerRecovery]:
+            report: list[LayerRecovery] = []
+            pair = walk.Pair(self.dense, self.small, self.data, order)
+            for wave in order:
+                by_weight = {r.weight: r for r in wave}
+                found = self._moments(pair, wave, targets)
+                tried = [(by_weight[name], [self._fitted(by_weight[name], moments)]) for name, moments in found.items()]
+                report += self.steps.take(tried) if tried else []
+            left_out.update(pair.left_out)
+            return report
+
+        report = better_of_two(self.steps, once)
         fitted = {said.weight for said in report}
-        left |= {name: why for name, why in pair.left_out.items() if name not in fitted}
+        left = {said.weight: said.note for said in report if not said.changed}
+        left |= {name: why for name, why in left_out.items() if name not in fitted}
         if left:
             warn("reconstruct: left as they were: " + "; ".join(f"{name} ({why})" for name, why in left.items()))
 
@@ -167,7 +174,8 @@ class _Fit:
         bias = start.new_zeros(weight.shape[reader.out_axis]) if constant.bias is None else constant.bias.double()
         start = torch.cat([start, bias.reshape(start.shape[0], 1, -1)], 1)
         last = torch.full_like(start[:, -1:], constant.possible, dtype=torch.bool)
-        solution = masked_ridge_solution(moments, start, self.ridge, torch.cat([weight_matrix(reader, mask) != 0, last], 1))
+        free = torch.cat([weight_matrix(reader, mask) != 0, last], 1)
+        solution = masked_ridge_solution(moments, start, self.ridge, free)
         change = (solution[:, -1] - start[:, -1]).reshape(-1) if constant.possible else None
         scale = max(float(moments.variance.sum()) * moments.rows, 1e-300)
         before, after = (squared_error(moments, w) / scale for w in (start, solution))

@@ -111,4 +111,4 @@ def dense(tensor: Tensor) -> bool:
             if stride != expected:
                 return False
             expected *= size
-    return tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return bool(tensor.storage_offset() == 0 and tensor.untyped_storage().nbytes() == tensor.nbytes)

@@ -62,9 +62,9 @@ def follow(name: str, function: Any, args: Any, kwargs: Any, out: Any) -> None:
         return
     by = picking(name, args, kwargs)
     if by:
-        rows = _picked(name, function, args, kwargs, by)
+        picked = _picked(name, function, args, kwargs, by)
         for tensor in made:
-            _put(tensor, _carried(rows, tensor))
+            _put(tensor, _carried(picked, tensor))
         return
     given = args[:1] if name in _RESTORE else _flat((args, kwargs))
     found = [rows for a in given if (rows := rows_in(a)) is not None]
@@ -73,7 +73,7 @@ def follow(name: str, function: Any, args: Any, kwargs: Any, out: Any) -> None:
 
 
 def _follow_all(name: str, function: Any, args: Any, kwargs: Any, found: list[Rows], made: list[Tensor]) -> None:
-    rows = found[0]
+    rows: Rows = found[0]
     if name in ("cat", "concat", "concatenate") and made[0].dim() > 1 and len(found) == len(args[0]):
         numbers = [r.numbers for r in found]
         whole = sum(n.shape[0] for n in numbers if n is not None)

@@ -242,8 +242,9 @@ class Replay:
 
     def picked(self, by: list[Tensor]) -> None:
         """Rows are picked by these; where that depends on what is refitted, every run has to show which."""
-        if self.usable and not self.recorded and any(s is not None and self.notes[s].level >= 0 for s in map(self._source, by)):
-            self.usable = False
+        if self.usable and not self.recorded:
+            sources = [s for s in map(self._source, by) if s is not None]
+            self.usable = all(self.notes[s].level < 0 for s in sources)
 
     def _give_up(self) -> None:
         self.usable = False
@@ -453,13 +454,13 @@ def _handed_back(note: _Note, call: Any) -> Any:
 def _bytes(tensor: Tensor) -> Tensor:
     """All of a tensor's memory."""
     storage = tensor.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
 
 
 def _alias(tensor: Tensor) -> Tensor:
     """Another tensor of the same memory, that torch does not see as a view: factories would hand out a view of that."""
     made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return made.set_(tensor.untyped_storage(), 0, tensor.shape, tensor.stride())  # type: ignore[call-overload,no-any-return]
+    return made.set_(tensor.untyped_storage(), 0, tensor.shape, tensor.stride())
 
 
 def _copy(tensor: Tensor) -> Tensor:

@@ -39,8 +39,11 @@ class Silence(Bypass):
 
 
 class Gap(Bypass):
-    """Stands in a list for a layer that is about to be taken out of it. Code around may look at what the layer has
-    (`layers[0].self_attn.batch_first`): everything but the call is the layer's own. Its parameters are not the gap's."""
+    """Stands in a list for a layer that is about to be taken out of it.
+
+    Code around may look at what the layer has (`layers[0].self_attn.batch_first`): everything but the call is the
+    layer's own. Its parameters are not the gap's.
+    """
 
     def __init__(self, whole: nn.Module, stream: int | str, form: int = 0) -> None:
         super().__init__(stream, form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -26,7 +27,7 @@ from ...tracing.trace import record_run
 from . import walk
 from .checking import Check, FitData
 from .solve import ridge_solution, squared_error
-from .steps import LayerRecovery, Option, Steps
+from .steps import LayerRecovery, Option, Steps, better_of_two
 
 
 class Refit:
@@ -63,6 +64,10 @@ class Refit:
 
     def run(self, solve: bool) -> list[LayerRecovery]:
         """Refit what is to be refit; `solve`: all weights, else the constant terms alone."""
+        return better_of_two(self.steps, lambda: self._run(solve))
+
+    def _run(self, solve: bool) -> list[LayerRecovery]:
+        self.report = []
         chosen = self._chosen(solve)
         named = named_tensors(self.small)
         targets = {r.weight: walk.target_of(self.plan, r, self.device) for r in chosen}
@@ -143,10 +148,10 @@ class Refit:
             shifts.pop(name, None)
         with torch.no_grad():
             tried = [(r, self._solutions(r, moments.pop(r.weight))) for r in solved if r.weight in moments]
-            tried += [(r, self._shifts(r, shifts[r.weight])) for r in shifted if r.weight in shifts and shifts[r.weight].rows]
+            tried += [(r, self._shifts(r, shifts[r.weight])) for r in shifted if r.weight in met - unlike.keys()]
             possible = [(reader, options) for reader, options in tried if options]
             if possible:
-                self.report += [pair.noted(said) for said in self.steps.take(possible)]
+                self.report += [_with_note(said, pair.note(said.weight)) for said in self.steps.take(possible)]
 
     def _constant(self, reader: Reader) -> walk.Constant:
         return walk.Constant(self.small, reader, self.norms.get(reader.weight.rpartition(".")[0]), self.new_bias)
@@ -194,11 +199,16 @@ class Refit:
     def _shifts(self, reader: Reader, found: _Shift) -> list[Option]:
         refusal = self._refusal(reader)
         if not self._constant(reader).possible:
-            self._leave(reader, "; ".join(n for n in (refusal, "has no bias and no batch norm behind it: left alone") if n))
+            why = "has no bias and no batch norm behind it: left alone"
+            self._leave(reader, f"{refusal}; {why}" if refusal else why)
             return []
         notes = [refusal, "padded: exact on average, not at the border" if found.padded else ""]
         said = LayerRecovery(reader.weight, "mean", found.before, found.after, "; ".join(n for n in notes if n))
         return [Option(said, None, found.change)]
+
+
+def _with_note(said: LayerRecovery, note: str) -> LayerRecovery:
+    return dataclasses.replace(said, note="; ".join(n for n in (said.note, note) if n)) if note else said
 
 
 def _behind_layers(dense: nn.Module, plan: Plan, example: ExampleInput) -> set[str]:

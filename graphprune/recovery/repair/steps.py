@@ -1,7 +1,13 @@
-"""One step of a repair: layers get other values, and get back their own where that makes the outputs worse."""
+"""The steps of a repair: layers get other values, and get back their own where that makes the outputs worse.
+
+What is right for a layer may be wrong for the outputs until those behind it have been repaired too. So nothing is taken
+back at first. Only if some step made the outputs worse, the repair is done once more, now with such steps taken back at
+once, and the better of the two networks is kept: never one that is worse than without repair.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
@@ -46,41 +52,53 @@ class Option:
 
 
 class Steps:
-    """Puts options in place in `small`, the best one first, and keeps what `check` lets pass.
+    """Puts options in place in `small`, the best one first. `strict`: what `check` does not let pass is taken back at
+    once; else all stays, and `rose` says whether the outputs got worse on the way.
 
     `constant`: where the constant term of a layer is.
     """
 
     def __init__(self, small: nn.Module, check: Check, constant: Callable[[Reader], Constant]) -> None:
         self.small, self.check, self.constant = small, check, constant
+        self.strict, self.rose = False, False
+        self._first_values: dict[str, Values] = {}
 
     def take(self, tried: Sequence[tuple[Reader, list[Option]]]) -> list[LayerRecovery]:
         """What was done to each layer: to all at once, or where that is worse than nothing, one by one."""
-        saved = [self._saved(reader) for reader, _ in tried]
-        for reader, options in tried:
+        saved = [Values(self.small, reader, self.constant(reader)) for reader, _ in tried]
+        for (reader, options), values in zip(tried, saved, strict=True):
+            self._first_values.setdefault(reader.weight, values)
             self._put(reader, options[0])
-        if self.check.passes():
+        passed = self.check.passes()
+        if passed or not self.strict:
+            self.rose |= not passed
+            self.check.error = self.check.last
             return [options[0].said for _, options in tried]
-        for restore in saved:
-            restore()
+        for values in saved:
+            values.restore()
         alone = len(tried) == 1
         return [self._first(reader, options, alone) for reader, options in tried]
+
+    def undo(self) -> list[Values]:
+        """Take back everything; returns what puts it in place again."""
+        done = [values.now() for values in self._first_values.values()]
+        for values in self._first_values.values():
+            values.restore()
+        return done
 
     def _first(self, reader: Reader, options: list[Option], refused: bool) -> LayerRecovery:
         """Keep the first option that passes; `refused`: the very first has not."""
         notes: list[str] = []
         for number, option in enumerate(options):
-            worse = self.check.last
             if number or not refused:
-                restore = self._saved(reader)
+                values = Values(self.small, reader, self.constant(reader))
                 self._put(reader, option)
                 if self.check.passes():
                     return dataclasses.replace(option.said, note="; ".join(n for n in (*notes, option.said.note) if n))
-                restore()
-                worse = self.check.last
+                values.restore()
             notes.append(
                 f"{option.said.method} taken back: on held inputs the error of the outputs rose from "
-                f"{self.check.error:.2e} to {worse:.2e}"
+                f"{self.check.error:.2e} to {self.check.last:.2e}"
             )
         said = options[0].said
         return dataclasses.replace(said, method="none", after=said.before, note="; ".join(notes), changed=False)
@@ -91,15 +109,46 @@ class Steps:
         if option.change is not None:
             self.constant(reader).add(option.change)
 
-    def _saved(self, reader: Reader) -> Callable[[], None]:
-        """Puts back what a step may change."""
-        weight, constant = named_tensors(self.small)[reader.weight], self.constant(reader)
-        before = [(t, t.detach().clone()) for t in (weight, constant.bias, constant.mean) if t is not None]
 
-        def restore() -> None:
-            for tensor, value in before:
-                tensor.data.copy_(value)
-            if constant.owner is not None:
-                constant.owner.register_parameter("bias", None)
+class Values:
+    """All that a step may change of one layer, as it is now."""
 
-        return restore
+    def __init__(self, small: nn.Module, reader: Reader, constant: Constant) -> None:
+        weight = named_tensors(small)[reader.weight]
+        self._owner = small.get_submodule(reader.weight.rpartition(".")[0])
+        self._tensors = [t for t in (weight, constant.bias, constant.mean) if t is not None]
+        self._added = constant.owner is not None  # the bias it may be given
+        self._bias = self._owner._parameters.get("bias") if self._added else None
+        self._values = [t.detach().clone() for t in self._tensors]
+
+    def restore(self) -> None:
+        """Put the values back."""
+        for tensor, value in zip(self._tensors, self._values, strict=True):
+            tensor.data.copy_(value)
+        if self._added:
+            self._owner.register_parameter("bias", self._bias)
+
+    def now(self) -> Values:
+        """The same, with the values of now."""
+        new = copy.copy(self)
+        new._values = [t.detach().clone() for t in self._tensors]
+        new._bias = self._owner._parameters.get("bias") if self._added else None
+        return new
+
+
+def better_of_two(steps: Steps, run: Callable[[], list[LayerRecovery]]) -> list[LayerRecovery]:
+    """Repair, and if the outputs got worse on the way, once more with such steps taken back; keep what is better."""
+    start = steps.check.error
+    first = run()
+    if not steps.rose:
+        return first
+    done, reached = steps.undo(), steps.check.error
+    steps.check.error, steps.strict = start, True
+    second = run()
+    if reached < steps.check.error:
+        steps.undo()
+        for values in done:
+            values.restore()
+        steps.check.error = reached
+        return first
+    return second

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -80,16 +80,6 @@ def waves(readers: Sequence[Reader], needed: Callable[[Reader], int]) -> list[li
     return out
 
 
-class LayerReport(Protocol):
-    """What is said of one layer."""
-
-    weight: str
-    note: str
-
-
-_Said = TypeVar("_Said", bound=LayerReport)
-
-
 class Inputs(Protocol):
     """Batches that can be read again and again."""
 
@@ -133,8 +123,8 @@ class Pair:
                 if len(wanted[reader.weight]) != len(found[reader.weight]):
                     self._leave(
                         reader,
-                        f"called {len(wanted[reader.weight])} times in the model and {len(found[reader.weight])} times in "
-                        f"the pruned one on batch {index} of data",
+                        f"called {len(wanted[reader.weight])} times in the model and {len(found[reader.weight])} times "
+                        f"in the pruned one on batch {index} of data",
                     )
                     continue
                 for theirs, mine in zip(wanted[reader.weight], found[reader.weight], strict=True):
@@ -151,13 +141,10 @@ class Pair:
         """Some of what a layer reads has no counterpart; the first reason is kept."""
         self.left_out.setdefault(reader.weight, why)
 
-    def noted(self, said: _Said) -> _Said:
-        """What is said of a layer, with what was left out of its data."""
-        why = self.left_out.get(said.weight)
-        if why is None:
-            return said
-        note = f"{why}, which was left out"
-        return dataclasses.replace(said, note=f"{said.note}; {note}" if said.note else note)  # type: ignore[type-var]
+    def note(self, weight: str) -> str:
+        """What was left out of a layer's data."""
+        why = self.left_out.get(weight)
+        return "" if why is None else f"{why}, which was left out"
 
     def _target(self, reader: Reader, target: Target, theirs: Call, mine: Call) -> Tensor:
         assert theirs.y is not None and mine.y is not None
@@ -196,7 +183,7 @@ def _print(example: ExampleInput) -> tuple[Any, ...]:
 
 def _digest(tensor: Tensor) -> bytes:
     values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(memoryview(values.numpy())).digest()
+    return hashlib.sha256(memoryview(values.numpy())).digest()  # type: ignore[arg-type]
 
 
 def _paired(reader: Reader, theirs: Call, mine: Call) -> tuple[Call, Call] | None:
