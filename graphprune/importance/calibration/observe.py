@@ -38,10 +38,10 @@ from .replay import Diverged, Replay
 class Call:
     """One call of a layer. `x`, `y`: what it read and made; `other`: what `y` was then added to, where asked for.
 
-    `geometry`: (stride, padding, dilation, output padding) of a convolution, a number per axis; padding may be
-    "same", and output padding is for transposed ones. `again`: of a user's operator, what it makes of the same data with
-    another weight, and with one number for all of the bias; kept with `x`. `rows`: which rows `x` holds, where they were
-    picked by value.
+    `geometry`: (stride, padding, dilation, output padding) of a convolution, a number per axis; padding may be "same",
+    and output padding is for transposed ones. `again`: of a user's operator, what it makes of the same data with
+    another weight, and with one number for all of the bias; kept with `x`. `rows`: which rows `x` holds, where they
+    were picked by value.
     """
 
     x: Tensor | None
