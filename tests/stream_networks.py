@@ -1,5 +1,5 @@
-"""Random networks of residual streams, with all that makes it hard to tell what a layer reads: casts, idle dropout, writes
-in place, views, routing, recurrence, numbers that leave the tensors."""
+"""Random networks of residual streams, with all that makes it hard to tell what a layer reads: casts, idle dropout,
+writes in place, views, routing, recurrence, numbers that leave the tensors."""
 
 from __future__ import annotations
 

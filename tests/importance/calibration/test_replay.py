@@ -17,6 +17,7 @@ from graphprune.tracing.example import ExampleInput
 from graphprune.tracing.trace import record_run
 from tests.stream_networks import STEPS, STEPS_OF, WIDTH, Network, Step, block, branch, measured, routed
 
+
 def in_order(readers: list[Reader]) -> list[list[Reader]]:
     level: dict[str, int] = {}
     for reader in readers:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import GraphPruneError, sparsity
-from graphprune.recovery.repair import walk
-from tests.stream_networks import STEPS, STEPS_OF, WIDTH, Network, noisy
+from graphprune.recovery.repair import layers, walk
+from tests.stream_networks import STEPS, STEPS_OF, WIDTH, Network, measured, noisy
 
 
 def distance(net: nn.Module, dense: nn.Module, x: Tensor) -> float:
@@ -25,7 +25,7 @@ def distance(net: nn.Module, dense: nn.Module, x: Tensor) -> float:
 
 def random_network(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    steps = [step for step in STEPS_OF if step is not noisy]
+    steps = [step for step in STEPS_OF if step not in (noisy, measured)]  # that nothing can be compared or planned for
     net = Network(random.Random(seed).choices(steps, k=STEPS)).eval()
     with torch.no_grad():
         for p in net.parameters():
@@ -47,7 +47,7 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {"list": lambda x: list(x.split(32))
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_networks(seed: int, form: str) -> None:
     dense = random_network(seed)
     x, fresh = torch.randn(512, WIDTH), torch.randn(512, WIDTH)
@@ -65,7 +65,7 @@ def test_random_networks(seed: int, form: str) -> None:
     assert distance(masked, dense, fresh) <= before * 1.02
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(3))
 def test_memory_makes_no_difference(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same network, whether runs are replayed or not."""
     dense, x = random_network(seed), torch.randn(128, WIDTH)
@@ -77,9 +77,7 @@ def test_memory_makes_no_difference(seed: int, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(one, other)
 
 
-class Misled(nn.Module):
-    """What comes behind the branch depends on it in a way that its mean does not tell: the sign of noise."""
-
+class Wide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(4, 64), nn.Linear(64, 4)
@@ -88,21 +86,16 @@ class Misled(nn.Module):
         return self.b(self.a(x).relu())
 
 
-def test_a_fit_to_too_few_rows_is_taken_back_and_named() -> None:
-    """Twelve rows and 32 weights for each output: without a ridge the fit goes through noise."""
+def test_what_makes_held_outputs_worse_is_taken_back_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit that goes wrong; then the mean alone is tried."""
     torch.manual_seed(0)
-    dense = Misled().eval()
-    with torch.no_grad():
-        dense.a.weight.mul_(30.0)
-    x = torch.randn(14, 4)
-    plan = graphprune.plan(dense, x, 0.5)
-    found = graphprune.recover(dense, plan, x, [x[:12], x[12:13]], "least_squares", ridge=0.0)
-    assert found.after <= found.before
+    monkeypatch.setattr(layers, "ridge_solution", lambda moments, start, ridge, constant: -5 * start)
+    dense, x, fresh = Wide().eval(), torch.randn(256, 4), torch.randn(256, 4)
+    plan = graphprune.plan(dense, x[:2], 0.5)
+    found = graphprune.recover(dense, plan, x[:2], [x], "least_squares")
     (said,) = found.layers
-    assert "taken back: on held inputs the error of the outputs rose" in said.note
-    assert said.method in ("mean", "none")
-    if not said.changed:
-        assert "nothing was repaired" in str(found)
+    assert said.method == "mean" and "least squares taken back: on held inputs the error of the outputs" in said.note
+    assert found.after < found.before and distance(found.model, dense, fresh) < distance(plan.apply(dense), dense, fresh)
 
 
 class Block(nn.Module):
@@ -129,8 +122,8 @@ def test_layers_behind_a_gap_with_few_rows_get_their_means(rows: int, method: st
     dense, x, fresh = Deep().eval(), torch.randn(rows, 6), torch.randn(200, 6)
     plan = graphprune.plan(dense, x[:2], 0.3, granularity="layer", criterion="magnitude")
     found = graphprune.recover(dense, plan, x[:2], list(x.split(20)))
-    assert plan.layers and found.layers[-1].method == method
-    assert ("rows of data are fewer than the 72" in found.layers[-1].note) == (method == "mean")
+    assert plan.layers and found.layers[0].method == method
+    assert ("rows of data are fewer than the 72" in found.layers[0].note) == (method == "mean")
     assert distance(found.model, dense, fresh) < 0.5 * distance(plan.apply(dense), dense, fresh)
 
 
@@ -152,8 +145,8 @@ def test_encoders_that_look_into_their_first_layer() -> None:
 
 def test_depthwise_transposed_convolutions() -> None:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 12, 3), nn.ReLU(), nn.ConvTranspose2d(12, 12, 4, 2, 1, groups=12), nn.ReLU()]
-    dense = nn.Sequential(*layers, nn.Conv2d(12, 2, 3)).eval()
+    parts = [nn.Conv2d(3, 12, 3), nn.ReLU(), nn.ConvTranspose2d(12, 12, 4, 2, 1, groups=12), nn.ReLU()]
+    dense = nn.Sequential(*parts, nn.Conv2d(12, 2, 3)).eval()
     x, fresh = torch.randn(48, 3, 7, 7), torch.randn(32, 3, 7, 7)
     plan = graphprune.plan(dense, x[:2], 0.5)
     for method in ("mean", "least_squares"):
@@ -161,7 +154,7 @@ def test_depthwise_transposed_convolutions() -> None:
         assert distance(found.model, dense, fresh) < distance(plan.apply(dense), dense, fresh)
 
 
-class Configured(Misled):
+class Configured(Wide):
     """Has a configuration, from which it is built again, and layers without biases."""
 
     def __init__(self) -> None:
