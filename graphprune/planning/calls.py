@@ -206,5 +206,5 @@ def repaired(
     if method is None or (method == "auto" and not auto_possible(model, decided, data)):
         return small
     # what nobody asked for adds no names to the state dict of a class that has no biases
-    new_bias = method != "auto" or data is None
+    new_bias = None if method != "auto" or data is None else False
     return recover_accuracy(model, decided, example, data, method, new_bias=new_bias).model

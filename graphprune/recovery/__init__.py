@@ -1,8 +1,8 @@
 """Recovery without training (mean compensation, batch norm re-estimation, least squares against the dense network) and
 with it (fine-tuning, distillation)."""
 
-from .repair.layers import LayerRecovery
 from .repair.methods import METHODS, Recovery, auto_possible, check_method, recover
+from .repair.steps import LayerRecovery
 from .training.carrying import carry_optimizer
 from .training.distillation import Distillation
 from .training.evaluation import Evaluation

@@ -21,9 +21,12 @@ from ..importance.calibration import (
 )
 from ..plans.surgery import clone_with, find_folds
 from ..recovery.repair import walk
-from ..recovery.repair.solve import masked_ridge_solution
+from ..recovery.repair.checking import Check, FitData
+from ..recovery.repair.solve import masked_ridge_solution, squared_error
+from ..recovery.repair.steps import LayerRecovery, Option, Steps, better_of_two
 from ..support.doors import door
 from ..support.walking import named_tensors
+from ..support.warning import warn
 from ..tracing.example import ExampleInput
 from ..tracing.trace import record_run
 from .masks import make_permanent
@@ -37,7 +40,9 @@ def reconstruct(model: nn.Module, dense: nn.Module, example_input: Any, data: An
     Layer after layer: inputs from the already repaired network, targets from the dense one, and for every output a
     ridge regression over the weights that its mask leaves (the layer-wise problem of Hubara et al., Accelerated Sparse
     Neural Training, 2021, solved in closed form). Constant terms go into biases or the batch norms behind. `ridge`,
-    times the mean second moment of the inputs, holds the weights to those they had.
+    times the mean second moment of the inputs, holds the weights to those they had. An eighth of the samples (256 are
+    enough) is held from the fit: layers whose new weights make the outputs worse there stay as they were, and a warning
+    names them.
 
     `model` is `dense` after masking; it is changed in place and returned. `example_input` as in `graphprune.prune`;
     `data` yields inputs, or (inputs, targets) whose targets are not used, and is read several times. Transposed
@@ -102,7 +107,8 @@ class _Fit:
         ridge: float,
     ) -> None:
         self.dense, self.small, self.masks, self.ridge = dense, small, masks, ridge
-        self.data = CalibrationData(data, example, small)
+        self.data = FitData(CalibrationData(data, example, small), dense)
+        self.steps = Steps(small, Check(dense, small, self.data.held), self._constant)
         trace = record_run(small, example)
         modules = dict(small.named_modules())
         self.norms = {f.layer: modules[f.batch_norm] for f in find_folds(small, trace)}
@@ -120,10 +126,25 @@ class _Fit:
             for r in self.readers
         }
         order = walk.waves(self.readers, lambda r: walk.bytes_needed(r, named[r.weight]))
-        pair = walk.Pair(self.dense, self.small, self.data, order)
-        for wave in order:
-            for weight, moments in self._moments(pair, wave, targets).items():
-                self._solve(next(r for r in wave if r.weight == weight), moments)
+        left_out: dict[str, str] = {}
+
+        def once() -> list[LayerRecovery]:
+            report: list[LayerRecovery] = []
+            pair = walk.Pair(self.dense, self.small, self.data, order)
+            for wave in order:
+                by_weight = {r.weight: r for r in wave}
+                found = self._moments(pair, wave, targets)
+                tried = [(by_weight[name], [self._fitted(by_weight[name], moments)]) for name, moments in found.items()]
+                report += self.steps.take(tried) if tried else []
+            left_out.update(pair.left_out)
+            return report
+
+        report = better_of_two(self.steps, once)
+        fitted = {said.weight for said in report}
+        left = {said.weight: said.note for said in report if not said.changed}
+        left |= {name: why for name, why in left_out.items() if name not in fitted}
+        if left:
+            warn("reconstruct: left as they were: " + "; ".join(f"{name} ({why})" for name, why in left.items()))
 
     def _moments(
         self, pair: walk.Pair, wave: Sequence[Reader], targets: dict[str, walk.Target]
@@ -140,16 +161,23 @@ class _Fit:
         pair.gather(wave, targets, take)
         return found
 
-    def _solve(self, reader: Reader, moments: Moments) -> None:
+    def _constant(self, reader: Reader) -> walk.Constant:
+        """Without new biases: they would change the state dict."""
+        norm = self.norms.get(reader.weight.rpartition(".")[0])
+        return walk.Constant(self.small, reader, norm, new_bias=False)
+
+    def _fitted(self, reader: Reader, moments: Moments) -> Option:
         weight, mask = named_tensors(self.small)[reader.weight], self.masks[reader.weight]
         assert mask is not None
-        constant = walk.Constant(self.small, reader, self.norms.get(reader.weight.rpartition(".")[0]))
-        free = constant.bias is not None or constant.mean is not None  # a new bias would change the state dict
+        constant = self._constant(reader)
         start = weight_matrix(reader, weight)
         bias = start.new_zeros(weight.shape[reader.out_axis]) if constant.bias is None else constant.bias.double()
         start = torch.cat([start, bias.reshape(start.shape[0], 1, -1)], 1)
-        open_ = torch.cat([weight_matrix(reader, mask) != 0, torch.full_like(start[:, -1:], free, dtype=torch.bool)], 1)
-        solution = masked_ridge_solution(moments, start, self.ridge, open_)
-        weight.data.copy_(as_weight(reader, solution[:, :-1], weight) * mask)
-        if free:
-            constant.add((solution[:, -1] - start[:, -1]).reshape(-1))
+        last = torch.full_like(start[:, -1:], constant.possible, dtype=torch.bool)
+        free = torch.cat([weight_matrix(reader, mask) != 0, last], 1)
+        solution = masked_ridge_solution(moments, start, self.ridge, free)
+        change = (solution[:, -1] - start[:, -1]).reshape(-1) if constant.possible else None
+        scale = max(float(moments.variance.sum()) * moments.rows, 1e-300)
+        before, after = (squared_error(moments, w) / scale for w in (start, solution))
+        said = LayerRecovery(reader.weight, "masked least squares", before, after)
+        return Option(said, as_weight(reader, solution[:, :-1], weight) * mask, change)

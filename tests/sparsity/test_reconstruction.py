@@ -54,7 +54,8 @@ def test_one_layer_equals_a_fit_output_by_output(ridge: float, level: float) -> 
     start.load_state_dict({"weight": model[0].weight.detach(), "bias": model[0].bias.detach()})
     with torch.no_grad():
         weight, bias = slow_fit(start, mask, x, dense(x), ridge)
-    assert sparsity.reconstruct(model, dense, x[:2], [x[:40], (x[40:], None)], ridge=ridge) is model
+    data = [x[:40], (x[40:], None), x[::8]]  # the last batch is held
+    assert sparsity.reconstruct(model, dense, x[:2], data, ridge=ridge) is model
     torch.testing.assert_close(model[0].weight.double(), weight, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(model[0].bias.double(), bias, atol=1e-4, rtol=1e-4)
 

@@ -1,6 +1,6 @@
 """What real inputs say: calibration batches, the layers that read channels, and second moments of what they read."""
 
-from .data import CalibrationData
+from .data import CalibrationData, refuse_infinite
 from .layers import Reader, find_readers
 from .moments import Moments, NoProducts, as_weight, rows_of, weight_matrix
 from .observe import Call, observe
@@ -16,6 +16,7 @@ __all__ = [
     "as_weight",
     "find_readers",
     "observe",
+    "refuse_infinite",
     "rows_of",
     "weight_matrix",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .gradients import channels_first
-from .observe import observe
+from .observe import observe, refuse_infinite_call
 from .statistics import Calibration
 
 
@@ -48,11 +48,12 @@ def channel_statistics(calibration: Calibration, *, maps: bool = False) -> dict[
     """Statistics of the inputs of every reader, in one pass; `maps`: also those of whole feature maps (slow)."""
     readers = list(calibration.readers.values())
     out: dict[str, ChannelStatistics] = {}
-    for example in calibration.data.inputs():
+    for index, example in enumerate(calibration.data.inputs()):
         calls = observe(calibration.model, readers, example, inputs=True)
         for reader in readers:
             for call in calls[reader.weight]:
                 assert call.x is not None
+                refuse_infinite_call(reader, call, index)
                 x = channels_first(call.x, reader.data_axis).double()
                 found = out.setdefault(reader.weight, ChannelStatistics.zeros(x.shape[1], x.device))
                 _add(found, x)

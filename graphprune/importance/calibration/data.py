@@ -49,6 +49,8 @@ class CalibrationData:
         for index, item in enumerate(self._data):
             empty = False
             inputs, targets = self._parts(item, index)
+            for tensor in inputs.tensors():
+                refuse_infinite(tensor, f"batch {index} holds", nan_alone=True)
             yield inputs.to(self._device), _to(targets, self._device)
         if empty:
             raise GraphPruneError("data: yields no batch; pass at least one")
@@ -82,6 +84,20 @@ class CalibrationData:
         raise GraphPruneError(
             f"data: batch {index} is a {type(item).__name__}{_length(item)}; expected inputs (a tensor, a dict of "
             f"keyword arguments, a tuple of {self._positional} positional arguments) or a pair (inputs, targets)"
+        )
+
+
+def refuse_infinite(values: Tensor, what: str, nan_alone: bool = False) -> None:
+    """Raise GraphPruneError where values are NaN or infinite. `nan_alone`: infinite ones may be meant, as in a mask."""
+    if not (values.is_floating_point() or values.is_complex()) or values.is_meta:
+        return
+    wrong = values.isnan() if nan_alone else ~values.isfinite()
+    count = int(wrong.sum())
+    if count:
+        kind = "NaN" if nan_alone else "NaN or infinite values"
+        raise GraphPruneError(
+            f"data: {what} {count} {kind} in {values.numel()} numbers of shape {tuple(values.shape)}: nothing can be "
+            f"learnt from that; leave these samples out, or look at how they are read"
         )
 
 

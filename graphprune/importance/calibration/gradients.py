@@ -44,6 +44,11 @@ def _loss(calibration: Calibration, example: ExampleInput, targets: Any, index: 
         raise GraphPruneError(f"loss_fn returned {found}; expected the mean loss of the batch, a scalar tensor")
     if not loss.requires_grad:
         raise GraphPruneError("loss_fn returned a loss that does not depend on the model's output through gradients")
+    if not bool(torch.isfinite(loss.detach()).all()):
+        raise GraphPruneError(
+            f"data: the loss of batch {index} is {float(loss.detach())}: nothing can be learnt from that; leave these "
+            f"samples out, or look at their inputs and targets"
+        )
     return loss.reshape(())
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ...errors import GraphPruneError
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.operators import (
@@ -27,8 +28,10 @@ from ...tracing.operators import (
 )
 from ...tracing.state import evaluating, unfused
 from ...tracing.trace import run_model
+from .data import refuse_infinite
 from .layers import Reader
-from .replay import Replay
+from .picks import Rows, follow, picking, rows_in
+from .replay import Diverged, Replay
 
 
 @dataclasses.dataclass
@@ -37,7 +40,8 @@ class Call:
 
     `geometry`: (stride, padding, dilation, output padding) of a convolution, a number per axis; padding may be "same",
     and output padding is for transposed ones. `again`: of a user's operator, what it makes of the same data with
-    another weight, and with one number for all of the bias; kept with `x`.
+    another weight, and with one number for all of the bias; kept with `x`. `rows`: which rows `x` holds, where they
+    were picked by value.
     """
 
     x: Tensor | None
@@ -45,6 +49,7 @@ class Call:
     other: Tensor | None = None
     geometry: tuple[Any, Any, Any, Any] | None = None
     again: Callable[[Tensor, float], Tensor] | None = None
+    rows: Rows | None = None
 
 
 class _Enough(BaseException):
@@ -61,35 +66,60 @@ class _Watch(TorchFunctionMode):
         self.calls: dict[str, list[Call]] = {r.weight: [] for r in weights.values()}
         self.missing = sum(r.calls for r in weights.values())
         self.waiting: list[tuple[Tensor, Call]] = []
+        self.following = outputs and (replay is None or not replay.replaying)
+        self.picked = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = function_name(func)
-        number = 0
-        if self.replay is not None:
-            number, known, out = self.replay.enter(args, kwargs)
-            if known:
-                self._check()
-                return out
         operator = named(name)
         if self.waiting and operator is not None and operator.merge is Merge.SUM and len(args) == 2:
-            self._addition(args)
-        found = None if operator is None else self._call_of(operator, func, name, args, kwargs)
-        out = func(*args, **kwargs)
-        if self.replay is not None:
-            self.replay.leave(number, name, args, kwargs, out, self._name(args, kwargs))
+            with self._aside():
+                self._addition(args)
+        found = None
+        if operator is not None:
+            with self._aside():
+                found = self._call_of(operator, func, name, args, kwargs)
+        out = self._made(func, name, args, kwargs)
+        if self.following:
+            with self._aside():
+                self._follow(func, name, args, kwargs, out)
         if found is None:
             self._check()
             return out
         reader, call = found
         # copies, because what follows may write in place
-        call.y = out.clone() if self.outputs else None
+        with self._aside():
+            call.y = out.clone() if self.outputs else None
         self.calls[reader.weight].append(call)
         if reader.adds and self.additions:
             self.waiting.append((out, call))
         self.missing -= 1
         self._check()
         return out
+
+    def _aside(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.replay is None else self.replay.aside()
+
+    def _made(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """The result of a call, from memory where it is settled."""
+        if self.replay is None:
+            return func(*args, **kwargs)
+        readers = self.replay.reader_names(name, args, kwargs)
+        if readers:
+            return self.replay.layer(readers, func, args, kwargs)
+        out = func(*args, **kwargs)
+        self.replay.told(func, name, args, kwargs, out)
+        return out
+
+    def _follow(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
+        """Which rows results hold."""
+        by = picking(name, args, kwargs)
+        if by and self.replay is not None:
+            self.replay.picked(by)
+        self.picked = self.picked or bool(by)
+        if self.picked:
+            follow(name, func, args, kwargs, out)
 
     def _addition(self, args: Any) -> None:
         for i, (made, call) in enumerate(self.waiting):
@@ -104,12 +134,6 @@ class _Watch(TorchFunctionMode):
     def _check(self) -> None:
         if not self.missing and not self.waiting and (self.replay is None or self.replay.done):
             raise _Enough
-
-    def _name(self, args: Any, kwargs: Any) -> str | None:
-        """The reader that a call belongs to, whether or not it is watched now."""
-        assert self.replay is not None
-        found = (self.replay.names.get(id(a)) for a in (*args, *kwargs.values()) if isinstance(a, nn.Parameter))
-        return next((n for n in found if n is not None), None)
 
     def _call_of(
         self, operator: Operator, func: Any, name: str, args: Any, kwargs: Any
@@ -130,7 +154,7 @@ class _Watch(TorchFunctionMode):
             return None
         if isinstance(form, Sliding):
             geometry = _geometry(form, lambda place: argument(target, args, kwargs, place), weight.dim() - 2)
-        return reader, Call(x.clone() if self.inputs else None, None, None, geometry)
+        return reader, Call(x.clone() if self.inputs else None, None, None, geometry, rows=rows_in(x))
 
     def _declared(self, func: Any, name: str, args: Any, kwargs: Any) -> tuple[Reader, Call] | None:
         given = [*args, *kwargs.values()]
@@ -139,9 +163,16 @@ class _Watch(TorchFunctionMode):
             return None
         x = argument(func, args, kwargs, reader.places.data)
         if not self.inputs:
-            return reader, Call(None, None)
+            return reader, Call(None, None, rows=rows_in(x))
         held = x.clone()
-        return reader, Call(held, None, again=_repeated(func, args, kwargs, reader, held))
+        return reader, Call(held, None, again=_repeated(func, args, kwargs, reader, held), rows=rows_in(x))
+
+
+def refuse_infinite_call(reader: Reader, call: Call, index: int, whose: str = "the model") -> None:
+    """Raise GraphPruneError where a layer read or made something that is not finite, on batch `index` of data."""
+    for values, verb in ((call.x, "reads"), (call.y, "makes")):
+        if values is not None:
+            refuse_infinite(values, f"on batch {index}, {reader.weight} of {whose} {verb}")
 
 
 def _geometry(form: Sliding, given: Callable[[int], Any], axes: int) -> tuple[Any, Any, Any, Any]:
@@ -204,19 +235,29 @@ def observe(
 
     Raises GraphPruneError when the model fails on the batch.
     """
-    named = named_tensors(model)
-    watch = _Watch({id(named[r.weight]): r for r in readers}, inputs, outputs, additions, replay)
+    weights = named_tensors(model)
 
-    def run() -> None:
-        with watch:
+    def seen(memory: Replay | None) -> dict[str, list[Call]]:
+        watch = _Watch({id(weights[r.weight]): r for r in readers}, inputs, outputs, additions, memory)
+        with (
+            evaluating(model),
+            unfused(),
+            contextlib.suppress(_Enough),
+            contextlib.nullcontext() if memory is None else memory.watching(),
+            watch,
+        ):
             run_model(model, example.clone(), "data")
+        return watch.calls
 
-    _quietly(model, run)
-    if replay is not None:
+    if replay is None or not replay.usable:
+        return seen(None)
+    replaying = replay.replaying
+    try:
+        calls = seen(replay)
         replay.finish()
-    return watch.calls
-
-
-def _quietly(model: nn.Module, run: Callable[[], None]) -> None:
-    with evaluating(model), unfused(), contextlib.suppress(_Enough):
-        run()
+        return calls
+    except (Diverged, GraphPruneError):
+        if not replaying:
+            raise
+        replay.drop()
+        return seen(None)

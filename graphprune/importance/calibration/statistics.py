@@ -13,7 +13,7 @@ from ...tracing.trace import Trace
 from .data import CalibrationData
 from .layers import Reader, find_readers
 from .moments import Moments, rows_of
-from .observe import observe
+from .observe import observe, refuse_infinite_call
 
 _T = TypeVar("_T")
 # Moments held at a time.
@@ -80,11 +80,12 @@ class Calibration:
         device = next((t.device for t in self.weights.values()), torch.device("cpu"))
         out = {r.weight: Moments(r.groups, self._features(r), 0, device) for r in readers}
         seen = 0
-        for example in self.data.inputs():
+        for index, example in enumerate(self.data.inputs()):
             calls = observe(self.model, readers, example, inputs=True)
             for reader in readers:
                 for call in calls[reader.weight]:
                     assert call.x is not None
+                    refuse_infinite_call(reader, call, index)
                     x, y = rows_of(reader, call, None, self.weights[reader.weight], seen)
                     out[reader.weight].add(x, y)
             seen += next((t.shape[0] for t in example.tensors() if t.dim()), 1)

@@ -36,3 +36,30 @@ class Silence(Bypass):
 
     def _result(self, stream: Tensor) -> Tensor:
         return torch.zeros_like(stream)  # of its own memory: the code around may add to it in place
+
+
+class Gap(Bypass):
+    """Stands in a list for a layer that is about to be taken out of it.
+
+    Code around may look at what the layer has (`layers[0].self_attn.batch_first`): everything but the call is the
+    layer's own. Its parameters are not the gap's.
+    """
+
+    def __init__(self, whole: nn.Module, stream: int | str, form: int = 0) -> None:
+        super().__init__(stream, form)
+        self.__dict__["whole"] = _Held(whole)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["whole"].module, name)
+
+
+class _Held:
+    """Keeps a module out of its holder's modules."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module

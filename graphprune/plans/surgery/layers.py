@@ -14,7 +14,7 @@ from ...errors import GraphPruneError
 from ...support.settings import is_named_tuple, is_settings, settings_of, with_setting
 from ...support.walking import all_modules
 from ...tracing.cloning import INTERNAL
-from ..modules.bypass import Bypass, Silence
+from ..modules.bypass import Bypass, Gap, Silence
 from .copying import clone_with
 
 # How attributes are called that count layers: num_hidden_layers, n_layer, encoder_layers, depth, depths.
@@ -124,6 +124,8 @@ def remove_listed_experts(small: nn.Module, experts: Iterable[Experts]) -> None:
 
 
 def _bypass(module: nn.Module, block: Block) -> Bypass:
+    if block.listed and not block.branch:
+        return Gap(module, block.stream, block.form).train(module.training)
     kind = Silence if block.branch else Bypass
     new = kind(block.stream, block.form).train(module.training)
     for name, value in module.__dict__.items():  # what the code around it may look at (`layer.attention_type`)

@@ -32,7 +32,7 @@ from .results import out_of_memory
 
 
 def gone_components(graph: DependencyGraph, plan: Plan) -> Mask:
-    """Which components a plan, in the names of the graph, removes: those whose every index on some parameter axis goes."""
+    """Which components a plan, in the names of the graph, removes: those with every index on some parameter axis."""
     return gone_with(graph.analysis, plan.removed)
 
 

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
+from .walk import Inputs
 
 
-def reestimate(model: nn.Module, data: CalibrationData) -> int:
+def reestimate(model: nn.Module, data: Inputs) -> int:
     """Replace running means and variances by cumulative averages over the batches, in place; how many norms ran.
 
     Every batch counts alike, with the mean and unbiased variance of that batch, as `torch.optim.swa_utils.update_bn`
@@ -40,7 +40,12 @@ def reestimate(model: nn.Module, data: CalibrationData) -> int:
         norm.momentum = momentum
         counted = int(norm.num_batches_tracked) if norm.num_batches_tracked is not None else 1
         ran += bool(counted)
-        if not counted or not all(bool(torch.isfinite(b).all()) for b in _statistics(norm)):
+        if counted and not all(bool(torch.isfinite(b).all()) for b in _statistics(norm)):
+            raise GraphPruneError(
+                "data: what reaches a batch norm is not finite (NaN or infinite) on some batch; leave it out, or look "
+                "at how it is read"
+            )
+        if not counted:
             for buffer, old in zip(_statistics(norm), before, strict=True):
                 buffer.copy_(old)
         if norm.num_batches_tracked is not None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ...dependency.reparametrised import forms_in
 from ...importance.calibration import (
-    CalibrationData,
     Call,
     Moments,
     NoProducts,
@@ -27,29 +26,9 @@ from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from . import walk
+from .checking import Check, FitData
 from .solve import ridge_solution, squared_error
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerRecovery:
-    """What was done to one layer.
-
-    `before`, `after`: mean squared difference to the wanted results on the calibration data, divided by their
-    variance; NaN where not measured. `note` says what could not be done, and where a correction is not exact.
-    `changed`: whether anything was done.
-    """
-
-    weight: str
-    method: str
-    before: float
-    after: float
-    note: str = ""
-    changed: bool = True
-
-    def __str__(self) -> str:
-        note = f": {self.note}" if self.note else ""
-        error = "" if math.isnan(self.before) else f", relative error {self.before:.2e} -> {self.after:.2e}"
-        return f"{self.weight}: {self.method}{error}{note}"
+from .steps import LayerRecovery, Option, Steps, better_of_two
 
 
 class Refit:
@@ -64,7 +43,7 @@ class Refit:
         small: nn.Module,
         plan: Plan,
         example: ExampleInput,
-        data: CalibrationData,
+        data: FitData,
         ridge: float,
         every_layer: bool,
         progress: Callable[[str], None] | None,
@@ -81,10 +60,16 @@ class Refit:
         norms = {f.layer: f.batch_norm for f in find_folds(small, trace)}
         modules = dict(small.named_modules())
         self.norms = {layer: modules[norm] for layer, norm in norms.items()}
+        self.check = Check(dense, small, data.held)
+        self.steps = Steps(small, self.check, self._constant)
         self.report: list[LayerRecovery] = []
 
     def run(self, solve: bool) -> list[LayerRecovery]:
         """Refit what is to be refit; `solve`: all weights, else the constant terms alone."""
+        return better_of_two(self.steps, lambda: self._run(solve))
+
+    def _run(self, solve: bool) -> list[LayerRecovery]:
+        self.report = []
         chosen = self._chosen(solve)
         named = named_tensors(self.small)
         targets = {r.weight: walk.target_of(self.plan, r, self.device) for r in chosen}
@@ -159,53 +144,76 @@ class Refit:
             moments[reader.weight].add(x, y)
 
         pair.gather(wave, targets, take)
+        met = moments.keys() | {name for name, shift in shifts.items() if shift.rows} | unlike.keys()
+        for reader in wave:
+            if reader.weight not in met:
+                self._leave(reader, f"{pair.left_out.get(reader.weight, 'the data do not reach it')}: left alone")
         for name, told in unlike.items():
             self.report.append(LayerRecovery(name, "none", math.nan, math.nan, told, False))
+            shifts.pop(name, None)
         with torch.no_grad():
-            for reader in solved:
-                if reader.weight in moments:
-                    self._solve(reader, moments.pop(reader.weight))
-            for reader in (r for r in shifted if r.weight not in unlike):
-                self._shift(reader, shifts[reader.weight])
+            tried = [(r, self._solutions(r, moments.pop(r.weight))) for r in solved if r.weight in moments]
+            tried += [(r, self._shifts(r, shifts[r.weight])) for r in shifted if r.weight in met - unlike.keys()]
+            possible = [(reader, options) for reader, options in tried if options]
+            if possible:
+                self.report += [_with_note(said, pair.note(said.weight)) for said in self.steps.take(possible)]
 
     def _constant(self, reader: Reader) -> walk.Constant:
         return walk.Constant(self.small, reader, self.norms.get(reader.weight.rpartition(".")[0]), self.new_bias)
 
-    def _solve(self, reader: Reader, moments: Moments) -> None:
+    def _solutions(self, reader: Reader, moments: Moments) -> list[Option]:
+        """All weights fitted, where there are enough rows for that; else, or should that fail, the mean alone."""
         weight = named_tensors(self.small)[reader.weight]
         constant = self._constant(reader)
         start = weight_matrix(reader, weight)
         outputs = weight.shape[reader.out_axis]
         bias = start.new_zeros(outputs) if constant.bias is None else constant.bias.detach().double()
         start = torch.cat([start, bias.reshape(start.shape[0], 1, -1)], 1)
-        if self._loose(reader, moments):
-            return
-        solution = ridge_solution(moments, start, self.ridge, constant.possible)
         scale = max(float(moments.variance.sum()) * moments.rows, 1e-300)
-        before, after = (squared_error(moments, w) / scale for w in (start, solution))
-        note = "" if constant.possible else "has no bias, so means are matched by the weights alone"
-        weight.data.copy_(as_weight(reader, solution[:, :-1], weight))
+        few = self._few(reader, moments)
+        options = []
+        if not few:
+            solution = ridge_solution(moments, start, self.ridge, constant.possible)
+            note = "" if constant.possible else "has no bias, so means are matched by the weights alone"
+            change = (solution[:, -1] - start[:, -1]).reshape(-1) if constant.possible else None
+            before, after = (squared_error(moments, w) / scale for w in (start, solution))
+            said = LayerRecovery(reader.weight, "least squares", before, after, note)
+            options.append(Option(said, as_weight(reader, solution[:, :-1], weight), change))
         if constant.possible:
-            constant.add((solution[:, -1] - start[:, -1]).reshape(-1))
-        self.report.append(LayerRecovery(reader.weight, "least squares", before, after, note))
+            missed = (moments.cross[:, -1] - (moments.gram @ start)[:, -1]) / max(moments.rows, 1)
+            moved = start.clone()
+            moved[:, -1] += missed
+            before, after = (squared_error(moments, w) / scale for w in (start, moved))
+            options.append(Option(LayerRecovery(reader.weight, "mean", before, after, few), None, missed.reshape(-1)))
+        if not options:
+            self._leave(reader, f"{few}, and it has none: left alone")
+        return options
 
-    def _loose(self, reader: Reader, moments: Moments) -> bool:
-        """Layers that lost nothing are refitted only where the data outnumber their weights well."""
+    def _leave(self, reader: Reader, why: str) -> None:
+        self.report.append(LayerRecovery(reader.weight, "none", math.nan, math.nan, why, False))
+
+    def _few(self, reader: Reader, moments: Moments) -> str:
+        """Layers that lost nothing are refitted only where the data outnumber their weights well; "" where they do."""
         cut = self.plan.removed.get(reader.weight, {}).get(reader.in_axis)
-        return not cut and moments.rows < 8 * moments.gram.shape[1]
+        needed = 8 * moments.gram.shape[1]
+        if cut or moments.rows >= needed:
+            return ""
+        return f"{moments.rows} rows of data are fewer than the {needed} for its weights: only its constant term is " \
+            "corrected"
 
-    def _shift(self, reader: Reader, found: _Shift) -> None:
-        constant = self._constant(reader)
-        notes = [self._refusal(reader)]
-        if found.rows and constant.possible:
-            constant.add(found.change)
-            if found.padded:
-                notes.append("padded: exact on average, not at the border")
-        elif not constant.possible:
-            notes.append("has no bias and no batch norm behind it: left alone")
-        note = "; ".join(n for n in notes if n)
-        after = found.after if constant.possible else found.before
-        self.report.append(LayerRecovery(reader.weight, "mean", found.before, after, note, constant.possible))
+    def _shifts(self, reader: Reader, found: _Shift) -> list[Option]:
+        refusal = self._refusal(reader)
+        if not self._constant(reader).possible:
+            why = "has no bias and no batch norm behind it: left alone"
+            self._leave(reader, f"{refusal}; {why}" if refusal else why)
+            return []
+        notes = [refusal, "padded: exact on average, not at the border" if found.padded else ""]
+        said = LayerRecovery(reader.weight, "mean", found.before, found.after, "; ".join(n for n in notes if n))
+        return [Option(said, None, found.change)]
+
+
+def _with_note(said: LayerRecovery, note: str) -> LayerRecovery:
+    return dataclasses.replace(said, note="; ".join(n for n in (said.note, note) if n)) if note else said
 
 
 def _behind_layers(dense: nn.Module, plan: Plan, example: ExampleInput) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +22,10 @@ from ...support.suggestions import check_choice
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from .batchnorm import reestimate
-from .layers import LayerRecovery, Refit
+from .checking import Check, FitData
+from .layers import Refit
 from .norms import kept_folds, take_apart
+from .steps import LayerRecovery
 from .stored import compensate, stores_statistics
 
 METHODS = ("auto", "mean", "moments", "batchnorm", "least_squares")
@@ -31,15 +34,28 @@ _DATA_FREE = ("auto", "mean", "moments")
 
 @dataclasses.dataclass(frozen=True)
 class Recovery:
-    """`model`: the recovered network. `layers`: what was done, layer by layer, in order (empty for "batchnorm").
+    """`model`: the recovered network. `layers`: what was done, layer by layer, in order (for "batchnorm" empty, or what
+    was taken back).
 
-    The network remembers the method, `graphprune.verify` says that it does, and files of `graphprune.save` say so."""
+    `before`, `after`: squared error of the outputs, divided by their squares, on `checked` (inputs that were held from
+    the repair); NaN where nothing was measured, as without data.
+
+    The network remembers the method, `graphprune.verify` says that it does, and files of `graphprune.save` say so;
+    unless nothing was changed."""
 
     model: nn.Module
     layers: tuple[LayerRecovery, ...]
+    before: float = math.nan
+    after: float = math.nan
+    checked: str = ""
 
     def __str__(self) -> str:
-        return "\n".join(map(str, self.layers))
+        lines = [str(layer) for layer in self.layers]
+        if self.layers and not any(layer.changed for layer in self.layers):
+            lines.append("nothing was repaired")
+        elif not math.isnan(self.before):
+            lines.append(f"error of the outputs on {self.checked}: {self.before:.2e} -> {self.after:.2e}")
+        return "\n".join(lines)
 
 
 def check_method(method: Any, data: Any) -> None:
@@ -61,7 +77,7 @@ def recover(
     *,
     ridge: float = 1e-3,
     every_layer: bool = True,
-    new_bias: bool = True,
+    new_bias: bool | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Recovery:
     """Apply `plan` to a copy of `model` and repair the copy so that it does what `model` does on `data`.
@@ -86,7 +102,16 @@ def recover(
       target). `ridge`, times the mean second moment of the inputs, holds the weights to those they had.
 
     `new_bias`: whether layers without a bias, and without a batch norm behind them, may be given one. Without, the file
-    and the class keep the names they have (Llama's layers have no biases), and weights alone make up for means.
+    and the class keep the names they have, and weights alone make up for means. By default they may, except in models
+    that are built from a configuration (`config` and `from_pretrained`, as Llama's): the configuration has no place for
+    a bias, and `from_pretrained` would refuse the file.
+
+    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256; with
+    fewer than 8 samples on the same). Where some layer's new weights made the outputs worse, all is done once more with
+    such layers left as they were, or their means corrected alone, and the better network is kept: it is never worse
+    there than without repair. The report names what was taken back, layers that too few rows reached (8 for each input
+    where a layer lost none, else the mean is corrected alone), and rows that the two networks do not share: experts,
+    regions or tokens that are picked by value.
 
     Batch norms that the plan keeps (`fold_bn=False`) are fitted as if they were folded, so the result is the same
     function: filters keep their norms, running statistics become those of `data`, scale and shift make up for it.
@@ -97,8 +122,8 @@ def recover(
     Memory is bounded by the moments of the layers fitted at a time (about 1 GiB); layers with more than 12,000 inputs
     per output and transposed convolutions of several groups get the "mean" correction, and the report says so.
 
-    Raises GraphPruneError for unknown methods, for data that cannot be read twice or that the model fails on, and for
-    plans of another model. `model` is not touched.
+    Raises GraphPruneError for unknown methods, for data that cannot be read twice or that the model fails on, that are
+    NaN or make the model's layers infinite, and for plans of another model. `model` is not touched.
     """
     if method is None:
         raise GraphPruneError("recover: expected a method, got None; leave it out for the one that suits the data")
@@ -106,6 +131,8 @@ def recover(
     check_plan(plan, model)
     if method == "auto":
         method = "moments" if data is None else "least_squares"
+    if new_bias is None:
+        new_bias = not _configured(model)
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
     bare, example = plain(model), ExampleInput.of(example_input)
@@ -143,21 +170,42 @@ def _recovered(
             dense = apply_folds(model, _common_folds(model, plan, example))
             said = compensate(model, dense, small, plan, example, method == "moments", new_bias)
             return Recovery(_closed(small, model, plan, method if any(r.changed for r in said) else ""), tuple(said))
+        seen = FitData(batches, model)
         if method == "batchnorm":
-            small = dataclasses.replace(plan, folds=()).operated(model)
-            reestimate(small, batches)
-            return Recovery(_closed(apply_folds(small, plan.folds), model, plan, method), ())
+            return _reestimated(model, plan, seen)
         small = plan.operated(model)  # with the model's own names
         folds = _common_folds(model, plan, example)
         kept = () if plan.folds else kept_folds(model, small, example)
         dense = apply_folds(model, (*folds, *kept))  # a copy, also without folds
         fitted = apply_folds(small, kept) if kept else small
         unlike = frozenset(f.layer for f in plan.folds if f not in folds)
-        refit = Refit(dense, fitted, plan, example, batches, ridge, every_layer, progress, unlike, new_bias)
+        refit = Refit(dense, fitted, plan, example, seen, ridge, every_layer, progress, unlike, new_bias)
+        before = refit.check.error
         found = tuple(refit.run(solve=method == "least_squares"))
-        if kept:
-            take_apart(small, fitted, kept, batches)
-        return Recovery(_closed(small, model, plan, method), found)
+        if kept and any(layer.changed for layer in found):
+            take_apart(small, fitted, kept, seen)
+        done = method if any(layer.changed for layer in found) else ""
+        return Recovery(_closed(small, model, plan, done), found, before, refit.check.error, seen.said)
+
+
+def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
+    """With batch norm statistics estimated again, if that is no worse."""
+    bare = dataclasses.replace(plan, folds=())
+    small = bare.operated(model)
+    check = Check(model, small, seen.held)
+    before = check.error
+    reestimate(small, seen)
+    if check.passes():
+        done = _closed(apply_folds(small, plan.folds), model, plan, "batchnorm")
+        return Recovery(done, (), before, check.error, seen.said)
+    told = f"taken back: on held inputs the error of the outputs rose from {before:.2e} to {check.last:.2e}"
+    said = LayerRecovery("all batch norms", "batchnorm", math.nan, math.nan, told, False)
+    return Recovery(_closed(plan.operated(model), model, plan, ""), (said,), before, before, seen.said)
+
+
+def _configured(model: nn.Module) -> bool:
+    """Whether the model is built again from its configuration, which knows of no biases that it was given later."""
+    return hasattr(model, "config") and callable(getattr(model, "from_pretrained", None))
 
 
 def auto_possible(model: nn.Module, plan: Plan, data: Any) -> bool:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ...importance.calibration import CalibrationData
 from ...plans.surgery import Fold, find_folds, fold_names
 from ...plans.surgery.folding import scale_filters
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.state import evaluating
 from ...tracing.trace import record_run, run_model
+from .walk import Inputs
 
 Statistics = tuple[Tensor, Tensor]
 
@@ -36,7 +36,7 @@ def _complete(norm: nn.Module) -> bool:
     return all(isinstance(getattr(norm, n, None), Tensor) for n in ("weight", "bias", "running_mean", "running_var"))
 
 
-def take_apart(small: nn.Module, fitted: nn.Module, folds: Sequence[Fold], data: CalibrationData) -> None:
+def take_apart(small: nn.Module, fitted: nn.Module, folds: Sequence[Fold], data: Inputs) -> None:
     """Make `small` compute in eval mode what `fitted` does, which is `small` with `folds` applied and then refitted.
 
     Filters keep their norms, so that a learning rate and weight decay act on them as before; running statistics become
@@ -94,7 +94,7 @@ def _put_norm(small: nn.Module, fold: Fold, slope: Tensor, fitted_bias: Tensor, 
     norm.bias.data.copy_(wanted + slope * (norm.running_mean.double() - bias))
 
 
-def _measure(fitted: nn.Module, folds: Sequence[Fold], data: CalibrationData) -> dict[Fold, Statistics]:
+def _measure(fitted: nn.Module, folds: Sequence[Fold], data: Inputs) -> dict[Fold, Statistics]:
     """Mean and variance over all data of what comes to where these batch norms were; none where nothing does."""
     sums: dict[Fold, list[Any]] = {}
 

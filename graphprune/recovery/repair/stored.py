@@ -27,7 +27,7 @@ from ...tracing.example import ExampleInput
 from ...tracing.operators import multiplied, products_of
 from ...tracing.trace import record_run
 from . import walk
-from .layers import LayerRecovery
+from .steps import LayerRecovery
 
 NOTHING_KNOWN = "nothing is stored of the inputs that it lost (no batch norm before them): left alone"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ...dependency.reparametrised import forms_in
-from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData, Call, Moments, Reader, observe, rows_of
+from ...importance.calibration import Call, Moments, Reader, observe, rows_of
+from ...importance.calibration.observe import refuse_infinite_call
+from ...importance.calibration.picks import common
 from ...importance.calibration.replay import Replay
 from ...importance.calibration.statistics import MAX_FEATURES, MEMORY
 from ...plans.plan import Plan
@@ -79,20 +81,27 @@ def waves(readers: Sequence[Reader], needed: Callable[[Reader], int]) -> list[li
     return out
 
 
+class Inputs(Protocol):
+    """Batches that can be read again and again."""
+
+    def inputs(self) -> Iterator[ExampleInput]: ...
+
+
 class Pair:
     """The dense and the pruned network, run side by side on every batch, wave after wave of readers."""
 
     def __init__(
-        self, dense: nn.Module, small: nn.Module, data: CalibrationData, order: Sequence[Sequence[Reader]]
+        self, dense: nn.Module, small: nn.Module, data: Inputs, order: Sequence[Sequence[Reader]]
     ) -> None:
         self.dense, self.small, self.data = dense, small, data
         self.levels = {r.weight: i for i, wave in enumerate(order) for r in wave}
-        self.names = [
-            {id(t): n for n, t in named_tensors(net).items() if n in self.levels} for net in (dense, small)
+        self.weights = [
+            {n: t for n, t in named_tensors(net).items() if n in self.levels} for net in (dense, small)
         ]
         self.memories: list[tuple[Replay, Replay]] = []
         self.prints: list[tuple[Any, ...]] = []
         self.remember = True
+        self.left_out: dict[str, str] = {}
 
     def gather(
         self,
@@ -113,14 +122,30 @@ class Pair:
             found = observe(self.small, wave, example, **options, inputs=True, replay=memory[1])
             for reader in wave:
                 if len(wanted[reader.weight]) != len(found[reader.weight]):
-                    raise GraphPruneError(
-                        f"recover: {reader.weight} is called {len(wanted[reader.weight])} times in the model and "
-                        f"{len(found[reader.weight])} times in the pruned one on batch {index} of data; use another "
-                        f"recover method, or data that take the same way through both"
+                    self._leave(
+                        reader,
+                        f"called {len(wanted[reader.weight])} times in the model and {len(found[reader.weight])} times "
+                        f"in the pruned one on batch {index} of data",
                     )
+                    continue
                 for theirs, mine in zip(wanted[reader.weight], found[reader.weight], strict=True):
-                    take(reader, mine, self._target(reader, targets[reader.weight], theirs, mine), seen)
+                    refuse_infinite_call(reader, theirs, index)
+                    refuse_infinite_call(reader, mine, index, "the pruned network")
+                    pair = _paired(reader, theirs, mine)
+                    if pair is None:
+                        self._leave(reader, f"the two networks pick different rows for it on batch {index} of data")
+                    elif pair[0].y is not None and pair[0].y.numel():
+                        take(reader, pair[1], self._target(reader, targets[reader.weight], *pair), seen)
             seen += next((t.shape[0] for t in example.tensors() if t.dim()), 1)
+
+    def _leave(self, reader: Reader, why: str) -> None:
+        """Some of what a layer reads has no counterpart; the first reason is kept."""
+        self.left_out.setdefault(reader.weight, why)
+
+    def note(self, weight: str) -> str:
+        """What was left out of a layer's data."""
+        why = self.left_out.get(weight)
+        return "" if why is None else f"{why}, which was left out"
 
     def _target(self, reader: Reader, target: Target, theirs: Call, mine: Call) -> Tensor:
         assert theirs.y is not None and mine.y is not None
@@ -135,13 +160,15 @@ class Pair:
         if not self.remember:
             return None, None
         if index == len(self.memories):
-            made = Replay(self.levels, self.names[0]), Replay(self.levels, self.names[1])
+            made = Replay(self.levels, self.weights[0]), Replay(self.levels, self.weights[1])
             self.memories.append(made)
             self.prints.append(_print(example))
         elif self.prints[index] != _print(example) or self._held() > CACHE:
             self.remember, self.memories = False, []
             return None, None
         pair = self.memories[index]
+        if not all(memory.usable for memory in pair):
+            return None, None  # both or none, so that both show which rows they pick
         for memory in pair:
             memory.start(self.levels[wave[0].weight], frozenset(r.weight for r in wave))
         return pair
@@ -152,7 +179,35 @@ class Pair:
 
 def _print(example: ExampleInput) -> tuple[Any, ...]:
     """Tells whether a loader yields the same batch again (it may shuffle or augment)."""
-    return tuple((tuple(t.shape), float(t.double().sum()), float(t.double().abs().max())) for t in example.tensors())
+    return tuple((tuple(t.shape), t.dtype, _digest(t)) for t in example.tensors())
+
+
+def _digest(tensor: Tensor) -> bytes:
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(memoryview(values.numpy())).digest()  # type: ignore[arg-type]
+
+
+def _paired(reader: Reader, theirs: Call, mine: Call) -> tuple[Call, Call] | None:
+    """The two calls with the rows that both have; None where these cannot be told."""
+    assert theirs.y is not None and mine.y is not None
+    a, b = theirs.rows, mine.rows
+    lengths = [y.shape[: y.dim() + reader.result_axis] for y in (theirs.y, mine.y)]
+    if a is None or b is None or a.same(b):
+        return (theirs, mine) if lengths[0] == lengths[1] else None
+    places = common(a, b)
+    if places is None or mine.again is not None or a.numbers is None or b.numbers is None:
+        return None
+    axes = a.numbers.dim()
+    if axes != b.numbers.dim() or axes > len(lengths[0]) or (axes > 1 and reader.convolution):
+        return None
+    return _with_rows(theirs, axes, places[0]), _with_rows(mine, axes, places[1])
+
+
+def _with_rows(call: Call, axes: int, places: Tensor) -> Call:
+    def chosen(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.flatten(0, axes - 1)[places]
+
+    return dataclasses.replace(call, x=chosen(call.x), y=chosen(call.y), other=chosen(call.other))
 
 
 def channel_axis(reader: Reader, y: Tensor) -> int:
@@ -194,7 +249,9 @@ class Constant:
 
 
 def bytes_needed(reader: Reader, weight: Tensor) -> int:
-    """Memory of a reader's moments."""
+    """Memory of a reader's moments; those of transposed convolutions of several groups are never taken."""
+    if not reader.separable:
+        return 0
     outputs = weight.shape[reader.out_axis] // reader.groups
     return Moments.bytes_needed(reader.groups, weight.numel() // (outputs * reader.groups), outputs)
 

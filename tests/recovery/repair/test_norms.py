@@ -78,7 +78,7 @@ def test_training_goes_on_where_the_fit_ended() -> None:
     x = torch.randn(400, 3, 6, 6)
     net = trained(Net(6, 2, False, 1), x)
     plan = graphprune.plan(net, x[:2], 0.4, fold_bn=False)
-    found = graphprune.recover(net, plan, x[:2], [x]).model
+    found = graphprune.recover(net, plan, x[:2], [x, x[:2]]).model  # the last batch is held
     with torch.no_grad():
         wanted = found.eval()(x)
         got = found.train()(x)  # the statistics of this batch are those kept, but for n - 1
@@ -142,7 +142,7 @@ def test_a_bias_that_the_fit_adds_is_there_and_frozen_like_its_layer() -> None:
     trained(net, x).requires_grad_(False)
     plan = graphprune.plan(net, x[:2], 0.5, ignore=["3"], fold_bn=False)
     assert plan.removed["3.weight"].get(1)
-    found = graphprune.recover(net, plan, x[:2], [x[:100], x[100:]]).model
+    found = graphprune.recover(net, plan, x[:2], [x[:100], x[100:], x[:2]]).model  # the last batch is held
     assert bool(found[3].bias.any()) and not any(p.requires_grad for p in found.parameters())  # type: ignore[index, union-attr]
     with torch.no_grad():
         wanted, got = (net(x).mean(0), found(x).mean(0))

@@ -1,0 +1,137 @@
+"""Every repair is checked on inputs that it has not seen: what makes the outputs worse is taken back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import GraphPruneError
+from ...importance.calibration import CalibrationData
+from ...tracing.example import ExampleInput, result_tensors
+from ...tracing.state import evaluating
+from ...tracing.trace import run_model
+
+# The share of the samples that is held from a repair, and how many are enough.
+_SHARE, _ENOUGH = 8, 256
+
+
+class FitData:
+    """The part of some data that a repair may see: all batches but the last ones, and of the one at the border the
+    first samples. `held`: the rest, as it came first; `apart`: whether it is kept from the fit at all."""
+
+    def __init__(self, data: CalibrationData, model: nn.Module) -> None:
+        self._data, self._batches, self._cut, self.apart = data, -1, 0, True
+        sizes, tail = _looked_through(data)
+        wanted = min(_ENOUGH, sum(sizes) // _SHARE)
+        self.held: list[ExampleInput] = []
+        if len(sizes) >= _SHARE:
+            while not self.held or sum(map(samples, (*self.held, tail[-1]))) <= wanted:
+                self.held.insert(0, tail.pop())
+                if not tail:
+                    break
+            self._batches = len(sizes) - len(self.held)
+        elif wanted and sizes[-1] > wanted and _runs(model, last := _part(tail[-1], sizes[-1] - wanted, None)):
+            self.held = [last]
+            self._batches, self._cut = len(sizes) - 1, sizes[-1] - wanted
+        elif len(sizes) > 1 and sizes[-1] <= sum(sizes) // 2:
+            self.held, self._batches = [tail[-1]], len(sizes) - 1
+        else:
+            self.held, self._batches, self.apart = list(tail), len(sizes), False
+
+    @property
+    def samples(self) -> int:
+        """How many are held."""
+        return sum(map(samples, self.held))
+
+    @property
+    def said(self) -> str:
+        """What the repair is checked on."""
+        return f"{self.samples} {'held' if self.apart else 'of the same'} samples"
+
+    def inputs(self) -> Iterator[ExampleInput]:
+        """What the repair sees."""
+        for index, example in enumerate(self._data.inputs()):
+            if index < self._batches:
+                yield example
+            elif index == self._batches and self._cut:
+                yield _part(example, None, self._cut)
+
+
+def _looked_through(data: CalibrationData) -> tuple[list[int], deque[ExampleInput]]:
+    """The sizes of all batches, and the last of them."""
+    sizes: list[int] = []
+    tail: deque[ExampleInput] = deque()
+    for example in data.inputs():
+        sizes.append(samples(example))
+        tail.append(example)
+        while len(tail) > 1 and sum(sizes[-len(tail) + 1 :]) >= _ENOUGH:
+            tail.popleft()
+    return sizes, tail
+
+
+def samples(example: ExampleInput) -> int:
+    """The length of a batch."""
+    return next((t.shape[0] for t in example.tensors() if t.dim()), 1)
+
+
+def _part(example: ExampleInput, first: int | None, last: int | None) -> ExampleInput:
+    n = samples(example)
+    return example.map(lambda t: t[first:last] if t.dim() and t.shape[0] == n else t)
+
+
+def _runs(model: nn.Module, example: ExampleInput) -> bool:
+    """Whether a part of a batch is a batch."""
+    try:
+        with evaluating(model):
+            run_model(model, example.clone(), "data")
+    except GraphPruneError:
+        return False
+    return all(not t.dim() or t.shape[0] == samples(example) for t in example.tensors())
+
+
+@dataclasses.dataclass
+class Check:
+    """How far the outputs of `small` are from those of `dense` on some inputs. `error`: with all that has passed;
+    `last`: with what was tried last; NaN where there are no outputs to compare."""
+
+    dense: nn.Module
+    small: nn.Module
+    inputs: list[ExampleInput]
+    error: float = math.nan
+    last: float = math.nan
+
+    def __post_init__(self) -> None:
+        self._wanted = [_outputs(self.dense, example) for example in self.inputs]
+        self.error = self.measured()
+
+    def measured(self) -> float:
+        """The squared error of all floating point outputs, each divided by its squares; infinite for NaN."""
+        sums: dict[int, tuple[float, float]] = {}
+        for example, wanted in zip(self.inputs, self._wanted, strict=True):
+            for place, (a, b) in enumerate(zip(_outputs(self.small, example), wanted, strict=False)):
+                if a.shape == b.shape and bool(torch.isfinite(b).all()):
+                    miss, whole = sums.get(place, (0.0, 0.0))
+                    sums[place] = miss + float((a - b).square().sum()), whole + float(b.square().sum())
+        if not sums:
+            return math.nan
+        found = sum(miss / max(whole, 1e-300) for miss, whole in sums.values()) / len(sums)
+        return found if math.isfinite(found) else math.inf
+
+    def passes(self) -> bool:
+        """Whether the outputs are no worse than when last measured; if so, that is what counts from now on."""
+        now = self.last = self.measured()
+        if now <= self.error or math.isnan(self.error):
+            self.error = now
+            return True
+        return False
+
+
+def _outputs(net: nn.Module, example: ExampleInput) -> list[Tensor]:
+    with evaluating(net):
+        found = result_tensors(run_model(net, example.clone(), "data"))
+    return [t.double() for t in found if t.is_floating_point()]

@@ -1,0 +1,193 @@
+"""A repair never makes it worse: over random networks, on inputs that it has never seen."""
+
+from __future__ import annotations
+
+import copy
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphprune
+from graphprune import GraphPruneError, sparsity
+from graphprune.recovery.repair import layers, walk
+from tests.stream_networks import STEPS, STEPS_OF, WIDTH, Network, measured, noisy
+
+
+def distance(net: nn.Module, dense: nn.Module, x: Tensor) -> float:
+    with torch.no_grad():
+        return float((net(x) - dense(x)).square().sum() / dense(x).square().sum())
+
+
+def random_network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    steps = [step for step in STEPS_OF if step not in (noisy, measured)]  # that nothing can be compared or planned for
+    net = Network(random.Random(seed).choices(steps, k=STEPS)).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.mul_(1.5)
+    return net
+
+
+class Shuffling:
+    """Other batches at every pass."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.x[torch.randperm(len(self.x))].split(32))
+
+
+FORMS: dict[str, Callable[[Tensor], Any]] = {"list": lambda x: list(x.split(32)), "shuffling": Shuffling}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("seed", range(4))
+def test_random_networks(seed: int, form: str) -> None:
+    dense = random_network(seed)
+    x, fresh = torch.randn(512, WIDTH), torch.randn(512, WIDTH)
+    plan = graphprune.plan(dense, x[:4], 0.4)
+    before = distance(plan.apply(dense), dense, fresh)
+    for method in ("mean", "least_squares"):
+        found = graphprune.recover(dense, plan, x[:4], FORMS[form](x), method)
+        assert found.after <= found.before or found.before != found.before
+        assert distance(found.model, dense, fresh) <= before * 1.02, (method, str(found))
+    masked = sparsity.magnitude(copy.deepcopy(dense), 0.5)
+    before = distance(masked, dense, fresh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        sparsity.reconstruct(masked, dense, x[:4], FORMS[form](x))
+    assert distance(masked, dense, fresh) <= before * 1.02
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_memory_makes_no_difference(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same network, whether runs are replayed or not."""
+    dense, x = random_network(seed), torch.randn(128, WIDTH)
+    plan, nets = graphprune.plan(dense, x[:4], 0.4), []
+    for cache in (walk.CACHE, -1):
+        monkeypatch.setattr(walk, "CACHE", cache)
+        nets.append(graphprune.recover(dense, plan, x[:4], list(x.split(32)), "least_squares").model)
+    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 64), nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x).relu())
+
+
+def test_what_makes_held_outputs_worse_is_taken_back_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit that goes wrong; then the mean alone is tried."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(layers, "ridge_solution", lambda moments, start, ridge, constant: -5 * start)
+    dense, x, fresh = Wide().eval(), torch.randn(256, 4), torch.randn(256, 4)
+    plan = graphprune.plan(dense, x[:2], 0.5)
+    found = graphprune.recover(dense, plan, x[:2], [x], "least_squares")
+    (said,) = found.layers
+    assert said.method == "mean" and "least squares taken back: on held inputs the error of the outputs" in said.note
+    assert found.after < found.before and distance(found.model, dense, fresh) < distance(plan.apply(dense), dense, fresh)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.b(torch.relu(self.a(x))) + 0.3)
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.i, self.layers, self.o = nn.Linear(6, 8), nn.Sequential(*(Block() for _ in range(3))), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(self.layers(self.i(x)))
+
+
+@pytest.mark.parametrize(("rows", "method"), [(40, "mean"), (400, "least squares")])
+def test_layers_behind_a_gap_with_few_rows_get_their_means(rows: int, method: str) -> None:
+    torch.manual_seed(0)
+    dense, x, fresh = Deep().eval(), torch.randn(rows, 6), torch.randn(200, 6)
+    plan = graphprune.plan(dense, x[:2], 0.3, granularity="layer", criterion="magnitude")
+    found = graphprune.recover(dense, plan, x[:2], list(x.split(20)))
+    assert plan.layers and found.layers[0].method == method
+    assert ("rows of data are fewer than the 72" in found.layers[0].note) == (method == "mean")
+    assert distance(found.model, dense, fresh) < 0.5 * distance(plan.apply(dense), dense, fresh)
+
+
+def test_encoders_that_look_into_their_first_layer() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, norm_first=True)
+    dense = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval()
+    with torch.no_grad():
+        for parameter in dense.layers[0].parameters():
+            parameter.mul_(0.3)
+    x, fresh = torch.randn(64, 5, 16), torch.randn(32, 5, 16)
+    plan = graphprune.plan(dense, x[:2], 0.3, granularity="layer", criterion="magnitude")
+    assert [block.module for block in plan.layers] == ["layers.0"]
+    for method in ("mean", "least_squares"):
+        found = graphprune.recover(dense, plan, x[:2], list(x.split(8)), method)
+        assert distance(found.model, dense, fresh) < distance(plan.apply(dense), dense, fresh)
+        assert {type(m).__module__.partition(".")[0] for m in found.model.modules()} == {"torch"}
+
+
+def test_depthwise_transposed_convolutions() -> None:
+    torch.manual_seed(0)
+    parts = [nn.Conv2d(3, 12, 3), nn.ReLU(), nn.ConvTranspose2d(12, 12, 4, 2, 1, groups=12), nn.ReLU()]
+    dense = nn.Sequential(*parts, nn.Conv2d(12, 2, 3)).eval()
+    x, fresh = torch.randn(48, 3, 7, 7), torch.randn(32, 3, 7, 7)
+    plan = graphprune.plan(dense, x[:2], 0.5)
+    for method in ("mean", "least_squares"):
+        found = graphprune.recover(dense, plan, x[:2], list(x.split(8)), method)
+        assert distance(found.model, dense, fresh) < distance(plan.apply(dense), dense, fresh)
+
+
+class Configured(Wide):
+    """Has a configuration, from which it is built again, and layers without biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 64, bias=False), nn.Linear(64, 4, bias=False)
+        self.config = object()
+
+    @classmethod
+    def from_pretrained(cls) -> Configured:
+        return cls()
+
+
+def test_no_new_biases_where_a_configuration_has_no_place_for_them() -> None:
+    dense, x = Configured().eval(), torch.randn(256, 4)
+    plan = graphprune.plan(dense, x[:2], 0.5)
+    names = {n for n, _ in dense.named_parameters()}
+    for option, same in ((None, True), (False, True), (True, False)):
+        found = graphprune.recover(dense, plan, x[:2], [x], new_bias=option).model
+        assert ({n for n, _ in found.named_parameters()} == names) == same
+    small = graphprune.prune(dense, x[:2], 0.5, data=[x], recover="least_squares")
+    assert {n for n, _ in small.named_parameters()} == names
+
+
+def test_data_that_are_not_finite_are_refused_and_their_batch_is_named() -> None:
+    dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 2)).eval()
+    data = list(torch.randn(40, 4).split(8))
+    plan = graphprune.plan(dense, data[0], 0.5)
+    for value, message in ((float("nan"), "batch 3 holds 1 NaN"), (float("inf"), "batch 3|batch norm")):
+        broken = [batch.clone() for batch in data]
+        broken[3][2, 1] = value
+        for method in ("mean", "least_squares", "batchnorm"):
+            with pytest.raises(GraphPruneError, match=f"data: .*({message})"):
+                graphprune.recover(dense, plan, data[0], broken, method)
+        for criterion in ("reconstruction", "activation_mean"):
+            with pytest.raises(GraphPruneError, match=f"data: .*({message})"):
+                graphprune.plan(dense, data[0], 0.5, criterion=criterion, data=broken)
