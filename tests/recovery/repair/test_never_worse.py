@@ -17,7 +17,6 @@ from graphprune import GraphPruneError, sparsity
 from graphprune.recovery.repair import layers, walk
 from tests.stream_networks import STEPS, STEPS_OF, WIDTH, Network, measured, noisy
 
-
 # A repair that gains little on 64 held samples may lose as little on others: measured, 5 % gained there, 2 % lost here.
 NOISE = 1.05
 
