@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import types
 from collections.abc import Iterator
 
@@ -11,8 +12,13 @@ from torch import nn
 from ...tracing.blueprints.source import function_of, tree_of
 
 
-def building(kind: type, names: frozenset[str]) -> Iterator[str]:
+@functools.lru_cache(maxsize=512)
+def building(kind: type, names: frozenset[str]) -> tuple[str, ...]:
     """The methods that set an attribute of the object and mention one of these."""
+    return tuple(_building(kind, names))
+
+
+def _building(kind: type, names: frozenset[str]) -> Iterator[str]:
     users = [home for home in kind.__mro__ if not home.__module__.startswith("torch.")]
     for name, value in {name: value for home in reversed(users) for name, value in vars(home).items()}.items():
         function = function_of(value)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from ...tracing.blueprints import Equation, Reading, Width, equations_of, read
+from ...tracing.blueprints import Alikeness, Equation, Summary, Width, summary_of
 from ...tracing.blueprints.equations import sizes_of
 from ...tracing.blueprints.solving import Solution, System
-from ...tracing.blueprints.values import Items, Number, Open, Value, number_of
 from ...tracing.origin import Attribute, Expr, TensorSize, leaves
 from .methods import building
 from .shapes import Removed, shapes_of, stated
@@ -38,20 +37,19 @@ class Network:
         self.modules = modules
         self.known = {(a.module, a.name, a.key): v for a, v in used.known.items()}
         self.before, self.after, self.cut = shapes_of(model, removed)
-        self.readings: dict[str, Reading] = {}
+        self.alikeness = Alikeness()
+        self.said: dict[str, Summary] = {}
         self.sizes: tuple[dict[Width, int], dict[Width, int]] = ({}, {})
-        self.equations: list[Equation] = []
 
     def read(self, path: str) -> None:
         """The code of a module, and of those inside it that get numbers from it."""
-        if path in self.readings or is_torchs(self.modules.get(path, _NOTHING)):
+        if path in self.said or is_torchs(self.modules.get(path, _NOTHING)):
             return
-        reading = self.readings[path] = read(path, self.modules[path])
-        self._add(equations_of(reading))
+        self._add(path, summary_of(path, self.modules[path], self.alikeness))
 
-    def _add(self, equations: Iterable[Equation]) -> None:
-        for equation in equations:
-            self.equations.append(equation)
+    def _add(self, path: str, said: Summary) -> None:
+        self.said[path] = said
+        for equation in said.equations:
             if isinstance(equation.right, Width):
                 self._measure(equation.right)
             else:
@@ -84,10 +82,10 @@ class Network:
     def solve(self) -> tuple[Solution, Solution]:
         """The numbers of the code before and after."""
         old, kept = dict[Attribute, int | float](), dict[Attribute, int | float]()
-        for path, reading in self.readings.items():
-            old.update(reading.values)
-            for name, value in reading.fields.items():
-                for key, part in _parts(value, path):
+        for path, said in self.said.items():
+            old.update(said.values)
+            for name, parts in said.parts.items():
+                for key, part in parts:
                     now = _kept(self.modules[path], name, key)
                     if isinstance(part, Attribute) and now is not None:
                         old[part] = now
@@ -96,17 +94,19 @@ class Network:
         for leaf in self._leaves():
             if isinstance(leaf, Attribute) and not leaf.module.endswith(")"):
                 self._of_another(leaf, old, kept)
-        before = self._system(self.equations, self.sizes[0]).solve(old, {})
-        sound = [e for e in self.equations if self._holds(e, before)]
+        equations = [equation for said in self.said.values() for equation in said.equations]
+        before = self._system(equations, self.sizes[0]).solve(old, {})
+        sound = [e for e in equations if self._holds(e, before)]
         idle = {leaf: v for leaf, v in before.numbers.items() if leaf.name.endswith("()") and leaf not in before.torn}
         return before, self._system(sound, self.sizes[1]).solve(kept, idle)
 
     def _leaves(self) -> set[Attribute | TensorSize]:
         """All numbers that the code speaks of."""
-        exprs = [equation.left for equation in self.equations]
-        for path, reading in self.readings.items():
-            exprs += reading.definitions.values()
-            exprs += [part for value in reading.fields.values() for _, part in _parts(value, path)]
+        exprs: list[Expr] = []
+        for said in self.said.values():
+            exprs += [equation.left for equation in said.equations]
+            exprs += said.definitions.values()
+            exprs += [part for parts in said.parts.values() for _, part in parts]
         return {leaf for expr in exprs for leaf in leaves(expr)}
 
     def _of_another(self, leaf: Attribute, old: dict[Attribute, Any], kept: dict[Attribute, Any]) -> None:
@@ -120,10 +120,10 @@ class Network:
 
     def _system(self, equations: Iterable[Equation], sizes: Mapping[Width, int]) -> System:
         definitions: dict[Attribute, Expr] = {}
-        for path, reading in self.readings.items():
-            definitions.update(reading.definitions)
-            for name, value in reading.fields.items():  # another module may read it
-                for key, part in _parts(value, path):
+        for path, said in self.said.items():
+            definitions.update(said.definitions)
+            for name, parts in said.parts.items():  # another module may read it
+                for key, part in parts:
                     leaf = Attribute(path, name, key)
                     if part != leaf:
                         definitions[leaf] = part
@@ -137,8 +137,8 @@ class Network:
         return left is None or size is None or left == size
 
     def expr(self, attribute: Attribute) -> Expr:
-        reading = self.readings.get(attribute.module)
-        parts = _parts(reading.fields.get(attribute.name), attribute.module) if reading is not None else ()
+        said = self.said.get(attribute.module)
+        parts = said.parts.get(attribute.name, ()) if said is not None else ()
         bare = Attribute(attribute.module, attribute.name, attribute.key)
         return dict(parts).get(attribute.key, bare)
 
@@ -155,33 +155,15 @@ class Network:
         names: dict[str, set[str]] = defaultdict(set)
         for attribute in missing:
             names[attribute.module].add(attribute.name)
-        before = len(self.equations)
+        more = False
         for path, needed in names.items():
-            start = self.readings.get(path)
-            for name in building(type(self.modules[path]), frozenset(needed)) if start is not None else ():
-                made = read(path, self.modules[path], name, start)
-                assert start is not None
-                made.fields = {n: v for n, v in made.fields.items() if v is not start.fields.get(n)}
-                start.values.update(made.values)
-                start.definitions.update(made.definitions)
-                self._add(equations_of(made))
-        return len(self.equations) > before
-
-
-def _parts(value: Value | None, path: str) -> Iterator[tuple[tuple[int | str, ...], Expr]]:
-    """The numbers in an attribute, by key."""
-    if isinstance(value, Items):
-        for i, item in enumerate(value.values if not value.loose else ()):
-            for key, part in _parts(item, path):
-                yield (i, *key), part
-    elif isinstance(value, Open) and value.known and isinstance(value.value, (list, tuple)):
-        for i, item in enumerate(value.value):
-            if type(item) is int:
-                yield (i,), value.part(str(i)).leaf
-    elif value is not None:
-        number = number_of(value, path)
-        if isinstance(number, Number):
-            yield (), number.expr
+            kind: Hashable = type(self.modules[path])
+            methods = building(kind, frozenset(needed)) if path in self.said else ()
+            if methods:
+                said = summary_of(path, self.modules[path], self.alikeness, methods)
+                more = more or len(said.equations) > len(self.said[path].equations)
+                self._add(path, said)
+        return more
 
 
 def _kept(module: nn.Module, name: str, key: tuple[int | str, ...]) -> int | None:

@@ -3,7 +3,9 @@
 Nothing is run: the source of constructors is read, beside an object that such a constructor made.
 """
 
+from .alike import Alikeness
 from .equations import Equation, Width, equations_of
 from .interpreter import Reading, read
+from .summary import Summary, summary_of
 
-__all__ = ["Equation", "Reading", "Width", "equations_of", "read"]
+__all__ = ["Alikeness", "Equation", "Reading", "Summary", "Width", "equations_of", "read", "summary_of"]
