@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -157,8 +157,8 @@ class Network:
             names[attribute.module].add(attribute.name)
         more = False
         for path, needed in names.items():
-            kind: Hashable = type(self.modules[path])
-            methods = building(kind, frozenset(needed)) if path in self.said else ()
+            kind = type(self.modules[path])
+            methods = building(kind, frozenset(needed)) if path in self.said else ()  # type: ignore[arg-type]
             if methods:
                 said = summary_of(path, self.modules[path], self.alikeness, methods)
                 more = more or len(said.equations) > len(self.said[path].equations)
