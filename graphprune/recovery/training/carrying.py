@@ -79,7 +79,8 @@ def carry_optimizer(
             found = carried.successor(own)
             if found is None or old not in optimizer.state:
                 continue
-            new_state = carried.state(optimizer.state[old], old, found, own)
+            flat = isinstance(optimizer, torch.optim.LBFGS)  # its state is of all parameters in one vector
+            new_state = None if flat else carried.state(optimizer.state[old], old, found, own)
             if new_state is None:
                 restarted.append(own[0])
             else:
@@ -90,6 +91,8 @@ def carry_optimizer(
         if "param_names" in group:
             group["param_names"] = [title for _, title in members.values()]
     optimizer.state = state
+    if isinstance(optimizer, torch.optim.LBFGS):  # it has a list, and a count, of its own
+        optimizer._params, optimizer._numel_cache = optimizer.param_groups[0]["params"], None
     return tuple(restarted)
 
 

@@ -296,3 +296,31 @@ def test_layers_that_move_up_keep_their_own_state(container: type[nn.Module]) ->
     with pytest.raises(GraphPruneError, match=r"plan\.apply"):
         fresh = MAKERS["adam"](model.parameters())
         graphprune.carry_optimizer(fresh, model, nn.Linear(2, 2), plan)
+
+
+def test_lbfgs_trains_the_small_network_from_a_fresh_start() -> None:
+    """Its list of parameters and its state, one vector for all, are of the network before."""
+    model = net().eval()
+    optimizer = torch.optim.LBFGS(model.parameters(), 0.1, max_iter=3)
+
+    def closure_of(trained: nn.Module) -> Callable[[], Tensor]:
+        x = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(1)).double()
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(trained(x), torch.arange(8) % 3)
+            loss.backward()
+            return loss
+
+        return closure
+
+    optimizer.step(closure_of(model))
+    plan = graphprune.plan(model, example(), 0.5, fold_bn=False)
+    small = plan.apply(model)
+    fresh, before = plan.apply(model), {n: p.detach().clone() for n, p in model.named_parameters()}
+    assert graphprune.carry_optimizer(optimizer, model, small, plan) == ("0.weight",)
+    optimizer.step(closure_of(small))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    optimizer = torch.optim.LBFGS(fresh.parameters(), 0.1, max_iter=3)
+    optimizer.step(closure_of(fresh))
+    assert all(torch.equal(a, b) for a, b in zip(small.parameters(), fresh.parameters(), strict=True))
