@@ -339,8 +339,8 @@ def test_a_product_with_a_matrix_has_the_latency_of_one(name: str) -> None:
 def test_what_a_call_multiplies() -> None:
     graph = graphprune.trace(pictures(Kernel, 8), image())
     products = [product for node in graph.trace.graph.nodes for product in products_of(node)]
-    assert [(p.weight.name, p.bias.name, p.produces, p.reads, p.data_axis, p.result_axis) for p in products] == [
-        (f"_{i}_weight", f"_{i}_bias", (0,), (1,), 1, 1) for i in (0, 2, 4)
+    assert [(p.weight.target, p.bias.target, p.produces, p.reads, p.data_axis, p.result_axis) for p in products] == [
+        (f"{i}.weight", f"{i}.bias", (0,), (1,), 1, 1) for i in (0, 2, 4)
     ]
     assert [(p.groups, p.slides, p.transposed) for p in products] == [
         (1, (2, 3), False), (8, (2, 3), False), (1, (2, 3), False)

@@ -22,8 +22,10 @@ _ATOMS = (type(None), bool, int, str, bytes, range, slice, torch.dtype, torch.de
           torch.memory_format, types.EllipsisType)  # fmt: skip
 _SEQUENCES = (list, tuple, collections.deque)
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Modes, which calls set for all modules at once; what is made when it is asked for; nn.Module's own book-keeping.
-_ASIDE = frozenset("training _compiled_call_impl _is_full_backward_hook _version".split())
+# Modes, which calls set for all modules at once; what is made when it is asked for; book-keeping of nn.Module's,
+# torch.compile's and our own.
+_ASIDE = frozenset("training _compiled_call_impl _is_full_backward_hook _version _is_torch_compile".split())
+_OURS = "_graphprune_"
 _TABLES = ("_parameters", "_buffers", "_modules")
 # torch counts batches here, and nothing but an average without a momentum looks at it
 _COUNTER = "num_batches_tracked"
@@ -220,7 +222,7 @@ class _Walk:
             self.table(prefix, a, getattr(a, table), getattr(b, table))
 
     def _counts(self, name: str, value: Any) -> bool:
-        aside = name in _ASIDE or name in self.aside or name in _TABLES or "hook" in name
+        aside = name in _ASIDE or name in self.aside or name in _TABLES or "hook" in name or name.startswith(_OURS)
         return not aside and not isinstance(value, torch.fx.Graph)
 
     def table(self, prefix: str, owner: nn.Module, one: Mapping[str, Any], other: Mapping[str, Any]) -> None:

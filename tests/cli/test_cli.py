@@ -78,7 +78,7 @@ def test_torchvision() -> None:
 def test_prune_writes_a_plan_and_weights_that_fit_it() -> None:
     data = as_json("prune", "zoo:net", "--ratio", "0.5", "--recover", "none", "-o", "half")
     assert data["files"] == {"plan": "half.plan.json", "weights": "half.safetensors"}
-    assert data["verification"]["passed"] and len(data["verification"]["checks"]) == 3
+    assert data["verification"]["passed"] and len(data["verification"]["checks"]) == 4
     first = {"name": "forward", "passed": True, "error": None, "detail": "1 outputs"}
     assert data["verification"]["checks"][0] == first
     assert data["before"]["macs"] > data["after"]["macs"] and data["folded"] == 1

@@ -157,9 +157,9 @@ def test_a_number_stays_where_mixtures_come_out_different() -> None:
 
 def test_options_that_experts_do_not_take() -> None:
     model, x = Transformer().eval(), torch.randn(2, 4, 5)
-    with pytest.raises(GraphPruneError, match="one ratio"):
+    with pytest.raises(GraphPruneError, match="experts take one number"):
         graphprune.plan(model, x, {"*": 0.5}, granularity="experts")
-    with pytest.raises(GraphPruneError, match="one ratio"):
+    with pytest.raises(GraphPruneError, match="experts take one number"):
         graphprune.plan(model, x, granularity="experts", budget=graphprune.Budget(macs=0.5))
     with pytest.raises(GraphPruneError, match="routing"):
         graphprune.plan(model, x, 0.5, granularity="experts", criterion="taylor")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune import Budget, GraphPruneError, Plan
 from graphprune.planning.layers_and_widths import JointPlanner
+from graphprune.recovery.repair.checking import Check
 from graphprune.support.walking import named_tensors
 from tests.layered_networks import networks
 
@@ -312,7 +313,9 @@ class Linear(nn.Module):
 
 
 @pytest.mark.parametrize("granularity, limit", [("layer", 0.55), (LAYERS, 0.5)])
-def test_layers_behind_make_up_for_those_that_went(granularity: Any, limit: float) -> None:
+def test_layers_behind_make_up_for_those_that_went(
+    granularity: Any, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = Linear().eval(), torch.randn(5, 6)
     data = torch.randn(400, 6)
     # six channels stay at least, so that one layer must go, and then some channels
@@ -324,7 +327,8 @@ def test_layers_behind_make_up_for_those_that_went(granularity: Any, limit: floa
     assert difference(model, repaired.model, data) < 1e-5
     assert [t.shape for t in repaired.model.parameters()] == [t.shape for t in plain.parameters()]
     # what stands before the first layer that went, and lost nothing, is as it was
-    mean = graphprune.recover(model, plan, x, data, "mean").model
+    monkeypatch.setattr(Check, "passes", lambda self: True)  # nor is it asked here whether every step helps
+    mean = graphprune.recover(model, plan, x, [data, data[:2]], "mean").model  # the last batch is held
     torch.testing.assert_close(mean(data).mean(0), model(data).mean(0), rtol=1e-4, atol=1e-4)
 
 

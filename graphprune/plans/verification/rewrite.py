@@ -97,7 +97,12 @@ class RewrittenRun:
         method: Callable[..., Any] | None = getattr(self, f"_{name.strip('_')}", None)
         if method is not None:
             return method(node, args, kwargs)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        result = node.target(*args, **kwargs)  # type: ignore[operator]
+        if name.startswith("c10d::"):  # between processes: it returns before it is done, with what to wait for
+            for work in result if isinstance(result, (tuple, list)) else ():
+                if isinstance(work, torch.ScriptObject):
+                    torch.distributed.Work.unbox(work).wait()
+        return result
 
     # -- sizes after pruning
 

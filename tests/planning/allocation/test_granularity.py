@@ -333,7 +333,7 @@ def test_what_is_asked_goes_and_nothing_else(name: str, granularity: Any) -> Non
     small = plan.apply(model)
     report = graphprune.verify(model, small, plan, example)
     assert report.passed, report
-    assert all(not math.isnan(c.error) for c in report.checks if c.name != "forward")
+    assert all(not math.isnan(c.error) for c in report.checks if c.name not in ("forward", "state"))
     assert parameters(small) < parameters(model)
 
 
