@@ -54,19 +54,10 @@ def _wear(module: nn.Module, weights: Sequence[Reparametrised], removed: Removed
             _hang(module, weight)
     if weights[0].hook is None:
         module._modules["parametrizations"] = copy.deepcopy(users._modules["parametrizations"], memo)
-        module.__class__ = _own_class(type(users))
+        module.__class__ = type(users)
     for table, there in _tables(module, users):  # in the user's order
         for name in [n for n in there if n in table] + [n for n in table if n not in there]:
             table[name] = table.pop(name)
-
-
-def _own_class(kind: type) -> type:
-    """A class like the one that torch made for the user's module alone: `remove_parametrizations` takes the weight off
-    the class, and with it off every module that has it."""
-    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    made = type(kind.__name__, kind.__bases__, own)
-    made.__qualname__ = kind.__qualname__
-    return made
 
 
 def _tables(module: nn.Module, users: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
