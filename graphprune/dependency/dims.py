@@ -74,13 +74,16 @@ class DimTable:
 
     def are_whole(self, axis_map: AxisMap) -> bool:
         """Every Dim on the axis has a coordinate at every index."""
-        for vector in axis_map.values():
-            if id(vector) not in self._whole:
-                if np.minimum.reduce(vector) < 0:
-                    return False
-                if not vector.flags.writeable:
-                    self._whole[id(vector)] = vector
-        return True
+        return all(map(self.is_whole, axis_map.values()))
+
+    def is_whole(self, vector: Vector) -> bool:
+        """It has a coordinate at every index."""
+        if id(vector) in self._whole:
+            return True
+        found = bool(np.minimum.reduce(vector) >= 0)
+        if found and not vector.flags.writeable:
+            self._whole[id(vector)] = vector
+        return found
 
     def are_one(self, dim: int, coordinates: Vector, other: int, others: Vector) -> bool:
         """Whether these are all positions of both Dims, in order."""
@@ -174,7 +177,7 @@ class DimTable:
         root = self.root_of[dim]
         size = self.size[dim]
         tables: list[tuple[int, Vector]] = []
-        if self.are_whole(dict(enumerate(request.columns))):  # the usual case
+        if all(map(self.is_whole, request.columns)):  # the usual case
             tables = [(self._new(root, count), place) for count, place in self._factors(request.columns, size)]
         else:
             for present, inside in _patterns(np.stack(request.columns) >= 0):
@@ -217,7 +220,7 @@ class DimTable:
         are factored alike share the vector."""
         if old is self.counting(len(table)):
             return sealed(table)
-        return sealed(table[old] if self.are_whole({0: old}) else np.where(old >= 0, table[old], -1))
+        return sealed(table[old] if self.is_whole(old) else np.where(old >= 0, table[old], -1))
 
 
 def _once(a: Vector, b: Vector, size: int) -> Vector | slice:

@@ -35,12 +35,6 @@ def shape_rule(target: Any) -> Callable[..., Any] | None:
     return _KNOWN.get(target)
 
 
-def shape_only(target: Any, args: tuple[Any, ...]) -> Any:
-    """The result of `target(*args)` for meta tensors, or None where torch has to be asked."""
-    found = shape_rule(target)
-    return None if found is None else found(*args)
-
-
 def _pointwise(in_place: bool, first: Tensor, *_: Any) -> Tensor | None:
     if not first.is_meta or not first.is_floating_point():
         return None

@@ -10,9 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from graphprune.tracing.shapes import shape_only
+from graphprune.tracing.shapes import shape_rule
 
 aten = torch.ops.aten
+
+
+def shape_only(target: Any, args: tuple[Any, ...]) -> Any:
+    """The result of `target(*args)` for meta tensors, or None where torch has to be asked."""
+    found = shape_rule(target)
+    return None if found is None else found(*args)
 
 
 def assert_like_torch(target: Any, *args: Any) -> None:

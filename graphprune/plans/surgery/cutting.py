@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -87,10 +88,11 @@ def _folded(
         axes = cuts.get(name, {})
         return _cut(name, weight, axes), _cut(name, scale, {0: axes[0]} if 0 in axes else {})
 
-    late = [fold.axis != 0 or fold_names(fold)[0] in rescaled for fold in folds]
-    new = folded_tensors(model, [fold for fold, later in zip(folds, late, strict=True) if later])
-    early = [fold for fold, later in zip(folds, late, strict=True) if not later]
-    new.update(folded_tensors(model, early, cut))
+    def can_be(fold: Fold) -> bool:
+        return fold.axis == 0 and fold_names(fold)[0] not in rescaled
+
+    early = list(filter(can_be, folds))
+    new = folded_tensors(model, list(itertools.filterfalse(can_be, folds))) | folded_tensors(model, early, cut)
     return new, {fold_names(fold)[0] for fold in early}
 
 
