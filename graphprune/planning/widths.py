@@ -100,8 +100,12 @@ def assemble(
     analysis = graph.analysis
     removed: dict[str, dict[int, tuple[int, ...]]] = {}
     layout = analysis.dims.layout()
+    same: dict[bytes, tuple[int, ...]] = {}  # most tensors of a layer lose the same ones
     for (name, axis), indices in layout.by_root(layout.marked(allocation.gone[analysis.label[layout.position]])):
-        removed.setdefault(name, {})[axis] = tuple(indices.tolist())
+        key = indices.tobytes()
+        if key not in same:
+            same[key] = tuple(indices.tolist())
+        removed.setdefault(name, {})[axis] = same[key]
     touched = [p for e in analysis.effects.values() for p in e.statistics]
     statistics = any(allocation.gone[analysis.label[p]].any() for p in touched)
     kept = [g.size - len(allocation.removed.get(g.index, ())) for g in graph.groups]
