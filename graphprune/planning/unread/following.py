@@ -141,7 +141,8 @@ class _Following:
         guard = self.used.asks(change)
         if guard:
             return f"it would be {change.new}, and the call asks whether {guard}"
-        if not asked and counts_with(type(self.network.modules[change.module]), change.name):
+        kind = type(self.network.modules[change.module])
+        if not asked and counts_with(kind, change.name):  # type: ignore[arg-type]
             return f"it would be {change.new}, and the code loops over it or makes lists of that length"
         return ""
 

@@ -222,7 +222,7 @@ class _Copier:
         kind = type(value)
         if kind is set and not value:
             return set()
-        if isinstance(value, (bool, int, float, str)) or (kind is tuple and _flat(value)):
+        if isinstance(value, (bool, int, float, str, type, torch.dtype)) or (kind is tuple and _flat(value)):
             return value
         if kind is list and _flat(value):
             return self.memo.setdefault(id(value), list(value))
