@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.bypassing import Change, changed, left_out
 from ..errors import GraphPruneError
+from ..support.progress import stage
 from ..support.suggestions import check_choice
 from ..support.types import LossFunction
 from ..tracing.example import ExampleInput, result_tensors
@@ -78,9 +79,11 @@ def layer_scores(
         return _taylor(model, blocks, batches, loss_fn)
     whole = _mean_loss(model, batches, loss_fn)
     out = []
-    for block in blocks:
-        with changed(model, [(block, left_out(block))]):
-            out.append(_mean_loss(model, batches, loss_fn) - whole)
+    with stage("layers left out", len(blocks), "layers") as now:
+        for block in blocks:
+            with changed(model, [(block, left_out(block))]):
+                out.append(_mean_loss(model, batches, loss_fn) - whole)
+            now.advance()
     return out
 
 

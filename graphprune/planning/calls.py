@@ -14,6 +14,7 @@ from ..recovery import auto_possible, check_method
 from ..recovery import recover as recover_accuracy
 from ..runtimes.latency import Target
 from ..support.doors import door
+from ..support.progress import ProgressOption, reported, stage
 from ..support.types import Ignore, LossFunction
 from ..tracing.pause import paused_collector
 from .allocation import Budget, RoundTo
@@ -22,6 +23,7 @@ from .shortfall import shortfall, tell
 
 
 @door("model", exact=True)
+@reported("planning")
 def plan(
     model: nn.Module,
     example_input: Any,
@@ -44,6 +46,7 @@ def plan(
     layer_criterion: Any = None,
     strict: bool = False,
     sizes: Mapping[str, str] | None = None,
+    progress: ProgressOption = None,
 ) -> Plan:
     """Decide what to remove from `model`, without changing it.
 
@@ -120,6 +123,11 @@ def plan(
       class makes a layer whose width changes; a number that is only equal stays, and `plan.unsettled` lists those of
       which the code does not tell. "follow": as the layers in its module that are as wide; "hold": it stays.
 
+    - `progress`: who is told how far this is. None (default): a line on standard error where that is a terminal, once
+      it has taken two seconds; inside another call, whoever listens to that. True: the line, whatever is around. False:
+      nobody. A function: it is called with a `graphprune.Progress` at every step, as in `progress=print`; what it
+      raises ends the call and comes out as it is, and the model is as it was.
+
     Warns of parameters that the model sets itself from the first data it sees, where it has seen none yet (`prune`
     refuses such a model).
 
@@ -134,6 +142,7 @@ def plan(
 
 
 @door("model", exact=True)
+@reported("pruning")
 def prune(
     model: nn.Module,
     example_input: Any,
@@ -158,6 +167,7 @@ def prune(
     layer_criterion: Any = None,
     strict: bool = False,
     sizes: Mapping[str, str] | None = None,
+    progress: ProgressOption = None,
 ) -> nn.Module:
     """A physically smaller copy of `model`; the model itself is not touched.
 
@@ -172,6 +182,8 @@ def prune(
     "least_squares": that method, see `graphprune.recover`. None: not at all; the network is what
     `plan(...).apply(model)` makes.
 
+    `progress`: as in `plan`, of the verification and the repair too.
+
     >>> import torch, graphprune
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
     >>> small = graphprune.prune(net, torch.randn(1, 3, 8, 8), 0.5)
@@ -181,13 +193,16 @@ def prune(
     request = Request(**options_in(locals()))
     check_recover(request, recover)
     with paused_collector():
-        decision = request.decide(model, example_input)
+        with stage("planning"):
+            decision = request.decide(model, example_input)
         tell(decision.unready, strict=True)
         tell(shortfall(decision), strict)
         graph, decided = decision.graph, decision.plan
-        small = decided.apply(model)
+        with stage("cutting"):
+            small = decided.apply(model)
     if verify:
-        report = run_verification(model, small, decided, example_input, graph=graph)
+        with stage("verifying"):
+            report = run_verification(model, small, decided, example_input, graph=graph)
         report.raise_on_failure()
     return repaired(model, decided, small, example_input, data, recover)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
+from ...support.progress import watched
 from ...tracing.example import ExampleInput, flatten_tensors, ordinary
 
 # Length of the batches a plain tensor is cut into.
@@ -44,7 +45,11 @@ class CalibrationData:
         self._device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
     def __iter__(self) -> Iterator[tuple[ExampleInput, Any]]:
-        """Pairs of arguments and targets (None without)."""
+        """Pairs of arguments and targets (None without); whoever listens to progress is told of each."""
+        return watched(self.silently(), "data", self.length, "batches")
+
+    def silently(self) -> Iterator[tuple[ExampleInput, Any]]:
+        """The same pairs, where something else is counted."""
         empty = True
         for index, item in enumerate(self._data):
             empty = False
@@ -54,6 +59,14 @@ class CalibrationData:
             yield inputs.to(self._device), _to(targets, self._device)
         if empty:
             raise GraphPruneError("data: yields no batch; pass at least one")
+
+    @property
+    def length(self) -> int | None:
+        """How many batches there are; None where the data do not say."""
+        try:
+            return len(self._data)  # type: ignore[arg-type]
+        except TypeError:
+            return None
 
     def head(self, samples: int) -> list[Any]:
         """The first items, as they were given, that hold at least this many samples; all if there are fewer."""

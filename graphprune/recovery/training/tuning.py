@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...support.doors import door
+from ...support.progress import ProgressOption, reported
 from ...support.types import LossFunction, PathLike
 from .distillation import Distillation
 from .evaluation import evaluator
@@ -18,6 +19,7 @@ from .runs import Epoch, Finetuning, Run
 
 
 @door("model", keep_wrapper=True)
+@reported("fine-tuning")
 def finetune(
     model: nn.Module,
     data: Any,
@@ -37,7 +39,7 @@ def finetune(
     patience: int | None = None,
     seed: int = 0,
     checkpoint: PathLike | None = None,
-    progress: bool = True,
+    progress: ProgressOption = None,
     on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
 ) -> Finetuning:
     """Train a copy of `model`; the model itself is not touched. A plain loop: use your own trainer if you have one.
@@ -66,7 +68,7 @@ def finetune(
       was stopped at any moment goes on with the epoch that was under way and ends with the same weights. `epochs` and
       the other numbers must be the same. Stored too: what else the optimizer trains; tensors of the loss, and its plain
       values (numbers, flags, texts) that have changed: of its modules, and of the object or the function itself.
-    - `on_epoch(epoch, model)`: called after every epoch. `progress`: a bar on standard error if that is a terminal.
+    - `on_epoch(epoch, model)`: called after every epoch. `progress`: as in `graphprune.plan`.
 
     Masks of `graphprune.sparsity` stay in force. `torch.no_grad` and `torch.inference_mode` around the call change
     nothing.
@@ -84,4 +86,4 @@ def finetune(
     objective = Objective(loss_fn, teacher, distillation)
     run = Run(model, data, options, objective, evaluator(evaluate), patience, checkpoint, on_epoch)
     with random_state_kept(data):
-        return run.finish("fine-tuning" if progress else None)
+        return run.finish("training")

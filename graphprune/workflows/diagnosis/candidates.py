@@ -18,6 +18,7 @@ from ...planning.calls import repaired
 from ...planning.request import Request
 from ...plans.surgery.copying import clone_with
 from ...sparsity import magnitude, make_permanent, n_m, save
+from ...support.progress import stage
 from ...support.walking import named_tensors
 from ...tracing.counting import count
 from ...tracing.example import ExampleInput, result_tensors
@@ -124,7 +125,8 @@ class Trial:
         taken = 0
         for ratio in RATIOS:
             request = Request(ratio, granularity="layer", data=self.data)
-            decided = request.decide(self.model, self.example).plan
+            with stage(f"layers, {ratio:g}"):
+                decided = request.decide(self.model, self.example).plan
             if len(decided.layers) > taken:
                 taken = len(decided.layers)
                 small = decided.apply(self.model)
@@ -135,10 +137,11 @@ class Trial:
     def cut(self, ratio: float) -> tuple[nn.Module, str] | None:
         """A repaired network without that fraction of its channels; None if none can go."""
         criterion = None if self.data is None else "reconstruction"
-        decided = Request(ratio, criterion=criterion, data=self.data).decide(self.model, self.example).plan
-        if decided.empty:
-            return None
-        small = repaired(self.model, decided, decided.apply(self.model), self.example, self.data, "auto")
+        with stage(f"channels, {ratio:g}"):
+            decided = Request(ratio, criterion=criterion, data=self.data).decide(self.model, self.example).plan
+            if decided.empty:
+                return None
+            small = repaired(self.model, decided, decided.apply(self.model), self.example, self.data, "auto")
         told = "" if self.data is None else ', criterion="reconstruction", data=data'
         return small, f"graphprune.prune(model, example_input, {ratio:g}{told})"
 
@@ -147,7 +150,9 @@ class Trial:
         for sparsity in SPARSITIES:
             masked = magnitude(_copied(self.model), sparsity)
             call = f"graphprune.sparsity.magnitude(model, {sparsity:g}); graphprune.sparsity.save(model, path)"
-            yield self._option("masks", (sparsity,), call, masked, sparse_bytes(masked))
+            with stage(f"masks, {sparsity:g}"):
+                option = self._option("masks", (sparsity,), call, masked, sparse_bytes(masked))
+            yield option
 
     def both(self, ratio: float) -> Iterator[Option]:
         """Masks in a network whose channels were pruned before."""
