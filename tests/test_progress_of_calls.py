@@ -4,7 +4,7 @@ it was."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import graphprune
-from graphprune.runtimes.latency import chains, meters
+from graphprune.runtimes.latency import meters, networks, target
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCHES = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -21,34 +21,29 @@ LABELLED = [(x, torch.arange(8) % 4) for x in BATCHES]
 BUDGET = graphprune.Budget(macs=0.6)
 
 
-class Net(nn.Module):
-    """Two convolutions and a head, the first part repeated."""
+class Block(nn.Module):
+    """A layer that can be left out."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first = nn.Conv2d(3, 16, 3, padding=1)
-        self.second = nn.Conv2d(16, 16, 3, padding=1)
-        self.norm = nn.BatchNorm2d(16)
-        self.head = nn.Linear(16, 4)
+        self.first, self.norm = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.first(x).relu()
-        x = x + self.norm(self.second(x)).relu()
-        return self.head(x.mean((2, 3)))
+        return x + self.norm(self.first(x)).relu()
 
 
-def network() -> Net:
+def network() -> nn.Module:
     torch.manual_seed(0)
-    return Net().eval()
-
-
-def _reconstruct(net: nn.Module, **options: Any) -> Any:
-    dense = graphprune.load_dense(net) if False else network()
-    return graphprune.sparsity.reconstruct(net, dense, X, BATCHES, **options)
+    stem, head = nn.Conv2d(3, 16, 3, padding=1), nn.Linear(16, 4)
+    return nn.Sequential(stem, nn.ReLU(), Block(), Block(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).eval()
 
 
 def _plan(net: nn.Module) -> graphprune.Plan:
     return graphprune.plan(net, X, 0.5, progress=False)
+
+
+def _trained(net: nn.Module, _: int) -> nn.Module:
+    return graphprune.finetune(net, LABELLED, epochs=1).model
 
 
 # What is called, and some of what is told, from the outermost stage inwards.
@@ -64,8 +59,10 @@ CALLS: dict[str, tuple[Callable[..., Any], list[tuple[str, ...]]]] = {
         [("planning", "ranking layers", "data"), ("planning", "trying numbers of layers", "repairing", "fitting")],
     ),
     "plan of layers": (
-        lambda net, **more: graphprune.plan(net, X, 0.5, granularity="layer", criterion="loss", data=LABELLED,
-                                            loss_fn=nn.functional.cross_entropy, **more),
+        lambda net, **more: graphprune.plan(
+            net, X, 0.5, granularity="layer", criterion="loss", data=LABELLED,
+            loss_fn=nn.functional.cross_entropy, **more,
+        ),
         [("planning", "ranking layers", "layers left out", "data"), ("planning", "trying")],
     ),
     "prune": (
@@ -83,10 +80,13 @@ CALLS: dict[str, tuple[Callable[..., Any], list[tuple[str, ...]]]] = {
     ),
     "advise": (
         lambda net, **more: graphprune.advise(net, X, "resources", data=BATCHES[:1], **more),
-        [("advice", "trying methods", "channels, 0.5", "repairing", "fitting"), ("advice", "trying methods",
-                                                                               "masks, 0.9")],
+        [("advice", "trying methods", "channels, 0.5", "repairing", "fitting"),
+         ("advice", "trying methods", "masks, 0.9")],
     ),
-    "reconstruct": (_reconstruct, [("reconstruction", "fitting", "data")]),
+    "sparsity.reconstruct": (
+        lambda net, **more: graphprune.sparsity.reconstruct(net, network(), X, BATCHES, **more),
+        [("reconstruction", "fitting", "data")],
+    ),
     "report": (
         lambda net, **more: graphprune.report(net, network(), X, evaluate=LABELLED, speed={"rounds": 2}, **more),
         [("report", "scoring, before", "data"), ("report", "benchmark", "timing batches of 1")],
@@ -109,33 +109,81 @@ CALLS: dict[str, tuple[Callable[..., Any], list[tuple[str, ...]]]] = {
     ),
     "prune_gradually": (
         lambda net, **more: graphprune.prune_gradually(
-            net, X, 0.5, steps=2, train=lambda small, _: graphprune.finetune(small, LABELLED, epochs=1).model, **more
+            net, X, 0.5, steps=2, train=_trained, **more
         ),
-        [("pruning in steps", "steps", "pruning", "ranking"), ("pruning in steps", "steps", "training",
-                                                               "fine-tuning", "training")],
+        [("pruning in steps", "steps", "pruning", "choosing widths", "ranking"),
+         ("pruning in steps", "steps", "training", "fine-tuning", "training")],
     ),
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def cheap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """A machine whose times are known at once, and no cache of another one."""
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A machine that is measured in no time, and nothing known of another one."""
     monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
-    yield
+    monkeypatch.setattr(target, "make_chain_meter", lambda *_: lambda _, widths: [1e-6 * width for width in widths])
+    monkeypatch.setattr(meters, "_ROUNDS", 1)
+    monkeypatch.setattr(networks, "_ROUNDS", 2)
 
 
-def prepared(name: str) -> Net:
+def prepared(name: str) -> nn.Module:
     net = network()
-    if name == "reconstruct":
-        graphprune.sparsity.magnitude(net, 0.5)
-    return net
+    return graphprune.sparsity.magnitude(net, 0.5) if name == "sparsity.reconstruct" else net
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_a_function_is_told(name: str) -> None:
+def test_a_function_is_told_and_may_end_the_call(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     call, wanted = CALLS[name]
     found: list[graphprune.Progress] = []
     call(prepared(name), progress=found.append)
     told = {p.stages for p in found}
     assert set(wanted) <= told, sorted(told)
     assert all(p.total is None or 0 <= p.done <= p.total for p in found)
+
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "another"))
+    net, error, left = prepared(name), KeyError("enough"), iter(range(len(found) // 2, -1, -1))
+    before = held(net)
+
+    def stop(_: graphprune.Progress) -> None:
+        if not next(left):
+            raise error
+
+    with pytest.raises(KeyError) as raised:
+        call(net, progress=stop)
+    assert raised.value is error
+    assert_as_before(net, before)
+
+
+Held = dict[str, tuple[torch.Tensor, bool]]
+
+
+def held(net: nn.Module) -> tuple[Held, list[tuple[bool, int]]]:
+    """Tensors, which of them want gradients, modes and hooks."""
+    named = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    flags = [(m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in net.modules()]
+    return {name: (t.detach().clone(), t.requires_grad) for name, t in named.items()}, flags
+
+
+def assert_as_before(net: nn.Module, before: tuple[Held, list[tuple[bool, int]]]) -> None:
+    now = held(net)
+    assert now[1] == before[1] and now[0].keys() == before[0].keys()
+    for name, (tensor, wants) in before[0].items():
+        assert torch.equal(now[0][name][0], tensor) and now[0][name][1] == wants
+
+
+def test_all_that_take_it_are_here_and_say_so() -> None:
+    functions = {name: getattr(graphprune, name) for name in graphprune.__all__}
+    functions |= {f"sparsity.{name}": getattr(graphprune.sparsity, name) for name in graphprune.sparsity.__all__}
+    takers = {n for n, f in functions.items() if inspect.isroutine(f) and "progress" in inspect.signature(f).parameters}
+    assert takers == {name.partition(" ")[0] for name in CALLS}
+    for name in takers:
+        assert inspect.signature(functions[name]).parameters["progress"].default is None, name
+        assert "`progress`" in functions[name].__doc__ or "progress: " in functions[name].__doc__, name
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_other_things_are_refused_before_any_work(name: str) -> None:
+    with pytest.raises(graphprune.GraphPruneError, match=r"^progress: expected None, True, False or a function"):
+        CALLS[name][0](prepared(name), progress="yes")
