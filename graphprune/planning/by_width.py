@@ -39,7 +39,7 @@ class Widths(Granularity):
 
     def check(self, request: Request) -> None:
         """Raise GraphPruneError for unknown criteria, and those that lack what they need."""
-        resolve_criterion(request.criterion).check_data(request.data, request.loss_fn)
+        resolve_criterion(request.criterion).check_data(request.data)
 
     def decide(self, model: nn.Module, example: Any, request: Request) -> Decision:
         """The plan for a model."""

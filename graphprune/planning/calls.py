@@ -64,9 +64,9 @@ def plan(
     - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
       structure (Fang et al., ECCV 2024).
     - `criterion`: "flow" (default), "l1", "l2", "bn_scale", "fpgm", "lamp", "random"; with `data` "reconstruction",
-      "activation_mean", "activation_variance", "apoz", "wanda", "hrank", "chip"; with `data` and `loss_fn` "taylor",
-      "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or an
-      importance object of the torch_pruning library.
+      "activation_mean", "activation_variance", "apoz", "wanda", "hrank", "chip"; with `data` that have targets
+      "taylor", "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or
+      an importance object of the torch_pruning library.
     - `round_to`: which widths are kept. "auto" (default): those that were at least as fast as the next larger ones in
       every runtime measured (docs/widths.md): multiples of 16 from 32 on, of 8 from 16, of 4 from 4; any number of
       whole heads. A group gets the width above or below what the ratio leaves it, the least important channels first,
@@ -97,8 +97,11 @@ def plan(
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training;
       what goes is the same.
     - `seed`: for the criterion "random".
-    - `data`: calibration batches for criteria that need them: a DataLoader or a list that yields inputs, or (inputs,
-      targets) for those that need a loss. `loss_fn(output, targets)`: that loss, a scalar.
+    - `data`: calibration batches for criteria that need them, as `finetune` takes them: a DataLoader or a list that
+      yields inputs, or (inputs, targets) for those that need a loss. Inputs are a tensor, a tuple of positional
+      arguments, or a dict of keyword arguments. `loss_fn(output, targets)`: that loss, a scalar; default cross-entropy
+      of logits and class numbers, or, for dicts with the labels that the model takes, the loss that it returns itself
+      (`output.loss`). For dicts a `loss_fn` gets the dict as targets. Criteria without a loss look at no labels.
     - `output`: what happens where a size written in the user's code blocks. "module" (default): those channels stay,
       and the plan names the line. "hybrid": the smallest module whose own code blocks is replaced by a
       `torch.fx.GraphModule` of its recorded calls, sizes rewritten; everything else keeps its class. "graph": the whole

@@ -63,7 +63,7 @@ def rank_layers(
     """The layers (or branches) that can go, in the order in which they run, with their scores - lowest go first - and
     what has no such form, with the reasons."""
     data, loss_fn = request.data, request.loss_fn
-    ranked = check_layer_criterion(criterion, data, loss_fn, branches)
+    ranked = check_layer_criterion(criterion, data, branches)
     held = held_modules(request.ignore, model)
     found, unfit = search_branches(model, example) if branches else (find_blocks(model, example), ())
     blocks = tuple(b for b in found if held.isdisjoint(b.modules))

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData
+from ...importance.calibration import ONE_INPUT, CalibrationData
 from ...plans.plan import Plan
 from ...support.suggestions import check_choice
 from .carrying import carry_optimizer
 from .checkpoints import check_fit, check_others, load_model, load_optimizer, model_state, optimizer_state, own_tensors
-from .evaluation import ONE_INPUT
 from .objective import Objective
 from .randomness import seed_epoch
 

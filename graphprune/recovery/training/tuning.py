@@ -47,7 +47,8 @@ def finetune(
     - `data`: a DataLoader or list of batches (inputs, targets), read once an epoch. Inputs are a tensor, a tuple of
       positional arguments, or a dict of keyword arguments. Batches go to the model's device.
     - `epochs`: how many. `loss_fn(output, targets)`: a scalar; default cross-entropy of logits and class numbers, or,
-      without targets, the loss that the model returns itself (`output.loss`). It may hold weights, which are trained
+      without targets, the loss that the model returns itself (`output.loss`). For batches that are dicts without
+      targets it gets the dict. It may hold weights, which are trained
       in place where your own optimizer has them too, buffers and counters.
     - `optimizer`: "sgd" (Nesterov, with `momentum`), "adam", "adamw", or a function (model) -> torch optimizer with its
       own options; one whose `step` asks for a closure, as LBFGS does, is given one, which runs the batch anew. `lr`:

@@ -18,6 +18,7 @@ from ...dependency.sizes import SizeSolver
 from ...dependency.temperature import rescales
 from ...errors import GraphPruneError
 from ...importance import resolve_criterion
+from ...importance.calibration import batch_loss, without_loss
 from ...importance.calibration.source import CalibrationSource
 from ...importance.scorer import Scorer
 from ...planning.allocation import allocate, chosen_groups, ignored_positions
@@ -174,7 +175,8 @@ class _Meter:
         return float((sums[0] / np.maximum(sums[1], 1e-300)).mean())
 
     def _answers(self, model: nn.Module, index: int) -> list[Tensor]:
-        return [t.detach() for t in result_tensors(self._run(model, index)) if t.is_floating_point()]
+        made = self._run(model, index)
+        return [t.detach() for t in without_loss(result_tensors(made), made) if t.is_floating_point()]
 
     def _run(self, model: nn.Module, index: int) -> Any:
         with evaluating(model), torch.no_grad():
@@ -182,15 +184,8 @@ class _Meter:
 
     def _loss(self, model: nn.Module) -> float:
         total, count = 0.0, 0
-        assert self.loss_fn is not None
         for index, (example, targets) in enumerate(self.batches):
-            if targets is None:
-                raise GraphPruneError(f"data: batch {index} has no targets; loss_fn needs pairs (inputs, targets)")
-            output = self._run(model, index)
-            try:
-                value = float(self.loss_fn(output, targets))
-            except Exception as error:
-                raise GraphPruneError(f"loss_fn failed on batch {index}: {type(error).__name__}: {error}") from error
+            value = float(batch_loss(self.loss_fn, self._run(model, index), example, targets, index))
             n = next((t.shape[0] for t in example.tensors() if t.dim()), 1)
             total, count = total + value * n, count + n
         if not np.isfinite(total):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData
+from ...importance.calibration import CalibrationData, without_loss
 from ...planning.calls import repaired
 from ...planning.request import Request
 from ...plans.surgery.copying import clone_with
@@ -81,7 +81,8 @@ class Outputs:
 def _numbers(model: nn.Module, inputs: ExampleInput) -> Tensor:
     """All outputs, one row per sample; in one row where they have no common first axis."""
     with evaluating(model):
-        found = result_tensors(run_model(model, inputs.clone(), "advise"))
+        made = run_model(model, inputs.clone(), "advise")
+        found = without_loss(result_tensors(made), made)
     numbers = [t.detach().double().cpu() for t in found if t.is_floating_point()]
     if numbers and all(t.dim() > 0 and len(t) == len(numbers[0]) for t in numbers):
         return torch.cat([t.reshape(len(t), -1) for t in numbers], 1)
