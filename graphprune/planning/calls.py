@@ -127,9 +127,9 @@ def plan(
       which the code does not tell. "follow": as the layers in its module that are as wide; "hold": it stays.
 
     - `progress`: who is told how far this is. None (default): a line on standard error where that is a terminal, once
-      it has taken two seconds; inside another call, whoever listens to that. True: the line, whatever is around. False:
-      nobody. A function: it is called with a `graphprune.Progress` at every step, as in `progress=print`; what it
-      raises ends the call and comes out as it is, and the model is as it was.
+      it has taken two seconds; inside another call, whoever listens to that. True: the same, also inside a call that
+      was told False. False: nobody. A function: it is called with a `graphprune.Progress` at every step, as in
+      `progress=print`; what it raises ends the call and comes out as it is, and the model is as it was.
 
     Warns of parameters that the model sets itself from the first data it sees, where it has seen none yet (`prune`
     refuses such a model).

@@ -64,8 +64,8 @@ class Progress:
 
 
 ProgressOption = bool | Callable[[Progress], object] | None
-"""Who is told: None for a bar on a terminal, or whoever listens to the call around this one; True for a bar on a
-terminal; False for nobody; or a function."""
+"""Who is told: None for a line on a terminal, or whoever listens to the call around this one; True for the same, also
+where nobody listens around; False for nobody; or a function."""
 
 
 class Stage(Protocol):

@@ -71,7 +71,7 @@ class CalibrationData:
         """How many batches there are; None where the data do not say."""
         try:
             return len(self._data)  # type: ignore[arg-type]
-        except TypeError:
+        except Exception:  # whatever a user's object says of a length that it does not know
             return None
 
     def head(self, samples: int) -> list[Any]:
