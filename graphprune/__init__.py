@@ -21,6 +21,7 @@ from .plans.verification import VerificationReport, verify
 from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
 from .rules import rule
 from .runtimes import LatencyTable, Target, benchmark, export_onnx, latency_table
+from .support.progress import Progress
 from .tracing.counting import Count, LayerCount, count
 from .workflows.configs import ConfigFit, fit_config
 from .workflows.curves import Curve, Sensitivity, sensitivity
@@ -55,6 +56,7 @@ __all__ = [
     "PipelineResult",
     "Plan",
     "Point",
+    "Progress",
     "Prunable",
     "Recovery",
     "Report",

@@ -18,6 +18,7 @@ from ..plans.plan import Plan
 from ..plans.rewriting import Rewrite, Rewriter
 from ..plans.structure import structure_of
 from ..plans.surgery import Fold, effective_folds
+from ..support.progress import stage
 from .allocation import Allocation, Forecasts, Limit, Settings, ignored_positions, make_limits
 from .request import Request
 from .settling import settle
@@ -71,7 +72,8 @@ def plan_once(
     def limits(narrowed: DependencyGraph) -> list[Limit]:
         return make_limits(settings.budget, narrowed, model, kept_folds, forecast)
 
-    settled = settle(graph, settings, scorer, limits, rewriter)
+    with stage("choosing widths"):
+        settled = settle(graph, settings, scorer, limits, rewriter)
     if settled is None:
         return None
     graph, allocation, resolution, factors = settled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ...importance.calibration import (
 )
 from ...plans.plan import Plan
 from ...plans.surgery import find_folds
+from ...support.progress import stage
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
@@ -46,12 +47,11 @@ class Refit:
         data: FitData,
         ridge: float,
         every_layer: bool,
-        progress: Callable[[str], None] | None,
         unlike: frozenset[str] = frozenset(),
         new_bias: bool = True,
     ) -> None:
         self.dense, self.small, self.plan, self.data = dense, small, plan, data
-        self.ridge, self.every_layer, self.progress, self.new_bias = ridge, every_layer, progress, new_bias
+        self.ridge, self.every_layer, self.new_bias = ridge, every_layer, new_bias
         self.forms = forms_in(small)
         trace = record_run(small, example)
         self.readers = [r for r in find_readers(trace) if r.weight.rpartition(".")[0] not in unlike]
@@ -75,12 +75,13 @@ class Refit:
         targets = {r.weight: walk.target_of(self.plan, r, self.device) for r in chosen}
         order = walk.waves(chosen, lambda r: walk.bytes_needed(r, named[r.weight]))
         pair = walk.Pair(self.dense, self.small, self.data, order)
-        for wave in order:
-            if self.progress is not None:
-                self.progress(", ".join(r.weight for r in wave))
-            solved = [r for r in wave if solve and not self._refusal(r)]
-            shifted = [r for r in wave if r not in solved]
-            self._pass(pair, wave, solved, shifted, targets)
+        with stage("fitting", len(chosen), "layers") as now:
+            for wave in order:
+                now.tell(", ".join(r.weight for r in wave))
+                solved = [r for r in wave if solve and not self._refusal(r)]
+                shifted = [r for r in wave if r not in solved]
+                self._pass(pair, wave, solved, shifted, targets)
+                now.advance(len(wave))
         return self.report
 
     def _chosen(self, solve: bool) -> list[Reader]:
