@@ -102,7 +102,8 @@ def llama() -> nn.Module:
     import transformers
 
     special = {"vocab_size": SIZE, "pad_token_id": PAD, "bos_token_id": END, "eos_token_id": END, "use_cache": False}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**dict(LLAMA.settings), **special))
+    model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(**dict(LLAMA.settings), **special))
+    return model
 
 
 def llama_examples(texts: list[str]) -> list[Example]:
@@ -117,9 +118,9 @@ def t5() -> nn.Module:
     import transformers
 
     special = {"vocab_size": WORDS + OTHER + 1, "pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD}
-    return transformers.T5ForConditionalGeneration(
-        transformers.T5Config(**dict(T5.settings), **special, use_cache=False)
-    )
+    config = transformers.T5Config(**dict(T5.settings), **special, use_cache=False)
+    model: nn.Module = transformers.T5ForConditionalGeneration(config)
+    return model
 
 
 def vocabulary(texts: list[str]) -> dict[str, int]:
