@@ -70,7 +70,7 @@ class Refit:
 
     def _run(self, solve: bool) -> list[LayerRecovery]:
         self.report = []
-        chosen = self._chosen(solve)
+        chosen = [r for r in self._chosen(solve) if solve or self._has_place(r)]
         named = named_tensors(self.small)
         targets = {r.weight: walk.target_of(self.plan, r, self.device) for r in chosen}
         order = walk.waves(chosen, lambda r: walk.bytes_needed(r, named[r.weight]))
@@ -96,6 +96,14 @@ class Refit:
             if reader.weight in cut or after:
                 chosen.append(reader)
         return chosen
+
+    def _has_place(self, reader: Reader) -> bool:
+        """Whether a constant term can go anywhere; else the layer is left before any data are read for it."""
+        if self._constant(reader).possible:
+            return True
+        refusal, why = self._refusal(reader), "has no bias and no batch norm behind it: left alone"
+        self._leave(reader, f"{refusal}; {why}" if refusal else why)
+        return False
 
     def _refusal(self, reader: Reader) -> str:
         """Why the weights of a layer are left alone."""
@@ -203,12 +211,9 @@ class Refit:
             "corrected"
 
     def _shifts(self, reader: Reader, found: _Shift) -> list[Option]:
-        refusal = self._refusal(reader)
-        if not self._constant(reader).possible:
-            why = "has no bias and no batch norm behind it: left alone"
-            self._leave(reader, f"{refusal}; {why}" if refusal else why)
+        if not self._has_place(reader):
             return []
-        notes = [refusal, "padded: exact on average, not at the border" if found.padded else ""]
+        notes = [self._refusal(reader), "padded: exact on average, not at the border" if found.padded else ""]
         said = LayerRecovery(reader.weight, "mean", found.before, found.after, "; ".join(n for n in notes if n))
         return [Option(said, None, found.change)]
 

@@ -107,12 +107,14 @@ def recover(
     that are built from a configuration (`config` and `from_pretrained`, as Llama's): the configuration has no place for
     a bias, and `from_pretrained` would refuse the file.
 
-    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256; with
-    fewer than 8 samples on the same). Where some layer's new weights made the outputs worse, all is done once more with
-    such layers left as they were, or their means corrected alone, and the better network is kept: it is never worse
-    there than without repair. The report names what was taken back, layers that too few rows reached (8 for each input
-    where a layer lost none, else the mean is corrected alone), and rows that the two networks do not share: experts,
-    regions or tokens that are picked by value.
+    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256;
+    with fewer than 8 samples on the same): by the error of the outputs, and by what they decide: in how many places
+    the largest number (of the last axis, or of axis 1 of four and more) is the one that is largest in the model. Where
+    some layer's new weights made the outputs worse, all is done once more with such layers left as they were, or their
+    means corrected alone, and the better network is kept: it is never worse there than without repair. Decisions may
+    be lost only where at least half of the error goes, and no more than chance would lose. The report names what was
+    taken back, layers that too few rows reached (8 for each input where a layer lost none, else the mean is corrected
+    alone), and rows that the two networks do not share: experts, regions or tokens that are picked by value.
 
     Batch norms that the plan keeps (`fold_bn=False`) are fitted as if they were folded, so the result is the same
     function: filters keep their norms, running statistics become those of `data`, scale and shift make up for it.
@@ -200,7 +202,7 @@ def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
     if check.passes():
         done = _closed(apply_folds(small, plan.folds), model, plan, "batchnorm")
         return Recovery(done, (), before, check.error, seen.said)
-    told = f"taken back: on held inputs the error of the outputs rose from {before:.2e} to {check.last:.2e}"
+    told = f"taken back: on held inputs {check.last.worse_than(check.now)}"
     said = LayerRecovery("all batch norms", "batchnorm", math.nan, math.nan, told, False)
     return Recovery(_closed(plan.operated(model), model, plan, ""), (said,), before, before, seen.said)
 
