@@ -6,7 +6,7 @@ Plain: prune, repair, train for all epochs. Group lasso, growing: train the dens
 of the epochs, prune and repair in the same way, train for the rest. Growing fades out what the plan for the dense
 network removes. Reads the shared networks and data as `tools.bench_accuracy` does; writes docs/sparse-learning.md and
 docs/sparse-learning.json. `--held-out 5000` is for choosing the settings: it trains on the others and measures on
-these, disturbed as in `tools.bench_finetune`, and its rows get a table of their own.
+these, and its rows get a table of their own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import graphprune
 from tools._common import write
 
 from .bench_accuracy import DOCS, loaders
-from .bench_finetune import CHANNELS_LAST, Augmented, disturbed
+from .bench_finetune import CHANNELS_LAST, Augmented
 
 METHODS = ("plain", "lasso", "growing", "growing by norm")
 SETTINGS = ("weight", "first", "epochs", "images", "lr", "batch")
@@ -58,8 +58,7 @@ class Trial:
         x, y = shared.cifar10("train", raw=raw)
         if options.held_out:
             n = options.held_out
-            self.tested = disturbed(x[-n:], 1), y[-n:]
-            x, y = x[:-n], y[:-n]
+            self.tested, x, y = (x[-n:], y[-n:]), x[:-n], y[:-n]
         else:
             self.tested = shared.cifar10("test", raw=raw)
         self.dense: nn.Module = getattr(shared, options.network)().to(memory_format=CHANNELS_LAST)
@@ -116,7 +115,7 @@ def measure(trial: Trial, method: str, weight: float, seed: int) -> dict[str, An
 HEADER = """# Training with pruning in mind
 
 CIFAR-10 {network} ({dense:.2f} % on the first {quick:,} test images), pruned to {reached:.2f} times fewer
-multiply-accumulates. Every row had the same {epochs} epochs of {images:,} training images, drawn anew for each epoch, in
+multiply-accumulates. Every row had the same {epochs} epochs of {images:,} training images, drawn anew for each, in
 {seeds} runs: *plain* was pruned first and trained for all of them; the others trained the dense network with a penalty
 for the first {first} and went on with the pruned one for the rest. All were pruned by the default criterion within
 `Budget(macs=...)`, batch norms kept, refitted by least squares on 1,000 unlabelled training images, and trained by
@@ -140,8 +139,8 @@ Written by `python -m tools.bench_sparse_learning` ({machine}; {versions}). Seco
 TRIALS = """
 ## How the settings were chosen
 
-{network}, trained without the last {held_out:,} training images and measured on these, turned, scaled, shifted and with
-other contrast, since the dense network knows every training image by heart.
+{network}, trained without the last {held_out:,} training images and measured on these, which the dense network has seen
+in its own training.
 
 | method | weight | epochs with it | of | rate | after the penalty | pruned | trained |
 | :-- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |

@@ -67,6 +67,10 @@ class GroupLasso(GroupPenalty):
         return self.weight * (torch.as_tensor(self._roots).to(norms) * norms).sum()
 
 
+# Largest factors: of channels that a plan removes, and of all by how weak they are.
+_CHOSEN, _EVERY = 1.0, 0.01
+
+
 class GrowingPenalty(GroupPenalty):
     """Weight decay of whole channels that grows while a network is trained: half the sum over channels of f |w|^2.
 
@@ -87,8 +91,9 @@ class GrowingPenalty(GroupPenalty):
             fading.step()
         small = plan.apply(model)
 
-    - `weight`: the largest f, at least 0; above 1 / learning rate the training does not stand it. `steps`: of the
-      optimizer until the weakest have it, at least 1.
+    - `weight`: the largest f, at least 0; default 1 with a plan and 0.01 without, which are Wang's: what is on its way
+      out may be decayed by far more than what stays. `steps`: of the optimizer until the weakest have it, at least 1.
+      What is left of a channel is about exp(-sum of f times learning rate), with momentum m of the sum over 1 - m.
     - `plan`: of this model, which removes channels.
     - `model`, `example_input`, `ignore`, GradScaler, accumulation: as for `GroupLasso`. `state_dict`: what has grown.
 
@@ -101,7 +106,7 @@ class GrowingPenalty(GroupPenalty):
         self,
         model: nn.Module,
         example_input: Any,
-        weight: float = 1.0,
+        weight: float | None = None,
         steps: int = 1000,
         *,
         plan: Plan | None = None,
@@ -111,7 +116,8 @@ class GrowingPenalty(GroupPenalty):
             raise GraphPruneError(f"GrowingPenalty: steps: expected an integer of at least 1, got {steps!r}")
         if plan is not None and not isinstance(plan, Plan):
             raise GraphPruneError(f"GrowingPenalty: plan: expected a graphprune.Plan, got {type(plan).__name__}")
-        super().__init__(model, example_input, weight, ignore=ignore)
+        known = (_EVERY if plan is None else _CHOSEN) if weight is None else weight
+        super().__init__(model, example_input, known, ignore=ignore)
         self.steps = steps
         self._going = None if plan is None else self._removed(plan)
         self._factors = torch.zeros(len(self._units.owner))
