@@ -333,7 +333,8 @@ def test_a_plan_says_what_fades(normed: bool) -> None:
     layers = norm(nn.Conv2d(3, 8, 3, bias=False)), nn.ReLU(), norm(nn.Conv2d(8, 6, 3, bias=False)), nn.ReLU()
     model = nn.Sequential(*layers, nn.Conv2d(6, 2, 1)).eval()
     plan = graphprune.plan(model, X[:2], 0.5, fold_bn=False)
-    fading = GrowingPenalty(model, X[:2], weight=1.0, steps=4, plan=plan)
+    fading = GrowingPenalty(model, X[:2], steps=4, plan=plan)
+    assert fading.weight == 1.0 and GrowingPenalty(model, X[:2]).weight == 0.01
     optimizer = torch.optim.SGD(model.parameters(), 0.3)
     before = fading.norms()
     for _ in range(60):
