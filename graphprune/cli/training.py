@@ -86,6 +86,13 @@ def run_pipeline(
     distil: Annotated[
         bool, typer.Option("--distil", help="Learn from the dense network too.", rich_help_panel=_TRAINING)
     ] = False,
+    regularize: Annotated[
+        str | None,
+        typer.Option(
+            help="lasso or growing: drive weak channels to zero before pruning (needs --train-epochs).",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Epochs without a better score before stopping.", rich_help_panel=_TRAINING)
     ] = None,
@@ -128,6 +135,7 @@ def run_pipeline(
             optimizer=optimizer,
             lr=lr,
             distillation=distil,
+            regularize=regularize,
             recover=recover,
             evaluate=held_out,
             patience=patience,

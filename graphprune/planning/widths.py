@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 
 from ..dependency import DependencyGraph, Frozen
+from ..dependency.ignored import ignored_positions
 from ..dependency.sizes import Resolution
 from ..dependency.temperature import Rescale
 from ..importance import resolve_criterion
@@ -19,7 +20,7 @@ from ..plans.rewriting import Rewrite, Rewriter
 from ..plans.structure import structure_of
 from ..plans.surgery import Fold, effective_folds
 from ..support.progress import stage
-from .allocation import Allocation, Forecasts, Limit, Settings, ignored_positions, make_limits
+from .allocation import Allocation, Forecasts, Limit, Settings, make_limits
 from .request import Request
 from .settling import settle
 from .unread import Used, unread_sizes

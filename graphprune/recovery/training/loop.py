@@ -18,9 +18,11 @@ from ...support.suggestions import check_choice
 from .carrying import carry_optimizer
 from .checkpoints import check_fit, check_others, load_model, load_optimizer, model_state, optimizer_state, own_tensors
 from .objective import Objective
+from .penalties import GroupPenalty
 from .randomness import seed_epoch
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+_PENALTY = "regularize/"
 _RATES = {"sgd": 0.02, "adam": 1e-3, "adamw": 1e-3}
 
 
@@ -111,7 +113,9 @@ def mixed_precision(amp: bool | str, device: torch.device) -> torch.dtype | None
 
 class Trainer:
     """A model in training. `model` and `optimizer` may be replaced by `prune`; `step` counts optimizer steps.
-    `original`: the one that it is a copy of, which the loss may know."""
+    `original`: the one that it is a copy of, which the loss may know. `penalty`: on the channels of `model`."""
+
+    penalty: GroupPenalty | None = None
 
     def __init__(
         self, model: nn.Module, data: Any, objective: Objective, options: Training, original: nn.Module
@@ -178,13 +182,16 @@ class Trainer:
             def closure() -> Tensor:
                 loss = self._backward(inputs.clone(), targets)
                 losses.append(float(loss.detach()))
-                return loss
+                return loss if self.penalty is None else loss.detach() + self.penalty.penalty().detach()
 
             self._update(closure)
-            return losses[0] if losses else math.nan
-        loss = self._backward(inputs, targets)
-        self._update()
-        return float(loss.detach())
+            loss_seen = losses[0] if losses else math.nan
+        else:
+            loss_seen = float(self._backward(inputs, targets).detach())
+            self._update()
+        if self.penalty is not None:
+            self.penalty.step()
+        return loss_seen
 
     def _backward(self, inputs: Any, targets: Any) -> Tensor:
         """The loss of a batch; its gradients, clipped, are where the optimizer looks for them."""
@@ -201,6 +208,8 @@ class Trainer:
             self._scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.options.clip)
+        if self.penalty is not None:  # like weight decay, which is not clipped either
+            self.penalty.add_gradients(self._scaler if self.options.clip is None else None)
         return loss
 
     def _update(self, *closure: Callable[[], Tensor]) -> None:
@@ -239,17 +248,22 @@ class Trainer:
         other = {**self._loss.tensors(), **self._foreign()}
         plain, tensors = optimizer_state(self.optimizer, {**other, **own_tensors(self.model)})
         about = {"optimizer": plain, "scaler": self._scaler.state_dict(), "loss": self._loss.changed()}
-        return about, {**model_state(self.model), **other, **tensors}
+        return about, {**model_state(self.model), **other, **tensors, **self._penalty_state()}
 
     def load(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
         """Go on from a `state`. The model must have its structure already."""
-        known = ("model/", "best/", "optimizer/", "loss/", "other/")
+        known = ("model/", "best/", "optimizer/", "loss/", "other/", _PENALTY)
         unknown = [name for name in tensors if not name.startswith(known)]
         if unknown:
             raise GraphPruneError(f"{what} is damaged: nothing is called {unknown[0]!r}")
         foreign = self._foreign()
         check_others(foreign, tensors, what)
         check_fit(self.model, tensors, what)
+        grown = {name.removeprefix(_PENALTY): t for name, t in tensors.items() if name.startswith(_PENALTY)}
+        if self.penalty is not None:
+            self.penalty.load_state_dict(grown)
+        elif grown:
+            raise GraphPruneError(f"{what} is of another run, with regularize")
         self._loss.load(tensors, about["loss"])
         load_model(self.model, tensors, what)
         try:
@@ -265,6 +279,10 @@ class Trainer:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GraphPruneError(f"{what} is damaged: {type(error).__name__}: {error}") from error
         self._resumed = what
+
+    def _penalty_state(self) -> dict[str, Tensor]:
+        state = {} if self.penalty is None else self.penalty.state_dict()
+        return {f"{_PENALTY}{name}": tensor for name, tensor in state.items()}
 
     def _foreign(self) -> dict[str, Tensor]:
         """What the optimizer trains beside the model and what the loss is known to hold, by its place there."""

@@ -21,6 +21,7 @@ from ...support.walking import all_modules
 from .checkpoints import check_fit, load_model, model_state, own_tensors, read_checkpoint, write_checkpoint
 from .loop import Trainer, Training
 from .objective import Objective
+from .penalties import Regularize, penalty_of
 
 Score = Callable[[nn.Module], float]
 
@@ -99,16 +100,20 @@ class Run:
         on_epoch: Callable[[Epoch, nn.Module], None] | None,
         pruner: Pruner | None = None,
         settings: Mapping[str, Any] | None = None,
+        regularize: Regularize = None,
     ) -> None:
         check_patience(patience, evaluate)
         self.checkpoint = None if checkpoint is None else check_target(checkpoint)
         self.trainer = Trainer(clone_with(model, {}), data, objective, options, model)
+        penalty = penalty_of(regularize, model, data, options.epochs * self.trainer.steps)
+        self.trainer.penalty = None if penalty is None else penalty.on(self.trainer.model)
         self.flags = {path: module.training for path, module in all_modules(model).items()}
         self.evaluate, self.patience, self.on_epoch, self.pruner = evaluate, patience, on_epoch, pruner
         self.settings = {
             **options.to_dict(),
             **(settings or {}),
             "patience": patience,
+            "regularize": None if penalty is None else penalty.settings(),
             "batches": self.trainer.steps,
             "shapes": {name: list(t.shape) for name, t in own_tensors(model).items()},
         }

@@ -14,6 +14,7 @@ from .distillation import Distillation
 from .evaluation import evaluator
 from .loop import MakeOptimizer, Training
 from .objective import Objective
+from .penalties import Regularize
 from .randomness import random_state_kept
 from .runs import Epoch, Finetuning, Run
 
@@ -35,6 +36,7 @@ def finetune(
     amp: bool | str = "auto",
     teacher: nn.Module | None = None,
     distillation: Distillation | None = None,
+    regularize: Regularize = None,
     evaluate: Any = None,
     patience: int | None = None,
     seed: int = 0,
@@ -59,6 +61,10 @@ def finetune(
       bfloat16), True for it everywhere, False for none.
     - `teacher`: a network to learn from, usually the dense one, faster with `graphprune.fold_conv_bn`; `distillation`:
       how, see `Distillation`. With a teacher data need no targets.
+    - `regularize`: train a network that is to be pruned afterwards: "lasso" or "growing", which drive its weak channels
+      to zero, for the inputs of the first batch and with the weights that `GroupLasso` and `GrowingPenalty` have
+      without arguments ("growing" reaches its own after half of the steps); or one of these for `model`, which itself
+      stays as it is. Their gradients are added after clipping.
     - `evaluate`: a function (model) -> number, higher is better, or data (inputs, targets) for top-1 accuracy; see
       `Evaluation` for other metrics. It is asked before and after every epoch. `patience`: stop after this many epochs
       in a row without a better score, and return the best weights instead of the last.
@@ -85,6 +91,7 @@ def finetune(
     """
     options = Training(epochs, optimizer, lr, momentum, weight_decay, warmup, clip, amp, seed)
     objective = Objective(loss_fn, teacher, distillation)
-    run = Run(model, data, options, objective, evaluator(evaluate), patience, checkpoint, on_epoch)
+    run = Run(model, data, options, objective, evaluator(evaluate), patience, checkpoint, on_epoch,
+              regularize=regularize)  # fmt: skip
     with random_state_kept(data):
         return run.finish("training")

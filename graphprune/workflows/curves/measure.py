@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...dependency import Group
 from ...dependency.graph import trace
+from ...dependency.ignored import ignored_positions
 from ...dependency.reparametrised import plain
 from ...dependency.sizes import SizeSolver
 from ...dependency.temperature import rescales
@@ -21,7 +22,7 @@ from ...importance import resolve_criterion
 from ...importance.calibration import batch_loss, without_loss
 from ...importance.calibration.source import CalibrationSource
 from ...importance.scorer import Scorer
-from ...planning.allocation import allocate, chosen_groups, ignored_positions
+from ...planning.allocation import allocate, chosen_groups
 from ...planning.allocation.rounding import lost
 from ...planning.allocation.selection import check_ratio
 from ...planning.request import Criterionlike, Request

@@ -17,6 +17,7 @@ from ...recovery import Distillation, Epoch, Finetuning, check_method
 from ...recovery.training.evaluation import evaluator, metric_name
 from ...recovery.training.loop import MakeOptimizer, Training
 from ...recovery.training.objective import Objective
+from ...recovery.training.penalties import Regularize, check_regularize
 from ...recovery.training.randomness import random_state_kept
 from ...recovery.training.runs import Run
 from ...sparsity import make_permanent, masks
@@ -87,6 +88,7 @@ def pipeline(
     clip: float | None = 5.0,
     amp: bool | str = "auto",
     distillation: Distillation | bool = False,
+    regularize: Regularize = None,
     recover: str | None = None,
     calibration: Any = None,
     evaluate: Any = None,
@@ -113,6 +115,8 @@ def pipeline(
     - `train_epochs` (default 0: it is trained), with `train_lr` as peak rate; then pruning, and `finetune_epochs` after
       the last of it. Pruning and fine-tuning share one learning rate curve up to `lr`. `optimizer` to `amp`: as in
       `finetune`.
+    - `regularize`: "lasso", "growing", a `GroupLasso` or a `GrowingPenalty`: the training before pruning drives weak
+      channels to zero, so that less is lost then; see `finetune`. Needs `train_epochs`.
     - `distillation`: True or a `Distillation`: learn from the dense network too. `recover`: "mean", "batchnorm" or
       "least_squares" repairs each structured step before training goes on. `calibration`: batches for criteria and
       for `recover`; default `data`.
@@ -134,6 +138,9 @@ def pipeline(
     check_method(recover, data)
     if method == "layers" and (recover is not None or gradual is not None):
         raise GraphPruneError("method='layers' leaves layers out at once, and the others have nothing to recover")
+    check_regularize(regularize)
+    if regularize is not None and train_epochs == 0:
+        raise GraphPruneError("regularize: acts in the training before pruning; pass train_epochs, at least 1")
     first = Training(train_epochs, optimizer, train_lr, momentum, weight_decay, warmup, clip, amp, seed)
     tuned = Training(finetune_epochs, optimizer, lr, momentum, weight_decay, warmup, clip, amp, seed)
     tuned = dataclasses.replace(tuned, epochs=finetune_epochs + (gradual or 0))
@@ -149,7 +156,7 @@ def pipeline(
     folder = _folder(checkpoint)
     with random_state_kept(data):
         run = Run(model, data, first, Objective(loss_fn, None, None), ask, patience if train_epochs else None,
-                  folder and folder / "training.safetensors", on_epoch)  # fmt: skip
+                  folder and folder / "training.safetensors", on_epoch, regularize=regularize)  # fmt: skip
         training = run.finish("training")
         pruner = GradualPruner(
             chosen, curve, gradual or 1, evaluate=ask, data=data, calibration=batches, example_input=example_input,
