@@ -198,7 +198,7 @@ def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
     if check.passes():
         done = _closed(apply_folds(small, plan.folds), model, plan, "batchnorm")
         return Recovery(done, (), before, check.error, seen.said)
-    told = f"taken back: on held inputs the error of the outputs rose from {before:.2e} to {check.last:.2e}"
+    told = f"taken back: {check.told(check.now, check.last)}"
     said = LayerRecovery("all batch norms", "batchnorm", math.nan, math.nan, told, False)
     return Recovery(_closed(plan.operated(model), model, plan, ""), (said,), before, before, seen.said)
 
