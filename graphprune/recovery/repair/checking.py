@@ -18,6 +18,8 @@ from ...tracing.trace import run_model
 # The share of the samples that is held from a repair, and how many are enough.
 _SHARE, _ENOUGH = 8, 256
 
+NO_OUTPUTS = "the outputs hold no numbers that can be compared"
+
 
 class FitData:
     """The part of some data that a repair may see: all batches but the last ones, and of the one at the border the
@@ -93,8 +95,10 @@ def _runs(model: nn.Module, example: ExampleInput) -> bool:
     return all(not t.dim() or t.shape[0] == samples(example) for t in example.tensors())
 
 
-# Where chance decides alone, one gain in fifty is larger than twice its standard error.
-_SURE = 2.0
+# Gains below this share of the error have to be more than twice their standard error, as one in fifty is by chance
+# alone. Larger ones do not: of few samples with long tails a standard error says little, and repairs that took away most
+# of the error everywhere else had gains here of as little as one standard error. Of fewer than `_FEW` it says nothing.
+_SMALL, _SURE, _FEW = 0.05, 2.0, 8
 
 
 class Measured:
@@ -121,9 +125,13 @@ class Measured:
         return float(found.sum()), spread
 
     def surely_below(self, before: Measured) -> bool:
-        """Whether the error is smaller than `before` by more than chance would make it, or nothing has changed."""
+        """Whether the error is smaller than `before`, by much or by more than chance would make it; or nothing has
+        changed."""
         gain, deviation = self.gain_over(before)
-        return gain > _SURE * deviation or gain == deviation == 0
+        if gain == deviation == 0:
+            return True
+        sure = _SURE * deviation if self._misses.shape[1] >= _FEW else 0.0
+        return gain > 0 and (gain >= _SMALL * before.error or gain > sure)
 
 
 class Check:

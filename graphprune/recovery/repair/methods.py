@@ -22,11 +22,12 @@ from ...support.suggestions import check_choice
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from .batchnorm import reestimate
-from .checking import Check, FitData
+from .checking import NO_OUTPUTS, Check, FitData
 from .layers import Refit
 from .norms import kept_folds, take_apart
 from .steps import LayerRecovery
-from .stored import compensate, stores_statistics
+from .stored import stores_statistics
+from .without_data import WithoutData
 
 METHODS = ("auto", "mean", "moments", "batchnorm", "least_squares")
 _DATA_FREE = ("auto", "mean", "moments")
@@ -38,7 +39,8 @@ class Recovery:
     was taken back).
 
     `before`, `after`: squared error of the outputs, divided by their squares, on `checked` (inputs that were held from
-    the repair); NaN where nothing was measured, as without data.
+    the repair; without data random ones, in a network with the same weights that stores their statistics); NaN where
+    nothing was measured, and then `unchecked` says why.
 
     The network remembers the method, `graphprune.verify` says that it does, and files of `graphprune.save` say so;
     unless nothing was changed."""
@@ -48,11 +50,14 @@ class Recovery:
     before: float = math.nan
     after: float = math.nan
     checked: str = ""
+    unchecked: str = ""
 
     def __str__(self) -> str:
         lines = [str(layer) for layer in self.layers]
         if self.layers and not any(layer.changed for layer in self.layers):
             lines.append("nothing was repaired")
+        elif self.unchecked:
+            lines.append(f"not checked: {self.unchecked}")
         elif not math.isnan(self.before):
             lines.append(f"error of the outputs on {self.checked}: {self.before:.2e} -> {self.after:.2e}")
         return "\n".join(lines)
@@ -166,10 +171,9 @@ def _recovered(
                     "recover: what layers that are left out made is stored nowhere; pass data=, a loader or list of "
                     "batches"
                 )
-            small = plan.operated(model)
-            dense = apply_folds(model, _common_folds(model, plan, example))
-            said = compensate(model, dense, small, plan, example, method == "moments", new_bias)
-            return Recovery(_closed(small, model, plan, method if any(r.changed for r in said) else ""), tuple(said))
+            done = WithoutData(model, plan, example, _common_folds(model, plan, example), new_bias).run(method)
+            repaired = _closed(done.small, model, plan, done.method)
+            return Recovery(repaired, done.layers, done.before, done.after, done.checked, done.unchecked)
         seen = FitData(batches, model)
         if method == "batchnorm":
             return _reestimated(model, plan, seen)
@@ -185,7 +189,12 @@ def _recovered(
         if kept and any(layer.changed for layer in found):
             take_apart(small, fitted, kept, seen)
         done = method if any(layer.changed for layer in found) else ""
-        return Recovery(_closed(small, model, plan, done), found, before, refit.check.error, seen.said)
+        return Recovery(_closed(small, model, plan, done), found, before, refit.check.error, seen.said, _blind(before))
+
+
+def _blind(error: float) -> str:
+    """Why nothing could be measured, where nothing could."""
+    return NO_OUTPUTS if math.isnan(error) else ""
 
 
 def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
@@ -197,7 +206,7 @@ def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
     reestimate(small, seen)
     if check.passes():
         done = _closed(apply_folds(small, plan.folds), model, plan, "batchnorm")
-        return Recovery(done, (), before, check.error, seen.said)
+        return Recovery(done, (), before, check.error, seen.said, _blind(before))
     told = f"taken back: {check.told(check.now, check.last)}"
     said = LayerRecovery("all batch norms", "batchnorm", math.nan, math.nan, told, False)
     return Recovery(_closed(plan.operated(model), model, plan, ""), (said,), before, before, seen.said)

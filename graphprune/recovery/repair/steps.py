@@ -43,6 +43,11 @@ class LayerRecovery:
         return f"{self.weight}: {self.method}{error}{note}"
 
 
+def with_note(said: LayerRecovery, note: str) -> LayerRecovery:
+    """The same, with a note more."""
+    return dataclasses.replace(said, note="; ".join(n for n in (said.note, note) if n)) if note else said
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """One way to repair a layer: its new weight, a change of its constant term, and what to say of it."""

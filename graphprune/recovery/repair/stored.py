@@ -37,39 +37,54 @@ def stores_statistics(model: nn.Module) -> bool:
     return any(name.endswith("running_mean") for name, _ in model.named_buffers())
 
 
-def compensate(
-    model: nn.Module,
-    dense: nn.Module,
-    small: nn.Module,
-    plan: Plan,
-    example: ExampleInput,
-    spread: bool,
-    new_bias: bool = True,
-) -> list[LayerRecovery]:
-    """Correct `small`, made from `model` by `plan`, in place; `dense`: `model` with the plan's batch norms folded.
-    `spread`: variances too."""
-    trace, named = record_run(model, example), named_tensors(model)
-    lost = {r.weight: r for r in find_readers(trace) if plan.removed.get(r.weight, {}).get(r.in_axis)}
-    calls = {name: list(trace.parameters[name].users) for name in lost}
-    read = frozenset(read_by(call) for called in calls.values() for call in called)
-    spreads = stored_spreads(trace, named, read)
-    after = record_run(small, example)
-    readers = {r.weight: r for r in find_readers(after)}
-    modules = dict(small.named_modules())
-    norms = {f.layer: modules[f.batch_norm] for f in find_folds(small, after)}
-    weights = named_tensors(dense)
-    behind = {fold_names(f)[0]: f for f in find_folds(model, trace)}
-    report = []
-    for name, reader in lost.items():
-        changes = [_missed(reader, call, spreads.get(read_by(call)), weights[name], plan) for call in calls[name]]
-        said = _correct(small, readers.get(name), norms, plan, name, changes, new_bias)
-        if spread and said.changed and len(calls[name]) == 1 and name in behind:
-            call = calls[name][0]
-            share = _lost_share(reader, spreads[read_by(call)], named[name], plan)
-            _spread_out(small, behind[name], share, named, plan, readers[name], modules)
-            said = dataclasses.replace(said, method="moments")
-        report.append(said)
-    return report
+class Compensation:
+    """What stored statistics say of `plan`, on a network whose tensors have the names of `model`'s; `small`: what the
+    plan makes of it."""
+
+    def __init__(self, model: nn.Module, small: nn.Module, plan: Plan, example: ExampleInput, new_bias: bool) -> None:
+        self.plan, self.new_bias = plan, new_bias
+        self.trace, after = record_run(model, example), record_run(small, example)
+        self.lost = {r.weight: r for r in find_readers(self.trace) if plan.removed.get(r.weight, {}).get(r.in_axis)}
+        self.calls = {name: list(self.trace.parameters[name].users) for name in self.lost}
+        self.read = frozenset(read_by(call) for called in self.calls.values() for call in called)
+        self.readers = {r.weight: r for r in find_readers(after)}
+        self.norms = {f.layer: f.batch_norm for f in find_folds(small, after)}
+        self.behind = {fold_names(f)[0]: f for f in find_folds(model, self.trace)}
+
+    def apply(self, model: nn.Module, dense: nn.Module, small: nn.Module, spread: bool) -> list[LayerRecovery]:
+        """Correct `small` in place; `dense`: `model` with the plan's batch norms folded. `spread`: variances too."""
+        named, plan = gathered(model), self.plan
+        spreads = stored_spreads(self.trace, named, self.read)
+        modules = dict(small.named_modules())
+        norms = {layer: modules[norm] for layer, norm in self.norms.items()}
+        weights = named_tensors(dense)
+        report = []
+        for name, reader in self.lost.items():
+            calls = self.calls[name]
+            changes = [_missed(reader, call, spreads.get(read_by(call)), weights[name], plan) for call in calls]
+            said = _correct(small, self.readers.get(name), norms, plan, name, changes, self.new_bias)
+            if spread and said.changed and len(calls) == 1 and name in self.behind:
+                share = _lost_share(reader, spreads[read_by(calls[0])], named[name], plan)
+                _spread_out(small, self.behind[name], share, named, plan, self.readers[name], modules)
+                said = dataclasses.replace(said, method="moments")
+            report.append(said)
+        return report
+
+
+def gathered(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model; those of statistics that batch norms started with, and never gathered, are NaN: nothing is
+    known from them."""
+    named = named_tensors(model)
+    fresh = [
+        name.removesuffix("running_var")
+        for name, variance in named.items()
+        if name.rpartition(".")[2] == "running_var" and not variance.is_meta and bool((variance == 1).all())
+    ]
+    for path in fresh:
+        mean = named.get(f"{path}running_mean")
+        if mean is not None and not bool(mean.any()):
+            named[f"{path}running_var"] = torch.full_like(mean, math.nan)
+    return named
 
 
 # No result is spread by more than this factor squared: what lost nearly all of its variance has no signal to restore.
