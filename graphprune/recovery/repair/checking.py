@@ -111,6 +111,10 @@ class Measured:
         rows = misses.nansum(1)[~misses.isnan().all(1)] if misses.numel() else misses.new_zeros(0)
         self.error = float(rows.mean()) if len(rows) else math.nan
 
+    def where(self, other: Measured) -> Measured:
+        """The same, of what can be compared in both: lengths of outputs may follow from values."""
+        return Measured(torch.where(other._misses.isnan(), math.nan, self._misses))
+
     def gain_over(self, before: Measured) -> tuple[float, float]:
         """By how much the error is smaller than `before`, and the standard error of that over samples: 0 where nothing
         has changed, or where there is one sample alone."""
@@ -135,8 +139,8 @@ class Measured:
 
 
 class Check:
-    """How far the outputs of `small` are from those of `dense` on some inputs. `now`: with all that is in place;
-    `last`: with what was tried last."""
+    """How far the outputs of `small` are from those of `dense` on some inputs. `start`, `now`: as it was,
+    and with all that is in place; `last`: with what was tried last."""
 
     def __init__(self, dense: nn.Module, small: nn.Module, inputs: list[ExampleInput]) -> None:
         self.small, self.inputs = small, inputs
@@ -146,12 +150,13 @@ class Check:
         for wanted in self._wanted:
             for place, b in enumerate(wanted):
                 self._whole[place] += float(b.square().sum()) if bool(b.isfinite().all()) else 0.0
-        self.now = self.last = self.measured()
+        self.start = self.now = self.last = self.measured()
 
     @property
-    def error(self) -> float:
-        """The squared error of all outputs, each divided by its squares; NaN where there are none to compare."""
-        return self.now.error
+    def errors(self) -> tuple[float, float]:
+        """The squared error of all outputs, each divided by its squares, at the start and now; NaN where there are none
+        to compare."""
+        return self.start.where(self.now).error, self.now.where(self.start).error
 
     def measured(self) -> Measured:
         """With what is in place now."""
@@ -177,6 +182,7 @@ class Check:
 
     def told(self, before: Measured, after: Measured) -> str:
         """Why something was taken back."""
+        before, after = before.where(after), after.where(before)
         change = f"from {before.error:.2e} to {after.error:.2e}"
         if not after.gain_over(before)[0] > 0:
             return f"on held inputs the error of the outputs rose {change}"

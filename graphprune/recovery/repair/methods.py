@@ -184,17 +184,16 @@ def _recovered(
         fitted = apply_folds(small, kept) if kept else small
         unlike = frozenset(f.layer for f in plan.folds if f not in folds)
         refit = Refit(dense, fitted, plan, example, seen, ridge, every_layer, progress, unlike, new_bias)
-        before = refit.check.error
         found = tuple(refit.run(solve=method == "least_squares"))
         if kept and any(layer.changed for layer in found):
             take_apart(small, fitted, kept, seen)
         done = method if any(layer.changed for layer in found) else ""
-        return Recovery(_closed(small, model, plan, done), found, before, refit.check.error, seen.said, _blind(before))
+        return Recovery(_closed(small, model, plan, done), found, *refit.check.errors, seen.said, _blind(refit.check))
 
 
-def _blind(error: float) -> str:
+def _blind(check: Check) -> str:
     """Why nothing could be measured, where nothing could."""
-    return NO_OUTPUTS if math.isnan(error) else ""
+    return NO_OUTPUTS if math.isnan(check.errors[0]) else ""
 
 
 def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
@@ -202,14 +201,13 @@ def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
     bare = dataclasses.replace(plan, folds=())
     small = bare.operated(model)
     check = Check(model, small, seen.held)
-    before = check.error
     reestimate(small, seen)
     if check.passes():
         done = _closed(apply_folds(small, plan.folds), model, plan, "batchnorm")
-        return Recovery(done, (), before, check.error, seen.said, _blind(before))
+        return Recovery(done, (), *check.errors, seen.said, _blind(check))
     told = f"taken back: {check.told(check.now, check.last)}"
     said = LayerRecovery("all batch norms", "batchnorm", math.nan, math.nan, told, False)
-    return Recovery(_closed(plan.operated(model), model, plan, ""), (said,), before, before, seen.said)
+    return Recovery(_closed(plan.operated(model), model, plan, ""), (said,), *check.errors, seen.said)
 
 
 def _configured(model: nn.Module) -> bool:

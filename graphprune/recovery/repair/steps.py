@@ -149,7 +149,7 @@ def better_of_two(steps: Steps, run: Callable[[], list[LayerRecovery]]) -> list[
         done = steps.undo()
         check.now, steps.strict = start, True
         second = run()
-        if check.now.surely_below(start) and not check.now.error > reached.error:
+        if check.now.surely_below(start) and not reached.gain_over(check.now)[0] > 0:
             report = second
         else:
             steps.undo()
