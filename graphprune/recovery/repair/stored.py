@@ -53,7 +53,7 @@ class Compensation:
 
     def apply(self, model: nn.Module, dense: nn.Module, small: nn.Module, spread: bool) -> list[LayerRecovery]:
         """Correct `small` in place; `dense`: `model` with the plan's batch norms folded. `spread`: variances too."""
-        named, plan = gathered(model), self.plan
+        named, plan = named_tensors(model), self.plan
         spreads = stored_spreads(self.trace, named, self.read)
         modules = dict(small.named_modules())
         norms = {layer: modules[norm] for layer, norm in self.norms.items()}
@@ -69,22 +69,6 @@ class Compensation:
                 said = dataclasses.replace(said, method="moments")
             report.append(said)
         return report
-
-
-def gathered(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a model; those of statistics that batch norms started with, and never gathered, are NaN: nothing is
-    known from them."""
-    named = named_tensors(model)
-    fresh = [
-        name.removesuffix("running_var")
-        for name, variance in named.items()
-        if name.rpartition(".")[2] == "running_var" and not variance.is_meta and bool((variance == 1).all())
-    ]
-    for path in fresh:
-        mean = named.get(f"{path}running_mean")
-        if mean is not None and not bool(mean.any()):
-            named[f"{path}running_var"] = torch.full_like(mean, math.nan)
-    return named
 
 
 # No result is spread by more than this factor squared: what lost nearly all of its variance has no signal to restore.

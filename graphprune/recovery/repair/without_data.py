@@ -13,7 +13,7 @@ from ...plans.plan import Plan
 from ...plans.surgery import Fold, apply_folds
 from ...tracing.example import ExampleInput
 from .checking import NO_OUTPUTS, Check, Measured, samples
-from .likely import drawn, twin
+from .likely import drawn, fresh, twin
 from .steps import LayerRecovery, with_note
 from .stored import Compensation
 
@@ -50,13 +50,14 @@ class WithoutData:
             return Done(small, tuple(said), "")
         try:
             inputs = drawn(self.model, self.example)
-            other = twin(self.model, inputs)
+            unseen = fresh(self.model)
+            other = self.model if unseen else twin(self.model, inputs)
             check = Check(apply_folds(other, self.folds), self.plan.operated(other), [inputs.example])
         except GraphPruneError as error:
             return Done(small, tuple(said), method, unchecked=str(error))
         if math.isnan(check.start.error):
             return Done(small, tuple(said), method, unchecked=NO_OUTPUTS)
-        where = f"{samples(inputs.example)} random samples that have the stored statistics"
+        where = f"{samples(inputs.example)} random samples" + ("" if unseen else " that have the stored statistics")
         before, notes = check.start, ""
         for name in _LESSER[method]:
             check.small, _ = self._repaired(other, name)
