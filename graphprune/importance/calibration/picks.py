@@ -169,8 +169,7 @@ def _picked(name: str, function: Any, args: Any, kwargs: Any, by: list[Tensor]) 
                 return unknown
             index_of = flat[..., 0]
             if name == "take_along_dim":
-                sizes = [n if a != axis else -1 for a, n in enumerate(x.shape[:axes])]
-                index_of = index_of.expand(sizes)
+                index_of = index_of.expand([n if a != axis else -1 for a, n in enumerate(x.shape[:axes])])
             function = torch.gather
         given = (axis, index_of)
     if axes > x.dim():

@@ -98,7 +98,8 @@ def numbered(*shape: int) -> Tensor:
 
 def seen(pick: Pick, x: Tensor) -> Call:
     net = Net(pick).eval()
-    (call,) = observe(net, find_readers(record_run(net, x)), ExampleInput.of(x), inputs=True, outputs=True)["read.weight"]
+    readers = find_readers(record_run(net, x))
+    (call,) = observe(net, readers, ExampleInput.of(x), inputs=True, outputs=True)["read.weight"]
     return call
 
 
@@ -122,7 +123,8 @@ def test_rows_in_their_places_are_all_rows(name: str) -> None:
 
 
 def slow_common(a: list[int], b: list[int]) -> list[tuple[int, int]]:
-    return [(i, j) for n in sorted(set(a) & set(b)) for i, m in enumerate(a) if m == n for j, k in enumerate(b) if k == n]
+    both = sorted(set(a) & set(b))
+    return [(i, j) for n in both for i, m in enumerate(a) for j, k in enumerate(b) if m == k == n]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -19,8 +19,9 @@ from graphprune.recovery.repair import layers, walk
 from graphprune.support.walking import named_tensors
 from tests.stream_networks import STEPS, STEPS_OF, WIDTH, Network, measured, noisy, routed
 
-# A repair that gains little on 64 held samples may lose as little on others: measured, 5 % gained there, 2 % lost here.
-NOISE = 1.05
+# Small gains on held samples count only where they are steady, so what is kept is no worse on others: of 136 repairs of
+# other networks, none was. This is for the few that chance lets pass.
+NOISE, FRESH = 1.005, 4096
 
 
 def distance(net: nn.Module, dense: nn.Module, x: Tensor) -> float:
@@ -55,7 +56,7 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {"list": lambda x: list(x.split(32))
 @pytest.mark.parametrize("seed", range(4))
 def test_random_networks(seed: int, form: str) -> None:
     dense = random_network(seed)
-    x, fresh = torch.randn(512, WIDTH), torch.randn(512, WIDTH)
+    x, fresh = torch.randn(512, WIDTH), torch.randn(FRESH, WIDTH)
     plan = graphprune.plan(dense, x[:4], 0.4)
     before = distance(plan.apply(dense), dense, fresh)
     for method in ("mean", "least_squares"):
