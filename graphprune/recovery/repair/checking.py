@@ -96,8 +96,8 @@ def _runs(model: nn.Module, example: ExampleInput) -> bool:
 
 
 # Gains below this share of the error have to be more than twice their standard error, as one in fifty is by chance
-# alone. Larger ones do not: of few samples with long tails a standard error says little, and repairs that took away most
-# of the error everywhere else had gains here of as little as one standard error. Of fewer than `_FEW` it says nothing.
+# alone. Larger ones do not: of few samples with long tails a standard error says little, and repairs that took away
+# most of the error elsewhere had gains here of as little as one standard error. Of fewer than `_FEW` it says nothing.
 _SMALL, _SURE, _FEW = 0.05, 2.0, 8
 
 
