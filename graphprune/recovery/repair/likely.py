@@ -29,8 +29,8 @@ from ...tracing.trace import run_model
 from .batchnorm import reestimate
 from .checking import samples
 
-# Numbers that are drawn per batch, and samples at least and at most.
-_NUMBERS, _LEAST, _MOST = 1 << 18, 2, 64
+# Multiply-accumulates that a run may cost, and samples at least and at most.
+_WORK, _LEAST, _MOST = 1 << 31, 2, 64
 
 
 class Drawn:
@@ -44,16 +44,16 @@ class Drawn:
         yield self.example
 
 
-def drawn(model: nn.Module, example: ExampleInput) -> Drawn:
-    """Inputs like the example: numbers with its mean and spread, normally distributed; whole numbers from among its
-    own. As many samples as are cheap, or as the example has where the model takes no other number.
+def drawn(model: nn.Module, example: ExampleInput, macs: int) -> Drawn:
+    """Inputs like the example: numbers with its mean and spread, normally distributed; whole numbers from among its own.
+    As many samples as are cheap (`macs`: what a run on the example costs), or as the example has where the model takes
+    no other number.
 
     Raises GraphPruneError where the model fails on them.
     """
     generator = torch.Generator().manual_seed(0)
     n = samples(example)
-    size = max(sum(t.numel() for t in example.tensors()) // n, 1)
-    count = min(max(_NUMBERS // size, _LEAST), _MOST)
+    count = min(max(_WORK * n // max(macs, 1), _LEAST), _MOST)
 
     def like(tensor: Tensor, more: bool) -> Tensor:
         shape = (count, *tensor.shape[1:]) if more and tensor.dim() and tensor.shape[0] == n else tuple(tensor.shape)

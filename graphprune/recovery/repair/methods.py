@@ -112,13 +112,12 @@ def recover(
     a bias, and `from_pretrained` would refuse the file.
 
     Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256; with
-    fewer than 8 samples on the same). Where some layer's new weights made the outputs worse, all is done once more
-    with such layers left as they were, or their means corrected alone, and the better network is kept: it is never worse
-    there than without repair. With 8 held samples and more, a gain below 5 % of the error counts only if it is twice its
+    fewer than 8 samples on the same). Where some layer's new weights made the outputs worse, all is done once more with
+    such layers left as they were, or their means corrected alone, and the better network is kept, if it is better there
+    than without repair. With 8 held samples and more, a gain below 5 % of the error counts only if it is twice its
     standard error over samples, as smaller ones come by chance; else all is taken back. The report names what was taken
-    back, layers that too few rows reached (8 for each input
-    where a layer lost none, else the mean is corrected alone), and rows that the two networks do not share: experts,
-    regions or tokens that are picked by value.
+    back, layers that too few rows reached (8 for each input where a layer lost none, else the mean is corrected alone),
+    and rows that the two networks do not share: experts, regions or tokens that are picked by value.
 
     A repair without data is tried on a twin of the network: the same weights, with the statistics that random inputs,
     normal around the example's mean, give its batch norms; there the repair may assume of statistics what it assumes.

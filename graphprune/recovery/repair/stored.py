@@ -26,6 +26,7 @@ from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.operators import multiplied, products_of
 from ...tracing.trace import record_run
+from ...tracing.work import macs_of
 from . import walk
 from .steps import LayerRecovery
 
@@ -46,6 +47,7 @@ class Compensation:
         self.trace, after = record_run(model, example), record_run(small, example)
         self.lost = {r.weight: r for r in find_readers(self.trace) if plan.removed.get(r.weight, {}).get(r.in_axis)}
         self.calls = {name: list(self.trace.parameters[name].users) for name in self.lost}
+        self.macs = sum(macs_of(node) or 0 for node in self.trace.graph.nodes if node.op == "call_function")
         self.read = frozenset(read_by(call) for called in self.calls.values() for call in called)
         self.readers = {r.weight: r for r in find_readers(after)}
         self.norms = {f.layer: f.batch_norm for f in find_folds(small, after)}

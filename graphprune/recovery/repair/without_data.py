@@ -49,7 +49,7 @@ class WithoutData:
         if not any(layer.changed for layer in said):
             return Done(small, tuple(said), "")
         try:
-            inputs = drawn(self.model, self.example)
+            inputs = drawn(self.model, self.example, self._known.macs)
             unseen = fresh(self.model)
             other = self.model if unseen else twin(self.model, inputs)
             check = Check(apply_folds(other, self.folds), self.plan.operated(other), [inputs.example])

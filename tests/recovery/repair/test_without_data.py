@@ -57,7 +57,7 @@ def test_never_worse_on_the_data_whose_statistics_are_stored(seed: int, method: 
     before, after = error(cut, net, fresh), error(found.model, net, fresh)
     assert found.checked == "64 random samples that have the stored statistics" and found.after <= found.before
     if (seed, method) == (2, "mean"):  # this is what the means alone make worse, by a fifth
-        assert str(found).count("mean taken back with all else: on 64 random samples") >= 4
+        assert str(found).count("mean taken back with all else: on 64 random samples") >= 3
         assert "nothing was repaired" in str(found) and after == before
         assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), cut.parameters(), strict=True))
     else:
@@ -84,7 +84,7 @@ def test_what_a_twin_does_not_take_is_reduced_to_means(monkeypatch: pytest.Monke
 
 def test_the_twin_stores_what_its_inputs_make() -> None:
     net = trained(0)
-    inputs = drawn(net, ExampleInput.of(torch.randn(2, *SHAPE) * 3 + 1))
+    inputs = drawn(net, ExampleInput.of(torch.randn(2, *SHAPE) * 3 + 1), 10**6)
     other, seen = twin(net, inputs), {}
     (x,) = inputs.example.args
     assert x.shape == (64, *SHAPE) and x.mean() == pytest.approx(1, abs=0.3) and x.std() == pytest.approx(3, rel=0.1)
