@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -29,7 +28,7 @@ from ...tracing.trace import record_run
 from . import walk
 from .checking import Check, FitData
 from .solve import ridge_solution, squared_error
-from .steps import LayerRecovery, Option, Steps, better_of_two
+from .steps import LayerRecovery, Option, Steps, better_of_two, with_note
 
 
 class Refit:
@@ -165,7 +164,7 @@ class Refit:
             tried += [(r, self._shifts(r, shifts[r.weight])) for r in shifted if r.weight in met - unlike.keys()]
             possible = [(reader, options) for reader, options in tried if options]
             if possible:
-                self.report += [_with_note(said, pair.note(said.weight)) for said in self.steps.take(possible)]
+                self.report += [with_note(said, pair.note(said.weight)) for said in self.steps.take(possible)]
 
     def _constant(self, reader: Reader) -> walk.Constant:
         return walk.Constant(self.small, reader, self.norms.get(reader.weight.rpartition(".")[0]), self.new_bias)
@@ -216,10 +215,6 @@ class Refit:
         notes = [self._refusal(reader), "padded: exact on average, not at the border" if found.padded else ""]
         said = LayerRecovery(reader.weight, "mean", found.before, found.after, "; ".join(n for n in notes if n))
         return [Option(said, None, found.change)]
-
-
-def _with_note(said: LayerRecovery, note: str) -> LayerRecovery:
-    return dataclasses.replace(said, note="; ".join(n for n in (said.note, note) if n)) if note else said
 
 
 def _behind_layers(dense: nn.Module, plan: Plan, example: ExampleInput) -> set[str]:
