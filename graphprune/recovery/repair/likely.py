@@ -45,9 +45,9 @@ class Drawn:
 
 
 def drawn(model: nn.Module, example: ExampleInput, macs: int) -> Drawn:
-    """Inputs like the example: numbers with its mean and spread, normally distributed; whole numbers from among its own.
-    As many samples as are cheap (`macs`: what a run on the example costs), or as the example has where the model takes
-    no other number.
+    """Inputs like the example: numbers with its mean and spread, normally distributed; whole numbers from among its
+    own. As many samples as are cheap (`macs`: what a run on the example costs), or as the example has where the model
+    takes no other number.
 
     Raises GraphPruneError where the model fails on them.
     """

@@ -181,6 +181,40 @@ def test_depthwise_transposed_convolutions() -> None:
         assert distance(found.model, dense, fresh) < distance(plan.apply(dense), dense, fresh)
 
 
+class OneByOne(nn.Module):
+    """Layers read single rows, without an axis that counts them: of each sample the token that a value picks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.score = nn.Linear(8, 24), nn.Linear(24, 16), nn.Linear(16, 1)
+        self.c, self.d = nn.Linear(16, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(self.a(x).relu())
+        best = self.score(h).squeeze(-1).argmax(1).tolist()
+        return torch.stack([self.d(self.c(h[row, token]).relu()) for row, token in enumerate(best)])
+
+
+class Unbatched(nn.Module):
+    """Convolutions of a single picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 12, 3, padding=1), nn.ConvTranspose2d(12, 12, 2, 2), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x[0]).relu()).relu().mean((1, 2)))
+
+
+@pytest.mark.parametrize(("made", "shape"), [(OneByOne, (8, 5, 8)), (Unbatched, (1, 3, 7, 7))])
+def test_layers_that_read_one_row_without_an_axis_for_rows(made: type[nn.Module], shape: tuple[int, ...]) -> None:
+    dense, data = made().eval(), [torch.randn(shape) for _ in range(16)]
+    plan = graphprune.plan(dense, data[0], 0.5)
+    for method in ("mean", "least_squares"):
+        found = graphprune.recover(dense, plan, data[0], data, method)
+        assert found.after < found.before and all(layer.changed for layer in found.layers)
+
+
 class Configured(Wide):
     """Has a configuration, from which it is built again, and layers without biases."""
 
