@@ -182,8 +182,8 @@ class Check:
         return Measured(torch.cat(columns, 1) / self._whole.clamp_min(1e-300) if columns else self._whole)
 
     def refuse_infinite(self, readers: Sequence[Reader], first: int) -> None:
-        """Raise GraphPruneError where outputs are not finite since layers are not, and name the batch; `first`: the number
-        of the first one. Infinities alone may be meant, as in a mask."""
+        """Raise GraphPruneError where outputs are not finite since layers are not, and name the batch; `first`: the
+        number of the first one. Infinities alone may be meant, as in a mask."""
         for index, (example, wanted) in enumerate(zip(self.inputs, self._wanted, strict=True), first):
             if all(bool(b.isfinite().all()) for b in wanted):
                 continue
