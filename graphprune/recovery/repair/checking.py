@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData, Reader, observe
+from ...importance.calibration import CalibrationData, Reader, observe, without_loss
 from ...importance.calibration.observe import refuse_infinite_call
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
+from .decisions import decides_worse, rightly_decided
 
 # The share of the samples that is held from a repair, and how many are enough.
 _SHARE, _ENOUGH = 8, 256
@@ -111,16 +112,22 @@ _SMALL, _SURE, _FEW = 0.05, 2.0, 8
 class Measured:
     """How far outputs are from those that are wanted. `misses`: squared differences, one row per output of the network
     and one column per sample (per batch where outputs do not count samples), divided by the squares of all that is
-    wanted of the output; NaN where there is nothing to compare, infinite for outputs that are not finite."""
+    wanted of the output; NaN where there is nothing to compare, infinite for outputs that are not finite. `right`: see
+    `rightly_decided`; by default nothing is decided."""
 
-    def __init__(self, misses: Tensor) -> None:
+    def __init__(self, misses: Tensor, right: Tensor | None = None) -> None:
         self._misses = misses
+        self.right = misses.new_zeros(0) if right is None else right
         rows = misses.nansum(1)[~misses.isnan().all(1)] if misses.numel() else misses.new_zeros(0)
         self.error = float(rows.mean()) if len(rows) else math.nan
 
     def where(self, other: Measured) -> Measured:
         """The same, of what can be compared in both: lengths of outputs may follow from values."""
-        return Measured(torch.where(other._misses.isnan(), math.nan, self._misses))
+        return Measured(torch.where(other._misses.isnan(), math.nan, self._misses), self.right)
+
+    def decides_worse_than(self, before: Measured) -> bool:
+        """Whether decisions were lost; see `decides_worse`."""
+        return decides_worse(self.right, before.right, self.error, before.error)
 
     def gain_over(self, before: Measured) -> tuple[float, float]:
         """By how much the error is smaller than `before`, and the standard error of that over samples: 0 where nothing
@@ -136,9 +143,11 @@ class Measured:
         return float(found.sum()), spread
 
     def surely_below(self, before: Measured) -> bool:
-        """Whether the error is smaller than `before`, by much or by more than chance would make it; or nothing has
-        changed."""
+        """Whether the error is smaller than `before`, by much or by more than chance would make it, and no decisions
+        were lost; or nothing has changed."""
         gain, deviation = self.gain_over(before)
+        if self.decides_worse_than(before):
+            return False
         if gain == deviation == 0:
             return True
         sure = _SURE * deviation if self._misses.shape[1] >= _FEW else 0.0
@@ -168,18 +177,23 @@ class Check:
     def measured(self) -> Measured:
         """With what is in place now."""
         columns: list[Tensor] = []
+        right = [torch.zeros(0, dtype=torch.float64)]
         for example, wanted in zip(self.inputs, self._wanted, strict=True):
             units = samples(example)
             if not all(b.dim() and b.shape[0] == units for b in wanted):
                 units = 1
+            right.append(torch.zeros(units, dtype=torch.float64))
             part = torch.full((len(self._whole), units), math.nan, dtype=torch.float64)
             for place, (a, b) in enumerate(zip(_outputs(self.small, example), wanted, strict=False)):
                 finite = b.isfinite()
                 if a.shape == b.shape and (bool(finite.any()) or not b.numel()):
                     miss = torch.where(finite, a - b, 0.0).square().reshape(units, b.numel() // units)
                     part[place] = miss.sum(1).nan_to_num(math.inf, math.inf).cpu()
+                    if b.numel():
+                        right[-1] += rightly_decided(a, b, units)
             columns.append(part)
-        return Measured(torch.cat(columns, 1) / self._whole.clamp_min(1e-300) if columns else self._whole)
+        misses = torch.cat(columns, 1) / self._whole.clamp_min(1e-300) if columns else self._whole
+        return Measured(misses, torch.cat(right))
 
     def refuse_infinite(self, readers: Sequence[Reader], first: int) -> None:
         """Raise GraphPruneError where outputs are not finite since layers are not, and name the batch; `first`: the
@@ -206,12 +220,19 @@ class Check:
         change = f"from {before.error:.2e} to {after.error:.2e}"
         if not after.gain_over(before)[0] > 0:
             return f"on held inputs the error of the outputs rose {change}"
+        if after.decides_worse_than(before):
+            counts = [int(m.right.sum()) for m in (before, after)]
+            return (
+                f"on held inputs the outputs were largest where the model's are {counts[0]} times before and "
+                f"{counts[1]} times then"
+            )
         return f"on held inputs the error of the outputs fell {change}, no more than chance would make it"
 
 
 def _outputs(net: nn.Module, example: ExampleInput) -> list[Tensor]:
     with evaluating(net):
-        found = result_tensors(run_model(net, example.clone(), "data"))
+        made = run_model(net, example.clone(), "data")
+        found = without_loss(result_tensors(made), made)
     return [
         (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).double()
         for t in found

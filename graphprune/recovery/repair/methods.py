@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ...plans.naming import in_plain_names
 from ...plans.plan import Plan, check_plan
 from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds, worn
 from ...support.doors import door
+from ...support.progress import ProgressOption, reported
 from ...support.suggestions import check_choice
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
@@ -73,6 +73,7 @@ def check_method(method: Any, data: Any) -> None:
 
 
 @door("model", exact=True)
+@reported("repairing")
 def recover(
     model: nn.Module,
     plan: Plan,
@@ -83,7 +84,7 @@ def recover(
     ridge: float = 1e-3,
     every_layer: bool = True,
     new_bias: bool | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: ProgressOption = None,
 ) -> Recovery:
     """Apply `plan` to a copy of `model` and repair the copy so that it does what `model` does on `data`.
 
@@ -111,13 +112,16 @@ def recover(
     that are built from a configuration (`config` and `from_pretrained`, as Llama's): the configuration has no place for
     a bias, and `from_pretrained` would refuse the file.
 
-    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256; with
-    fewer than 8 samples on the same). Where some layer's new weights made the outputs worse, all is done once more with
-    such layers left as they were, or their means corrected alone, and the better network is kept, if it is better there
-    than without repair. With 8 held samples and more, a gain below 5 % of the error counts only if it is twice its
-    standard error over samples, as smaller ones come by chance; else all is taken back. The report names what was taken
-    back, layers that too few rows reached (8 for each input where a layer lost none, else the mean is corrected alone),
-    and rows that the two networks do not share: experts, regions or tokens that are picked by value.
+    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256;
+    with fewer than 8 samples on the same): by the error of the outputs, and by what they decide: in how many places
+    the largest number (of the last axis, or of axis 1 of four and more) is the one that is largest in the model. Where
+    some layer's new weights made the outputs worse, all is done once more with such layers left as they were, or their
+    means corrected alone, and the better network is kept, if it is better there than without repair. With 8 held
+    samples and more, a gain below 5 % of the error counts only if it is twice its standard error over samples, as
+    smaller ones come by chance; decisions may be lost only where at least half of the error goes, and no more than
+    chance would lose; else all is taken back. The report names what was taken back, layers that too few rows reached (8
+    for each input where a layer lost none, else the mean is corrected alone), and rows that the two networks do not
+    share: experts, regions or tokens that are picked by value.
 
     A repair without data is tried on a twin of the network: the same weights, with the statistics that random inputs,
     normal around the example's mean, give its batch norms; there the repair may assume of statistics what it assumes.
@@ -135,6 +139,8 @@ def recover(
     Memory is bounded by the moments of the layers fitted at a time (about 1 GiB); layers with more than 12,000 inputs
     per output and transposed convolutions of several groups get the "mean" correction, and the report says so.
 
+    `progress`: as in `graphprune.plan`.
+
     Raises GraphPruneError for unknown methods, for data that cannot be read twice or that the model fails on, that are
     NaN or make the model's layers infinite, and for plans of another model. `model` is not touched.
     """
@@ -149,7 +155,7 @@ def recover(
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
     bare, example = plain(model), ExampleInput.of(example_input)
-    options = (float(ridge), every_layer, new_bias, progress)
+    options = (float(ridge), every_layer, new_bias)
     own = in_plain_names(plan, bare, model)
     found = _recovered(bare, own, example, data, method, *options)
     if bare is model:
@@ -166,7 +172,6 @@ def _recovered(
     ridge: float,
     every_layer: bool,
     new_bias: bool,
-    progress: Callable[[str], None] | None,
 ) -> Recovery:
     stored = data is None or method == "moments"
     batches = None if stored else CalibrationData(data, example, model)
@@ -191,7 +196,7 @@ def _recovered(
         dense = apply_folds(model, (*folds, *kept))  # a copy, also without folds
         fitted = apply_folds(small, kept) if kept else small
         unlike = frozenset(f.layer for f in plan.folds if f not in folds)
-        refit = Refit(dense, fitted, plan, example, seen, ridge, every_layer, progress, unlike, new_bias)
+        refit = Refit(dense, fitted, plan, example, seen, ridge, every_layer, unlike, new_bias)
         found = tuple(refit.run(solve=method == "least_squares"))
         if kept and any(layer.changed for layer in found):
             take_apart(small, fitted, kept, seen)

@@ -149,7 +149,8 @@ def better_of_two(steps: Steps, run: Callable[[], list[LayerRecovery]]) -> list[
         done = steps.undo()
         check.now, steps.strict = start, True
         second = run()
-        if check.now.surely_below(start) and not reached.gain_over(check.now)[0] > 0:
+        better = reached.gain_over(check.now)[0] > 0 and not reached.decides_worse_than(start)
+        if check.now.surely_below(start) and not better:
             report = second
         else:
             steps.undo()
