@@ -126,8 +126,12 @@ class Measured:
         return Measured(torch.where(other._misses.isnan(), math.nan, self._misses), self.right)
 
     def decides_worse_than(self, before: Measured) -> bool:
-        """Whether decisions were lost; see `decides_worse`."""
-        return decides_worse(self.right, before.right, self.error, before.error)
+        """Whether decisions were lost, of samples that can be compared in both; see `decides_worse`."""
+        ours, theirs = self.where(before), before.where(self)
+        if len(self.right) != self._misses.shape[1] or len(before.right) != len(self.right):
+            return False
+        both = ~ours._misses.isnan().all(0)
+        return decides_worse(self.right * both, before.right * both, ours.error, theirs.error)
 
     def gain_over(self, before: Measured) -> tuple[float, float]:
         """By how much the error is smaller than `before`, and the standard error of that over samples: 0 where nothing
