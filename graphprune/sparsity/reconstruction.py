@@ -118,7 +118,9 @@ class _Fit:
     ) -> None:
         self.dense, self.small, self.masks, self.ridge = dense, small, masks, ridge
         self.data = FitData(CalibrationData(data, example, small), dense)
-        self.steps = Steps(small, Check(dense, small, self.data.held), self._constant)
+        check = Check(dense, small, self.data.held)
+        check.refuse_infinite(find_readers(record_run(dense, example)), self.data.first_held)
+        self.steps = Steps(small, check, self._constant)
         trace = record_run(small, example)
         modules = dict(small.named_modules())
         self.norms = {f.layer: modules[f.batch_norm] for f in find_folds(small, trace)}

@@ -204,6 +204,23 @@ def _repeated(func: Any, args: Any, kwargs: Any, reader: Reader, x: Tensor) -> C
     return again
 
 
+def _with_row_axis(reader: Reader, call: Call) -> Call:
+    """A call that read one row, without an axis for rows, as one that read a batch of it."""
+    if reader.declared:
+        return call
+
+    def batched(tensor: Tensor | None, axis: int) -> Tensor | None:
+        return tensor if tensor is None or tensor.dim() != -axis else tensor[None]
+
+    call.x, call.y, call.other = (
+        batched(t, axis)
+        for t, axis in ((call.x, reader.data_axis), (call.y, reader.result_axis), (call.other, reader.result_axis))
+    )
+    if call.rows is not None and call.rows.numbers is not None and not call.rows.numbers.dim():
+        call.rows = dataclasses.replace(call.rows, numbers=call.rows.numbers[None])
+    return call
+
+
 def data_place(function: Any, reader: Reader) -> int:
     """The place of what a layer reads among the arguments of a call of it."""
     operator = named(function_name(function))
@@ -248,6 +265,8 @@ def observe(
             watch,
         ):
             run_model(model, example.clone(), "data")
+        for reader in readers:
+            watch.calls[reader.weight] = [_with_row_axis(reader, call) for call in watch.calls[reader.weight]]
         return watch.calls
 
     if replay is None or not replay.usable:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData, without_loss
+from ...importance.calibration import CalibrationData, Reader, observe, without_loss
+from ...importance.calibration.observe import refuse_infinite_call
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
@@ -29,6 +30,7 @@ class FitData:
     def __init__(self, data: CalibrationData, model: nn.Module) -> None:
         self._data, self._batches, self._cut, self.apart = data, -1, 0, True
         sizes, tail = _looked_through(data)
+        self._total = len(sizes)
         wanted = min(_ENOUGH, sum(sizes) // _SHARE)
         self.held: list[ExampleInput] = []
         if len(sizes) >= _SHARE:
@@ -44,6 +46,11 @@ class FitData:
             self.held, self._batches = [tail[-1]], len(sizes) - 1
         else:
             self.held, self._batches, self.apart = list(tail), len(sizes), False
+
+    @property
+    def first_held(self) -> int:
+        """The number of the first batch of which something is held."""
+        return self._batches if self.apart else self._total - len(self.held)
 
     @property
     def samples(self) -> int:
@@ -119,8 +126,12 @@ class Measured:
         return Measured(torch.where(other._misses.isnan(), math.nan, self._misses), self.right)
 
     def decides_worse_than(self, before: Measured) -> bool:
-        """Whether decisions were lost; see `decides_worse`."""
-        return decides_worse(self.right, before.right, self.error, before.error)
+        """Whether decisions were lost, of samples that can be compared in both; see `decides_worse`."""
+        ours, theirs = self.where(before), before.where(self)
+        if len(self.right) != self._misses.shape[1] or len(before.right) != len(self.right):
+            return False
+        both = ~ours._misses.isnan().all(0)
+        return decides_worse(self.right * both, before.right * both, ours.error, theirs.error)
 
     def gain_over(self, before: Measured) -> tuple[float, float]:
         """By how much the error is smaller than `before`, and the standard error of that over samples: 0 where nothing
@@ -152,13 +163,13 @@ class Check:
     and with all that is in place; `last`: with what was tried last."""
 
     def __init__(self, dense: nn.Module, small: nn.Module, inputs: list[ExampleInput]) -> None:
-        self.small, self.inputs = small, inputs
+        self.dense, self.small, self.inputs = dense, small, inputs
         self._wanted = [_outputs(dense, example) for example in inputs]
         places = max(map(len, self._wanted), default=0)
         self._whole = torch.zeros(places, 1, dtype=torch.float64)
         for wanted in self._wanted:
             for place, b in enumerate(wanted):
-                self._whole[place] += float(b.square().sum()) if bool(b.isfinite().all()) else 0.0
+                self._whole[place] += float(torch.where(b.isfinite(), b, 0.0).square().sum())
         self.start = self.now = self.last = self.measured()
 
     @property
@@ -178,12 +189,26 @@ class Check:
             right.append(torch.zeros(units, dtype=torch.float64))
             part = torch.full((len(self._whole), units), math.nan, dtype=torch.float64)
             for place, (a, b) in enumerate(zip(_outputs(self.small, example), wanted, strict=False)):
-                if a.shape == b.shape and bool(torch.isfinite(b).all()):
-                    part[place] = (a - b).square().reshape(units, -1).sum(1).nan_to_num(math.inf, math.inf).cpu()
-                    right[-1] += rightly_decided(a, b, units)
+                finite = b.isfinite()
+                if a.shape == b.shape and (bool(finite.any()) or not b.numel()):
+                    miss = torch.where(finite, a - b, 0.0).square().reshape(units, b.numel() // units)
+                    part[place] = miss.sum(1).nan_to_num(math.inf, math.inf).cpu()
+                    if b.numel():
+                        right[-1] += rightly_decided(a, b, units)
             columns.append(part)
         misses = torch.cat(columns, 1) / self._whole.clamp_min(1e-300) if columns else self._whole
         return Measured(misses, torch.cat(right))
+
+    def refuse_infinite(self, readers: Sequence[Reader], first: int) -> None:
+        """Raise GraphPruneError where outputs are not finite since layers are not, and name the batch; `first`: the
+        number of the first one. Infinities alone may be meant, as in a mask."""
+        for index, (example, wanted) in enumerate(zip(self.inputs, self._wanted, strict=True), first):
+            if all(bool(b.isfinite().all()) for b in wanted):
+                continue
+            calls = observe(self.dense, readers, example, inputs=True, outputs=True)
+            for reader in readers:
+                for call in calls[reader.weight]:
+                    refuse_infinite_call(reader, call, index)
 
     def passes(self) -> bool:
         """Whether the outputs are surely better than when last measured; if so, that is what counts from now on."""

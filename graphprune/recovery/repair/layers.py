@@ -60,6 +60,7 @@ class Refit:
         modules = dict(small.named_modules())
         self.norms = {layer: modules[norm] for layer, norm in norms.items()}
         self.check = Check(dense, small, data.held)
+        self.check.refuse_infinite(find_readers(record_run(dense, example)), data.first_held)
         self.steps = Steps(small, self.check, self._constant)
         self.report: list[LayerRecovery] = []
 

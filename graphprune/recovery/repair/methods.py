@@ -11,7 +11,7 @@ from torch import nn
 
 from ...dependency.reparametrised import plain
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData
+from ...importance.calibration import CalibrationData, find_readers
 from ...plans.history import remember, renewed
 from ...plans.naming import in_plain_names
 from ...plans.plan import Plan, check_plan
@@ -189,7 +189,7 @@ def _recovered(
             return Recovery(repaired, made.layers, made.before, made.after, made.checked, made.unchecked)
         seen = FitData(batches, model)
         if method == "batchnorm":
-            return _reestimated(model, plan, seen)
+            return _reestimated(model, plan, example, seen)
         small = plan.operated(model)  # with the model's own names
         folds = _common_folds(model, plan, example)
         kept = () if plan.folds else kept_folds(model, small, example)
@@ -209,11 +209,12 @@ def _blind(check: Check) -> str:
     return NO_OUTPUTS if math.isnan(check.errors[0]) else ""
 
 
-def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
+def _reestimated(model: nn.Module, plan: Plan, example: ExampleInput, seen: FitData) -> Recovery:
     """With batch norm statistics estimated again, if that is no worse."""
     bare = dataclasses.replace(plan, folds=())
     small = bare.operated(model)
     check = Check(model, small, seen.held)
+    check.refuse_infinite(find_readers(record_run(model, example)), seen.first_held)
     reestimate(small, seen)
     if check.passes():
         done = _closed(apply_folds(small, plan.folds), model, plan, "batchnorm")
