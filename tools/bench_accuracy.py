@@ -138,7 +138,7 @@ def written(name: str, images: int, held_out: bool, weights: Path | None) -> Tas
     asked = text_networks.batches(learnt.examples(tested), 32)
     answers = sum(int((wanted != text_networks.PAD).sum()) for _, wanted in asked)
     unit = f"{learnt.said} said right of {answers:,}, % ± {50 / answers**0.5:.2f}"
-    data = [inputs for inputs, _ in text_networks.batches(learnt.examples(texts)[:images], 16)]
+    data = [inputs for inputs, _ in text_networks.batches(learnt.examples(texts)[:images], 32)]
     model = text_networks.trained(learnt, learnt.examples(texts), weights)
 
     def held(layer: str) -> bool:  # all but the neurons of the MLPs
