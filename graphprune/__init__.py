@@ -18,9 +18,21 @@ from .plans.latency import Attempt, Latency
 from .plans.plan import Plan
 from .plans.storage import load, save
 from .plans.verification import VerificationReport, verify
-from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
+from .recovery import (
+    Distillation,
+    Evaluation,
+    Finetuning,
+    GroupLasso,
+    GroupPenalty,
+    GrowingPenalty,
+    Recovery,
+    carry_optimizer,
+    finetune,
+    recover,
+)
 from .rules import rule
 from .runtimes import LatencyTable, Target, benchmark, export_onnx, latency_table
+from .support.progress import Progress
 from .tracing.counting import Count, LayerCount, count
 from .workflows.configs import ConfigFit, fit_config
 from .workflows.curves import Curve, Sensitivity, sensitivity
@@ -47,6 +59,9 @@ __all__ = [
     "GraphPruneWarning",
     "Group",
     "GroupKind",
+    "GroupLasso",
+    "GroupPenalty",
+    "GrowingPenalty",
     "Interface",
     "Latency",
     "LatencyTable",
@@ -55,6 +70,7 @@ __all__ = [
     "PipelineResult",
     "Plan",
     "Point",
+    "Progress",
     "Prunable",
     "Recovery",
     "Report",
