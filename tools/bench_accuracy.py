@@ -279,10 +279,15 @@ HEADER = """# Accuracy without training
 
 Pruned to a budget of multiply-accumulates, no labels, no training; whole test sets. "reconstruction" is the selection
 alone, "+ mean", "+ moments" (without data), "+ batchnorm" and "+ least_squares" what recovery makes of the same plan.
-Torch-Pruning at the uniform
-ratio that reaches the same budget, each of its criteria that needs no data. Seconds: planning and recovery together,
-the longest of the row, on a machine shared with other work. Tables "on held-out training data" confirm the settings
-on images that calibration does not use; the dense ResNets have seen them in their training.
+Torch-Pruning at the uniform ratio that reaches the same budget, each of its criteria that needs no data. Seconds:
+planning and recovery together, the longest of the row, on a machine shared with other work. Tables "on held-out
+training data" confirm the settings on images that calibration does not use; the dense ResNets have seen them in their
+training.
+
+The Llama and the T5 are small networks of transformers that the tool trains on the training sentences of SST-2, for
+three minutes each: the one says the next character, the other puts words in order. Calibration inputs are some of those
+sentences, the test sentences are measured; ± is one standard error at the most. Networks built from a configuration
+are given no biases that it has no place for, so there "+ mean" does nothing; "with new biases" is `new_bias=True`.
 
 Written by `python -m tools.bench_accuracy` ({machine}; {versions}). Calibration inputs: see the tool.
 """
