@@ -138,7 +138,7 @@ def written(name: str, images: int, held_out: bool, weights: Path | None) -> Tas
     asked = text_networks.batches(learnt.examples(tested), 32)
     answers = sum(int((wanted != text_networks.PAD).sum()) for _, wanted in asked)
     unit = f"{learnt.said} said right of {answers:,}, % ± {50 / answers**0.5:.2f}"
-    data = [inputs for inputs, _ in text_networks.batches(learnt.examples(texts)[:images], 16)]
+    data = [inputs for inputs, _ in text_networks.batches(learnt.examples(texts)[:images], 32)]
     model = text_networks.trained(learnt, learnt.examples(texts), weights)
 
     def held(layer: str) -> bool:  # all but the neurons of the MLPs
@@ -279,10 +279,15 @@ HEADER = """# Accuracy without training
 
 Pruned to a budget of multiply-accumulates, no labels, no training; whole test sets. "reconstruction" is the selection
 alone, "+ mean", "+ moments" (without data), "+ batchnorm" and "+ least_squares" what recovery makes of the same plan.
-Torch-Pruning at the uniform
-ratio that reaches the same budget, each of its criteria that needs no data. Seconds: planning and recovery together,
-the longest of the row, on a machine shared with other work. Tables "on held-out training data" confirm the settings
-on images that calibration does not use; the dense ResNets have seen them in their training.
+Torch-Pruning at the uniform ratio that reaches the same budget, each of its criteria that needs no data. Seconds:
+planning and recovery together, the longest of the row, on a machine shared with other work. Tables "on held-out
+training data" confirm the settings on images that calibration does not use; the dense ResNets have seen them in their
+training.
+
+The Llama and the T5 are small networks of transformers that the tool trains on the training sentences of SST-2, for
+three minutes each: the one says the next character, the other puts words in order. Calibration inputs are some of those
+sentences, the test sentences are measured; ± is one standard error at the most. Networks built from a configuration
+are given no biases that it has no place for, so there "+ mean" does nothing; "with new biases" is `new_bias=True`.
 
 Written by `python -m tools.bench_accuracy` ({machine}; {versions}). Calibration inputs: see the tool.
 """
