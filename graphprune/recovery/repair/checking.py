@@ -146,6 +146,10 @@ class Measured:
         spread = float(found.std()) * math.sqrt(len(found)) if len(found) > 1 else 0.0
         return float(found.sum()), spread
 
+    def no_worse_than(self, before: Measured) -> bool:
+        """Whether the error has not risen, and no decisions were lost."""
+        return not self.gain_over(before)[0] < 0 and not self.decides_worse_than(before)
+
     def surely_below(self, before: Measured) -> bool:
         """Whether the error is smaller than `before`, by much or by more than chance would make it, and no decisions
         were lost; or nothing has changed."""
@@ -169,7 +173,7 @@ class Check:
         self._whole = torch.zeros(places, 1, dtype=torch.float64)
         for wanted in self._wanted:
             for place, b in enumerate(wanted):
-                self._whole[place] += float(torch.where(b.isfinite(), b, 0.0).square().sum())
+                self._whole[place] += float(torch.where(b.isfinite(), b, 0.0).abs().square().sum())
         self.start = self.now = self.last = self.measured()
 
     @property
@@ -191,7 +195,7 @@ class Check:
             for place, (a, b) in enumerate(zip(_outputs(self.small, example), wanted, strict=False)):
                 finite = b.isfinite()
                 if a.shape == b.shape and (bool(finite.any()) or not b.numel()):
-                    miss = torch.where(finite, a - b, 0.0).square().reshape(units, b.numel() // units)
+                    miss = torch.where(finite, a - b, 0.0).abs().square().reshape(units, b.numel() // units)
                     part[place] = miss.sum(1).nan_to_num(math.inf, math.inf).cpu()
                     if b.numel():
                         right[-1] += rightly_decided(a, b, units)
@@ -210,27 +214,28 @@ class Check:
                 for call in calls[reader.weight]:
                     refuse_infinite_call(reader, call, index)
 
-    def passes(self) -> bool:
-        """Whether the outputs are surely better than when last measured; if so, that is what counts from now on."""
+    def passes(self, surely: bool = False) -> bool:
+        """Whether the outputs are no worse than when last measured, or with `surely` surely better; if so, that is what
+        counts from now on. Many small gains may be a sure one together."""
         self.last = self.measured()
-        if self.last.surely_below(self.now):
+        if self.last.surely_below(self.now) if surely else self.last.no_worse_than(self.now):
             self.now = self.last
             return True
         return False
 
-    def told(self, before: Measured, after: Measured) -> str:
-        """Why something was taken back."""
+    def told(self, before: Measured, after: Measured, where: str = "held inputs") -> str:
+        """Why something was taken back. `where`: on what it was tried."""
         before, after = before.where(after), after.where(before)
         change = f"from {before.error:.2e} to {after.error:.2e}"
         if not after.gain_over(before)[0] > 0:
-            return f"on held inputs the error of the outputs rose {change}"
+            return f"on {where} the error of the outputs rose {change}"
         if after.decides_worse_than(before):
             counts = [int(m.right.sum()) for m in (before, after)]
             return (
-                f"on held inputs the outputs were largest where the model's are {counts[0]} times before and "
+                f"on {where} the outputs were largest where the model's are {counts[0]} times before and "
                 f"{counts[1]} times then"
             )
-        return f"on held inputs the error of the outputs fell {change}, no more than chance would make it"
+        return f"on {where} the error of the outputs fell {change}, no more than chance would make it"
 
 
 def _outputs(net: nn.Module, example: ExampleInput) -> list[Tensor]:
@@ -238,7 +243,7 @@ def _outputs(net: nn.Module, example: ExampleInput) -> list[Tensor]:
         made = run_model(net, example.clone(), "data")
         found = without_loss(result_tensors(made), made)
     return [
-        (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).double()
+        t.to(torch.complex128 if t.is_complex() else torch.float64)
         for t in found
         if t.is_floating_point() or t.is_complex()
     ]

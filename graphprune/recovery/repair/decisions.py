@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-# Where a repair takes away half of the error and more, decisions have to be lost by more than chance would lose them:
-# by this many standard errors. Else none may be lost on the whole.
-_SURE, _MUCH = 2.0, 0.5
+# Decisions count as lost where there are more than chance would lose, by so many standard errors: where a repair takes
+# away half of the error and more it has to be sure, else one is enough.
+_SURE, _LIKELY, _MUCH = 2.0, 1.0, 0.5
 
 
 def rightly_decided(found: Tensor, wanted: Tensor, samples: int) -> Tensor:
@@ -24,7 +24,7 @@ def rightly_decided(found: Tensor, wanted: Tensor, samples: int) -> Tensor:
     four axes and more among axis 1, as of (samples, classes, height, width). Zeros where there is nothing to choose.
     """
     axis = wanted.dim() - 1 if wanted.dim() < 4 else 1
-    if wanted.dim() < 2 or wanted.shape[axis] < 2 or found.shape != wanted.shape:
+    if wanted.dim() < 2 or wanted.shape[axis] < 2 or found.shape != wanted.shape or wanted.is_complex():
         return torch.zeros(samples, dtype=torch.float64)
     same = found.argmax(axis) == wanted.argmax(axis)
     return same.reshape(samples, -1).sum(1).double().cpu()
@@ -33,5 +33,5 @@ def rightly_decided(found: Tensor, wanted: Tensor, samples: int) -> Tensor:
 def decides_worse(now: Tensor, before: Tensor, error: float, before_error: float) -> bool:
     """Whether decisions were lost: right ones of each sample `now` and `before`, and the errors of the outputs."""
     change = now - before
-    allowed = _SURE * math.sqrt(float(change.square().sum())) if error <= _MUCH * before_error else 0.0
+    allowed = (_SURE if error <= _MUCH * before_error else _LIKELY) * math.sqrt(float(change.square().sum()))
     return float(change.sum()) < -allowed

@@ -4,9 +4,8 @@ Random inputs are no data, and on them a trained network makes what it never mak
 nothing about it. What it does rest on is that stored statistics are those of the activations. So it is tried where that
 holds: a twin of the network, with all its weights, whose statistics are those of random inputs, is pruned and repaired
 in the same way. What makes the twin worse rests on something else than statistics - that channels are independent, that
-activations are normal - which does not hold in this network. Measured on trained and on random networks, with data of
-their own: where the twin got better, so had the network in 32 of 33 cases, and in all 3 where it got worse; on random
-inputs alone trained networks seem to get worse by most repairs, whatever these do on data.
+activations are normal - which does not hold in this network. It knows nothing of data, and can be wrong both ways; on
+random inputs alone trained networks seem to get worse by most repairs, whatever these do on data.
 
 A network whose statistics are those that batch norms start with has seen no data yet: of that, random inputs say more.
 """

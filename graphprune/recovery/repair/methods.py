@@ -118,8 +118,7 @@ def recover(
     some layer's new weights made the outputs worse, all is done once more with such layers left as they were, or their
     means corrected alone, and the better network is kept, if it is better there than without repair. With 8 held
     samples and more, a gain below 5 % of the error counts only if it is twice its standard error over samples, as
-    smaller ones come by chance; decisions may be lost only where at least half of the error goes, and no more than
-    chance would lose; else all is taken back. The report names what was taken back, layers that too few rows reached (8
+    smaller ones come by chance; decisions may not be lost beyond what chance would lose; else all is taken back. The report names what was taken back, layers that too few rows reached (8
     for each input where a layer lost none, else the mean is corrected alone), and rows that the two networks do not
     share: experts, regions or tokens that are picked by value.
 
@@ -216,7 +215,7 @@ def _reestimated(model: nn.Module, plan: Plan, example: ExampleInput, seen: FitD
     check = Check(model, small, seen.held)
     check.refuse_infinite(find_readers(record_run(model, example)), seen.first_held)
     reestimate(small, seen)
-    if check.passes():
+    if check.passes(surely=True):
         done = _closed(apply_folds(small, plan.folds), model, plan, "batchnorm")
         return Recovery(done, (), *check.errors, seen.said, _blind(check))
     told = f"taken back: {check.told(check.now, check.last)}"

@@ -2,7 +2,7 @@
 
 What is right for a layer may be wrong for the outputs until those behind it have been repaired too. So nothing is taken
 back at first. Only if some step made the outputs worse, the repair is done once more, now with every step taken back at
-once that is not surely a gain, and the better of the two networks is kept. If not even that is surely better than no
+once that is a loss, and the better of the two networks is kept. If not even that is surely better than no
 repair, by more than samples differ by chance, all is taken back.
 """
 

@@ -12,7 +12,7 @@ from ...errors import GraphPruneError
 from ...plans.plan import Plan
 from ...plans.surgery import Fold, apply_folds
 from ...tracing.example import ExampleInput
-from .checking import NO_OUTPUTS, Check, Measured, samples
+from .checking import NO_OUTPUTS, Check, samples
 from .likely import drawn, fresh, twin
 from .steps import LayerRecovery, with_note
 from .stored import Compensation
@@ -62,11 +62,11 @@ class WithoutData:
         for name in _LESSER[method]:
             check.small, _ = self._repaired(other, name)
             after = check.measured()
-            if not after.gain_over(before)[0] < 0:
+            if after.no_worse_than(before):
                 small, said = (small, said) if name == method else self._repaired(self.model, name)
                 layers = tuple(with_note(layer, notes) if layer.changed else layer for layer in said)
                 return Done(small, layers, name, before.error, after.error, where)
-            notes += ("; " if notes else "") + _told(name, where, before, after)
+            notes += f"{'; ' if notes else ''}{name} taken back with all else: {check.told(before, after, where)}"
         layers = tuple(
             dataclasses.replace(layer, method="none", note=notes, changed=False) if layer.changed else layer
             for layer in said
@@ -76,10 +76,3 @@ class WithoutData:
     def _repaired(self, model: nn.Module, method: str) -> tuple[nn.Module, list[LayerRecovery]]:
         small = self.plan.operated(model)
         return small, self._known.apply(model, apply_folds(model, self.folds), small, method == "moments")
-
-
-def _told(name: str, where: str, before: Measured, after: Measured) -> str:
-    return (
-        f"{name} taken back with all else: on {where} the error of the outputs rose from {before.error:.2e} to "
-        f"{after.error:.2e}"
-    )

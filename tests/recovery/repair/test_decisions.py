@@ -40,13 +40,18 @@ def test_batches_that_count_no_samples_are_one() -> None:
     assert rightly_decided(wanted, wanted, 1).tolist() == [4]
 
 
-def test_one_lost_decision_counts_unless_the_error_falls_far() -> None:
+def test_lost_decisions_count_beyond_chance_and_less_where_the_error_falls_far() -> None:
     before = torch.ones(20)
-    one, six = before.clone(), before.clone()
-    one[0], six[:6] = 0, 0
-    assert decides_worse(one, before, 0.6, 1.0) and not decides_worse(before, one, 0.6, 1.0)
-    assert not decides_worse(one, before, 0.4, 1.0) and decides_worse(six, before, 0.4, 1.0)
-    assert not decides_worse(before, before, 1.0, 1.0)
+    one, two, six = before.clone(), before.clone(), before.clone()
+    one[0], two[:2], six[:6] = 0, 0, 0
+    assert decides_worse(two, before, 0.6, 1.0) and not decides_worse(before, two, 0.6, 1.0)
+    assert not decides_worse(one, before, 0.6, 1.0) and not decides_worse(two, before, 0.4, 1.0)
+    assert decides_worse(six, before, 0.4, 1.0) and not decides_worse(before, before, 1.0, 1.0)
+
+
+def test_complex_outputs_decide_nothing() -> None:
+    wanted = torch.randn(6, 3, dtype=torch.complex64)
+    assert rightly_decided(-wanted, wanted, 6).tolist() == [0] * 6
 
 
 class Scores(nn.Module):
