@@ -132,8 +132,8 @@ takes 10 ms of CPU time a step, where the step with 64 images takes 130.
 ## Against plain fine-tuning
 
 CIFAR-10 {network}, pruned to {reached:.2f} times fewer multiply-accumulates. Every row had the same {epochs} epochs of
-{images:,} of {of:,} training images, drawn anew for each, in {seeds} run(s): *plain* was pruned first and trained for all
-of them; the others trained the dense network with a penalty for the first {first} and went on with the pruned one for
+{images:,} of {of:,} training images, drawn anew for each, in {seeds} run(s): *plain* was pruned first and trained for
+all of them; the others trained the dense network with a penalty for the first {first} and went on with the pruned one for
 the rest. All were pruned by the default criterion within `Budget(macs=...)`, batch norms kept, refitted by least
 squares on 500 unlabelled training images, and trained by `graphprune.finetune` (SGD with Nesterov momentum, batch
 {batch}, peak rate {lr:g}, cosine, one for each part; mirrored and shifted images; bfloat16).
@@ -184,7 +184,8 @@ def page(every: list[dict[str, Any]]) -> str:
     }  # fmt: skip
     gains = {f"{m}_{k}": _mean(of[m], k) - _mean(of["plain"], k) for m in METHODS[1:3] for k in _SCORES[1:]}
     worse = max(gains["lasso_after"], gains["growing_after"]) < 0
-    out = HEADER.format(**about, **gains, verdict=SHORT if worse else "") + "".join(_line(m, found) for m, found in of.items() if found)
+    out = HEADER.format(**about, **gains, verdict=SHORT if worse else "")
+    out += "".join(_line(m, found) for m, found in of.items() if found)
     if not trials:
         return out
     ordered = sorted(trials, key=lambda r: (METHODS.index(r["method"]), r["settings"]["weight"], r["settings"]["lr"]))
