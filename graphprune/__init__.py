@@ -32,6 +32,7 @@ from .recovery import (
 )
 from .rules import rule
 from .runtimes import LatencyTable, Target, benchmark, export_onnx, latency_table
+from .support.progress import Progress
 from .tracing.counting import Count, LayerCount, count
 from .workflows.configs import ConfigFit, fit_config
 from .workflows.curves import Curve, Sensitivity, sensitivity
@@ -69,6 +70,7 @@ __all__ = [
     "PipelineResult",
     "Plan",
     "Point",
+    "Progress",
     "Prunable",
     "Recovery",
     "Report",

@@ -17,6 +17,7 @@ from .terminal import (
     AllowOption,
     JsonOption,
     ModelArgument,
+    QuietOption,
     SeedOption,
     ShapeOption,
     WeightsOption,
@@ -106,17 +107,18 @@ def run_pipeline(
         typer.Option(metavar="FILE", help="Write the report as .html, .md, .csv or .txt too. Repeatable."),
     ] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a model, prune it at once or gradually, fine-tune it, write the weights and a report."""
     options = parse_options(option)
-    with working(3) as work:
+    with working("pipeline", quiet) as work:
         work.step("building the model")
         for path in report or ():
             check_target(path)
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)
         batches, held_out = load_data(data, seed=seed)
-        work.stop()  # training has bars of its own
+        work.step("training and pruning")
         done = pipeline(
             loaded.model,
             example,

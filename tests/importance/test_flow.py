@@ -172,3 +172,26 @@ def test_scales_and_masks_count_where_nothing_is_stored() -> None:
     net, example = Net().eval(), torch.randn(1, 3, 4, 4)
     order = [graphprune.plan(net, example, n / 6, criterion="flow", round_to=1).removed for n in (2, 3, 4)]
     assert [removed["first.weight"][0] for removed in order] == [(0, 3), (0, 1, 3), (0, 1, 3, 5)]
+
+
+class Told(nn.Module):
+    """Numbers leave the tensors behind layers and norms, and come back."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.a, self.norm, self.b, self.c = nn.Linear(8, 16), norm, nn.Linear(16, 16), nn.Linear(16, 3)
+        self.d, self.e = nn.Linear(3, 12), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.a(x)).relu()
+        sums, scale = h.sum([1]).tolist(), 1 + h.sum((0, 1)).item()
+        h = self.b(h * torch.tensor(sums)[:, None] / scale).relu()
+        y = self.c(h) * h.amax([0, 1]).item() + torch.tensor(h.sum([1]).tolist())[:, None]
+        return self.e(self.d(y).relu())
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(16), nn.LayerNorm(16), nn.Identity()])
+def test_numbers_that_leave_the_tensors_are_no_error(norm: nn.Module) -> None:
+    net, x = Told(norm).eval(), torch.randn(4, 8)
+    plan = graphprune.plan(net, x, 0.5, criterion="flow")
+    assert plan.removed.keys() >= {"d.weight", "e.weight"} and plan.apply(net)(x).shape == (4, 2)

@@ -45,7 +45,7 @@ def slow_fit(layer: nn.Linear, mask: Tensor, x: Tensor, wanted: Tensor, ridge: f
 
 
 @pytest.mark.parametrize("ridge", [0.0, 1e-3, 1.0])
-@pytest.mark.parametrize("level", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("level", [0.0, 0.3, 0.8])
 def test_one_layer_equals_a_fit_output_by_output(ridge: float, level: float) -> None:
     dense, x = nn.Sequential(nn.Linear(12, 7)), torch.randn(100, 12) @ torch.randn(12, 12)
     model = sparsity.magnitude(copy.deepcopy(dense), level)

@@ -30,7 +30,7 @@ from ...tracing.state import evaluating, unfused
 from ...tracing.trace import run_model
 from .data import refuse_infinite
 from .layers import Reader
-from .picks import Rows, follow, picking, rows_in
+from .picks import TELL, Rows, follow, picking, rows_in
 from .replay import Diverged, Replay
 
 
@@ -67,7 +67,7 @@ class _Watch(TorchFunctionMode):
         self.missing = sum(r.calls for r in weights.values())
         self.waiting: list[tuple[Tensor, Call]] = []
         self.following = outputs and (replay is None or not replay.replaying)
-        self.picked = False
+        self.picked, self.told = False, False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -114,12 +114,13 @@ class _Watch(TorchFunctionMode):
 
     def _follow(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         """Which rows results hold."""
-        by = picking(name, args, kwargs)
+        self.told = self.told or name in TELL
+        by = picking(name, args, kwargs, self.told)
         if by and self.replay is not None:
             self.replay.picked(by)
         self.picked = self.picked or bool(by)
         if self.picked:
-            follow(name, func, args, kwargs, out)
+            follow(name, func, args, kwargs, out, by)
 
     def _addition(self, args: Any) -> None:
         for i, (made, call) in enumerate(self.waiting):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ _KEY = "_graphprune_rows"
 _RESTORE = frozenset("index_add index_copy index_put scatter scatter_add scatter_reduce masked_scatter".split())
 # Move rows, with other arguments than tensors.
 _MOVE = frozenset("__getitem__ split chunk tensor_split narrow flip roll repeat_interleave unbind select".split())
+# Hand values of tensors to Python, which may then pick by them.
+TELL = frozenset("tolist item numpy __array__ __int__ __index__ __bool__ __float__ __contains__".split())
 _TURN = frozenset("t transpose permute movedim swapaxes swapdims moveaxis".split())
 
 
@@ -44,24 +47,46 @@ def rows_in(tensor: Any) -> Rows | None:
     return tensor.__dict__.get(_KEY) if isinstance(tensor, Tensor) else None
 
 
-def picking(name: str, args: Any, kwargs: Any) -> list[Tensor]:
-    """What a call picks rows by: indices or a mask."""
+def picking(name: str, args: Any, kwargs: Any, told: bool = False) -> list[Tensor]:
+    """What a call picks rows by: indices or a mask. `told`: Python knows values of tensors, and numbers and ranges that
+    it picks by may follow from them."""
     if name == "__getitem__" and len(args) == 2:
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return [i for i in index if isinstance(i, Tensor)]
+        by = [i for i in index if isinstance(i, Tensor)]
+        return by if not told or by else [_numbers(i, n) for i, n in _told(index, args[0])]
     if name in ("index_select", "gather", "take_along_dim", "masked_select"):
         return [a for a in (*args[1:], *kwargs.values()) if isinstance(a, Tensor)]
-    return []
+    return [] if name != "embedding" else _looked_up(args)[1:]
 
 
-def follow(name: str, function: Any, args: Any, kwargs: Any, out: Any) -> None:
-    """Give the results of a call their rows."""
+def _looked_up(args: Any) -> list[Tensor]:
+    """A table that was computed, and the numbers of the rows that are looked up in it."""
+    given = [a for a in args[:2] if isinstance(a, Tensor)]
+    if len(given) < 2 or any(isinstance(a, torch.nn.Parameter) for a in given):
+        return []
+    return sorted(given, key=lambda t: not t.is_floating_point())
+
+
+def _told(index: tuple[Any, ...], x: Any) -> list[tuple[Any, int]]:
+    """What leaves something out, of the parts of an index without tensors, and the lengths that they pick from."""
+    if not isinstance(x, Tensor) or any(i is None or i is Ellipsis for i in index) or len(index) > x.dim():
+        return []
+    return [(i, n) for i, n in zip(index, x.shape, strict=False) if i != slice(None)]
+
+
+def _numbers(index: Any, length: int) -> Tensor:
+    return torch.arange(length)[index].reshape(-1)
+
+
+def follow(name: str, function: Any, args: Any, kwargs: Any, out: Any, by: list[Tensor]) -> None:
+    """Give the results of a call their rows; `by`: what it picks by."""
     name = name.rstrip("_") if not name.startswith("__") else name
     made = [out] if isinstance(out, Tensor) else [t for t in out if isinstance(t, Tensor)] if _many(out) else []
     if not made:
         return
-    by = picking(name, args, kwargs)
     if by:
+        if name == "embedding":
+            name, function, args = "__getitem__", operator.getitem, tuple(_looked_up(args))
         picked = _picked(name, function, args, kwargs, by)
         for tensor in made:
             _put(tensor, _carried(picked, tensor))
@@ -88,14 +113,23 @@ def _follow_all(name: str, function: Any, args: Any, kwargs: Any, found: list[Ro
     if name in _TURN or name in ("sort", "topk", "msort"):
         moved = [rows.unknown()] * len(made)
     elif name in _MOVE and rows.numbers is not None and rows_in(args[0]) is rows:
-        moved = _moved(function, args, kwargs, rows, len(made))
+        moved = _moved(name, function, args, kwargs, rows, len(made))
     for tensor, one in zip(made, moved, strict=True):
         _put(tensor, _carried(one, tensor))
 
 
-def _moved(function: Any, args: Any, kwargs: Any, rows: Rows, count: int) -> list[Rows]:
+def _of_rows(index: Any) -> tuple[Any, ...]:
+    """An index without the parts at its end that take all there is, as of features."""
+    parts: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    while len(parts) > 1 and isinstance(parts[-1], slice) and parts[-1] == slice(None):
+        parts = parts[:-1]
+    return parts
+
+
+def _moved(name: str, function: Any, args: Any, kwargs: Any, rows: Rows, count: int) -> list[Rows]:
+    given = (_of_rows(args[1]),) if name == "__getitem__" else args[1:]
     try:
-        found = function(rows.numbers, *args[1:], **kwargs)
+        found = function(rows.numbers, *given, **kwargs)
     except Exception:  # it moves something else than rows: a channel, a pixel
         return [rows.unknown()] * count
     parts = [found] if isinstance(found, Tensor) else list(found)
@@ -114,13 +148,13 @@ def _picked(name: str, function: Any, args: Any, kwargs: Any, by: list[Tensor]) 
     if name == "masked_select":
         return unknown
     if name == "__getitem__":
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        index = _of_rows(args[1])
         if any(i is None or i is Ellipsis for i in index):
             return unknown
         axes = sum(i.dim() if isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) else 1 for i in index)
-        given: tuple[Any, ...] = (args[1],)
+        given: tuple[Any, ...] = (index,)
     else:
-        axis = kwargs.get("dim", args[1] if len(args) > 1 and isinstance(args[1], int) else None)
+        axis = kwargs.get("dim", next((a for a in args[1:] if isinstance(a, int)), None))
         if not isinstance(axis, int):
             return unknown
         axis %= x.dim()
@@ -128,10 +162,15 @@ def _picked(name: str, function: Any, args: Any, kwargs: Any, by: list[Tensor]) 
         if name != "index_select":
             if axes == x.dim():
                 return Rows(*_numbered(x, before, max(axes - 1, 1)), picks)  # inside a row
+            if index_of.dim() != x.dim():
+                return unknown
             flat = index_of.flatten(axes)
-            if index_of.dim() != x.dim() or not bool((flat == flat[..., :1]).all()):
+            if not bool((flat == flat[..., :1]).all()):
                 return unknown
             index_of = flat[..., 0]
+            if name == "take_along_dim":
+                index_of = index_of.expand([n if a != axis else -1 for a, n in enumerate(x.shape[:axes])])
+            function = torch.gather
         given = (axis, index_of)
     if axes > x.dim():
         return unknown

@@ -10,6 +10,8 @@ whoever looks at a storage sees the version that is there. A layer that is fitte
 gain a bias. Whatever does not depend on tensors alone always runs: operators that tell the code a number, whose
 results' shapes depend on values, that draw random numbers, and those of others than torch.
 
+Repairs run this way, of pruned and of masked networks; criteria look at each batch in one plain run.
+
 A run that does not do what the first one did raises `Diverged`, and is done again without memory.
 """
 
@@ -244,7 +246,7 @@ class Replay:
         """Rows are picked by these; where that depends on what is refitted, every run has to show which."""
         if self.usable and not self.recorded:
             sources = [s for s in map(self._source, by) if s is not None]
-            self.usable = all(self.notes[s].level < 0 for s in sources)
+            self.usable = self._told < 0 and all(self.notes[s].level < 0 for s in sources)
 
     def _give_up(self) -> None:
         self.usable = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import deque
 from collections.abc import Iterator
@@ -11,13 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData
+from ...importance.calibration import CalibrationData, without_loss
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
+from .decisions import decides_worse, rightly_decided
 
 # The share of the samples that is held from a repair, and how many are enough.
 _SHARE, _ENOUGH = 8, 256
+
+NO_OUTPUTS = "the outputs hold no numbers that can be compared"
 
 
 class FitData:
@@ -94,44 +96,124 @@ def _runs(model: nn.Module, example: ExampleInput) -> bool:
     return all(not t.dim() or t.shape[0] == samples(example) for t in example.tensors())
 
 
-@dataclasses.dataclass
+# Gains below this share of the error have to be more than twice their standard error, as one in fifty is by chance
+# alone. Larger ones do not: of few samples with long tails a standard error says little, and repairs that took away
+# most of the error elsewhere had gains here of as little as one standard error. Of fewer than `_FEW` it says nothing.
+_SMALL, _SURE, _FEW = 0.05, 2.0, 8
+
+
+class Measured:
+    """How far outputs are from those that are wanted. `misses`: squared differences, one row per output of the network
+    and one column per sample (per batch where outputs do not count samples), divided by the squares of all that is
+    wanted of the output; NaN where there is nothing to compare, infinite for outputs that are not finite. `right`: see
+    `rightly_decided`; by default nothing is decided."""
+
+    def __init__(self, misses: Tensor, right: Tensor | None = None) -> None:
+        self._misses = misses
+        self.right = misses.new_zeros(0) if right is None else right
+        rows = misses.nansum(1)[~misses.isnan().all(1)] if misses.numel() else misses.new_zeros(0)
+        self.error = float(rows.mean()) if len(rows) else math.nan
+
+    def where(self, other: Measured) -> Measured:
+        """The same, of what can be compared in both: lengths of outputs may follow from values."""
+        return Measured(torch.where(other._misses.isnan(), math.nan, self._misses), self.right)
+
+    def decides_worse_than(self, before: Measured) -> bool:
+        """Whether decisions were lost; see `decides_worse`."""
+        return decides_worse(self.right, before.right, self.error, before.error)
+
+    def gain_over(self, before: Measured) -> tuple[float, float]:
+        """By how much the error is smaller than `before`, and the standard error of that over samples: 0 where nothing
+        has changed, or where there is one sample alone."""
+        both = ~(self._misses.isnan() | before._misses.isnan())
+        infinite = [int((m[both] == math.inf).sum()) for m in (before._misses, self._misses)]
+        if infinite[0] != infinite[1]:
+            return math.copysign(math.inf, infinite[0] - infinite[1]), 0.0
+        both &= self._misses.isfinite() & before._misses.isfinite()
+        differences = torch.where(both, before._misses - self._misses, 0.0)[both.any(1)]
+        found = differences[:, both.any(0)].sum(0) / max(len(differences), 1)
+        spread = float(found.std()) * math.sqrt(len(found)) if len(found) > 1 else 0.0
+        return float(found.sum()), spread
+
+    def surely_below(self, before: Measured) -> bool:
+        """Whether the error is smaller than `before`, by much or by more than chance would make it, and no decisions
+        were lost; or nothing has changed."""
+        gain, deviation = self.gain_over(before)
+        if self.decides_worse_than(before):
+            return False
+        if gain == deviation == 0:
+            return True
+        sure = _SURE * deviation if self._misses.shape[1] >= _FEW else 0.0
+        return gain > 0 and (gain >= _SMALL * before.error or gain > sure)
+
+
 class Check:
-    """How far the outputs of `small` are from those of `dense` on some inputs. `error`: with all that has passed;
-    `last`: with what was tried last; NaN where there are no outputs to compare."""
+    """How far the outputs of `small` are from those of `dense` on some inputs. `start`, `now`: as it was,
+    and with all that is in place; `last`: with what was tried last."""
 
-    dense: nn.Module
-    small: nn.Module
-    inputs: list[ExampleInput]
-    error: float = math.nan
-    last: float = math.nan
+    def __init__(self, dense: nn.Module, small: nn.Module, inputs: list[ExampleInput]) -> None:
+        self.small, self.inputs = small, inputs
+        self._wanted = [_outputs(dense, example) for example in inputs]
+        places = max(map(len, self._wanted), default=0)
+        self._whole = torch.zeros(places, 1, dtype=torch.float64)
+        for wanted in self._wanted:
+            for place, b in enumerate(wanted):
+                self._whole[place] += float(b.square().sum()) if bool(b.isfinite().all()) else 0.0
+        self.start = self.now = self.last = self.measured()
 
-    def __post_init__(self) -> None:
-        self._wanted = [_outputs(self.dense, example) for example in self.inputs]
-        self.error = self.measured()
+    @property
+    def errors(self) -> tuple[float, float]:
+        """The squared error of all outputs, each divided by its squares, at the start and now; NaN where there are none
+        to compare."""
+        return self.start.where(self.now).error, self.now.where(self.start).error
 
-    def measured(self) -> float:
-        """The squared error of all floating point outputs, each divided by its squares; infinite for NaN."""
-        sums: dict[int, tuple[float, float]] = {}
+    def measured(self) -> Measured:
+        """With what is in place now."""
+        columns: list[Tensor] = []
+        right = [torch.zeros(0, dtype=torch.float64)]
         for example, wanted in zip(self.inputs, self._wanted, strict=True):
+            units = samples(example)
+            if not all(b.dim() and b.shape[0] == units for b in wanted):
+                units = 1
+            right.append(torch.zeros(units, dtype=torch.float64))
+            part = torch.full((len(self._whole), units), math.nan, dtype=torch.float64)
             for place, (a, b) in enumerate(zip(_outputs(self.small, example), wanted, strict=False)):
                 if a.shape == b.shape and bool(torch.isfinite(b).all()):
-                    miss, whole = sums.get(place, (0.0, 0.0))
-                    sums[place] = miss + float((a - b).square().sum()), whole + float(b.square().sum())
-        if not sums:
-            return math.nan
-        found = sum(miss / max(whole, 1e-300) for miss, whole in sums.values()) / len(sums)
-        return found if math.isfinite(found) else math.inf
+                    part[place] = (a - b).square().reshape(units, -1).sum(1).nan_to_num(math.inf, math.inf).cpu()
+                    right[-1] += rightly_decided(a, b, units)
+            columns.append(part)
+        misses = torch.cat(columns, 1) / self._whole.clamp_min(1e-300) if columns else self._whole
+        return Measured(misses, torch.cat(right))
 
     def passes(self) -> bool:
-        """Whether the outputs are no worse than when last measured; if so, that is what counts from now on."""
-        now = self.last = self.measured()
-        if now <= self.error or math.isnan(self.error):
-            self.error = now
+        """Whether the outputs are surely better than when last measured; if so, that is what counts from now on."""
+        self.last = self.measured()
+        if self.last.surely_below(self.now):
+            self.now = self.last
             return True
         return False
+
+    def told(self, before: Measured, after: Measured) -> str:
+        """Why something was taken back."""
+        before, after = before.where(after), after.where(before)
+        change = f"from {before.error:.2e} to {after.error:.2e}"
+        if not after.gain_over(before)[0] > 0:
+            return f"on held inputs the error of the outputs rose {change}"
+        if after.decides_worse_than(before):
+            counts = [int(m.right.sum()) for m in (before, after)]
+            return (
+                f"on held inputs the outputs were largest where the model's are {counts[0]} times before and "
+                f"{counts[1]} times then"
+            )
+        return f"on held inputs the error of the outputs fell {change}, no more than chance would make it"
 
 
 def _outputs(net: nn.Module, example: ExampleInput) -> list[Tensor]:
     with evaluating(net):
-        found = result_tensors(run_model(net, example.clone(), "data"))
-    return [t.double() for t in found if t.is_floating_point()]
+        made = run_model(net, example.clone(), "data")
+        found = without_loss(result_tensors(made), made)
+    return [
+        (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t).double()
+        for t in found
+        if t.is_floating_point() or t.is_complex()
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,15 +17,17 @@ from ...plans.naming import in_plain_names
 from ...plans.plan import Plan, check_plan
 from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds, worn
 from ...support.doors import door
+from ...support.progress import ProgressOption, reported
 from ...support.suggestions import check_choice
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from .batchnorm import reestimate
-from .checking import Check, FitData
+from .checking import NO_OUTPUTS, Check, FitData
 from .layers import Refit
 from .norms import kept_folds, take_apart
 from .steps import LayerRecovery
-from .stored import compensate, stores_statistics
+from .stored import stores_statistics
+from .without_data import WithoutData
 
 METHODS = ("auto", "mean", "moments", "batchnorm", "least_squares")
 _DATA_FREE = ("auto", "mean", "moments")
@@ -38,7 +39,8 @@ class Recovery:
     was taken back).
 
     `before`, `after`: squared error of the outputs, divided by their squares, on `checked` (inputs that were held from
-    the repair); NaN where nothing was measured, as without data.
+    the repair; without data random ones, in a network with the same weights that stores their statistics); NaN where
+    nothing was measured, and then `unchecked` says why.
 
     The network remembers the method, `graphprune.verify` says that it does, and files of `graphprune.save` say so;
     unless nothing was changed."""
@@ -48,11 +50,14 @@ class Recovery:
     before: float = math.nan
     after: float = math.nan
     checked: str = ""
+    unchecked: str = ""
 
     def __str__(self) -> str:
         lines = [str(layer) for layer in self.layers]
         if self.layers and not any(layer.changed for layer in self.layers):
             lines.append("nothing was repaired")
+        elif self.unchecked:
+            lines.append(f"not checked: {self.unchecked}")
         elif not math.isnan(self.before):
             lines.append(f"error of the outputs on {self.checked}: {self.before:.2e} -> {self.after:.2e}")
         return "\n".join(lines)
@@ -68,6 +73,7 @@ def check_method(method: Any, data: Any) -> None:
 
 
 @door("model", exact=True)
+@reported("repairing")
 def recover(
     model: nn.Module,
     plan: Plan,
@@ -78,7 +84,7 @@ def recover(
     ridge: float = 1e-3,
     every_layer: bool = True,
     new_bias: bool | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: ProgressOption = None,
 ) -> Recovery:
     """Apply `plan` to a copy of `model` and repair the copy so that it does what `model` does on `data`.
 
@@ -106,12 +112,23 @@ def recover(
     that are built from a configuration (`config` and `from_pretrained`, as Llama's): the configuration has no place for
     a bias, and `from_pretrained` would refuse the file.
 
-    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256; with
-    fewer than 8 samples on the same). Where some layer's new weights made the outputs worse, all is done once more with
-    such layers left as they were, or their means corrected alone, and the better network is kept: it is never worse
-    there than without repair. The report names what was taken back, layers that too few rows reached (8 for each input
-    where a layer lost none, else the mean is corrected alone), and rows that the two networks do not share: experts,
-    regions or tokens that are picked by value.
+    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256;
+    with fewer than 8 samples on the same): by the error of the outputs, and by what they decide: in how many places
+    the largest number (of the last axis, or of axis 1 of four and more) is the one that is largest in the model. Where
+    some layer's new weights made the outputs worse, all is done once more with such layers left as they were, or their
+    means corrected alone, and the better network is kept, if it is better there than without repair. With 8 held
+    samples and more, a gain below 5 % of the error counts only if it is twice its standard error over samples, as
+    smaller ones come by chance; decisions may be lost only where at least half of the error goes, and no more than
+    chance would lose; else all is taken back. The report names what was taken back, layers that too few rows reached (8
+    for each input where a layer lost none, else the mean is corrected alone), and rows that the two networks do not
+    share: experts, regions or tokens that are picked by value.
+
+    A repair without data is tried on a twin of the network: the same weights, with the statistics that random inputs,
+    normal around the example's mean, give its batch norms; there the repair may assume of statistics what it assumes.
+    What makes the twin's outputs worse is taken back, first the variances, then all. The twin knows nothing of data: it
+    cannot tell whether the stored statistics are those of the data you will use. Networks whose batch norms have the
+    statistics that they start with are checked as they are. Where the network fails on random inputs, or where outputs
+    hold no numbers that can be compared, nothing is checked, and the report says so (`unchecked`).
 
     Batch norms that the plan keeps (`fold_bn=False`) are fitted as if they were folded, so the result is the same
     function: filters keep their norms, running statistics become those of `data`, scale and shift make up for it.
@@ -121,6 +138,8 @@ def recover(
 
     Memory is bounded by the moments of the layers fitted at a time (about 1 GiB); layers with more than 12,000 inputs
     per output and transposed convolutions of several groups get the "mean" correction, and the report says so.
+
+    `progress`: as in `graphprune.plan`.
 
     Raises GraphPruneError for unknown methods, for data that cannot be read twice or that the model fails on, that are
     NaN or make the model's layers infinite, and for plans of another model. `model` is not touched.
@@ -136,7 +155,7 @@ def recover(
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
     bare, example = plain(model), ExampleInput.of(example_input)
-    options = (float(ridge), every_layer, new_bias, progress)
+    options = (float(ridge), every_layer, new_bias)
     own = in_plain_names(plan, bare, model)
     found = _recovered(bare, own, example, data, method, *options)
     if bare is model:
@@ -153,7 +172,6 @@ def _recovered(
     ridge: float,
     every_layer: bool,
     new_bias: bool,
-    progress: Callable[[str], None] | None,
 ) -> Recovery:
     stored = data is None or method == "moments"
     batches = None if stored else CalibrationData(data, example, model)
@@ -166,10 +184,9 @@ def _recovered(
                     "recover: what layers that are left out made is stored nowhere; pass data=, a loader or list of "
                     "batches"
                 )
-            small = plan.operated(model)
-            dense = apply_folds(model, _common_folds(model, plan, example))
-            said = compensate(model, dense, small, plan, example, method == "moments", new_bias)
-            return Recovery(_closed(small, model, plan, method if any(r.changed for r in said) else ""), tuple(said))
+            made = WithoutData(model, plan, example, _common_folds(model, plan, example), new_bias).run(method)
+            repaired = _closed(made.small, model, plan, made.method)
+            return Recovery(repaired, made.layers, made.before, made.after, made.checked, made.unchecked)
         seen = FitData(batches, model)
         if method == "batchnorm":
             return _reestimated(model, plan, seen)
@@ -179,13 +196,17 @@ def _recovered(
         dense = apply_folds(model, (*folds, *kept))  # a copy, also without folds
         fitted = apply_folds(small, kept) if kept else small
         unlike = frozenset(f.layer for f in plan.folds if f not in folds)
-        refit = Refit(dense, fitted, plan, example, seen, ridge, every_layer, progress, unlike, new_bias)
-        before = refit.check.error
+        refit = Refit(dense, fitted, plan, example, seen, ridge, every_layer, unlike, new_bias)
         found = tuple(refit.run(solve=method == "least_squares"))
         if kept and any(layer.changed for layer in found):
             take_apart(small, fitted, kept, seen)
         done = method if any(layer.changed for layer in found) else ""
-        return Recovery(_closed(small, model, plan, done), found, before, refit.check.error, seen.said)
+        return Recovery(_closed(small, model, plan, done), found, *refit.check.errors, seen.said, _blind(refit.check))
+
+
+def _blind(check: Check) -> str:
+    """Why nothing could be measured, where nothing could."""
+    return NO_OUTPUTS if math.isnan(check.errors[0]) else ""
 
 
 def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
@@ -193,14 +214,13 @@ def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
     bare = dataclasses.replace(plan, folds=())
     small = bare.operated(model)
     check = Check(model, small, seen.held)
-    before = check.error
     reestimate(small, seen)
     if check.passes():
         done = _closed(apply_folds(small, plan.folds), model, plan, "batchnorm")
-        return Recovery(done, (), before, check.error, seen.said)
-    told = f"taken back: on held inputs the error of the outputs rose from {before:.2e} to {check.last:.2e}"
+        return Recovery(done, (), *check.errors, seen.said, _blind(check))
+    told = f"taken back: {check.told(check.now, check.last)}"
     said = LayerRecovery("all batch norms", "batchnorm", math.nan, math.nan, told, False)
-    return Recovery(_closed(plan.operated(model), model, plan, ""), (said,), before, before, seen.said)
+    return Recovery(_closed(plan.operated(model), model, plan, ""), (said,), *check.errors, seen.said)
 
 
 def _configured(model: nn.Module) -> bool:

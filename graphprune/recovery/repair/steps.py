@@ -1,8 +1,9 @@
 """The steps of a repair: layers get other values, and get back their own where that makes the outputs worse.
 
 What is right for a layer may be wrong for the outputs until those behind it have been repaired too. So nothing is taken
-back at first. Only if some step made the outputs worse, the repair is done once more, now with such steps taken back at
-once, and the better of the two networks is kept: never one that is worse than without repair.
+back at first. Only if some step made the outputs worse, the repair is done once more, now with every step taken back at
+once that is not surely a gain, and the better of the two networks is kept. If not even that is surely better than no
+repair, by more than samples differ by chance, all is taken back.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ class LayerRecovery:
         return f"{self.weight}: {self.method}{error}{note}"
 
 
+def with_note(said: LayerRecovery, note: str) -> LayerRecovery:
+    """The same, with a note more."""
+    return dataclasses.replace(said, note="; ".join(n for n in (said.note, note) if n)) if note else said
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """One way to repair a layer: its new weight, a change of its constant term, and what to say of it."""
@@ -69,10 +75,10 @@ class Steps:
         for (reader, options), values in zip(tried, saved, strict=True):
             self._first_values.setdefault(reader.weight, values)
             self._put(reader, options[0])
-        passed = self.check.passes()
+        before, passed = self.check.now, self.check.passes()
         if passed or not self.strict:
-            self.rose |= not passed
-            self.check.error = self.check.last
+            self.check.now = self.check.last
+            self.rose |= self.check.now.gain_over(before)[0] < 0
             return [options[0].said for _, options in tried]
         for values in saved:
             values.restore()
@@ -96,10 +102,7 @@ class Steps:
                 if self.check.passes():
                     return dataclasses.replace(option.said, note="; ".join(n for n in (*notes, option.said.note) if n))
                 values.restore()
-            notes.append(
-                f"{option.said.method} taken back: on held inputs the error of the outputs rose from "
-                f"{self.check.error:.2e} to {self.check.last:.2e}"
-            )
+            notes.append(f"{option.said.method} taken back: {self.check.told(self.check.now, self.check.last)}")
         said = options[0].said
         return dataclasses.replace(said, method="none", after=said.before, note="; ".join(notes), changed=False)
 
@@ -137,18 +140,31 @@ class Values:
 
 
 def better_of_two(steps: Steps, run: Callable[[], list[LayerRecovery]]) -> list[LayerRecovery]:
-    """Repair, and if the outputs got worse on the way, once more with such steps taken back; keep what is better."""
-    start = steps.check.error
-    first = run()
-    if not steps.rose:
-        return first
-    done, reached = steps.undo(), steps.check.error
-    steps.check.error, steps.strict = start, True
-    second = run()
-    if reached < steps.check.error:
-        steps.undo()
-        for values in done:
-            values.restore()
-        steps.check.error = reached
-        return first
-    return second
+    """Repair, and if the outputs got worse on the way, once more with such steps taken back; keep what is better, if
+    that is surely better than what there was."""
+    check, start = steps.check, steps.check.now
+    report = run()
+    reached = check.now
+    if steps.rose or not reached.surely_below(start):
+        done = steps.undo()
+        check.now, steps.strict = start, True
+        second = run()
+        better = reached.gain_over(check.now)[0] > 0 and not reached.decides_worse_than(start)
+        if check.now.surely_below(start) and not better:
+            report = second
+        else:
+            steps.undo()
+            for values in done:
+                values.restore()
+            check.now = reached
+    if check.now.surely_below(start):
+        return report
+    told = check.told(start, check.now)
+    steps.undo()
+    check.now = start
+    return [_taken_back(said, told) if said.changed else said for said in report]
+
+
+def _taken_back(said: LayerRecovery, told: str) -> LayerRecovery:
+    note = "; ".join(n for n in (f"{said.method} taken back with all else: {told}", said.note) if n)
+    return dataclasses.replace(said, method="none", after=said.before, note=note, changed=False)

@@ -26,6 +26,7 @@ from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.operators import multiplied, products_of
 from ...tracing.trace import record_run
+from ...tracing.work import macs_of
 from . import walk
 from .steps import LayerRecovery
 
@@ -37,39 +38,39 @@ def stores_statistics(model: nn.Module) -> bool:
     return any(name.endswith("running_mean") for name, _ in model.named_buffers())
 
 
-def compensate(
-    model: nn.Module,
-    dense: nn.Module,
-    small: nn.Module,
-    plan: Plan,
-    example: ExampleInput,
-    spread: bool,
-    new_bias: bool = True,
-) -> list[LayerRecovery]:
-    """Correct `small`, made from `model` by `plan`, in place; `dense`: `model` with the plan's batch norms folded.
-    `spread`: variances too."""
-    trace, named = record_run(model, example), named_tensors(model)
-    lost = {r.weight: r for r in find_readers(trace) if plan.removed.get(r.weight, {}).get(r.in_axis)}
-    calls = {name: list(trace.parameters[name].users) for name in lost}
-    read = frozenset(read_by(call) for called in calls.values() for call in called)
-    spreads = stored_spreads(trace, named, read)
-    after = record_run(small, example)
-    readers = {r.weight: r for r in find_readers(after)}
-    modules = dict(small.named_modules())
-    norms = {f.layer: modules[f.batch_norm] for f in find_folds(small, after)}
-    weights = named_tensors(dense)
-    behind = {fold_names(f)[0]: f for f in find_folds(model, trace)}
-    report = []
-    for name, reader in lost.items():
-        changes = [_missed(reader, call, spreads.get(read_by(call)), weights[name], plan) for call in calls[name]]
-        said = _correct(small, readers.get(name), norms, plan, name, changes, new_bias)
-        if spread and said.changed and len(calls[name]) == 1 and name in behind:
-            call = calls[name][0]
-            share = _lost_share(reader, spreads[read_by(call)], named[name], plan)
-            _spread_out(small, behind[name], share, named, plan, readers[name], modules)
-            said = dataclasses.replace(said, method="moments")
-        report.append(said)
-    return report
+class Compensation:
+    """What stored statistics say of `plan`, on a network whose tensors have the names of `model`'s; `small`: what the
+    plan makes of it."""
+
+    def __init__(self, model: nn.Module, small: nn.Module, plan: Plan, example: ExampleInput, new_bias: bool) -> None:
+        self.plan, self.new_bias = plan, new_bias
+        self.trace, after = record_run(model, example), record_run(small, example)
+        self.lost = {r.weight: r for r in find_readers(self.trace) if plan.removed.get(r.weight, {}).get(r.in_axis)}
+        self.calls = {name: list(self.trace.parameters[name].users) for name in self.lost}
+        self.macs = sum(macs_of(node) or 0 for node in self.trace.graph.nodes if node.op == "call_function")
+        self.read = frozenset(read_by(call) for called in self.calls.values() for call in called)
+        self.readers = {r.weight: r for r in find_readers(after)}
+        self.norms = {f.layer: f.batch_norm for f in find_folds(small, after)}
+        self.behind = {fold_names(f)[0]: f for f in find_folds(model, self.trace)}
+
+    def apply(self, model: nn.Module, dense: nn.Module, small: nn.Module, spread: bool) -> list[LayerRecovery]:
+        """Correct `small` in place; `dense`: `model` with the plan's batch norms folded. `spread`: variances too."""
+        named, plan = named_tensors(model), self.plan
+        spreads = stored_spreads(self.trace, named, self.read)
+        modules = dict(small.named_modules())
+        norms = {layer: modules[norm] for layer, norm in self.norms.items()}
+        weights = named_tensors(dense)
+        report = []
+        for name, reader in self.lost.items():
+            calls = self.calls[name]
+            changes = [_missed(reader, call, spreads.get(read_by(call)), weights[name], plan) for call in calls]
+            said = _correct(small, self.readers.get(name), norms, plan, name, changes, self.new_bias)
+            if spread and said.changed and len(calls) == 1 and name in self.behind:
+                share = _lost_share(reader, spreads[read_by(calls[0])], named[name], plan)
+                _spread_out(small, self.behind[name], share, named, plan, self.readers[name], modules)
+                said = dataclasses.replace(said, method="moments")
+            report.append(said)
+        return report
 
 
 # No result is spread by more than this factor squared: what lost nearly all of its variance has no signal to restore.

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData
+from ...importance.calibration import ONE_INPUT, CalibrationData
 from ...plans.plan import Plan
 from ...support.suggestions import check_choice
 from .carrying import carry_optimizer
 from .checkpoints import check_fit, check_others, load_model, load_optimizer, model_state, optimizer_state, own_tensors
-from .evaluation import ONE_INPUT
 from .objective import Objective
 from .penalties import GroupPenalty
 from .randomness import seed_epoch
@@ -148,7 +144,7 @@ class Trainer:
         """Batches in an epoch; loaders that do not say are read once."""
         data = CalibrationData(self._data, ONE_INPUT, self.model)  # checks the form
         if isinstance(self._data, Tensor):
-            return sum(1 for _ in data)
+            return sum(1 for _ in data.silently())
         try:
             return len(self._data)
         except TypeError:
@@ -161,7 +157,7 @@ class Trainer:
         self.model.train()
         total, rate, seen = 0.0, 0.0, 0
         with self._objective.watching(self.model), torch.enable_grad():  # whatever the caller's mode
-            for inputs, targets in CalibrationData(self._data, ONE_INPUT, self.model):
+            for inputs, targets in CalibrationData(self._data, ONE_INPUT, self.model).silently():
                 rate = self._set_rates(number * self.steps + min(seen, self.steps - 1))
                 loss = self._step(inputs, targets)
                 if not math.isfinite(loss):
@@ -300,18 +296,3 @@ def _wants_closure(optimizer: torch.optim.Optimizer) -> bool:
     # torch wraps `step` of every class that has been made once, and keeps its signature
     parameter = inspect.signature(optimizer.step).parameters.get("closure")
     return parameter is not None and parameter.default is inspect.Parameter.empty
-
-
-@contextlib.contextmanager
-def progress_bar(text: str | None, steps: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar on standard error where that is a terminal and `text` not None; yields a function that advances it, or
-    with `note` adds that to the text."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=text is None or not console.is_terminal) as bar:
-        task = bar.add_task(text or "", total=steps, completed=done)
-
-        def advance(note: str | None = None) -> None:
-            bar.update(task, advance=1 if note is None else 0, description=None if note is None else f"{text}{note}")
-
-        yield advance

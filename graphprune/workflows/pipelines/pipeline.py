@@ -26,6 +26,7 @@ from ...sparsity.ranking import check_sparsity
 from ...sparsity.scheduler import Method
 from ...support.doors import door
 from ...support.files import make_folder
+from ...support.progress import ProgressOption, reported, stage
 from ...support.types import LossFunction, PathLike
 from ...tracing.matching import NameTable
 from ..reporting.summary import Report, report
@@ -63,6 +64,7 @@ class PipelineResult:
 
 
 @door("model")
+@reported("pipeline")
 def pipeline(
     model: nn.Module,
     example_input: Any,
@@ -94,7 +96,7 @@ def pipeline(
     speed: Any = False,
     seed: int = 0,
     checkpoint: PathLike | None = None,
-    progress: bool = True,
+    progress: ProgressOption = None,
     on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
     strict: bool = False,
 ) -> PipelineResult:
@@ -155,7 +157,7 @@ def pipeline(
     with random_state_kept(data):
         run = Run(model, data, first, Objective(loss_fn, None, None), ask, patience if train_epochs else None,
                   folder and folder / "training.safetensors", on_epoch, regularize=regularize)  # fmt: skip
-        training = run.finish("training" if progress else None)
+        training = run.finish("training")
         pruner = GradualPruner(
             chosen, curve, gradual or 1, evaluate=ask, data=data, calibration=batches, example_input=example_input,
             recovery=recover, seed=seed,
@@ -163,13 +165,14 @@ def pipeline(
         objective = _objective(loss_fn, training.model, distillation)
         run = Run(training.model, data, tuned, objective, ask, patience, folder and folder / "tuning.safetensors",
                   on_epoch, pruner, settings)  # fmt: skip
-        tuning = run.finish("pruning and fine-tuning" if progress else None)
+        tuning = run.finish("pruning and fine-tuning")
     if masks(tuning.model):
         make_permanent(tuning.model)
+    with stage("report"):
+        found = _report(training.model, tuning, pruner, example_input, evaluate, speed)
     return PipelineResult(
-        tuning.model, training.model, training, tuning, tuple(pruner.done), tuple(pruner.plans),
-        _report(training.model, tuning, pruner, example_input, evaluate, speed),
-    )  # fmt: skip
+        tuning.model, training.model, training, tuning, tuple(pruner.done), tuple(pruner.plans), found
+    )
 
 
 def _amount(

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import GraphPruneError, sparsity
+from graphprune.importance.calibration.replay import Replay
 from graphprune.recovery.repair import layers, walk
-from tests.stream_networks import STEPS, STEPS_OF, WIDTH, Network, measured, noisy
+from graphprune.support.walking import named_tensors
+from tests.stream_networks import STEPS, STEPS_OF, WIDTH, Network, measured, noisy, routed
 
-# A repair that gains little on 64 held samples may lose as little on others: measured, 5 % gained there, 2 % lost here.
-NOISE = 1.05
+# Small gains on held samples count only where they are steady, so what is kept is no worse on others: of 136 repairs of
+# other networks, none was. This is for the few that chance lets pass.
+NOISE, FRESH = 1.005, 4096
 
 
 def distance(net: nn.Module, dense: nn.Module, x: Tensor) -> float:
@@ -53,7 +56,7 @@ FORMS: dict[str, Callable[[Tensor], Any]] = {"list": lambda x: list(x.split(32))
 @pytest.mark.parametrize("seed", range(4))
 def test_random_networks(seed: int, form: str) -> None:
     dense = random_network(seed)
-    x, fresh = torch.randn(512, WIDTH), torch.randn(512, WIDTH)
+    x, fresh = torch.randn(512, WIDTH), torch.randn(FRESH, WIDTH)
     plan = graphprune.plan(dense, x[:4], 0.4)
     before = distance(plan.apply(dense), dense, fresh)
     for method in ("mean", "least_squares"):
@@ -68,16 +71,36 @@ def test_random_networks(seed: int, form: str) -> None:
     assert distance(masked, dense, fresh) <= before * NOISE
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_memory_makes_no_difference(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same network, whether runs are replayed or not."""
+def repaired(kind: str, dense: nn.Module, x: Tensor, data: Any) -> nn.Module:
+    if kind != "reconstruct":
+        return graphprune.recover(dense, graphprune.plan(dense, x[:4], 0.4), x[:4], data, kind).model
+    masked = sparsity.magnitude(copy.deepcopy(dense), 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return sparsity.reconstruct(masked, dense, x[:4], data)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["mean", "least_squares", "reconstruct"])
+@pytest.mark.parametrize("seed", range(2))
+def test_memory_makes_no_difference(seed: int, kind: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same network, whether runs are replayed or not: of all that replays, criteria do not."""
     dense, x = random_network(seed), torch.randn(128, WIDTH)
-    plan, nets = graphprune.plan(dense, x[:4], 0.4), []
+    held, replayed = Replay.finish, []
+
+    def finish(memory: Replay) -> None:
+        replayed.append(memory.replaying)
+        held(memory)
+
+    monkeypatch.setattr(Replay, "finish", finish)
+    nets = []
     for cache in (walk.CACHE, -1):
         monkeypatch.setattr(walk, "CACHE", cache)
-        nets.append(graphprune.recover(dense, plan, x[:4], list(x.split(32)), "least_squares").model)
-    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
-        assert torch.equal(one, other)
+        torch.manual_seed(seed)
+        nets.append(repaired(kind, dense, x, FORMS[form](x)))
+    assert any(replayed) == (form == "list" and routed not in dense.steps)  # type: ignore[operator]
+    ours, theirs = (named_tensors(net) for net in nets)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 class Wide(nn.Module):

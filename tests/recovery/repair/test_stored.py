@@ -129,6 +129,7 @@ def test_a_layer_that_runs_twice_gets_the_mean_of_both() -> None:
     with torch.no_grad():
         for norm in (net.a, net.b):
             norm.bias.copy_(torch.randn(6))
+            norm.running_mean.copy_(torch.randn(6))  # type: ignore[union-attr]
     x = torch.randn(1, 3, 4, 4)
     plan = graphprune.plan(net, x, 0.5, fold_bn=False)
     gone = list(plan.removed["last.weight"][1])

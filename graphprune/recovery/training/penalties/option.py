@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 from ....errors import GraphPruneError
-from ....importance.calibration import CalibrationData
+from ....importance.calibration import ONE_INPUT, CalibrationData
 from ....support.suggestions import check_choice
-from ..evaluation import ONE_INPUT
 from ..randomness import random_state_kept
 from .kinds import GroupLasso, GrowingPenalty
 from .penalty import GroupPenalty
