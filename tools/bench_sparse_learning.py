@@ -133,8 +133,8 @@ takes 10 ms of CPU time a step, where the step with 64 images takes 130.
 
 CIFAR-10 {network}, pruned to {reached:.2f} times fewer multiply-accumulates. Every row had the same {epochs} epochs of
 {images:,} of {of:,} training images, drawn anew for each, in {seeds} run(s): *plain* was pruned first and trained for
-all of them; the others trained the dense network with a penalty for the first {first} and went on with the pruned one for
-the rest. All were pruned by the default criterion within `Budget(macs=...)`, batch norms kept, refitted by least
+all of them; the others trained the dense network with a penalty for the first {first} and went on with the pruned one
+for the rest. All were pruned by the default criterion within `Budget(macs=...)`, batch norms kept, refitted by least
 squares on 500 unlabelled training images, and trained by `graphprune.finetune` (SGD with Nesterov momentum, batch
 {batch}, peak rate {lr:g}, cosine, one for each part; mirrored and shifted images; bfloat16).
 
