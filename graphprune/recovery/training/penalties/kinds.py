@@ -18,9 +18,9 @@ from .penalty import GroupPenalty
 
 
 class GroupLasso(GroupPenalty):
-    """Group lasso on whole channels, for your own training loop: weight * sum over channels of sqrt(n) |w|.
+    """Group lasso on whole channels, for your own training loop: weight * sum over channels of sqrt(n) norm(w).
 
-    w: all that goes with a channel (`GroupPenalty`), n: how many numbers that is, |w|: their Euclidean norm (Yuan and
+    w: all that goes with a channel (`GroupPenalty`), n: how many numbers that is, norm: the Euclidean one (Yuan and
     Lin, 2006; over dependency groups: Fang et al., DepGraph, 2023). Each channel is drawn to zero with the same force
     however small it is already, `weight` per number in the root mean square: the weak ones get there, and pruning finds
     them. ::
@@ -72,7 +72,7 @@ _CHOSEN, _EVERY = 1.0, 0.01
 
 
 class GrowingPenalty(GroupPenalty):
-    """Weight decay of whole channels that grows while a network is trained: half the sum over channels of f |w|^2.
+    """Weight decay of whole channels that grows while a network is trained: half the sum over channels of f norm(w)^2.
 
     w: all that goes with a channel (`GroupPenalty`). f is 0 at first and grows at every `step()`, by weight / steps
     where a channel is the weakest of its group, by nothing where it is the strongest, in between in proportion to its
