@@ -22,6 +22,7 @@ from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_opti
 from .rules import rule
 from .runtimes import LatencyTable, Target, benchmark, export_onnx, latency_table
 from .support.progress import Progress
+from .synthesis import Synthetic, SyntheticInputs, synthesize
 from .tracing.counting import Count, LayerCount, count
 from .workflows.configs import ConfigFit, fit_config
 from .workflows.curves import Curve, Sensitivity, sensitivity
@@ -61,6 +62,8 @@ __all__ = [
     "Recovery",
     "Report",
     "Sensitivity",
+    "Synthetic",
+    "SyntheticInputs",
     "Target",
     "VerificationReport",
     "__version__",
@@ -91,6 +94,7 @@ __all__ = [
     "sensitivity",
     "shrink_kernels",
     "sparsity",
+    "synthesize",
     "trace",
     "verify",
 ]

@@ -72,6 +72,14 @@ def run_pipeline(
     recover: Annotated[
         str | None, typer.Option(help="mean, batchnorm or least_squares, before training.", rich_help_panel=_PRUNING)
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Batches for criteria and --recover instead of the training data; synthetic: made from the model.",
+            rich_help_panel=_PRUNING,
+        ),
+    ] = None,
     train_epochs: Annotated[int, typer.Option(help="Before pruning.", rich_help_panel=_TRAINING)] = 0,
     prune_epochs: Annotated[
         int | None, typer.Option(help="Of gradual pruning; 5 if not told.", rich_help_panel=_TRAINING)
@@ -109,6 +117,7 @@ def run_pipeline(
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)
         batches, held_out = load_data(data, seed=seed)
+        calibrating = None if calibration is None else load_data(calibration, seed=seed)[0]
         work.stop()  # training has bars of its own
         done = pipeline(
             loaded.model,
@@ -127,6 +136,7 @@ def run_pipeline(
             lr=lr,
             distillation=distil,
             recover=recover,
+            calibration=calibrating,
             evaluate=held_out,
             patience=patience,
             speed=speed,

@@ -95,7 +95,8 @@ def plan(
       what goes is the same.
     - `seed`: for the criterion "random".
     - `data`: calibration batches for criteria that need them: a DataLoader or a list that yields inputs, or (inputs,
-      targets) for those that need a loss. `loss_fn(output, targets)`: that loss, a scalar.
+      targets) for those that need a loss. `loss_fn(output, targets)`: that loss, a scalar. Where there are no data,
+      `graphprune.Synthetic(n=512)`: inputs made from the model itself (see `graphprune.synthesize`).
     - `output`: what happens where a size written in the user's code blocks. "module" (default): those channels stay,
       and the plan names the line. "hybrid": the smallest module whose own code blocks is replaced by a
       `torch.fx.GraphModule` of its recorded calls, sizes rewritten; everything else keeps its class. "graph": the whole

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData
 from ...plans.plan import Plan
+from ...support.randomness import seed_epoch
 from ...support.suggestions import check_choice
 from .carrying import carry_optimizer
 from .checkpoints import check_fit, check_others, load_model, load_optimizer, model_state, optimizer_state, own_tensors
 from .evaluation import ONE_INPUT
 from .objective import Objective
-from .randomness import seed_epoch
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _RATES = {"sgd": 0.02, "adam": 1e-3, "adamw": 1e-3}

@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from ...support.doors import door
+from ...support.randomness import random_state_kept
 from ...support.types import LossFunction, PathLike
 from .distillation import Distillation
 from .evaluation import evaluator
 from .loop import MakeOptimizer, Training
 from .objective import Objective
-from .randomness import random_state_kept
 from .runs import Epoch, Finetuning, Run
 
 

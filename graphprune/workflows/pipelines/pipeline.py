@@ -17,7 +17,6 @@ from ...recovery import Distillation, Epoch, Finetuning, check_method
 from ...recovery.training.evaluation import evaluator, metric_name
 from ...recovery.training.loop import MakeOptimizer, Training
 from ...recovery.training.objective import Objective
-from ...recovery.training.randomness import random_state_kept
 from ...recovery.training.runs import Run
 from ...sparsity import make_permanent, masks
 from ...sparsity import schedule as make_schedule
@@ -25,6 +24,7 @@ from ...sparsity.ranking import check_sparsity
 from ...sparsity.scheduler import Method
 from ...support.doors import door
 from ...support.files import make_folder
+from ...support.randomness import random_state_kept
 from ...support.types import LossFunction, PathLike
 from ...tracing.matching import NameTable
 from ..reporting.summary import Report, report
