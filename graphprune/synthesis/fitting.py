@@ -14,13 +14,14 @@ from ..errors import GraphPruneError
 from ..support.progress import stage
 from ..tracing.example import ExampleInput
 from .form import Form
+from .noise import smooth
 from .norms import mismatch
 from .running import device_of, kept_bytes, run_seen, seeded
 
 # Activations that a batch may keep for its backward pass, in bytes, and samples that it has at most.
 MEMORY = 2 << 30
 MOST = 128
-RATE = 0.1  # of Adam at first, in deviations of the noise; it falls along a cosine
+RATE = 0.3  # of Adam at first, in deviations of the noise; it falls along a cosine
 # A batch is done when a tenth of the steps have brought less than this share of the mismatch, or little is left.
 _GAIN, _CLOSE = 0.01, 1e-4
 _TRIED = 16  # samples that the range of inputs is looked for with
@@ -47,7 +48,7 @@ class Range:
 
     def of(self, noise: Tensor, like: Tensor) -> Tensor:
         """The input, in the type of the example's."""
-        return (noise * self.scale + self.offset).to(like.dtype)
+        return (smooth(noise) * self.scale + self.offset).to(like.dtype)
 
 
 class Fitting:

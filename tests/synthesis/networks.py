@@ -53,7 +53,7 @@ def several() -> tuple[nn.Module, dict[str, Any]]:
 
 
 class Chain(nn.Module):
-    """Says after token i nearly always i + 1; `ahead`: looks at the token behind too. `fixed`: the one length it takes."""
+    """Says after token i nearly always i + 1; `ahead`: looks at the token behind. `fixed`: the one length it takes."""
 
     def __init__(self, tokens: int = 11, ahead: bool = False, fixed: int | None = None) -> None:
         super().__init__()
