@@ -23,6 +23,13 @@ class Seen:
     stored_variance: Tensor
     least: float
 
+    @classmethod
+    def of(cls, x: Tensor, stored_mean: Tensor, stored_variance: Tensor, least: float) -> Seen:
+        """What these values, channels along axis 1, say; gradients flow through it."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        variance, mean = torch.var_mean(wide, [axis for axis in range(x.dim()) if axis != 1], correction=0)
+        return cls(mean, variance, stored_mean.to(mean.dtype), stored_variance.to(mean.dtype), least)
+
     def mismatch(self) -> Tensor:
         """The divergence (Kullback-Leibler, in nats) of a normal distribution of what was read from that of what is
         stored, as the mean over channels."""
@@ -44,6 +51,7 @@ class Watching(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[Seen] = []
+        self.means: set[int] = set()  # where in memory they are stored
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: Sequence[Any] = (),
@@ -64,6 +72,7 @@ class Watching(TorchFunctionMode):
         if training or running_mean is None or running_var is None:
             return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         mean, variance = running_mean.detach(), running_var.detach()
+        self.means.add(mean.data_ptr())
         scale = (variance + eps).rsqrt()
         if weight is not None:
             scale = scale * weight.detach()

@@ -7,9 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 from graphprune.synthesis.norms import Seen, Watching, mismatch
+from graphprune.synthesis.running import run_seen
+from graphprune.tracing.example import ExampleInput
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "1d": (lambda: nn.BatchNorm1d(4), (6, 4)),
@@ -98,3 +101,22 @@ def test_no_divergence_where_both_are_equal_and_of_constant_channels() -> None:
     zero, one = torch.zeros(3), torch.ones(3)
     assert float(Seen(zero, one, zero, one, 1e-5).mismatch()) == 0
     assert float(Seen(zero, zero, zero, zero, 1e-5).mismatch()) == 0
+
+
+def test_modules_that_compute_it_themselves_are_found_once() -> None:
+    norm, x = made("2d")
+    frozen = torchvision.ops.FrozenBatchNorm2d(4).double()
+    frozen.load_state_dict({name: tensor for name, tensor in norm.state_dict().items() if "num" not in name})
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, tensor in norm.state_dict().items():
+                self.register_buffer(name, tensor)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)  # type: ignore[arg-type]
+
+    for model in (frozen, Own()):
+        (seen,) = run_seen(model, ExampleInput.of(x))
+        assert torch.allclose(seen.mismatch(), by_hand(norm, x)) and not model._forward_pre_hooks
