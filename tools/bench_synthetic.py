@@ -119,8 +119,9 @@ HEADER = """# No data: measured
 Pruned within a budget of multiply-accumulates with nothing but the network at hand, beside noise and real inputs
 without labels, as many of each; whole test sets, no training. The criterion is "reconstruction", the repair least
 squares, both on the same inputs. "made": by `graphprune.synthesize` with its defaults, from batch norms alone; how is
-said in [no data, unlabelled data, training](guide/no-data.md). Settings were chosen by how well layers that were fitted to
-made inputs do on training images, with another network (ResNet-32). Seconds are CPU time of one thread on a busy machine.
+said in [no data, unlabelled data, training](guide/no-data.md). Settings were chosen by how well layers that were fitted
+to made inputs do on training images, with another network (ResNet-32). Seconds are CPU time of one thread on a busy
+machine.
 
 Written by `python -m tools.bench_synthetic` ({machine}; {versions}).
 

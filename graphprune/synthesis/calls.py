@@ -19,7 +19,7 @@ from .files import Store, fingerprint
 from .fitting import Fitting
 from .form import Form
 from .made import Batch, SyntheticInputs
-from .running import check_values, model_at_rest
+from .running import check_values, differentiable, model_at_rest
 from .tokens import MOST as MOST_SEQUENCES
 from .tokens import speaker_of
 
@@ -76,6 +76,7 @@ def synthesize(
     example = ExampleInput.of(example_input)
     form = Form.of(example)
     begun = time.perf_counter()
+    model = differentiable(model)
     with model_at_rest(model):
         place, size, make = _maker(model, form, checked)
         size = min(size, n) if batch_size is None else batch_size
@@ -149,6 +150,7 @@ class Synthetic:
                 raise GraphPruneError(f"{name}: expected an integer of at least {least}, got {value!r}")
             object.__setattr__(self, name, int(value))
 
+    @door("model", exact=True)
     def inputs(self, model: nn.Module, example_input: Any, progress: ProgressOption = None) -> SyntheticInputs:
         """Those of this model as it is now."""
         key = fingerprint(model, Form.of(ExampleInput.of(example_input)))

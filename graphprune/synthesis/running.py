@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..errors import GraphPruneError
+from ..plans.surgery import clone_with
 from ..support.randomness import seed_epoch
 from ..support.restoring import restored
 from ..support.walking import all_modules, first_names, named_tensors
@@ -68,6 +69,11 @@ def check_values(model: nn.Module) -> None:
     """Raise GraphPruneError for a model without values."""
     if any(t.is_meta for t in named_tensors(model).values()):
         raise GraphPruneError("synthesize: the model is on the meta device and has no values; load its weights first")
+
+
+def differentiable(model: nn.Module) -> nn.Module:
+    """The model; a copy of one that was made under `torch.inference_mode()`, which no gradient goes through."""
+    return clone_with(model, {}) if any(t.is_inference() for t in named_tensors(model).values()) else model
 
 
 def device_of(model: nn.Module) -> torch.device:

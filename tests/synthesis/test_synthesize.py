@@ -293,6 +293,17 @@ def test_pictures() -> None:
         flat.images()
 
 
+def test_inference_mode_changes_nothing() -> None:
+    with torch.inference_mode():
+        inside, x = convolutional(), X.clone()
+    model = copy.deepcopy(inside)
+    wanted = synthesize(model, X, 4, steps=2)[0]
+    with torch.inference_mode():
+        found = synthesize(model, x, 4, steps=2)[0]
+    assert not found.is_inference() and torch.equal(found, wanted)
+    assert torch.equal(synthesize(inside, x, 4, steps=2)[0], wanted), "the model was made in it"
+
+
 class Stop(Exception):
     pass
 
