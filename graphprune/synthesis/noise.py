@@ -20,10 +20,13 @@ def smooth(noise: Tensor) -> Tensor:
     axes = tuple(range(2, noise.dim()))
     sizes = tuple(noise.shape[2:])
     factors = _factors(sizes).to(noise.device, noise.real.dtype if noise.is_complex() else noise.dtype)
+    found: Tensor
     if noise.is_complex():
-        return torch.fft.ifftn(torch.fft.fftn(noise, dim=axes) * factors, dim=axes)
-    half = factors[..., : sizes[-1] // 2 + 1]
-    return torch.fft.irfftn(torch.fft.rfftn(noise, dim=axes) * half, s=sizes, dim=axes)
+        found = torch.fft.ifftn(torch.fft.fftn(noise, dim=axes) * factors, dim=axes)
+    else:
+        half = factors[..., : sizes[-1] // 2 + 1]
+        found = torch.fft.irfftn(torch.fft.rfftn(noise, dim=axes) * half, s=sizes, dim=axes)
+    return found
 
 
 @functools.lru_cache(maxsize=16)
