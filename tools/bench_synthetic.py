@@ -1,7 +1,7 @@
 """Accuracy after pruning without any data: channels chosen and layers refitted on inputs made from the network itself.
 
     python -m tools.bench_synthetic                                             # what is on the page but the curve
-    python -m tools.bench_synthetic --models resnet20 --speedups 2 --steps 10 25 50 100    # the curve
+    python -m tools.bench_synthetic --models resnet20 --speedups 2 --steps 10 25 50    # the curve
     python -m tools.bench_synthetic --models resnet32 --held-out                # how settings were looked for
 
 Reads the trained networks and data of GRAPHPRUNE_SHARED_DATA (else ../shared/data beside the checkout) and writes
@@ -19,12 +19,14 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import graphprune
+from graphprune.support.files import make_folder
 from tools._common import write
 from tools.bench_accuracy import DOCS, Task, task
 
@@ -39,7 +41,7 @@ KINDS = ("made", "noise", "real")
 
 
 def inputs_of(
-    name: str, made: Task, kind: str, n: int, steps: int, seed: int
+    name: str, made: Task, kind: str, n: int, steps: int, seed: int, keep: Path | None
 ) -> tuple[Sequence[Any], float, dict[str, Any]]:
     """Batches, CPU seconds for them, and what else is said of them."""
     shape = SHAPES.get(name, (3, 32, 32))
@@ -49,13 +51,17 @@ def inputs_of(
     if kind == "real":
         return list(torch.cat(list(made.data))[:n].split(128)), 0.0, {}
     start = time.process_time()
-    found = graphprune.synthesize(made.model, torch.randn((2, *shape), generator=generator), n, steps=steps, seed=seed)
+    example = torch.randn((2, *shape), generator=generator)
+    path = None if keep is None else make_folder(keep) / f"{name}-{n}-{steps}-{seed}.safetensors"
+    found = graphprune.synthesize(made.model, example, n, steps=steps, seed=seed, path=path)
     return found, time.process_time() - start, {"before": found.before, "after": found.after}
 
 
-def rows_of(name: str, made: Task, speedups: Sequence[float], asked: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def rows_of(
+    name: str, made: Task, speedups: Sequence[float], asked: dict[str, Any], keep: Path | None
+) -> Iterator[dict[str, Any]]:
     """A row for each speed-up, on the same inputs."""
-    data, seconds, more = inputs_of(name, made, **asked)
+    data, seconds, more = inputs_of(name, made, **asked, keep=keep)
     example: Tensor = torch.randn(2, *SHAPES.get(name, (3, 32, 32)), generator=torch.Generator().manual_seed(0))
     dense = graphprune.count(made.model, example).macs
     for speedup in speedups:
@@ -146,6 +152,7 @@ def main() -> None:
     default = graphprune.Synthetic().steps
     parser.add_argument("--steps", nargs="+", type=int, default=[default])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for made inputs, to go on from")
     parser.add_argument("--held-out", action="store_true", help="measure on held-out training images, write nothing")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -157,7 +164,7 @@ def main() -> None:
         for kind in options.inputs:
             for steps in options.steps if kind == "made" else options.steps[:1]:
                 asked = {"kind": kind, "n": n, "steps": steps, "seed": options.seed}
-                for row in rows_of(name, made, speedups, asked):
+                for row in rows_of(name, made, speedups, asked, options.keep):
                     row["dense"] = dense
                     print(row, flush=True)
                     if not options.held_out:

@@ -31,7 +31,7 @@ def synthesize(
     example_input: Any,
     n: int = 512,
     *,
-    steps: int = 50,
+    steps: int = 100,
     seed: int = 0,
     batch_size: int | None = None,
     path: PathLike | None = None,
@@ -135,7 +135,7 @@ class Synthetic:
     """
 
     n: int = 512
-    steps: int = 50
+    steps: int = 100
     seed: int = 0
     batch_size: int | None = None
     path: PathLike | None = None
