@@ -18,7 +18,18 @@ from .plans.latency import Attempt, Latency
 from .plans.plan import Plan
 from .plans.storage import load, save
 from .plans.verification import VerificationReport, verify
-from .recovery import Distillation, Evaluation, Finetuning, Recovery, carry_optimizer, finetune, recover
+from .recovery import (
+    Distillation,
+    Evaluation,
+    Finetuning,
+    GroupLasso,
+    GroupPenalty,
+    GrowingPenalty,
+    Recovery,
+    carry_optimizer,
+    finetune,
+    recover,
+)
 from .rules import rule
 from .runtimes import LatencyTable, Target, benchmark, export_onnx, latency_table
 from .support.progress import Progress
@@ -49,6 +60,9 @@ __all__ = [
     "GraphPruneWarning",
     "Group",
     "GroupKind",
+    "GroupLasso",
+    "GroupPenalty",
+    "GrowingPenalty",
     "Interface",
     "Latency",
     "LatencyTable",

@@ -60,6 +60,11 @@ def masked() -> nn.Module:
     return sparsity.magnitude(network(), 0.5)
 
 
+def _stepped(penalty: graphprune.GrowingPenalty) -> Any:
+    penalty.step()
+    return penalty.state_dict()
+
+
 def _with_masks(model: Any) -> Any:
     return sparsity.magnitude(model, 0.5) if isinstance(model, nn.Module) else model
 
@@ -102,6 +107,10 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "graphprune.finetune.teacher": lambda m, _: graphprune.finetune(
         network(), DATA, epochs=1, teacher=m, progress=False
     ).model,
+    "graphprune.GroupPenalty.__init__.model": lambda m, _: graphprune.GroupLasso(m, X).settings(),
+    "graphprune.GroupPenalty.on.model": lambda m, _: graphprune.GroupLasso(network(), X).on(m).norms()[0][1],
+    "graphprune.GroupLasso.__init__.model": lambda m, _: graphprune.GroupLasso(m, X).norms()[0][1],
+    "graphprune.GrowingPenalty.__init__.model": lambda m, _: _stepped(graphprune.GrowingPenalty(m, X, steps=3)),
     "graphprune.carry_optimizer.model": lambda m, _: graphprune.carry_optimizer(sgd(m), m, small(), planned()),
     "graphprune.carry_optimizer.small": lambda m, _: _carried(m),
     "graphprune.fit_config.model": lambda m, _: _refused("has no configuration", lambda: graphprune.fit_config(m, X)),

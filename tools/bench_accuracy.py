@@ -2,11 +2,14 @@
 
     python -m tools.bench_accuracy --models resnet56 --speedups 2 3 --images 2000
     python -m tools.bench_accuracy --models resnet20 resnet8 dscnn dncnn minilm --speedups 1.3 1.5 2
+    python -m tools.bench_accuracy --models llama t5 --speedups 1.3 1.5 2 --weights ../trained
 
 Reads the trained networks and data of GRAPHPRUNE_SHARED_DATA (else ../shared/data beside the checkout) and writes
 docs/accuracy.md and docs/accuracy.json. Calibration inputs are training images (ResNets), or what is there otherwise:
 the first half of the keywords, whose second half is then the test set; other images with other noise for DnCNN;
-sentences of the development split for MiniLM (the test split is measured). Torch-Pruning may only cut the inner
+sentences of the development split for MiniLM (the test split is measured). The small Llama and T5 are trained here on
+the training sentences of SST-2, a few minutes each, and kept in the folder --weights; calibration inputs are some of
+the same sentences, and the test sentences are measured (tools/_text_networks.py). Torch-Pruning may only cut the inner
 channels of blocks whose shortcuts pad with zeros, and the neurons of MLPs: it fails on the rest.
 Rows measured before are kept and replaced one by one.
 """
@@ -18,6 +21,7 @@ import copy
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -33,11 +37,12 @@ import torch_pruning
 from torch import nn
 
 import graphprune
+from tools import _text_networks as text_networks
 from tools._common import write
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-METHODS = ["nothing", "mean", "batchnorm", "least_squares"]
+METHODS = ["nothing", "mean", "moments", "batchnorm", "least_squares"]
 
 
 def loaders() -> types.ModuleType:
@@ -62,6 +67,7 @@ class Task:
     unit: str
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     selection: int | None = None  # batches that channels are chosen with; all where None
+    new_bias: tuple[bool | None, ...] = (None,)  # as repairs are told, one row each
     held: Callable[[str], bool] = lambda name: False
     """Layers that Torch-Pruning must leave alone: it fails on shortcuts that pad channels with zeros, and on heads."""
 
@@ -124,7 +130,27 @@ def sentences(images: int, held_out: bool) -> Task:
     return Task(net, example, [data[i] for i in order], measure, "Spearman x 100", options, held=held)
 
 
-def task(name: str, images: int, held_out: bool) -> Task:
+def written(name: str, images: int, held_out: bool, weights: Path | None) -> Task:
+    """The Llama or the T5 of `tools._text_networks`."""
+    shared = loaders()
+    texts, tested = ([text for text, _ in shared.sst2(part)] for part in ("train", "dev" if held_out else "test"))
+    learnt = text_networks.TASKS[name](texts)
+    asked = text_networks.batches(learnt.examples(tested), 32)
+    answers = sum(int((wanted != text_networks.PAD).sum()) for _, wanted in asked)
+    unit = f"{learnt.said} said right of {answers:,}, % ± {50 / answers**0.5:.2f}"
+    data = [inputs for inputs, _ in text_networks.batches(learnt.examples(texts)[:images], 16)]
+    model = text_networks.trained(learnt, learnt.examples(texts), weights)
+
+    def held(layer: str) -> bool:  # all but the neurons of the MLPs
+        return not any(part in layer for part in ("gate_proj", "up_proj", "wi_"))
+
+    measure = functools.partial(text_networks.right, data=asked)
+    return Task(model, data[0], data, measure, unit, new_bias=(None, True), held=held)
+
+
+def task(name: str, images: int, held_out: bool, weights: Path | None = None) -> Task:
+    if name in text_networks.TASKS:
+        return written(name, images, held_out, weights)
     if name == "dscnn":
         return keywords(images)
     if name == "dncnn":
@@ -209,14 +235,16 @@ def measure_model(name: str, made: Task, speedup: float, only: str | None, metho
     planned = time.perf_counter() - start
     if "nothing" in methods:
         row("reconstruction", plan.apply(made.model), planned)
-    for method in (m for m in methods if m != "nothing"):
+    for method, new_bias in itertools.product((m for m in methods if m != "nothing"), made.new_bias):
         start = time.perf_counter()
         try:
-            model = graphprune.recover(made.model, plan, made.example, made.data, method).model
+            found = graphprune.recover(made.model, plan, made.example, made.data, method, new_bias=new_bias)
         except graphprune.GraphPruneError as error:
             print(f"{name}: {error}")
             continue
-        row(f"reconstruction + {method}", model, planned + time.perf_counter() - start)
+        print(found)
+        label = f"reconstruction + {method}" + (" with new biases" if new_bias else "")
+        row(label, found.model, planned + time.perf_counter() - start)
     return rows
 
 
@@ -250,7 +278,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 HEADER = """# Accuracy without training
 
 Pruned to a budget of multiply-accumulates, no labels, no training; whole test sets. "reconstruction" is the selection
-alone, "+ mean", "+ batchnorm" and "+ least_squares" what recovery makes of the same plan. Torch-Pruning at the uniform
+alone, "+ mean", "+ moments" (without data), "+ batchnorm" and "+ least_squares" what recovery makes of the same plan.
+Torch-Pruning at the uniform
 ratio that reaches the same budget, each of its criteria that needs no data. Seconds: planning and recovery together,
 the longest of the row, on a machine shared with other work. Tables "on held-out training data" confirm the settings
 on images that calibration does not use; the dense ResNets have seen them in their training.
@@ -268,12 +297,13 @@ def main() -> None:
     parser.add_argument("--held-out", action="store_true", help="measure on held-out training images, write nothing")
     parser.add_argument("--record", action="store_true", help="write held-out figures too, as a table of their own")
     parser.add_argument("--only", choices=["ours", "peers"], help="measure one side alone")
+    parser.add_argument("--weights", type=Path, help="a folder for trained networks; default: they are trained anew")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     target = DOCS / "accuracy.json"
     for name in options.models:
-        made = task(name, options.images, options.held_out)
+        made = task(name, options.images, options.held_out, options.weights)
         images = sum(len(d["input_ids"]) if isinstance(d, dict) else len(d) for d in made.data)
         if options.select_images:
             made.selection = max(1, round(len(made.data) * options.select_images / images))

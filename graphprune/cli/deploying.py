@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +20,7 @@ from .terminal import (
     ModelArgument,
     PlanOption,
     PrunedOption,
+    QuietOption,
     RatioOption,
     SeedOption,
     ShapeOption,
@@ -55,13 +55,14 @@ def export(
         bool | None, typer.Option("--external-data/--one-file", help="Weights in a second file.", show_default=False)
     ] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Write a model as ONNX, pruned where --pruned, --plan or --ratio says so, and compare the file with PyTorch."""
     if sum(option is not None for option in (plan, ratio, pruned)) > 1:
         raise typer.BadParameter("give only one of --pruned, --plan and --ratio", param_hint="--ratio")
     pruning = plan is not None or ratio is not None
     wanted = parse_ratio(ratio) if ratio is not None else None
-    with working(3 if pruning else 2) as work:
+    with working("export", quiet) as work:
         work.step("building the model")
         check_target(path)
         loaded = load_factory(model, weights=weights, seed=seed)
@@ -139,6 +140,7 @@ def bench(
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare exports with PyTorch.")] = True,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the latencies, as .png or .svg.")] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure models side by side in ONNX Runtime: latency, speed-up with its interval, size."""
     specs = named_models(models)
@@ -146,7 +148,7 @@ def bench(
     options = dict(item.partition("=")[::2] for item in provider_option or ())
     if not all(options) or any("=" not in item for item in provider_option or ()):
         raise typer.BadParameter("expected KEY=VALUE", param_hint="--provider-option")
-    with working(2) as work:
+    with working("bench", quiet) as work:
         work.step("building the models")
         if plot is not None:
             check_target(plot)
@@ -160,7 +162,7 @@ def bench(
                 candidates[name] = made[-1].model
         files = [spec for spec in specs.values() if spec.endswith(".onnx")]
         example = common_input(made, files, input_shape or (), seed)
-        work.stop()  # the benchmark has a bar of its own
+        work.step("measuring")
         report = benchmark(
             candidates,
             example,
@@ -176,7 +178,6 @@ def bench(
             opset=opset,
             check=check,
             seed=seed,
-            progress=sys.stderr.isatty(),
         )
         if plot is not None:
             report.plot(plot)

@@ -17,6 +17,7 @@ from .terminal import (
     ExplainOption,
     JsonOption,
     ModelArgument,
+    QuietOption,
     SeedOption,
     ShapeOption,
     WeightsOption,
@@ -33,9 +34,10 @@ def inspect(
     explain: ExplainOption = None,
     draw: DrawOption = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Show what can be pruned, what cannot and why, parameters and MACs. Changes nothing."""
-    with working(4) as work:
+    with working("inspect", quiet) as work:
         work.step("building the model")
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)
@@ -102,9 +104,10 @@ def doctor(
     sort: Annotated[str, typer.Option(help="What makes a blocker dear: parameters or macs.")] = "parameters",
     limit: Annotated[int, typer.Option(help="Lines of each table; 0 for all.", min=0)] = 20,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Say what can be pruned, what blocks the rest, at which line, and what that costs. Changes nothing."""
-    with working(2) as work:
+    with working("doctor", quiet) as work:
         work.step("building the model")
         loaded = load_factory(model, weights=weights, seed=seed)
         work.step("looking")
@@ -129,9 +132,10 @@ def advise(
     weights: WeightsOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Recommend a method for a model and a goal, with numbers from the model itself. Changes nothing."""
-    with working(2) as work:
+    with working("advise", quiet) as work:
         work.step("building the model")
         loaded = load_factory(model, weights=weights, seed=seed)
         batches, held_out = (None, None) if data is None else load_data(data, seed=seed)

@@ -30,6 +30,7 @@ from .terminal import (
     ModelArgument,
     ModeOption,
     ProviderOption,
+    QuietOption,
     RatioOption,
     RecoverOption,
     RoundOption,
@@ -83,6 +84,7 @@ def prune(
     allow_nothing: AllowOption = False,
     verify_it: VerifyOption = True,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Prune a model, prove it, and write the plan (JSON) and the pruned model (safetensors)."""
     if ratio and budget:
@@ -99,7 +101,7 @@ def prune(
     }
     method = None if recover == "none" else recover
     check_method(method, data)
-    with working(6) as work:
+    with working("prune", quiet) as work:
         work.step("building the model")
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ..errors import GraphPruneError, GraphPruneWarning
@@ -21,6 +19,7 @@ from ..planning.allocation import BUDGETS, Budget
 from ..planning.request import GRANULARITIES
 from ..plans.verification import VerificationReport
 from ..runtimes.latency import Target
+from ..support.progress import reporting, stage
 from ..support.tables import Column, render, table
 from ..tracing.counting import Count, at_batch_size
 from .factories import InputShape
@@ -184,35 +183,30 @@ DrawOption = Annotated[
     typer.Option("--draw", "--dot", "--svg", metavar="FILE", help="Draw as .dot, .svg, .png or .pdf. Repeatable."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No line of progress on the terminal.")]
 
 
 class Work:
-    """Progress of one command on standard error."""
+    """What one command does, step by step, each a stage of its progress."""
 
-    def __init__(self, bar: Progress, steps: int) -> None:
-        self._bar = bar
-        self._task = bar.add_task("", total=steps)
-        self._begun = False
+    def __init__(self) -> None:
+        self.steps = contextlib.ExitStack()
 
     def step(self, text: str) -> None:
         """Say what begins now; what was going on before is done."""
-        self._bar.update(self._task, description=text, advance=1 if self._begun else 0)
-        self._begun = True
-
-    def stop(self) -> None:
-        """Give the terminal to another progress bar."""
-        self._bar.stop()
+        self.steps.close()
+        self.steps.enter_context(stage(text))
 
 
 @contextlib.contextmanager
-def working(steps: int) -> Iterator[Work]:
-    """Progress while inside; models print to standard error; errors of the user end the program with status 1."""
-    columns = (SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(), MofNCompleteColumn())
+def working(command: str, quiet: bool) -> Iterator[Work]:
+    """Progress while inside, unless `quiet`; models print to standard error; errors of the user end the program with
+    status 1."""
+    work = Work()
     try:
-        console = Console(stderr=True)
-        bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not console.is_terminal)
-        with bar, contextlib.redirect_stdout(sys.stderr), _warnings_told():
-            yield Work(bar, steps)
+        told = reporting(False if quiet else None, command)
+        with told, work.steps, contextlib.redirect_stdout(sys.stderr), _warnings_told():
+            yield work
     except (GraphPruneError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         typer.echo("error: " + " | ".join(lines), err=True)

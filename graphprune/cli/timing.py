@@ -11,7 +11,7 @@ from ..runtimes import latency_table
 from ..runtimes.latency import Target
 from ..support.files import check_target
 from .factories import load_factory
-from .terminal import JsonOption, ModelArgument, SeedOption, ShapeOption, WeightsOption, show, working
+from .terminal import JsonOption, ModelArgument, QuietOption, SeedOption, ShapeOption, WeightsOption, show, working
 
 
 def write_table(
@@ -23,9 +23,10 @@ def write_table(
     provider: Annotated[str, typer.Option(help="auto, cpu, cuda or a full name.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads inside a node.", min=1)] = 1,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Measure what planning with a latency budget looks up, for use on another machine (prune --latency-table)."""
-    with working(2) as work:
+    with working("latency-table", quiet) as work:
         work.step("building the model")
         check_target(path)
         loaded = load_factory(model, weights=weights, seed=seed)

@@ -17,6 +17,7 @@ from .terminal import (
     AllowOption,
     JsonOption,
     ModelArgument,
+    QuietOption,
     SeedOption,
     ShapeOption,
     WeightsOption,
@@ -93,6 +94,13 @@ def run_pipeline(
     distil: Annotated[
         bool, typer.Option("--distil", help="Learn from the dense network too.", rich_help_panel=_TRAINING)
     ] = False,
+    regularize: Annotated[
+        str | None,
+        typer.Option(
+            help="lasso or growing: drive weak channels to zero before pruning (needs --train-epochs).",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Epochs without a better score before stopping.", rich_help_panel=_TRAINING)
     ] = None,
@@ -107,10 +115,11 @@ def run_pipeline(
         typer.Option(metavar="FILE", help="Write the report as .html, .md, .csv or .txt too. Repeatable."),
     ] = None,
     as_json: JsonOption = False,
+    quiet: QuietOption = False,
 ) -> None:
     """Train a model, prune it at once or gradually, fine-tune it, write the weights and a report."""
     options = parse_options(option)
-    with working(3) as work:
+    with working("pipeline", quiet) as work:
         work.step("building the model")
         for path in report or ():
             check_target(path)
@@ -118,7 +127,7 @@ def run_pipeline(
         example = loaded.input(input_shape or (), seed)
         batches, held_out = load_data(data, seed=seed)
         calibrating = None if calibration is None else load_data(calibration, seed=seed)[0]
-        work.stop()  # training has bars of its own
+        work.step("training and pruning")
         done = pipeline(
             loaded.model,
             example,
@@ -135,6 +144,7 @@ def run_pipeline(
             optimizer=optimizer,
             lr=lr,
             distillation=distil,
+            regularize=regularize,
             recover=recover,
             calibration=calibrating,
             evaluate=held_out,

@@ -14,7 +14,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import fx
 
-from ..tracing.operators import Kind, Sliding, form_of, given, kind_of, operator_of
+from ..tracing.operators import Kind, Sliding, form_of, given, operator_of
 from ..tracing.origin import TensorSize
 from ..tracing.recorder import Guard, TensorMeta
 from ..tracing.trace import Trace
@@ -215,19 +215,17 @@ def analyse(trace: Trace, rewritten: Rewritten = NOTHING_REWRITTEN) -> Analysis:
     nodes = list(trace.graph.nodes)
     run = _Propagation(trace, nodes, rewritten)
     passes = run.settle()
-    held = [*run.unsettled(), *_plain_numbers(run.effects, nodes)]
+    held = [*run.unsettled(), *_plain_numbers(run.effects, trace)]
     tied = _components(run.dims, run.effects)
     label = _held(tied, (positions for e in run.effects.values() for positions, _ in e.freezes))
     found = Analysis(trace, run.dims, run.states, run.effects, passes, tied, label, rewritten=rewritten)
     return found.freezing(held)
 
 
-def _plain_numbers(effects: Mapping[fx.Node, Effects], nodes: list[fx.Node]) -> Iterator[Freeze]:
+def _plain_numbers(effects: Mapping[fx.Node, Effects], trace: Trace) -> Iterator[Freeze]:
     """`y * float(y.mean())`: a number that the code reads out of a tensor is lost sight of. It must stay what it is, so
     nothing may go that a mean, a norm or a softmax on the way to it runs over."""
-    for node in nodes:
-        if kind_of(node) is not Kind.READING:
-            continue
+    for node in trace.calls.get(Kind.READING, ()):
         meta = node.all_input_nodes[0].meta.get("val") if node.all_input_nodes else None
         if not getattr(meta, "dtype", torch.bool).is_floating_point:
             continue
@@ -237,7 +235,7 @@ def _plain_numbers(effects: Mapping[fx.Node, Effects], nodes: list[fx.Node]) -> 
                 if source not in seen:
                     seen.add(source)
                     todo.append(source)
-        found = [p for n in nodes if n in seen for p in effects[n].statistics]
+        found = [p for n in trace.graph.nodes if n in seen for p in effects[n].statistics]
         if found:
             reason = Reason("values", "a number that the code reads from a tensor depends on all of them", node)
             yield np.unique(np.concatenate(found)), reason

@@ -44,12 +44,13 @@ class NodeContext:
         self.dims = dims
         self.rewritten = rewritten
         self.effects = Effects()
+        self._args = node.args
 
     # -- operands
 
     def arg(self, position: int, name: str = "", default: Any = None) -> Any:
         """A raw argument by position or name."""
-        args = self.node.args
+        args = self._args
         if position < len(args):
             return args[position]
         return self.node.kwargs.get(name, default)

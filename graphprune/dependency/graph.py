@@ -155,21 +155,28 @@ class DependencyGraph:
         """The statements that froze what these positions are tied to."""
         if positions is None:
             return ()
+        which, sets = self._statements
+        found = which[np.unique(self._analysis.tied[positions])]
         out: dict[str, Reason] = {}
-        for label in np.unique(self._analysis.tied[positions]).tolist():
-            for text, reason in self._reasons_by_label.get(label, {}).items():
+        for index in found[np.sort(np.unique(found, return_index=True)[1])].tolist():
+            for text, reason in sets[index].items():
                 out.setdefault(text, reason)
         return tuple(out.values())[:6]
 
     @functools.cached_property
-    def _reasons_by_label(self) -> dict[int, dict[str, Reason]]:
-        """Component number (of `Analysis.tied`) -> the statements that freeze it, by their text."""
-        found: dict[int, dict[str, Reason]] = {}
+    def _statements(self) -> tuple[Ints, list[dict[str, Reason]]]:
+        """Component number (of `Analysis.tied`) -> which set of statements freezes it, and these sets by text."""
+        tied = self._analysis.tied
+        which = np.zeros(int(tied.max(initial=-1)) + 1, np.int64)
+        sets: list[dict[str, Reason]] = [{}]
         for frozen, reason in self._analysis.freezes:
-            text = str(reason)
-            for label in np.unique(self._analysis.tied[frozen]).tolist():
-                found.setdefault(label, {}).setdefault(text, reason)
-        return found
+            labels, text = np.unique(tied[frozen]), str(reason)
+            before = which[labels]
+            for index in np.unique(before).tolist():
+                if text not in sets[index]:
+                    which[labels[before == index]] = len(sets)
+                    sets.append({**sets[index], text: reason})
+        return which, sets
 
     def explain(self, parameter: str) -> str:
         """For each axis of a parameter: the group it belongs to and what it is tied to, or why it is frozen.

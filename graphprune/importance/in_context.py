@@ -18,7 +18,7 @@ from ..tracing.example import ExampleInput, flatten_tensors
 from ..tracing.operators import Kind, function_name, named
 from ..tracing.state import evaluating, unfused
 from ..tracing.trace import run_model
-from .calibration import Calibration, Reader, as_weight
+from .calibration import Calibration, Reader, as_weight, without_loss
 
 # The shares of a group that are taken away for a measurement, all but one unit at the end, and how many samples all
 # measurements of a network run together; each runs at least 8 and at most 64.
@@ -98,7 +98,8 @@ def _outputs(calibration: Calibration) -> list[Tensor]:
     out: list[Tensor] = []
     with torch.no_grad(), evaluating(calibration.model), unfused():
         for example in calibration.cached(_examples):
-            results = flatten_tensors(run_model(calibration.model, example.clone(), "data"))
+            made = run_model(calibration.model, example.clone(), "data")
+            results = without_loss(flatten_tensors(made), made)
             out += [r.double() for r in results if r.is_floating_point()]
     return out
 

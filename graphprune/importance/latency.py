@@ -13,6 +13,7 @@ from torch import nn
 from ..dependency.whole.blocks import Block
 from ..errors import GraphPruneError
 from ..plans.surgery import remove_layers
+from ..support.progress import watched
 from ..tracing.example import ExampleInput
 from ..tracing.state import evaluating
 from ..tracing.trace import run_model
@@ -44,11 +45,11 @@ def measured_gains(model: nn.Module, blocks: Sequence[Block], example: ExampleIn
     `cost(network)`: a finite number, such as milliseconds on the device that counts, energy or bytes; None for
     `milliseconds`. A network that does not run without a layer gets infinity: that layer goes last.
     """
-    runs = [_runs(model, block, example) for block in blocks]
+    runs = [_runs(model, block, example) for block in watched(blocks, "running without", len(blocks), "layers")]
 
     def networks() -> Iterator[nn.Module]:
         yield model
-        for block, works in zip(blocks, runs, strict=True):
+        for block, works in watched(zip(blocks, runs, strict=True), "measuring without", len(blocks), "layers"):
             if works:
                 yield _without(model, block)
 

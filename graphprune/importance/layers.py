@@ -12,19 +12,20 @@ from torch import Tensor, nn
 from ..dependency.whole.blocks import Block
 from ..dependency.whole.bypassing import Change, changed, left_out
 from ..errors import GraphPruneError
+from ..support.progress import stage
 from ..support.suggestions import check_choice
 from ..support.types import LossFunction
 from ..tracing.example import ExampleInput, result_tensors
 from ..tracing.state import evaluating
 from ..tracing.trace import run_model
-from .calibration import CalibrationData
+from .calibration import CalibrationData, batch_loss, without_loss
 from .latency import Cost, measured_gains
 
 LAYER_CRITERIA = ("block_influence", "output", "taylor", "loss", "magnitude", "latency")
 _NEED_LOSS = ("taylor", "loss")
 
 
-def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any, branches: bool = False) -> str | Cost:
+def check_layer_criterion(criterion: Any, data: Any, branches: bool = False) -> str | Cost:
     """The criterion's name, or the function that it is; None is "block_influence", or "output" for branches.
 
     Raises GraphPruneError for unknown ones and missing data.
@@ -35,9 +36,10 @@ def check_layer_criterion(criterion: Any, data: Any, loss_fn: Any, branches: boo
     if callable(name):
         return cast("Cost", name)
     check_choice("criterion", name, LAYER_CRITERIA, "a function of a network, for layers")
-    if name in _NEED_LOSS and (data is None or loss_fn is None):
+    if name in _NEED_LOSS and data is None:
         raise GraphPruneError(
-            f'criterion={name!r} needs data= with pairs (inputs, targets) and loss_fn=; "magnitude" needs neither'
+            f"criterion={name!r} needs data= with pairs (inputs, targets), or with the labels that the model takes; "
+            f'"magnitude" needs none'
         )
     return str(name)
 
@@ -50,7 +52,8 @@ def layer_scores(
     loss_fn: LossFunction | None,
     example: ExampleInput | None = None,
 ) -> list[float]:
-    """One score per block, the least important lowest. `batches` yields pairs (inputs, targets).
+    """One score per block, the least important lowest. `batches` yields pairs (inputs, targets); `loss_fn`: as in
+    `batch_loss`.
 
     - "block_influence": 1 - cos(input, result), the mean over tokens for results of shape (batch, tokens, channels) as
       in Men et al., ShortGPT, 2024, else the mean over samples. Needs no loss.
@@ -73,14 +76,15 @@ def layer_scores(
     if criterion == "latency" or not isinstance(criterion, str):
         given = example if example is not None else next(iter(batches))[0]
         return measured_gains(model, blocks, given, None if isinstance(criterion, str) else criterion)
-    assert loss_fn is not None
     if criterion == "taylor":
         return _taylor(model, blocks, batches, loss_fn)
     whole = _mean_loss(model, batches, loss_fn)
     out = []
-    for block in blocks:
-        with changed(model, [(block, left_out(block))]):
-            out.append(_mean_loss(model, batches, loss_fn) - whole)
+    with stage("layers left out", len(blocks), "layers") as now:
+        for block in blocks:
+            with changed(model, [(block, left_out(block))]):
+                out.append(_mean_loss(model, batches, loss_fn) - whole)
+            now.advance()
     return out
 
 
@@ -125,11 +129,12 @@ def _output_change(model: nn.Module, blocks: Sequence[Block], batches: Any) -> l
 
 def float_outputs(model: nn.Module, example: ExampleInput) -> list[Tensor]:
     """The floating point outputs of one run, in double precision."""
-    found = result_tensors(run_model(model, example.clone(), "data"))
+    made = run_model(model, example.clone(), "data")
+    found = without_loss(result_tensors(made), made)
     return [t.detach().double() for t in found if t.is_floating_point()]
 
 
-def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: LossFunction) -> list[float]:
+def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: LossFunction | None) -> list[float]:
     sums = [0.0] * len(blocks)
     samples = 0
     flags = [(p, p.requires_grad) for p in model.parameters()]
@@ -163,7 +168,7 @@ def _taylor(model: nn.Module, blocks: Sequence[Block], batches: Any, loss_fn: Lo
     return [s / max(samples, 1) for s in sums]
 
 
-def _mean_loss(model: nn.Module, batches: Any, loss_fn: LossFunction) -> float:
+def _mean_loss(model: nn.Module, batches: Any, loss_fn: LossFunction | None) -> float:
     total, samples = 0.0, 0
     for index, (example, targets) in enumerate(batches):
         with evaluating(model):
@@ -174,18 +179,8 @@ def _mean_loss(model: nn.Module, batches: Any, loss_fn: LossFunction) -> float:
 
 
 def _loss(
-    model: nn.Module, example: ExampleInput, targets: Any, loss_fn: LossFunction, index: int
+    model: nn.Module, example: ExampleInput, targets: Any, loss_fn: LossFunction | None, index: int
 ) -> tuple[Tensor, int]:
     """The mean loss of a batch, and how many samples it has."""
-    if targets is None:
-        raise GraphPruneError(
-            f"data: batch {index} has no targets, and the criterion needs a loss; yield pairs (inputs, targets)"
-        )
-    output = run_model(model, example.clone(), "data")
-    try:
-        loss = loss_fn(output, targets)
-    except Exception as error:
-        raise GraphPruneError(f"loss_fn failed on batch {index}: {type(error).__name__}: {error}") from error
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise GraphPruneError("loss_fn: expected the mean loss of the batch, a scalar tensor")
-    return loss.reshape(()), next((t.shape[0] for t in example.tensors() if t.dim()), 1)
+    loss = batch_loss(loss_fn, run_model(model, example.clone(), "data"), example, targets, index)
+    return loss, next((t.shape[0] for t in example.tensors() if t.dim()), 1)

@@ -68,17 +68,12 @@ class Criterion:
     normaliser: How | None = "mean"
     folded: bool = False
 
-    def check_data(self, data: Any, loss_fn: Any) -> None:
-        """Raise GraphPruneError, naming the missing argument, unless what the criterion needs was passed."""
+    def check_data(self, data: Any) -> None:
+        """Raise GraphPruneError unless the data that the criterion needs were passed."""
         if self.needs is not None and data is None:
-            pairs = "(inputs, targets)" if self.needs == "loss" else "inputs"
+            pairs = "(inputs, targets), or dicts with the model's labels" if self.needs == "loss" else "inputs"
             raise GraphPruneError(
                 f"criterion '{self.name}' needs data: pass data=, a loader or list of batches that yields {pairs}"
-            )
-        if self.needs == "loss" and not callable(loss_fn):
-            raise GraphPruneError(
-                f"criterion '{self.name}' needs a loss: pass loss_fn=, a function (output, targets) -> scalar, such as "
-                f"torch.nn.functional.cross_entropy"
             )
 
     def __call__(self, context: ImportanceContext, group: Group) -> Floats:

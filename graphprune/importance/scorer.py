@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from ..dependency import DependencyGraph
+from ..dependency import DependencyGraph, Group
 from ..plans.surgery import Fold, fold_names, folded_tensors
+from ..support.progress import stage
 from ..support.walking import all_modules, named_tensors
 from ..tracing.trace import Trace
 from . import BatchNormLink, Criterion, ImportanceContext, normalise
@@ -48,14 +49,18 @@ class Scorer:
         self.cache: dict[tuple[Any, ...], np.ndarray] = {}
 
     def __call__(self, graph: DependencyGraph) -> dict[int, np.ndarray]:
-        out = {}
-        for group in graph.groups:
-            key = tuple((m.parameter, m.axis, m.positions.tobytes()) for m in group.members)
-            if key not in self.cache:
-                if self.meta:  # no weights to look at: keep the first ones
-                    scores = np.arange(group.size, 0, -1, dtype=np.float64)
-                else:
-                    scores = self.criterion(self.context, group)
-                self.cache[key] = normalise(scores, self.criterion.normaliser) if self.normalised else scores
-            out[group.index] = self.cache[key]
-        return out
+        keys = {g.index: tuple((m.parameter, m.axis, m.positions.tobytes()) for m in g.members) for g in graph.groups}
+        new = [group for group in graph.groups if keys[group.index] not in self.cache]
+        with stage("ranking", len(new), "groups") as now:
+            for group in new:
+                now.tell(group.name)
+                self.cache[keys[group.index]] = self._scores(group)
+                now.advance()
+        return {index: self.cache[key] for index, key in keys.items()}
+
+    def _scores(self, group: Group) -> np.ndarray:
+        if self.meta:  # no weights to look at: keep the first ones
+            scores = np.arange(group.size, 0, -1, dtype=np.float64)
+        else:
+            scores = self.criterion(self.context, group)
+        return normalise(scores, self.criterion.normaliser) if self.normalised else scores

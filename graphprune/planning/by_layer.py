@@ -28,7 +28,7 @@ class WholeLayers(Granularity):
     def check(self, request: Request) -> None:
         """Raise GraphPruneError for ratios by name, limits that no layer has, and criteria that rank no layers."""
         check_alone(request)
-        check_layer_criterion(request.criterion, request.data, request.loss_fn, self.branches)
+        check_layer_criterion(request.criterion, request.data, self.branches)
 
     def decide(self, model: nn.Module, example: Any, request: Request) -> Decision:
         """The plan for a model."""
@@ -63,7 +63,7 @@ class LayersAndWidths(Granularity):
                 f"prune(prune(model, x, 0.3, granularity={whole!r}), x, 0.3)"
             )
         self.widths.check(request)
-        check_layer_criterion(request.layer_criterion, request.data, request.loss_fn, self.layers.branches)
+        check_layer_criterion(request.layer_criterion, request.data, self.layers.branches)
 
     def decide(self, model: nn.Module, example: Any, request: Request) -> Decision:
         """The plan for a model."""

@@ -17,6 +17,7 @@ from ..importance.calibration.source import CalibrationSource
 from ..plans.plan import Plan
 from ..plans.rewriting import Rewriter
 from ..runtimes.latency import Target
+from ..support.progress import stage
 from ..support.suggestions import check_choice
 from ..tracing.pause import paused_collector
 from .allocation import Forecasts, Kinds
@@ -38,7 +39,7 @@ class Widths(Granularity):
 
     def check(self, request: Request) -> None:
         """Raise GraphPruneError for unknown criteria, and those that lack what they need."""
-        resolve_criterion(request.criterion).check_data(request.data, request.loss_fn)
+        resolve_criterion(request.criterion).check_data(request.data)
 
     def decide(self, model: nn.Module, example: Any, request: Request) -> Decision:
         """The plan for a model."""
@@ -105,7 +106,8 @@ def narrowed(model: nn.Module, example: Any, request: Request, forecast: Forecas
         rewriter = None if request.output == "module" else Rewriter(model, example, request.output)
         settings = settings_of(request)
         while True:  # every round rewrites one module more, or gives one up
-            graph = trace(model, example) if rewriter is None else rewriter.graph()
+            with stage("tracing"):
+                graph = trace(model, example) if rewriter is None else rewriter.graph()
             found = plan_once(model, graph, request, settings, source, rewriter, forecast)
             if found is not None:
                 held, plan = found

@@ -14,6 +14,7 @@ from ..recovery import auto_possible, check_method
 from ..recovery import recover as recover_accuracy
 from ..runtimes.latency import Target
 from ..support.doors import door
+from ..support.progress import ProgressOption, reported, stage
 from ..support.types import Ignore, LossFunction
 from ..tracing.pause import paused_collector
 from .allocation import Budget, RoundTo
@@ -22,6 +23,7 @@ from .shortfall import shortfall, tell
 
 
 @door("model", exact=True)
+@reported("planning")
 def plan(
     model: nn.Module,
     example_input: Any,
@@ -44,6 +46,7 @@ def plan(
     layer_criterion: Any = None,
     strict: bool = False,
     sizes: Mapping[str, str] | None = None,
+    progress: ProgressOption = None,
 ) -> Plan:
     """Decide what to remove from `model`, without changing it.
 
@@ -61,9 +64,9 @@ def plan(
     - `scope`: "local" ranks inside each group, "global" across all groups, "isomorphic" across groups of the same
       structure (Fang et al., ECCV 2024).
     - `criterion`: "flow" (default), "l1", "l2", "bn_scale", "fpgm", "lamp", "random"; with `data` "reconstruction",
-      "activation_mean", "activation_variance", "apoz", "wanda", "hrank", "chip"; with `data` and `loss_fn` "taylor",
-      "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or an
-      importance object of the torch_pruning library.
+      "activation_mean", "activation_variance", "apoz", "wanda", "hrank", "chip"; with `data` that have targets
+      "taylor", "taylor_gate", "fisher", "hessian"; any function registered with `graphprune.criterion`, a callable, or
+      an importance object of the torch_pruning library.
     - `round_to`: which widths are kept. "auto" (default): those that were at least as fast as the next larger ones in
       every runtime measured (docs/widths.md): multiples of 16 from 32 on, of 8 from 16, of 4 from 4; any number of
       whole heads. A group gets the width above or below what the ratio leaves it, the least important channels first,
@@ -94,9 +97,12 @@ def plan(
     - `fold_bn`: merge batch norms into the layers before them (default). With False they stay for later training;
       what goes is the same.
     - `seed`: for the criterion "random".
-    - `data`: calibration batches for criteria that need them: a DataLoader or a list that yields inputs, or (inputs,
-      targets) for those that need a loss. `loss_fn(output, targets)`: that loss, a scalar. Where there are no data,
-      `graphprune.Synthetic(n=512)`: inputs made from the model itself (see `graphprune.synthesize`).
+    - `data`: calibration batches for criteria that need them, as `finetune` takes them: a DataLoader or a list that
+      yields inputs, or (inputs, targets) for those that need a loss. Inputs are a tensor, a tuple of positional
+      arguments, or a dict of keyword arguments. `loss_fn(output, targets)`: that loss, a scalar; default cross-entropy
+      of logits and class numbers, or, for dicts with the labels that the model takes, the loss that it returns itself
+      (`output.loss`). For dicts a `loss_fn` gets the dict as targets. Criteria without a loss look at no labels. Where
+      there are no data, `graphprune.Synthetic(n=512)`: inputs made from the model itself (see `graphprune.synthesize`).
     - `output`: what happens where a size written in the user's code blocks. "module" (default): those channels stay,
       and the plan names the line. "hybrid": the smallest module whose own code blocks is replaced by a
       `torch.fx.GraphModule` of its recorded calls, sizes rewritten; everything else keeps its class. "graph": the whole
@@ -121,6 +127,11 @@ def plan(
       class makes a layer whose width changes; a number that is only equal stays, and `plan.unsettled` lists those of
       which the code does not tell. "follow": as the layers in its module that are as wide; "hold": it stays.
 
+    - `progress`: who is told how far this is. None (default): a line on standard error where that is a terminal, once
+      it has taken two seconds; inside another call, whoever listens to that. True: the same, also inside a call that
+      was told False. False: nobody. A function: it is called with a `graphprune.Progress` at every step, as in
+      `progress=print`; what it raises ends the call and comes out as it is, and the model is as it was.
+
     Warns of parameters that the model sets itself from the first data it sees, where it has seen none yet (`prune`
     refuses such a model).
 
@@ -135,6 +146,7 @@ def plan(
 
 
 @door("model", exact=True)
+@reported("pruning")
 def prune(
     model: nn.Module,
     example_input: Any,
@@ -159,6 +171,7 @@ def prune(
     layer_criterion: Any = None,
     strict: bool = False,
     sizes: Mapping[str, str] | None = None,
+    progress: ProgressOption = None,
 ) -> nn.Module:
     """A physically smaller copy of `model`; the model itself is not touched.
 
@@ -173,6 +186,8 @@ def prune(
     "least_squares": that method, see `graphprune.recover`. None: not at all; the network is what
     `plan(...).apply(model)` makes.
 
+    `progress`: as in `plan`, of the verification and the repair too.
+
     >>> import torch, graphprune
     >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 4, 3))
     >>> small = graphprune.prune(net, torch.randn(1, 3, 8, 8), 0.5)
@@ -182,13 +197,16 @@ def prune(
     request = Request(**options_in(locals()))
     check_recover(request, recover)
     with paused_collector():
-        decision = request.decide(model, example_input)
+        with stage("planning"):
+            decision = request.decide(model, example_input)
         tell(decision.unready, strict=True)
         tell(shortfall(decision), strict)
         graph, decided = decision.graph, decision.plan
-        small = decided.apply(model)
+        with stage("cutting"):
+            small = decided.apply(model)
     if verify:
-        report = run_verification(model, small, decided, example_input, graph=graph)
+        with stage("verifying"):
+            report = run_verification(model, small, decided, example_input, graph=graph)
         report.raise_on_failure()
     return repaired(model, decided, small, example_input, data, recover)
 

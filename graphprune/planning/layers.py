@@ -18,6 +18,7 @@ from ..plans.plan import Plan
 from ..plans.structure import structure_of
 from ..plans.surgery import remove_layers, uncounted_tokens
 from ..plans.verification import failure_of, verify_layers
+from ..support.progress import stage
 from ..support.types import Ignore
 from ..tracing.counting import Count, count
 from ..tracing.example import ExampleInput
@@ -44,7 +45,8 @@ def plan_layers(model: nn.Module, example_input: Any, request: Request, branches
     while True:
         left = [(b, s) for b, s in scored if b.module not in refused]
         chosen = _chosen(model, example, left, request, gone)
-        tried, culprit = working_form(model, example, chosen)
+        with stage("trying"):
+            tried, culprit = working_form(model, example, chosen)
         if culprit is None:
             return Plan(
                 removed={},
@@ -61,12 +63,13 @@ def rank_layers(
     """The layers (or branches) that can go, in the order in which they run, with their scores - lowest go first - and
     what has no such form, with the reasons."""
     data, loss_fn = request.data, request.loss_fn
-    ranked = check_layer_criterion(criterion, data, loss_fn, branches)
+    ranked = check_layer_criterion(criterion, data, branches)
     held = held_modules(request.ignore, model)
     found, unfit = search_branches(model, example) if branches else (find_blocks(model, example), ())
     blocks = tuple(b for b in found if held.isdisjoint(b.modules))
     batches = [(example, None)] if data is None else CalibrationData(data, example, model)
-    scores = layer_scores(model, blocks, ranked, batches, loss_fn, example) if blocks else []
+    with stage("ranking layers"):
+        scores = layer_scores(model, blocks, ranked, batches, loss_fn, example) if blocks else []
     for block, score in zip(blocks, scores, strict=True):
         if math.isnan(score):
             raise GraphPruneError(f"{ranked}: the score of {block.module} is NaN; check its weights and the data")

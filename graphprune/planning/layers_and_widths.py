@@ -23,6 +23,7 @@ from ..plans.verification import failure_of, verify_layers
 from ..recovery import recover
 from ..runtimes.latency.forecast import Forecast
 from ..runtimes.latency.shorter import ShorterForecast
+from ..support.progress import stage
 from ..tracing.counting import count
 from ..tracing.example import ExampleInput
 from ..tracing.state import evaluating
@@ -88,26 +89,29 @@ class JointPlanner:
         def look(number: int) -> None:
             if number in errors:
                 return
+            now.tell(f"without {number} of {last}")
             try:
                 found = self._planned(number, forecast, self.trials.given)
             except UnreachableBudget as error:
                 errors[number], impossible[number] = math.inf, error
                 return
             errors[number] = self.trials.error(found[1])
+            now.advance()
             if errors[number] == min(errors.values()):
                 made.clear()  # only the best is kept
                 made[number] = found
 
         last = self._enough(forecast)
         step = max(1, -(-last // (_FIRST - 1)))
-        for number in (*range(0, last, step), last):
-            look(number)
-        while step > 1:
-            step = -(-step // 2)
-            best = min(errors, key=errors.__getitem__)
-            for number in (best - step, best + step):
-                if 0 <= number <= last:
-                    look(number)
+        with stage("trying numbers of layers", unit="tried") as now:
+            for number in (*range(0, last, step), last):
+                look(number)
+            while step > 1:
+                step = -(-step // 2)
+                best = min(errors, key=errors.__getitem__)
+                for number in (best - step, best + step):
+                    if 0 <= number <= last:
+                        look(number)
         if not made:
             raise impossible[max(impossible)]
         return made.popitem()

@@ -8,6 +8,7 @@ import numpy as np
 from torch import nn
 
 from ..dependency import DependencyGraph, Frozen
+from ..dependency.ignored import ignored_positions
 from ..dependency.sizes import Resolution
 from ..dependency.temperature import Rescale
 from ..importance import resolve_criterion
@@ -18,7 +19,8 @@ from ..plans.plan import Plan
 from ..plans.rewriting import Rewrite, Rewriter
 from ..plans.structure import structure_of
 from ..plans.surgery import Fold, effective_folds
-from .allocation import Allocation, Forecasts, Limit, Settings, ignored_positions, make_limits
+from ..support.progress import stage
+from .allocation import Allocation, Forecasts, Limit, Settings, make_limits
 from .request import Request
 from .settling import settle
 from .unread import Used, unread_sizes
@@ -71,7 +73,8 @@ def plan_once(
     def limits(narrowed: DependencyGraph) -> list[Limit]:
         return make_limits(settings.budget, narrowed, model, kept_folds, forecast)
 
-    settled = settle(graph, settings, scorer, limits, rewriter)
+    with stage("choosing widths"):
+        settled = settle(graph, settings, scorer, limits, rewriter)
     if settled is None:
         return None
     graph, allocation, resolution, factors = settled
@@ -100,8 +103,12 @@ def assemble(
     analysis = graph.analysis
     removed: dict[str, dict[int, tuple[int, ...]]] = {}
     layout = analysis.dims.layout()
+    same: dict[bytes, tuple[int, ...]] = {}  # most tensors of a layer lose the same ones
     for (name, axis), indices in layout.by_root(layout.marked(allocation.gone[analysis.label[layout.position]])):
-        removed.setdefault(name, {})[axis] = tuple(indices.tolist())
+        key = indices.tobytes()
+        if key not in same:
+            same[key] = tuple(indices.tolist())
+        removed.setdefault(name, {})[axis] = same[key]
     touched = [p for e in analysis.effects.values() for p in e.statistics]
     statistics = any(allocation.gone[analysis.label[p]].any() for p in touched)
     kept = [g.size - len(allocation.removed.get(g.index, ())) for g in graph.groups]

@@ -18,6 +18,7 @@ from ..runtimes.latency.forecast import Forecast, measured_context, network_unit
 from ..runtimes.latency.networks import Bench
 from ..runtimes.latency.table import LatencyTable
 from ..runtimes.latency.target import Target, keep, own_table, provider_of
+from ..support.progress import stage
 from .allocation.budget import UnreachableBudget
 
 # A plan is good enough when it uses between this much and all of what is allowed, but for what measuring is unsure of.
@@ -46,7 +47,8 @@ def plan_within(
     with Bench(model, example, provider, target.threads, options) as bench:
         graph = trace(model, example)
         search = _Search(model, bench, graph, table, requested, decide)
-        search.run(target.attempts)
+        with stage("trying plans", target.attempts, "plans at most") as now:
+            search.run(target.attempts, now.advance)
     keep(table)
     return search.result()
 
@@ -75,8 +77,8 @@ class _Search:
         """Seconds allowed."""
         return self._requested(self.forecast.dense)
 
-    def run(self, count: int) -> None:
-        """Try up to `count` plans; with none, one that is not measured."""
+    def run(self, count: int, tried: Callable[[], None]) -> None:
+        """Try up to `count` plans; with none, one that is not measured. `tried`: called after each."""
         if not count:
             self._note(self.decide(self.forecast), None)
             return
@@ -92,6 +94,7 @@ class _Search:
             assert measured is not None
             same = any(made[1].removed == plan.removed for _, plan in self.seen)
             self._note(made, measured)
+            tried()
             if _NEAR <= measured / self.requested <= _OVER or made[1].empty or same:
                 return
             wanted = aimed(self.raw, [1e-3 * a.measured_ms for a in self.attempts if a.measured_ms], self.requested)

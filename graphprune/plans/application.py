@@ -8,6 +8,7 @@ from torch import nn
 
 from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
+from ..support.walking import all_modules
 from .data import PlanData
 from .naming import in_plain_names
 from .rewriting import replace
@@ -62,8 +63,9 @@ def check(plan: PlanData, model: nn.Module) -> None:
     extra = [n for n in found if n not in plan.structure]
     if extra:
         raise GraphPruneError(f"{_OTHER}: it knows no {extra[0]}")
+    modules = all_modules(model)
     for a in plan.attributes:
-        value = attribute_at(model, a.module, a.name, a.key)
+        value = attribute_at(modules, a.module, a.name, a.key)
         if value != a.old:
             raise GraphPruneError(f"{_OTHER}: expected {a}, found {value!r}")
     check_folds(model, plan.folds)

@@ -6,6 +6,7 @@ from .repair.steps import LayerRecovery
 from .training.carrying import carry_optimizer
 from .training.distillation import Distillation
 from .training.evaluation import Evaluation
+from .training.penalties import GroupLasso, GroupPenalty, GrowingPenalty
 from .training.runs import Epoch, Finetuning
 from .training.tuning import finetune
 
@@ -15,6 +16,9 @@ __all__ = [
     "Epoch",
     "Evaluation",
     "Finetuning",
+    "GroupLasso",
+    "GroupPenalty",
+    "GrowingPenalty",
     "LayerRecovery",
     "Recovery",
     "auto_possible",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from ..errors import GraphPruneError
 from ..support.doors import door
+from ..support.progress import ProgressOption, reported
 from ..support.suggestions import did_you_mean
 from ..support.unwrapping import checked_model, no_model
 from .arguments import FlatArguments
@@ -26,6 +26,7 @@ from .sessions import device_of
 
 
 @door()
+@reported("benchmark")
 def benchmark(
     models: Mapping[str, Model],
     example_input: Any,
@@ -42,7 +43,7 @@ def benchmark(
     opset: int | None = None,
     check: bool = True,
     seed: int = 0,
-    progress: bool = False,
+    progress: ProgressOption = None,
 ) -> BenchmarkReport:
     """Measure the latency of `models` in ONNX Runtime, alternated in one process.
 
@@ -70,7 +71,7 @@ def benchmark(
         cuda_graph: capture each model in a CUDA graph and replay it (CUDA only; every node must run on the GPU).
         opset, check: as in `export_onnx`; `check` compares each export with its module.
         seed: of the order of measurements, the bootstrap and the rows of enlarged batches.
-        progress: show a progress bar on standard error.
+        progress: as in `graphprune.plan`. Nothing is drawn while something is timed.
 
     Raises:
         GraphPruneError: no models, an unknown baseline, a setting out of range, a provider that is not usable, a
@@ -84,12 +85,12 @@ def benchmark(
     if threads > usable_cores():
         notes.append(f"{threads} threads share {usable_cores()} cores")
     rows: list[BenchmarkRow] = []
-    with tempfile.TemporaryDirectory(prefix="graphprune-") as name, _progress(progress, len(sizes), rounds) as advance:
+    with tempfile.TemporaryDirectory(prefix="graphprune-") as name:
         folder = Path(name)
-        files = Candidates(models, example_input, sizes, folder, opset=opset, check=check, advance=advance)
+        files = Candidates(models, example_input, sizes, folder, opset=opset, check=check)
         for size in sizes:
             call = arguments if size is None else arguments.resized(size, seed)
-            rows.extend(measure_batch(files.at(size), call, first, settings, folder, advance))
+            rows.extend(measure_batch(files.at(size), call, first, settings, folder))
         notes.extend(files.notes)
     notes.extend(_elsewhere(rows, settings.provider))
     return BenchmarkReport(
@@ -173,21 +174,3 @@ def _sizes(batch_sizes: Sequence[int] | int | None, arguments: FlatArguments) ->
         raise GraphPruneError(f"batch_sizes has an entry twice: {asked}")
     # Fails where the example cannot be resized, before anything is exported.
     return [arguments.resized(size).batch_size for size in asked]
-
-
-@contextlib.contextmanager
-def _progress(shown: bool, batches: int, rounds: int) -> Iterator[Callable[[str], None]]:
-    """A function that tells what is being done; called once per round, and once per export."""
-    if not shown:
-        yield lambda text: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("benchmark", total=batches * rounds)
-
-        def advance(text: str) -> None:
-            bar.update(task, description=text, advance=0 if text.startswith(("exporting", "reading")) else 1)
-
-        yield advance

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import GraphPruneError
 from ..support.files import as_path, check_source, is_there
+from ..support.progress import watched
 from ..support.types import PathLike
 from ..support.unwrapping import checked_model
 from .arguments import FlatArguments
@@ -43,7 +44,6 @@ class Candidates:
         *,
         opset: int | None,
         check: bool,
-        advance: Callable[[str], None],
     ) -> None:
         self.notes: list[str] = []
         self._example, self._folder, self._opset, self._check = example_input, folder, opset, check
@@ -51,8 +51,7 @@ class Candidates:
         self._any: dict[str, ModelFile] = {}
         self._by_size: dict[tuple[str, int | None], ModelFile] = {}
         self._names = list(models)
-        for number, (name, model) in enumerate(models.items()):
-            advance(f"exporting {name}" if isinstance(model, nn.Module) else f"reading {name}")
+        for number, (name, model) in enumerate(watched(models.items(), "exporting", len(models), "models")):
             if isinstance(model, (str, os.PathLike)):
                 self._any[name] = _existing(name, as_path(model))
                 continue

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ..errors import GraphPruneError
+from ..support.progress import stage
 from .arguments import FlatArguments
 from .candidates import ModelFile
 from .providers import Provider
@@ -38,7 +39,6 @@ def measure_batch(
     baseline: str,
     settings: Settings,
     folder: Path,
-    advance: Callable[[str], None],
 ) -> list[BenchmarkRow]:
     """All models at one batch size, each in a session of its own, measured in alternation."""
     sessions: dict[str, BoundSession] = {}
@@ -59,8 +59,9 @@ def measure_batch(
         except GraphPruneError as error:
             raise GraphPruneError(f"model {name!r}: {error}") from error
     names = list(files)
-    label = "measuring" if call.batch_size is None else f"batch {call.batch_size}"
-    calls, samples = alternate([sessions[name].run for name in names], settings, lambda: advance(label))
+    label = "timing" if call.batch_size is None else f"timing batches of {call.batch_size}"
+    with stage(label, settings.rounds, "rounds", still=True) as now:
+        calls, samples = alternate([sessions[name].run for name in names], settings, now.advance)
     rows = []
     for i, (name, file) in enumerate(files.items()):
         median, p10, p90 = spread(samples[i])

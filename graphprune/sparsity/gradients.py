@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..importance.calibration import ONE_INPUT, CalibrationData, batch_loss
 from ..plans.surgery.copying import clone_with
 from ..support.doors import door
 from ..support.suggestions import check_choice
 from ..support.types import Ignore, LossFunction, Parts
-from ..tracing.example import ExampleInput, ordinary
+from ..tracing.trace import run_model
 from .masks import make_plain, put_in_force
 from .ranking import Scope, check_scope, check_sparsity, keep_highest
 from .weights import Weight, find_weights, select_weights
@@ -23,7 +24,7 @@ from .weights import Weight, find_weights, select_weights
 def gradient(
     model: nn.Module,
     data: Iterable[Any],
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | None,
     sparsity: float,
     scope: Scope = "global",
     *,
@@ -39,8 +40,9 @@ def gradient(
     gradients are added up with their signs, so that the result does not depend on how the data are cut into batches.
 
     - `data`: batches `(inputs, targets)`, or dicts of keyword arguments. Inputs are a tensor, a tuple of positional
-      arguments or a dict; tensors are moved to the model's device. Each batch is used once.
-    - `loss_fn(output, targets)`: one number; for dicts it gets the output and the dict.
+      arguments or a dict; tensors are moved to the model's device. Each batch is used once, so a generator will do.
+    - `loss_fn(output, targets)`: one number; for dicts it gets the output and the dict. None: cross-entropy of logits
+      and class numbers, or, without targets, the loss that the model returns itself (`output.loss`).
     - `reduction`: "mean" (default) if `loss_fn` averages over the batch: batches then count by their length (the first
       axis of the first tensor of the inputs); "sum" if it adds up.
     - the other arguments are those of `magnitude`.
@@ -62,7 +64,7 @@ def gradient(
 
 
 def loss_gradients(
-    model: nn.Module, weights: list[Weight], data: Iterable[Any], loss_fn: LossFunction, *, mean: bool
+    model: nn.Module, weights: list[Weight], data: Iterable[Any], loss_fn: LossFunction | None, *, mean: bool
 ) -> list[Tensor]:
     """dL/dw of the values that the network computes with, in at least float32; up to a common positive factor."""
     copied = clone_with(model, {}).eval()
@@ -72,21 +74,18 @@ def loss_gradients(
     by_name = {site.name: w for w in find_weights(copied) for site in w.sites}
     leaves = [_parameter(by_name[weight.name]).requires_grad_() for weight in weights]
     sums = [torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in leaves]
-    device = leaves[0].device
-    batches = 0
     # cuDNN's recurrent layers have no backward pass in eval mode
     recurrent = any(isinstance(module, nn.RNNBase) for module in copied.modules())
     cudnn = torch.backends.cudnn.enabled and not recurrent
-    for batch in data:
+    for index, (inputs, targets) in enumerate(CalibrationData(data, ONE_INPUT, copied, once=True)):
         with torch.enable_grad(), torch.backends.cudnn.flags(enabled=cudnn):
-            loss, size = _loss(copied, batch, loss_fn, device)
+            loss = batch_loss(loss_fn, run_model(copied, inputs, "data"), inputs, targets, index)
+            _check(loss)
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
+        size = next((t.shape[0] for t in inputs.tensors() if t.dim()), 1)
         for total, part in zip(sums, found, strict=True):
             if part is not None:
                 total.add_(part, alpha=size if mean else 1)
-        batches += 1
-    if not batches:
-        raise GraphPruneError("data: there is no batch in it; a generator can be used only once, pass a list")
     return sums
 
 
@@ -97,36 +96,8 @@ def _parameter(weight: Weight) -> nn.Parameter:
     return found
 
 
-def _loss(model: nn.Module, batch: Any, loss_fn: LossFunction, device: torch.device) -> tuple[Tensor, int]:
-    """The loss of one batch and how many samples it has."""
-    if isinstance(batch, Mapping):
-        inputs = ExampleInput.of(batch)
-        targets: Any = None
-    elif isinstance(batch, (tuple, list)) and len(batch) == 2:
-        inputs = ExampleInput.of(batch[0])
-        targets = batch[1]
-    else:
-        raise GraphPruneError(
-            f"data: expected batches (inputs, targets) or dicts of keyword arguments, got {type(batch).__name__}"
-        )
-    inputs = inputs.map(lambda tensor: tensor.to(device))
-    if targets is None:
-        targets = dict(inputs.kwargs)
-    elif isinstance(targets, Tensor):
-        targets = ordinary(targets).to(device)
-    tensors = inputs.tensors()
-    size = int(tensors[0].shape[0]) if tensors and tensors[0].dim() else 1
-    try:
-        loss = loss_fn(inputs.call(model), targets)
-    except Exception as error:
-        raise GraphPruneError(
-            f"the model or loss_fn failed on a batch: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise GraphPruneError(f"loss_fn: expected one number as a tensor, got {found}")
+def _check(loss: Tensor) -> None:
     if not bool(torch.isfinite(loss)):
         raise GraphPruneError(f"loss_fn: the loss is {loss.item()}; check the data and the weights")
     if not loss.requires_grad:
         raise GraphPruneError("loss_fn: the loss does not depend on the weights (is it detached?)")
-    return loss.reshape(()), size

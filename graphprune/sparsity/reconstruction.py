@@ -25,6 +25,7 @@ from ..recovery.repair.checking import Check, FitData
 from ..recovery.repair.solve import masked_ridge_solution, squared_error
 from ..recovery.repair.steps import LayerRecovery, Option, Steps, better_of_two
 from ..support.doors import door
+from ..support.progress import ProgressOption, reported, stage
 from ..support.walking import named_tensors
 from ..support.warning import warn
 from ..synthesis import made_for
@@ -35,7 +36,16 @@ from .weights import Mask, Weight, find_weights, steps_of
 
 
 @door("model", "dense", in_place=True, exact=True)
-def reconstruct(model: nn.Module, dense: nn.Module, example_input: Any, data: Any, *, ridge: float = 1e-3) -> nn.Module:
+@reported("reconstruction")
+def reconstruct(
+    model: nn.Module,
+    dense: nn.Module,
+    example_input: Any,
+    data: Any,
+    *,
+    ridge: float = 1e-3,
+    progress: ProgressOption = None,
+) -> nn.Module:
     """Fit the unmasked weights of `model` again so that its layers make what those of `dense` do; masks stay in force.
 
     Layer after layer: inputs from the already repaired network, targets from the dense one, and for every output a
@@ -48,7 +58,7 @@ def reconstruct(model: nn.Module, dense: nn.Module, example_input: Any, data: An
     `model` is `dense` after masking; it is changed in place and returned. `example_input` as in `graphprune.prune`;
     `data` yields inputs, or (inputs, targets) whose targets are not used, and is read several times. Transposed
     convolutions, weights under further parametrisations (weight norm) and layers with more than 12,000 inputs per
-    output stay as they are.
+    output stay as they are. `progress`: as in `graphprune.plan`.
 
     Raises GraphPruneError where the two do not fit together, without masks, and for unusable data; then nothing is
     changed.
@@ -133,11 +143,14 @@ class _Fit:
         def once() -> list[LayerRecovery]:
             report: list[LayerRecovery] = []
             pair = walk.Pair(self.dense, self.small, self.data, order)
-            for wave in order:
-                by_weight = {r.weight: r for r in wave}
-                found = self._moments(pair, wave, targets)
-                tried = [(by_weight[name], [self._fitted(by_weight[name], moments)]) for name, moments in found.items()]
-                report += self.steps.take(tried) if tried else []
+            with stage("fitting", len(self.readers), "layers") as now:
+                for wave in order:
+                    by_weight = {r.weight: r for r in wave}
+                    now.tell(", ".join(by_weight))
+                    found = self._moments(pair, wave, targets).items()
+                    tried = [(by_weight[name], [self._fitted(by_weight[name], moments)]) for name, moments in found]
+                    report += self.steps.take(tried) if tried else []
+                    now.advance(len(wave))
             left_out.update(pair.left_out)
             return report
 

@@ -16,11 +16,26 @@ def keep_indices(length: int, removed: Sequence[int]) -> np.ndarray:
     return np.nonzero(mask)[0]
 
 
-def cut_tensor(tensor: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:
-    """`tensor` without the given indices of its axes; shortest result first, so that little is copied twice."""
+class Kept:
+    """Which indices stay, found out once for each list of removed ones, which must outlive this."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, int], Tensor] = {}
+
+    def __call__(self, length: int, removed: Sequence[int]) -> Tensor:
+        key = length, id(removed)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = torch.from_numpy(keep_indices(length, removed))
+        return found
+
+
+def cut_tensor(tensor: Tensor, axes: Mapping[int, Sequence[int]], keep: Kept | None = None) -> Tensor:
+    """`tensor` without the given indices of its axes; shortest result first, so that little is copied twice. `keep`:
+    what is known already of the same indices."""
+    keep = keep or Kept()
     order = sorted(axes, key=lambda a: len(axes[a]) / tensor.shape[a], reverse=True)
     out = tensor.detach()
     for axis in order:
-        kept = torch.from_numpy(keep_indices(tensor.shape[axis], axes[axis])).to(tensor.device)
-        out = out.index_select(axis, kept)
+        out = out.index_select(axis, keep(tensor.shape[axis], axes[axis]).to(tensor.device))
     return out

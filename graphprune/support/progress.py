@@ -8,8 +8,9 @@ A public function with the argument `progress` is decorated by `reported`. Whate
             ...
             now.advance()
 
-and needs no argument for that: who listens is known to the thread. Stages lie in each other. Nobody listens where the
-user wants nothing or there is no terminal; then a stage costs less than a microsecond.
+and needs no argument for that: who listens is known to the thread. Stages lie in each other. `watched` is such a stage
+for what is looked through. Nobody listens where the user wants nothing or there is no terminal; then a stage costs less
+than a microsecond.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import inspect
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import Any, ParamSpec, Protocol, TextIO, TypeVar
@@ -29,6 +30,7 @@ from ..errors import GraphPruneError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 # In seconds: what is over before is not drawn; how often a line is drawn again; how long a held terminal is waited for.
 _PATIENCE, _PAUSE, _HELD = 2.0, 0.25, 2.0
@@ -62,8 +64,8 @@ class Progress:
 
 
 ProgressOption = bool | Callable[[Progress], object] | None
-"""Who is told: None for a bar on a terminal, or whoever listens to the call around this one; True for a bar on a
-terminal; False for nobody; or a function."""
+"""Who is told: None for a line on a terminal, or whoever listens to the call around this one; True for the same, also
+where nobody listens around; False for nobody; or a function."""
 
 
 class Stage(Protocol):
@@ -90,6 +92,9 @@ class _Listener(Protocol):
 
     def left(self, stage: _Stage) -> None:
         """`stage` is over, and the one around it goes on."""
+
+    def make_way(self) -> None:
+        """Something else is about to be printed."""
 
     def close(self) -> None:
         """The call is over."""
@@ -168,6 +173,31 @@ def stage(name: str, total: int | None = None, unit: str = "", *, still: bool = 
     return _Stage(name, total, unit, around.listener, around, still)
 
 
+def watched(
+    items: Iterable[T], name: str, total: int | None, unit: str, *, still: bool = False
+) -> Iterator[T]:
+    """The items, each of them told as done when the next one is asked for. What happens between is no part of this
+    stage, so that it does not matter when a loop is left."""
+    now = stage(name, total, unit, still=still)
+    if not isinstance(now, _Stage):
+        yield from items
+        return
+    now.listener.update(now, begun=True)
+    try:
+        for item in items:
+            yield item
+            now.advance()
+    finally:
+        now.listener.left(now)
+
+
+def make_way() -> None:
+    """Take a line that is drawn away for now, as something else is about to be printed."""
+    around = _current.get()
+    if isinstance(around, _Stage):
+        around.listener.make_way()
+
+
 class _Told:
     """A user's function listens."""
 
@@ -184,6 +214,9 @@ class _Told:
             _current.reset(token)
 
     def left(self, stage: _Stage) -> None:
+        pass
+
+    def make_way(self) -> None:
         pass
 
     def close(self) -> None:
@@ -210,6 +243,12 @@ class _Screen:
 
     def left(self, stage: _Stage) -> None:
         self._stage = stage.outer
+
+    def make_way(self) -> None:
+        with self._lock, contextlib.suppress(OSError, ValueError):
+            if self._line is not None:
+                self._line.stop()
+                self._line = None
 
     def close(self) -> None:
         self._over.set()

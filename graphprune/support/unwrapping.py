@@ -57,7 +57,7 @@ def checked_model(value: Any, what: str = "model", *, keep_wrapper: bool = False
         if reason:
             raise GraphPruneError(reason)
     for name, parameter in tensors_in(modules).items():
-        if not isinstance(parameter, nn.Parameter):
+        if type(parameter) is Tensor or not isinstance(parameter, nn.Parameter):
             continue
         if not keep_wrapper and is_lazy(parameter):
             raise GraphPruneError(f"{what}: {name} has no shape yet; run the model once first")

@@ -13,11 +13,22 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-_Walks = dict[int, tuple[nn.Module, dict[str, nn.Module] | None]]
+
+class _Walk:
+    """A model, and what was found in it once somebody asked."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.modules: dict[str, nn.Module] | None = None
+        self.first: dict[str, nn.Module] | None = None
+        self.tensors: dict[str, Tensor] | None = None
+
+
+_Walks = dict[int, _Walk]
 
 
 class _Memory(threading.local):
-    """`walks`: model by identity -> the model, and what was found once somebody asked."""
+    """`walks`: of models by identity."""
 
     walks: _Walks = {}
 
@@ -29,7 +40,7 @@ def walked_once(models: Iterable[nn.Module]) -> AbstractContextManager[None]:
     """While inside, on this thread, `all_modules` of these models is what the first walk found: for functions that
     leave the modules of these models where they are."""
     known = _memory.walks
-    new: _Walks = {id(model): (model, None) for model in models if id(model) not in known}
+    new: _Walks = {id(model): _Walk(model) for model in models if id(model) not in known}
     return _knowing({**known, **new} if new else known)
 
 
@@ -51,14 +62,12 @@ def _knowing(walks: _Walks) -> Iterator[None]:
 def all_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every module by path, also under the second path of a shared one, in the order of `named_modules`. Not to be
     changed: others may get the same dict."""
-    walks = _memory.walks
-    if id(model) not in walks:
+    walk = _memory.walks.get(id(model))
+    if walk is None:
         return _walked(model)
-    found = walks[id(model)][1]
-    if found is None:
-        found = _walked(model)
-        walks[id(model)] = model, found
-    return found
+    if walk.modules is None:
+        walk.modules = _walked(model)
+    return walk.modules
 
 
 def _walked(model: nn.Module) -> dict[str, nn.Module]:
@@ -76,7 +85,16 @@ def _walked(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def first_names(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Every module once, under the first of its paths."""
+    """Every module once, under the first of its paths. Not to be changed, as `all_modules`."""
+    walk = next((walk for walk in _memory.walks.values() if walk.modules is modules), None)
+    if walk is None:
+        return _first_names(modules)
+    if walk.first is None:
+        walk.first = _first_names(modules)
+    return walk.first
+
+
+def _first_names(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     seen: set[int] = set()
     out = {}
     for path, module in modules.items():
@@ -87,8 +105,13 @@ def first_names(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """All parameters, then all buffers, by name; shared ones under each of their names."""
-    return tensors_in(all_modules(model))
+    """All parameters, then all buffers, by name; shared ones under each of their names. Not to be changed."""
+    walk = _memory.walks.get(id(model))
+    if walk is None:
+        return tensors_in(_walked(model))
+    if walk.tensors is None:
+        walk.tensors = tensors_in(all_modules(model))
+    return walk.tensors
 
 
 def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:

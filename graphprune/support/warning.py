@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from ..errors import GraphPruneWarning
+from .progress import make_way
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
@@ -16,6 +17,7 @@ def warn(message: str, kind: type[Warning] = GraphPruneWarning) -> None:
     level, frame = 1, sys._getframe(0)
     while frame.f_back is not None and _own(frame.f_code.co_filename):
         level, frame = level + 1, frame.f_back
+    make_way()
     warnings.warn(message, kind, stacklevel=level)
 
 

@@ -7,8 +7,6 @@ H * (features of q and k), the same again, and H * (features of v) rows; `out_pr
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .origin import plain
-from .patches import patched
+from .patches import Patch
 
 
 def scale_of(module: nn.MultiheadAttention) -> float:
@@ -129,18 +127,15 @@ def _joined(
     return mask + padding
 
 
-@contextlib.contextmanager
-def recorded_openly() -> Iterator[None]:
-    """While inside, `torch.nn.MultiheadAttention` computes as the module that will stand in its place. Its subclasses
-    with a forward of their own are left alone."""
+def _openly(original: Any) -> Any:
+    def forward(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
+        if type(module) is nn.MultiheadAttention and not any(isinstance(a, Tensor) and a.is_nested for a in args):
+            return attend(module, *args, **kwargs)
+        return original(module, *args, **kwargs)
 
-    def openly(original: Any) -> Any:
-        def forward(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
-            if type(module) is nn.MultiheadAttention and not any(isinstance(a, Tensor) and a.is_nested for a in args):
-                return attend(module, *args, **kwargs)
-            return original(module, *args, **kwargs)
+    return forward
 
-        return forward
 
-    with patched(nn.MultiheadAttention, "forward", openly):
-        yield
+# `torch.nn.MultiheadAttention` computes as the module that will stand in its place. Its subclasses with a forward of
+# their own are left alone.
+RECORDED_OPENLY = Patch(nn.MultiheadAttention, "forward", _openly)

@@ -81,15 +81,21 @@ class SameMemory:
         if type(tensor) not in PLAIN:
             return tensor
         new = tensor.detach()
-        if not isinstance(tensor, nn.Parameter) and tensor.layout is torch.strided and new.nbytes <= _LARGE:
+        if not _is_parameter(tensor) and tensor.layout is torch.strided and new.nbytes <= _LARGE:
             if self.owners[tensor.untyped_storage()._cdata] == 1:
                 new = new.clone()
         return _like(tensor, new)
 
 
+def _is_parameter(tensor: Tensor) -> bool:
+    """As isinstance, which asks for an attribute of every tensor that is none."""
+    kind = type(tensor)
+    return kind is nn.Parameter or (kind is not Tensor and isinstance(tensor, nn.Parameter))
+
+
 def _like(tensor: Tensor, new: Tensor) -> Tensor:
     """`new` as the kind of object that `tensor` is."""
-    if isinstance(tensor, nn.Parameter):
+    if _is_parameter(tensor):
         new = nn.Parameter(new, requires_grad=tensor.requires_grad)
     if tensor.__dict__:
         new.__dict__.update(tensor.__dict__)
@@ -172,6 +178,10 @@ class _Cloner:
                 target[name] = self.table(value) if value else held()
             elif name == "_compiled_call_impl":  # the class's own, uncompiled
                 target[name] = None
+            elif name == "_non_persistent_buffers_set":  # names; each module has its own
+                target[name] = set(value)
+            elif held is tuple and ATOMS.issuperset(map(type, value)):
+                continue
             else:
                 target[name] = self.value(value, settings=name not in INTERNAL)
         return new

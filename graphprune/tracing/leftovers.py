@@ -27,7 +27,7 @@ _names: weakref.WeakKeyDictionary[type, tuple[tuple[dict[str, Any], str], ...]] 
 def without_leftovers(modules: Iterable[nn.Module], made: Callable[[Tensor], bool]) -> Iterator[None]:
     """Afterwards, names and containers that the code of these modules' classes uses hold no tensor for which `made` is
     true: they hold what they held before."""
-    kinds = {kind for module in modules for kind in type(module).__mro__ if _is_users(kind)}
+    kinds = {kind for held in set(map(type, modules)) for kind in held.__mro__ if _is_users(kind)}
     with shielded() as shield:
         tables = {id(table): table for kind in kinds for table in _containers(kind)}
         before = [(table, table.copy()) for table in tables.values()]

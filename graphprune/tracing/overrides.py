@@ -8,9 +8,7 @@ unless an argument really is a tensor subclass with an opinion of its own.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ import torch.functional
 import torch.nn.functional
 
 from .origin import traced_float
-from .patches import patched
+from .patches import Patch
 
 _MODULES = (torch.nn.functional, torch.functional, torch._tensor)
 _ORDINARY = {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer, type(None)}
@@ -52,13 +50,13 @@ def _instead(answer: Any, original: Any) -> Any:
     return answer
 
 
-@contextlib.contextmanager
-def python_functions_stay_visible() -> Iterator[None]:
-    """See the module's docstring. Restores torch's own functions on exit."""
-    with contextlib.ExitStack() as stack:
-        for module in _MODULES:
-            for name, answer in _ANSWERS.items():
-                if hasattr(module, name):
-                    stack.enter_context(patched(module, name, functools.partial(_instead, answer)))
-        stack.enter_context(patched(torch.nn.functional, "float", lambda _: traced_float, whole=True))
-        yield
+# See the module's docstring.
+PYTHON_FUNCTIONS_STAY_VISIBLE = (
+    *(
+        Patch(module, name, functools.partial(_instead, answer))
+        for module in _MODULES
+        for name, answer in _ANSWERS.items()
+        if hasattr(module, name)
+    ),
+    Patch(torch.nn.functional, "float", lambda _: traced_float, whole=True),
+)

@@ -7,9 +7,10 @@ threads it does what it replaced.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..support.interrupts import shielded
@@ -62,29 +63,59 @@ class _Place:
             setattr(self.owner, self.name, self.stored)
 
 
-@contextlib.contextmanager
-def patched(owner: Any, name: str, make: Callable[[Any], Any], *, whole: bool = False) -> Iterator[None]:
-    """While inside, and on this thread, `make(f)` stands where the function `f` does, `owner.name`; of a class method,
-    `f` takes the class first.
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """`make(f)` is to stand where the function `f` does, `owner.name`; of a class method, `f` takes the class first.
 
     `whole`: a class, or what else is no function; it must behave like what it replaces by itself, as other threads see
     it too.
     """
+
+    owner: Any
+    name: str
+    make: Callable[[Any], Any]
+    whole: bool = False
+
+    def enter(self) -> _Place:
+        """Put it in place; the lock is held."""
+        key = id(self.owner), self.name
+        place = _places.get(key) or _places.setdefault(key, _Place(self.owner, self.name))
+        stack = place.stack
+        replacement = self.make(stack[-1] if stack else place.original)
+        if not place.users:
+            place.fill(self.whole, replacement)
+        place.users += 1
+        stack.append(replacement)
+        return place
+
+
+def _leave(place: _Place) -> None:
+    place.stack.pop()
+    place.users -= 1
+    if not place.users:
+        place.empty()
+        del _places[id(place.owner), place.name]
+
+
+@contextlib.contextmanager
+def patched_together(patches: Iterable[Patch]) -> Iterator[None]:
+    """While inside, and on this thread, these are in place."""
     with shielded() as shield:
-        with _lock:
-            place = _places.get((id(owner), name)) or _places.setdefault((id(owner), name), _Place(owner, name))
-            replacement = make(place.stack[-1] if place.stack else place.original)
-            if not place.users:
-                place.fill(whole, replacement)
-            place.users += 1
-            place.stack.append(replacement)
+        entered: list[_Place] = []
         try:
+            with _lock:
+                for patch in patches:
+                    entered.append(patch.enter())
             with shield.lifted():
                 yield
         finally:
             with _lock:
-                place.stack.pop()
-                place.users -= 1
-                if not place.users:
-                    place.empty()
-                    del _places[id(owner), name]
+                for place in reversed(entered):
+                    _leave(place)
+
+
+def patched(
+    owner: Any, name: str, make: Callable[[Any], Any], *, whole: bool = False
+) -> contextlib.AbstractContextManager[None]:
+    """One patch in place."""
+    return patched_together((Patch(owner, name, make, whole),))

@@ -8,8 +8,7 @@ import operator
 import os
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from types import CodeType, FrameType
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..support.walking import tensors_in
 from .cloning import Unclonable
 from .names import target_name
 from .origin import Attribute, Expr, Session, TensorSize, TracedInt, plain
-from .patches import patched
+from .patches import Patch
 from .shapes import shape_rule
 from .sizes import CallSizes
 
@@ -30,6 +29,8 @@ _OPAQUE = (torch.dtype, torch.device, torch.layout, torch.memory_format, complex
 _ATOMS = frozenset((int, float, bool, str, type(None)))
 # assigning to a node's attribute also looks the node up in its graph
 _set_args = fx.Node.args.fset  # type: ignore[attr-defined]
+# Recurrent layers: without data they are not run as they are with data.
+_WITH_STATE = (aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input)
 # Values of small integer constants are kept: they may be indices.
 _MAX_KEPT_VALUE = 1 << 20
 
@@ -83,14 +84,15 @@ class Guard:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Called:
     """What is always so of calls of one operator: the name that fx gives to their nodes, which it works out anew for
-    every node, the operator's own name, whether it draws random numbers or writes into what it is given, and its shapes
-    without asking torch, if that can be done."""
+    every node, the operator's own name, whether it draws random numbers, writes into what it is given or keeps a state,
+    and its shapes without asking torch, if that can be done."""
 
     target: Any
     node_name: str
     name: str
     random: bool
     writes: bool
+    with_state: bool
     shape: Callable[..., Any] | None
 
     @classmethod
@@ -106,7 +108,8 @@ class Called:
         random = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
         schema = getattr(target, "_schema", None)
         writes = schema is not None and bool(schema.is_mutable)
-        return cls(target, fx.Graph()._target_to_str(target), target_name(target), random, writes, shape_rule(target))
+        node_name, name = fx.Graph()._target_to_str(target), target_name(target)
+        return cls(target, node_name, name, random, writes, target in _WITH_STATE, shape_rule(target))
 
 
 _called: dict[int, Called] = {}  # by identity: operators take long to hash
@@ -127,6 +130,8 @@ class Recorder:
     """Builds the graph; the two modes feed it. `modules`: those that run, by path, clones as a rule.
 
     `drew`: the run drew random numbers. `initialised`: parameters into which it wrote what depends on the input.
+    `doubtful`: calls that a run without data may get wrong: those that make a tensor of nothing, on a device of their
+    own, or keep a state.
     """
 
     def __init__(self, modules: dict[str, nn.Module], inputs: list[Tensor]) -> None:
@@ -134,6 +139,8 @@ class Recorder:
         self.graph = fx.Graph()
         self.session = Session(lambda *told: self.guard(*told))
         self.drew = False
+        self.doubtful: list[fx.Node] = []
+        self._met_device = False
         self.initialised: dict[str, None] = {}
         self.guards: list[Guard] = []
         self.constants: dict[str, Tensor] = {}
@@ -230,6 +237,7 @@ class Recorder:
         if isinstance(value, torch.SymInt):
             return int(value)
         if isinstance(value, _OPAQUE):
+            self._met_device = self._met_device or isinstance(value, torch.device)
             return value
         return plain(value) if isinstance(value, (int, float)) else None
 
@@ -253,6 +261,7 @@ class Recorder:
 
     def record(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Append one call and attach its result."""
+        self._met_device = False
         inputs = self._convert(tuple(args))
         named = {k: self._convert(v) for k, v in kwargs.items()}
         if self._known is not None and self._seen_before(target, inputs, named, out):
@@ -274,7 +283,10 @@ class Recorder:
             meta["layout"] = args[0].stride(), args[0].storage_offset()
         if self.scalars:
             meta["scalars"] = self.scalars
-        constant = not called.random and all(a.meta.get("constant_value") for a in node.all_input_nodes)
+        operands = node.all_input_nodes
+        if not operands or self._met_device or called.with_state:
+            self.doubtful.append(node)
+        constant = not called.random and all(a.meta.get("constant_value") for a in operands)
         meta["constant_value"] = constant
         self._attach(node, out, constant)
 
@@ -422,8 +434,7 @@ class Recorder:
         node = self.node_of(tensor)
         return torch.Size([self.session.whole(n, TensorSize(node, a)) for a, n in enumerate(size)])
 
-    @contextmanager
-    def module_paths(self, forbidden: Collection[int] = ()) -> Iterator[None]:
+    def module_paths(self, forbidden: Collection[int] = ()) -> Patch:
         """Know which module is running: `nn.Module.__call__` pushes its path. Modules whose id is `forbidden` must not
         run: they are the user's own, and clones run for them."""
         stack, paths = self.module_stack, self._paths
@@ -444,8 +455,7 @@ class Recorder:
 
             return call
 
-        with patched(nn.Module, "__call__", tracked):
-            yield
+        return Patch(nn.Module, "__call__", tracked)
 
 
 def _call_key(target: Any, args: Any, kwargs: dict[str, Any]) -> str:

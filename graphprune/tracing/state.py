@@ -17,11 +17,11 @@ from ..support.interrupts import shielded
 from ..support.restoring import kept_attributes
 from ..support.settings import DICTS, is_named_tuple, is_settings_object, settings_of, with_setting
 from ..support.walking import all_modules, first_names, tensors_in
-from .attention import recorded_openly
+from .attention import RECORDED_OPENLY
 from .cloning import ATOMS, INTERNAL
 from .origin import traced_sqrt
-from .overrides import python_functions_stay_visible
-from .patches import patched
+from .overrides import PYTHON_FUNCTIONS_STAY_VISIBLE
+from .patches import Patch, patched_together
 
 # The integers that torch.nn's own modules read in forward. Others (stride, kernel_size...) never follow channels.
 _TORCH_NN = frozenset(
@@ -70,11 +70,10 @@ def trace_attributes(modules: dict[str, nn.Module], make: Any) -> None:
             if traced is not value:
                 with_setting(settings, key, traced)
     for path, module in modules.items():
-        known = type(module).__module__.startswith("torch.nn.modules")
         attributes = module.__dict__
-        for name, value in list(attributes.items()):
-            if name in INTERNAL or (known and name not in _TORCH_NN):
-                continue
+        known = type(module).__module__.startswith("torch.nn.modules")
+        for name in _TORCH_NN.intersection(attributes) if known else [n for n in attributes if n not in INTERNAL]:
+            value = attributes[name]
             traced = _traced(value, path, name, (), make)
             if traced is not value:
                 attributes[name] = traced
@@ -132,14 +131,15 @@ class RandomState:
             np.random.set_state(self.numpy)
 
 
-@contextlib.contextmanager
-def unfused() -> Iterator[None]:
+_UNFUSED = (
+    Patch(torch.backends.mha, "get_fastpath_enabled", lambda _: lambda: False),
+    Patch(math, "sqrt", lambda _: traced_sqrt),
+    *PYTHON_FUNCTIONS_STAY_VISIBLE,
+    RECORDED_OPENLY,
+)
+
+
+def unfused(*more: Patch) -> contextlib.AbstractContextManager[None]:
     """Eager, unfused execution on this thread, so that what runs shows its parts; `math.sqrt` keeps the history of
-    numbers."""
-    with (
-        patched(torch.backends.mha, "get_fastpath_enabled", lambda _: lambda: False),
-        patched(math, "sqrt", lambda _: traced_sqrt),
-        python_functions_stay_visible(),
-        recorded_openly(),
-    ):
-        yield
+    numbers. `more`: in place as well."""
+    return patched_together((*_UNFUSED, *more))

@@ -21,13 +21,15 @@ from .cloning import INTERNAL, PLAIN, Bare, SameMemory, Unclonable, clone_module
 from .example import ExampleInput, result_tensors
 from .leftovers import without_leftovers
 from .matching import OtherNames
-from .modes import WHOLE, DispatchMode, FunctionMode
+from .modes import DispatchMode, FunctionMode
 from .operators import Kind, Product, calls_by_kind, products_by_call
 from .recorder import Guard, Recorder, Source, is_users_file
 from .state import RandomState, trace_attributes, unfused
 from .training import record_training_paths
 from .work import Term, work_by_call
 
+# A recording, and whether one without data may differ from one with data though it holds no constant.
+Recorded = tuple["Trace", bool]
 Observe = Callable[[Recorder], contextlib.AbstractContextManager[None]]
 
 
@@ -144,35 +146,18 @@ def record_run(
     tensors = [*tensors_in(paths).values(), *example.tensors()]
     if all(type(t) in PLAIN and t.layout is torch.strided and not t.is_meta for t in tensors):
         try:
-            recorded = run.on_clones(data=False)
-            if _self_contained(recorded):
+            recorded, doubtful = run.on_clones(data=False)
+            if not recorded.constants and not doubtful:
                 return recorded
         except Exception as error:  # whatever went wrong without data, the run with data decides
             if from_signal(error):
                 raise
     try:
-        return run.on_clones(data=True)
+        return run.on_clones(data=True)[0]
     except Exception as error:  # whatever went wrong on clones, the run on the model itself decides
         if from_signal(error):
             raise
-        return run.on_model()
-
-
-def _self_contained(recorded: Trace) -> bool:
-    """Nothing in the graph but parameters, inputs and computation: no constant whose values the run did not have, no
-    call that makes a tensor on a device of its own."""
-    if recorded.constants:
-        return False
-    for node in recorded.graph.nodes:
-        if node.op == "call_function" and node.users:
-            if any(isinstance(a, torch.device) for a in (*node.args, *node.kwargs.values())):
-                return False
-            if not node.all_input_nodes or node.target in _WITH_STATE:
-                return False
-    return True
-
-
-_WITH_STATE = tuple(WHOLE[f] for f in (torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu))
+        return run.on_model()[0]
 
 
 # One run at a time on modules of the user's that cannot be cloned.
@@ -190,7 +175,7 @@ class _Run:
     training_paths: bool
     observe: Observe | None
 
-    def on_clones(self, data: bool) -> Trace:
+    def on_clones(self, data: bool) -> Recorded:
         """On clones; with `data` false their tensors have no values."""
         with shielded():
             convert = SameMemory(tensors_in(self.modules).values()) if data else Bare()
@@ -201,28 +186,28 @@ class _Run:
             with kept:
                 return self._record(clones.modules, example, data, own)
 
-    def on_model(self) -> Trace:
+    def on_model(self) -> Recorded:
         """On the model itself."""
         with shielded(), _users_modules, restored(self.model, closures=True):
             return self._record(self.modules, self.example, True, ())
 
     def _record(
         self, modules: dict[str, nn.Module], example: ExampleInput, data: bool, forbidden: Collection[int]
-    ) -> Trace:
+    ) -> Recorded:
         model = modules[""]
         tensors = tensors_in(modules).values()
         random = RandomState(tensors)
         recorder = Recorder(modules, example.tensors())
-        recorder.shapes_only = not data or any(t.is_meta for t in tensors if isinstance(t, nn.Parameter))
+        recorder.shapes_only = not data or any(t.is_meta and isinstance(t, nn.Parameter) for t in tensors)
         try:
             for module in modules.values():
-                module.training = False
+                if module.training:
+                    module.training = False
             trace_attributes(modules, recorder.attribute)
             watched = self.observe(recorder) if self.observe is not None else contextlib.nullcontext()
             with (
-                unfused(),
+                unfused(recorder.module_paths(forbidden)),
                 torch.no_grad(),
-                recorder.module_paths(forbidden),
                 DispatchMode(recorder),
                 FunctionMode(recorder),
             ):
@@ -241,7 +226,8 @@ class _Run:
         first = {id(module): path for path, module in self.modules.items()}
         aliases = {path: modules[first[id(module)]] for path, module in self.paths.items()}
         found = _finish(aliases, recorder, modules, caches, len(outputs))
-        return dataclasses.replace(found, sources=OtherNames.of(self.model).tensors)
+        doubtful = any(node.users for node in recorder.doubtful)
+        return dataclasses.replace(found, sources=OtherNames.of(self.model).tensors), doubtful
 
 
 def _caches(recorder: Recorder, modules: dict[str, nn.Module]) -> tuple[tuple[str, str], ...]:

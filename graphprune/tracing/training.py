@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -15,7 +13,7 @@ from ..support.interrupts import interruptible
 from ..support.walking import tensors_in
 from .branching import branches_on_training
 from .example import ExampleInput, result_tensors
-from .patches import patched
+from .patches import Patch, patched_together
 from .recorder import Recorder
 
 # What these do in training mode (batch statistics, dropped elements) changes values, never which channels meet.
@@ -53,7 +51,7 @@ def record_training_paths(
     for module in switched:
         module.training = True
     try:
-        with _nothing_dropped(), interruptible():
+        with patched_together(_NOTHING_DROPPED), interruptible():
             out = example.call(model)
         found: list[Tensor] = result_tensors(out)
         nodes = tuple(dict.fromkeys(recorder.node_of(t) for t in found))
@@ -93,10 +91,5 @@ def _writes(node: fx.Node) -> bool:
     return schema is not None and bool(schema.is_mutable)
 
 
-@contextlib.contextmanager
-def _nothing_dropped() -> Iterator[None]:
-    """Functional dropout as in eval mode: what follows it is what the first run did."""
-    with contextlib.ExitStack() as stack:
-        for name in _DROPOUTS:
-            stack.enter_context(patched(functional, name, lambda _: lambda input, *_args, **_kwargs: input))
-        yield
+# Functional dropout as in eval mode: what follows it is what the first run did.
+_NOTHING_DROPPED = [Patch(functional, name, lambda _: lambda input, *_args, **_kwargs: input) for name in _DROPOUTS]

@@ -23,12 +23,14 @@ from ..recovery import recover as recover_accuracy
 from ..sparsity.channels import NOT_IN_STEPS, NOT_OF_CHANNELS, Channels
 from ..sparsity.schedules import schedule as make_schedule
 from ..support.doors import door
+from ..support.progress import ProgressOption, reported, stage
 from ..tracing.counting import count
 
 Train = Callable[[nn.Module, int], nn.Module | None]
 
 
 @door("model")
+@reported("pruning in steps")
 @takes_options(NOT_IN_STEPS)
 def prune_gradually(
     model: nn.Module,
@@ -41,6 +43,7 @@ def prune_gradually(
     train: Train | None = None,
     verify: bool = True,
     recover: str | None = None,
+    progress: ProgressOption = None,
     **options: Any,
 ) -> nn.Module:
     """A smaller copy of `model`, pruned in `steps` steps that each choose anew from the weights as they are then.
@@ -56,6 +59,8 @@ def prune_gradually(
     - `strict`: whether it is an error, instead of a GraphPruneWarning, where nothing at all was removed in the end, or
       a latency was missed.
     - `fold_bn`: whether batch norms are folded into layers at the end. They stay while there is training.
+
+    - `progress`: as in `plan`; `train` is a part of it, too.
 
     The others are those of `plan`. With `granularity` "layer", "branch" or "experts" the ratio is of those that could
     go at first. `macs` and `params` of a budget may be fractions or counts; other limits must be fractions, and are
@@ -81,14 +86,18 @@ def prune_gradually(
     request = request.but(ignore=ignored_names(request.ignore, model)).with_data_for(model, example_input)
     shrink = _shrinker(model, example_input, request, verify)
     removed = False
-    for step in range(1, steps + 1):
-        small, made = shrink(model, way(step) / 0.5)
-        removed = removed or not made.empty
-        if step == steps:
-            tell(missed(made) if removed else shrink.shortfall, request.strict)
-        if recover is not None:
-            small = recover_accuracy(model, made, example_input, request.data, recover).model
-        model = small if train is None else _trained(train, small, step)
+    with stage("steps", steps, "steps") as now:
+        for step in range(1, steps + 1):
+            with stage("pruning"):
+                small, made = shrink(model, way(step) / 0.5)
+            removed = removed or not made.empty
+            if step == steps:
+                tell(missed(made) if removed else shrink.shortfall, request.strict)
+            if recover is not None:
+                small = recover_accuracy(model, made, example_input, request.data, recover).model
+            with stage("training"):
+                model = small if train is None else _trained(train, small, step)
+            now.advance()
     return fold_conv_bn(model, example_input) if request.fold_bn else model
 
 

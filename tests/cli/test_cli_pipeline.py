@@ -24,14 +24,15 @@ def test_is_the_call_and_writes_what_it_made() -> None:
     data = as_json(
         "pipeline", "zoo:net", "zoo:split", "--sparsity", "0.25", "--schedule", "linear", "--prune-epochs", "2",
         "--finetune-epochs", "1", "--train-epochs", "1", "--option", "criterion=l1", "--lr", "0.05", "--seed", "3",
-        "--distil", "-o", "small", "--report", "page.html", "--report", "page.md",
+        "--distil", "--regularize", "lasso", "-o", "small", "--report", "page.html", "--report", "page.md",
     )  # fmt: skip
     loaded = load_factory("zoo:net", seed=3)
     train, held_out = load_data("zoo:split", seed=3)
     done = graphprune.pipeline(
         loaded.model, loaded.example, train, 0.25, schedule="linear", prune_epochs=2, finetune_epochs=1, train_epochs=1,
-        options={"criterion": "l1"}, lr=0.05, seed=3, distillation=True, evaluate=held_out,
+        options={"criterion": "l1"}, lr=0.05, seed=3, distillation=True, regularize="lasso", evaluate=held_out,
     )  # fmt: skip
+    assert data["training"] == json.loads(json.dumps(done.to_dict()))["training"]
     assert data["tuning"] == json.loads(json.dumps(done.to_dict()))["tuning"] and len(data["tuning"]) == 3
     assert data["report"]["scores"] == dict(done.report.scores)
     assert written() == {
@@ -72,6 +73,8 @@ def test_masks_a_budget_and_checkpoints() -> None:
         (["zoo:batches", "--option", "citerion=l1"], "citerion"),
         (["zoo:batches", "--report", "none/page.html"], "folder"),
         (["zoo:batches", "--lr", "-1"], "lr"),
+        (["zoo:batches", "--regularize", "laso", "--train-epochs", "1"], "lasso"),
+        (["zoo:batches", "--regularize", "lasso"], "train_epochs"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], text: str) -> None:

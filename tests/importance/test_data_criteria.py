@@ -207,7 +207,7 @@ def test_the_model_keeps_its_flags_and_gets_no_gradients() -> None:
     ("options", "message"),
     [
         ({}, "criterion 'taylor' needs data: pass data=.*targets"),
-        ({"data": "pairs"}, "needs a loss: pass loss_fn="),
+        ({"data": "inputs"}, "yields no targets, and the model returns no loss of its own"),
         ({"data": "inputs", "loss_fn": F.cross_entropy}, "data: batch 0 has no targets"),
         ({"data": "pairs", "loss_fn": lambda o, t: o}, "loss_fn returned a tensor of shape"),
         ({"data": "pairs", "loss_fn": lambda o, t: 3.0}, "loss_fn returned float"),

@@ -116,9 +116,9 @@ def test_the_model_is_as_before() -> None:
 
 def test_errors() -> None:
     with pytest.raises(GraphPruneError, match="block_influence"):
-        check_layer_criterion("l2", None, None)
+        check_layer_criterion("l2", None)
     with pytest.raises(GraphPruneError, match="data="):
-        check_layer_criterion("taylor", None, loss_fn)
+        check_layer_criterion("taylor", None)
     model, x, y = task("stages")
     blocks = find_blocks(model, x[:1])
     with pytest.raises(GraphPruneError, match="no targets"):

@@ -45,7 +45,7 @@ FIELDS = {field.name: (field.default, str(field.type)) for field in dataclasses.
 
 def test_plan_and_prune_take_the_options_of_a_request() -> None:
     planned, pruned = options_of(graphprune.plan), options_of(graphprune.prune)
-    assert {n: o for n, o in planned.items() if n not in ("model", "example_input")} == FIELDS
+    assert {n: o for n, o in planned.items() if n not in ("model", "example_input", "progress")} == FIELDS
     assert {n: o for n, o in pruned.items() if n not in ("verify", "recover")} == planned
 
 

@@ -14,7 +14,8 @@ import pytest
 
 import graphprune
 from graphprune.support import progress as module
-from graphprune.support.progress import Progress, ProgressOption, reported, stage
+from graphprune.support.progress import Progress, ProgressOption, reported, stage, watched
+from graphprune.support.warning import warn
 
 
 @reported("counting")
@@ -232,6 +233,45 @@ def test_a_terminal_that_is_gone_stops_nothing(terminal: Terminal, monkeypatch: 
     monkeypatch.setattr(module, "_PATIENCE", 0.0)
     monkeypatch.setattr(module, "_PAUSE", 0.001)
     work(inside=lambda: (terminal.close(), threading.Event().wait(0.02)))
+
+
+def test_a_warning_stands_on_a_line_of_its_own(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.0)
+    monkeypatch.setattr(module, "_PAUSE", 0.01)
+    places: list[str] = []
+
+    def warning() -> None:
+        drawn_until(terminal, "rows")()
+        with pytest.warns(graphprune.GraphPruneWarning):
+            warn("look here")
+        places.append(terminal.getvalue())
+        again = len(terminal.getvalue())
+        for _ in range(400):
+            if "rows" in terminal.getvalue()[again:]:
+                return
+            threading.Event().wait(0.01)
+
+    work(inside=warning)
+    assert all(place.endswith("\x1b[1A\x1b[2K") for place in places) and len(places) == 2
+    assert "rows" in terminal.getvalue()[len(places[0]) :]
+
+
+def test_watched_items_are_told_and_may_be_left() -> None:
+    found: list[Progress] = []
+
+    @reported("looking")
+    def looking(*, progress: ProgressOption = None) -> list[str]:
+        some = []
+        for item in watched("abc", "letters", 3, "letters"):
+            some.append(item)
+            if item == "b":
+                break
+        with stage("after"):
+            return some
+
+    assert looking() == looking(progress=found.append) == ["a", "b"]
+    assert [(p.stage, p.done) for p in found] == [("looking", 0), ("letters", 0), ("letters", 1), ("after", 0)]
+    assert found[-1].stages == ("looking", "after")
 
 
 def test_names_are_no_markup(terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:

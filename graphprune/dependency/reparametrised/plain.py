@@ -133,7 +133,8 @@ def held_positions(analysis: Analysis, model: nn.Module) -> list[Freeze]:
 def _may_compute(module: nn.Module) -> bool:
     if "parametrizations" in module._modules:
         return True
-    return any(isinstance(hook, (OldWeightNorm, OldSpectralNorm)) for hook in module._forward_pre_hooks.values())
+    hooks = module._forward_pre_hooks
+    return bool(hooks) and any(isinstance(hook, (OldWeightNorm, OldSpectralNorm)) for hook in hooks.values())
 
 
 def _weights(path: str, module: nn.Module) -> Iterator[Reparametrised]:

@@ -1,4 +1,7 @@
-"""Calibration batches: whatever the user's loader yields, as arguments of one call and, if there are any, targets."""
+"""Batches: whatever the user's loader yields, as arguments of one call and, if there are any, targets.
+
+Everything that takes data reads them here: criteria, repair, training, evaluation.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
+from ...support.progress import watched
 from ...synthesis import Synthetic, SyntheticInputs
 from ...tracing.example import ExampleInput, flatten_tensors, ordinary
 
+# What data are read by where no example says how many positional arguments the model takes.
+ONE_INPUT = ExampleInput((None,), {})
 # Length of the batches a plain tensor is cut into.
 _BATCH = 64
 
@@ -22,13 +28,13 @@ class CalibrationData:
     `data`: a DataLoader, a list, what `synthesize` made or any other object that can be iterated repeatedly; or a
     single tensor, which is read in batches of 64. Each item is what the model is called with - a tensor, a dict of
     keyword arguments, or a tuple of as many positional arguments as `example` has - or a pair (inputs, targets) of that
-    and anything.
+    and anything. `once`: a generator will do.
 
     Raises GraphPruneError, naming `data`, for what cannot be iterated, can be iterated only once, is empty, or yields
     something else.
     """
 
-    def __init__(self, data: Any, example: ExampleInput, model: nn.Module) -> None:
+    def __init__(self, data: Any, example: ExampleInput, model: nn.Module, once: bool = False) -> None:
         if isinstance(data, Synthetic):
             raise GraphPruneError(
                 "data: Synthetic stands for inputs without targets, made for the choice of channels and for repairs; "
@@ -43,7 +49,7 @@ class CalibrationData:
                 f"data: expected a DataLoader, a list of batches or another iterable of inputs, got "
                 f"{type(data).__name__}"
             )
-        if isinstance(data, Iterator):
+        if isinstance(data, Iterator) and not once:
             raise GraphPruneError(
                 f"data: got a {type(data).__name__}, which can be read only once; several passes are made, so pass a "
                 f"DataLoader or a list of batches"
@@ -53,7 +59,11 @@ class CalibrationData:
         self._device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
     def __iter__(self) -> Iterator[tuple[ExampleInput, Any]]:
-        """Pairs of arguments and targets (None without)."""
+        """Pairs of arguments and targets (None without); whoever listens to progress is told of each."""
+        return watched(self.silently(), "data", self.length, "batches")
+
+    def silently(self) -> Iterator[tuple[ExampleInput, Any]]:
+        """The same pairs, where something else is counted."""
         empty = True
         for index, item in enumerate(self._data):
             empty = False
@@ -63,6 +73,14 @@ class CalibrationData:
             yield inputs.to(self._device), _to(targets, self._device)
         if empty:
             raise GraphPruneError("data: yields no batch; pass at least one")
+
+    @property
+    def length(self) -> int | None:
+        """How many batches there are; None where the data do not say."""
+        try:
+            return len(self._data)  # type: ignore[arg-type]
+        except Exception:  # whatever a user's object says of a length that it does not know
+            return None
 
     def head(self, samples: int) -> list[Any]:
         """The first items, as they were given, that hold at least this many samples; all if there are fewer."""

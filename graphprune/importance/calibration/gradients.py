@@ -15,6 +15,7 @@ from ...tracing.example import ExampleInput, flatten_tensors
 from ...tracing.state import evaluating, unfused
 from ...tracing.trace import run_model
 from .layers import Reader
+from .loss import batch_loss, without_loss
 from .observe import data_place
 from .statistics import Calibration
 
@@ -25,23 +26,8 @@ def _samples(example: ExampleInput) -> int:
 
 def _loss(calibration: Calibration, example: ExampleInput, targets: Any, index: int) -> Tensor:
     """The mean loss of a batch."""
-    if targets is None:
-        raise GraphPruneError(
-            f"data: batch {index} has no targets, and the criterion needs a loss; yield pairs (inputs, targets)"
-        )
     output = run_model(calibration.model, example.clone(), "data")
-    try:
-        loss = calibration.loss_fn(output, targets)
-    except GraphPruneError:
-        raise
-    except Exception as error:
-        raise GraphPruneError(
-            f"loss_fn failed on batch {index}: {type(error).__name__}: {error}; it is called with the model's output "
-            f"and the targets that data yields"
-        ) from error
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise GraphPruneError(f"loss_fn returned {found}; expected the mean loss of the batch, a scalar tensor")
+    loss = batch_loss(calibration.loss_fn, output, example, targets, index)
     if not loss.requires_grad:
         raise GraphPruneError("loss_fn returned a loss that does not depend on the model's output through gradients")
     if not bool(torch.isfinite(loss.detach()).all()):
@@ -49,7 +35,7 @@ def _loss(calibration: Calibration, example: ExampleInput, targets: Any, index: 
             f"data: the loss of batch {index} is {float(loss.detach())}: nothing can be learnt from that; leave these "
             f"samples out, or look at their inputs and targets"
         )
-    return loss.reshape(())
+    return loss
 
 
 @contextlib.contextmanager
@@ -199,7 +185,8 @@ def sensitivities(calibration: Calibration) -> dict[str, Tensor]:
     with _differentiable(calibration.model, False), unfused():
         for example in calibration.data.inputs():
             with _Results(readers) as results:
-                outputs = flatten_tensors(run_model(calibration.model, example.clone(), "data"))
+                made = run_model(calibration.model, example.clone(), "data")
+                outputs = without_loss(flatten_tensors(made), made)
             outputs = [o for o in outputs if o.is_floating_point() and o.requires_grad]
             signs = [(torch.randint(0, 2, o.shape, generator=generator) * 2 - 1).to(o) for o in outputs]
             if outputs:

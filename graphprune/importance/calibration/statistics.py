@@ -25,7 +25,8 @@ MAX_FEATURES = 12_000
 class Calibration:
     """What `data` say about `model`, a network with the parameter names of the user's (batch norms folded).
 
-    `loss_fn(output, targets)` returns a scalar; only criteria that need a loss use it.
+    `loss_fn(output, targets)` returns a scalar, None for what is usual (`batch_loss`); only criteria that need a loss
+    use it.
     """
 
     def __init__(self, model: nn.Module, trace: Trace, data: CalibrationData, loss_fn: Any = None) -> None:

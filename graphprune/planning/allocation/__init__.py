@@ -8,7 +8,7 @@ from .costs import CostModel, mac_costs, parameter_costs
 from .kinds import Kinds, chosen_groups
 from .limits import Forecasts, make_limits
 from .rounding import Rounding, RoundTo
-from .selection import ignored_positions, matching_ratios
+from .selection import matching_ratios
 from .settings import Settings
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     "allocate",
     "budget_kind",
     "chosen_groups",
-    "ignored_positions",
     "mac_costs",
     "make_limits",
     "matching_ratios",

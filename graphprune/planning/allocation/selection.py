@@ -1,4 +1,4 @@
-"""What names in a request mean: ratios by name or pattern, and what is ignored."""
+"""What names in a request mean: ratios by name or pattern."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from torch import nn
 
-from ...dependency import DependencyGraph, Reason
+from ...dependency import DependencyGraph
 from ...errors import GraphPruneError
-from ...support.types import Ignore
-from ...tracing.matching import NameTable, items_of
+from ...tracing.matching import NameTable
 
 
 def check_ratio(value: Any, where: str = "ratio") -> float:
@@ -54,27 +52,4 @@ def producers(graph: DependencyGraph) -> list[list[str]]:
     for group in graph.groups:
         makers = [m for m in group.members if m.role == "out"] or list(group.members)
         out.append([name for m in makers for name in aliases.get(m.parameter, [m.parameter])])
-    return out
-
-
-def ignored_positions(
-    ignore: Ignore, graph: DependencyGraph, model: nn.Module
-) -> list[tuple[Any, Reason]]:
-    """The outputs of ignored modules and parameters, as positions to freeze."""
-    items = items_of(ignore, "ignore")
-    if not items:
-        return []
-    names, analysis, roles = NameTable.of(model), graph.analysis, graph.roles
-    out = []
-    for item in items:
-        meant = names.meant(item, "ignore")
-        firsts: dict[str, str] = {}
-        for name, first in graph.trace.aliases.items():
-            if name in meant and first in graph.trace.parameters:
-                firsts.setdefault(first, name)
-        for first, name in firsts.items():
-            reason = Reason("ignored", f"{item if isinstance(item, str) else name} is ignored")
-            for axis in range(len(graph.trace.parameters[first].meta["val"].shape)):
-                if (first, axis) in analysis.dims.roots and roles[(first, axis)] != "in":
-                    out += [(analysis.dims.positions(d), reason) for d in analysis.dims.roots[(first, axis)]]
     return out

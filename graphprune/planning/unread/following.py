@@ -15,7 +15,7 @@ from ...support.walking import all_modules, first_names
 from ...tracing.blueprints.equations import sizes_of
 from ...tracing.blueprints.solving import Solution
 from ...tracing.cloning import INTERNAL
-from ...tracing.origin import Attribute, leaves
+from ...tracing.origin import Attribute
 from ..request import FOLLOW, HOLD
 from .methods import counts_with
 from .network import Network, is_torchs
@@ -141,7 +141,8 @@ class _Following:
         guard = self.used.asks(change)
         if guard:
             return f"it would be {change.new}, and the call asks whether {guard}"
-        if not asked and counts_with(type(self.network.modules[change.module]), change.name):
+        kind = type(self.network.modules[change.module])
+        if not asked and counts_with(kind, change.name):  # type: ignore[arg-type]
             return f"it would be {change.new}, and the code loops over it or makes lists of that length"
         return ""
 
@@ -151,8 +152,8 @@ class _Following:
         """The new sizes of axes at or below the module that were as long as the attribute says, each with one."""
         prefix = f"{attribute.module}." if attribute.module else ""
         found: dict[int, str] = {}
-        for name, axis in self.network.cut:
-            if name.startswith(prefix) and self.network.before[name][axis] == attribute.value:
+        for name, axis in self.network.cut_by_size.get(attribute.value, ()):
+            if name.startswith(prefix):
                 found.setdefault(self.network.after[name][axis], f"axis {axis} of {name}")
         return found
 
@@ -170,8 +171,7 @@ class _Following:
 
     def _doubt(self, attribute: Attribute, after: Solution) -> str:
         """Why the attribute may be out of date; "" where nothing speaks for it."""
-        expr = self.network.expr(attribute)
-        torn = {int(v) for leaf in leaves(expr) if isinstance(leaf, Attribute) for v in after.torn.get(leaf, ())}
+        torn = {int(v) for v in self.network.torn(attribute, after)}
         if torn:
             return f"layers made with it have different widths now: {' and '.join(map(str, sorted(torn)))}"
         equal = self._changed(attribute)

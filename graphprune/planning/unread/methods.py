@@ -29,6 +29,7 @@ def _building(kind: type, names: frozenset[str]) -> Iterator[str]:
             yield name
 
 
+@functools.lru_cache(maxsize=512)
 def counts_with(kind: type, name: str) -> bool:
     """Whether what the object does when it is called may loop over one of its numbers, or repeat a list by it: plain
     numbers come of that, which a recorded call does not show."""

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
-from ...tracing.blueprints import Alikeness, Equation, Summary, Width, summary_of
+from ...tracing.blueprints import Alikeness, Summary, Width, below, summary_of
 from ...tracing.blueprints.equations import sizes_of
-from ...tracing.blueprints.solving import Solution, System
-from ...tracing.origin import Attribute, Expr, TensorSize, leaves
+from ...tracing.blueprints.solving import Number, Numbers, Placed, PlacedTerm, Side, Solution, solve
+from ...tracing.origin import Attribute
 from .methods import building
 from .shapes import Removed, shapes_of, stated
 from .used import Used
 
 _NOTHING = nn.Identity()
+# A number of the code in the network: module, name, and key.
+_Name = tuple[str, str, tuple[int | str, ...]]
+# A size before and after; None where it is not known.
+_Sizes = tuple[int | None, int | None]
 
 
 def is_torchs(module: nn.Module) -> bool:
     """A layer or a list of torch's own."""
     return type(module).__module__.startswith("torch.nn")
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Equation:
+    """In the code the two are the same number: an expression, and another number or the size of a layer."""
+
+    left: PlacedTerm
+    right: int
+    sizes: _Sizes
 
 
 class Network:
@@ -36,31 +50,53 @@ class Network:
     ) -> None:
         self.modules = modules
         self.known = {(a.module, a.name, a.key): v for a, v in used.known.items()}
-        self.before, self.after, self.cut = shapes_of(model, removed)
+        self.before, self.after, cut = shapes_of(model, removed)
+        self.cut_by_size: dict[int, list[tuple[str, int]]] = defaultdict(list)
+        for name, axis in cut:
+            self.cut_by_size[self.before[name][axis]].append((name, axis))
         self.alikeness = Alikeness()
-        self.said: dict[str, Summary] = {}
-        self.sizes: tuple[dict[Width, int], dict[Width, int]] = ({}, {})
+        self.said: dict[str, Placed] = {}
+        self._equations: dict[str, list[_Equation]] = {}
+        self._numbers: dict[_Name, int] = {}
+        self._of_parameters: list[int] = []
+        self._sizes: dict[tuple[str, str, int | None], _Sizes] = {}
 
     def read(self, path: str) -> None:
         """The code of a module, and of those inside it that get numbers from it."""
         if path in self.said or is_torchs(self.modules.get(path, _NOTHING)):
             return
-        self._add(path, summary_of(path, self.modules[path], self.alikeness))
+        self._add(path, summary_of(self.modules[path], self.alikeness))
 
-    def _add(self, path: str, said: Summary) -> None:
-        self.said[path] = said
-        for equation in said.equations:
-            if isinstance(equation.right, Width):
-                self._measure(equation.right)
+    def _add(self, path: str, summary: Summary) -> None:
+        placed = self.said[path] = Placed(summary, [self._number(path, leaf) for leaf in summary.places])
+        said = self._equations[path] = []
+        for equation, left in zip(summary.equations, summary.sides, strict=True):
+            right, term = equation.right, PlacedTerm.of(left, placed)
+            module = below(path, right.module)
+            if isinstance(right, Width):
+                said.append(_Equation(term, -1, self._measured(module, right.name, right.axis)))
             else:
-                self.read(equation.right.module.removesuffix("()"))
+                said.append(_Equation(term, placed.numbers[summary.places[right]], (None, None)))
+                self.read(module.removesuffix("()"))
 
-    def _measure(self, width: Width) -> None:
-        if width not in self.sizes[0]:
-            for sizes, shapes, new in ((self.sizes[0], self.before, False), (self.sizes[1], self.after, True)):
-                size = self._size(width, shapes, new)
-                if size is not None:
-                    sizes[width] = size
+    def _number(self, path: str, leaf: Attribute) -> int:
+        """Which number one in the code of an object at `path` is."""
+        name = below(path, leaf.module), leaf.name, leaf.key
+        found = self._numbers.get(name)
+        if found is None:
+            found = self._numbers[name] = len(self._numbers)
+            if leaf.name.endswith("()"):
+                self._of_parameters.append(found)
+        return found
+
+    def _measured(self, path: str, name: str, axis: int | None = None) -> _Sizes:
+        key = path, name, axis
+        found = self._sizes.get(key)
+        if found is None:
+            width = Width(path, name, axis)
+            found = self._size(width, self.before, False), self._size(width, self.after, True)
+            self._sizes[key] = found
+        return found
 
     def _size(self, width: Width, shapes: Mapping[str, tuple[int, ...]], new: bool) -> int | None:
         module = self.modules.get(width.module)
@@ -81,74 +117,85 @@ class Network:
 
     def solve(self) -> tuple[Solution, Solution]:
         """The numbers of the code before and after."""
-        old, kept = dict[Attribute, int | float](), dict[Attribute, int | float]()
-        for path, said in self.said.items():
-            old.update(said.values)
-            for name, parts in said.parts.items():
-                for key, part in parts:
-                    now = _kept(self.modules[path], name, key)
-                    if isinstance(part, Attribute) and now is not None:
-                        old[part] = now
-                        if (path, name, key) in self.known:
-                            kept[part] = self.known[path, name, key]
-        for leaf in self._leaves():
-            if isinstance(leaf, Attribute) and not leaf.module.endswith(")"):
-                self._of_another(leaf, old, kept)
-        equations = [equation for said in self.said.values() for equation in said.equations]
-        before = self._system(equations, self.sizes[0]).solve(old, {})
+        old, kept = self._given()
+        definitions = self._definitions()
+        equations = [equation for said in self._equations.values() for equation in said]
+        before = solve(_sides(equations, 0), definitions, old, {})
         sound = [e for e in equations if self._holds(e, before)]
-        idle = {leaf: v for leaf, v in before.numbers.items() if leaf.name.endswith("()") and leaf not in before.torn}
-        return before, self._system(sound, self.sizes[1]).solve(kept, idle)
+        idle = {n: before.numbers[n] for n in self._of_parameters if n in before.numbers and n not in before.torn}
+        return before, solve(_sides(sound, 1), definitions, kept, idle)
 
-    def _leaves(self) -> set[Attribute | TensorSize]:
-        """All numbers that the code speaks of."""
-        exprs: list[Expr] = []
-        for said in self.said.values():
-            exprs += [equation.left for equation in said.equations]
-            exprs += said.definitions.values()
-            exprs += [part for parts in said.parts.values() for _, part in parts]
-        return {leaf for expr in exprs for leaf in leaves(expr)}
+    def _given(self) -> tuple[Numbers, Numbers]:
+        """What is known of numbers before and after: those that objects keep, and those that the call has read."""
+        old, kept = Numbers(), Numbers()
+        for path, placed in self.said.items():
+            numbers = placed.numbers
+            for place, value in placed.summary.known:
+                old[numbers[place]] = value
+            for name, key, place in placed.summary.kept:
+                now = _kept(self.modules[path], name, key)
+                if now is not None:
+                    old[numbers[place]] = now
+                    if (path, name, key) in self.known:
+                        kept[numbers[place]] = self.known[path, name, key]
+        for path, placed in self.said.items():
+            for place in placed.summary.of_others:
+                leaf = placed.summary.leaves[place]
+                self._of_another(placed.numbers[place], below(path, leaf.module), leaf.name, old, kept)
+        return old, kept
 
-    def _of_another(self, leaf: Attribute, old: dict[Attribute, Any], kept: dict[Attribute, Any]) -> None:
+    def _of_another(self, number: int, path: str, name: str, old: Numbers, kept: Numbers) -> None:
         """`self.body.out_channels`: a size of a layer, or a number that another module keeps."""
-        width = Width(leaf.module, leaf.name)
-        self._measure(width)
-        if width in self.sizes[0]:
-            old[leaf], kept[leaf] = self.sizes[0][width], self.sizes[1][width]
-        elif (leaf.module, leaf.name, ()) in self.known:
-            kept[leaf] = self.known[leaf.module, leaf.name, ()]
+        before, after = self._measured(path, name)
+        if before is not None and after is not None:
+            old[number], kept[number] = before, after
+        elif (path, name, ()) in self.known:
+            kept[number] = self.known[path, name, ()]
 
-    def _system(self, equations: Iterable[Equation], sizes: Mapping[Width, int]) -> System:
-        definitions: dict[Attribute, Expr] = {}
-        for path, said in self.said.items():
-            definitions.update(said.definitions)
-            for name, parts in said.parts.items():  # another module may read it
-                for key, part in parts:
-                    leaf = Attribute(path, name, key)
-                    if part != leaf:
-                        definitions[leaf] = part
-        return System(equations, sizes, definitions)
+    def _definitions(self) -> list[Side]:
+        """What numbers were computed from."""
+        found: dict[int, Side] = {}
+        for placed in self.said.values():
+            for place, term in placed.summary.computed:
+                number = placed.numbers[place]
+                found[number] = Side(PlacedTerm.of(term, placed), number)
+        return list(found.values())
 
-    def _holds(self, equation: Equation, before: Solution) -> bool:
+    @staticmethod
+    def _holds(equation: _Equation, before: Solution) -> bool:
         """The code made what is there. Otherwise it was misread, or somebody has changed the layer."""
         left = before.value(equation.left)
-        right = equation.right
-        size = before.value(right) if isinstance(right, Attribute) else self.sizes[0].get(right)
+        size = before.number(equation.right) if equation.right >= 0 else equation.sizes[0]
         return left is None or size is None or left == size
 
-    def expr(self, attribute: Attribute) -> Expr:
-        said = self.said.get(attribute.module)
-        parts = said.parts.get(attribute.name, ()) if said is not None else ()
-        bare = Attribute(attribute.module, attribute.name, attribute.key)
-        return dict(parts).get(attribute.key, bare)
+    def term(self, attribute: Attribute) -> PlacedTerm | None:
+        """What the code makes of an attribute; None where it does not say."""
+        placed = self.said.get(attribute.module)
+        parts = placed.summary.parts.get(attribute.name) if placed is not None else None
+        part = None if parts is None else parts.get(attribute.key)
+        return None if placed is None or part is None else placed.term(part)
 
     def found(self, attribute: Attribute, before: Solution, after: Solution) -> int | None:
         """What the attribute must be; None where that is not clear."""
-        expr = self.expr(attribute)
-        old, new = before.value(expr), after.value(expr)
+        term = self.term(attribute)
+        if term is not None:
+            old, new = before.value(term), after.value(term)
+        else:
+            number = self._bare(attribute)
+            old, new = before.number(number), after.number(number)
         if new is None or (old is not None and old != attribute.value):
             return None
         return int(new) if new == int(new) and new >= 1 else None
+
+    def torn(self, attribute: Attribute, after: Solution) -> set[Number]:
+        """The widths that differ, where the code makes layers with them from one number."""
+        term = self.term(attribute)
+        numbers = (self._bare(attribute),) if term is None else term.leaves
+        return {value for number in numbers for value in after.torn.get(number, ())}
+
+    def _bare(self, attribute: Attribute) -> int:
+        """Which number an attribute itself is; -1 where the code does not speak of it."""
+        return self._numbers.get((attribute.module, attribute.name, attribute.key), -1)
 
     def read_methods(self, missing: Iterable[Attribute]) -> bool:
         """What other methods would build with these attributes."""
@@ -160,10 +207,21 @@ class Network:
             kind = type(self.modules[path])
             methods = building(kind, frozenset(needed)) if path in self.said else ()  # type: ignore[arg-type]
             if methods:
-                said = summary_of(path, self.modules[path], self.alikeness, methods)
-                more = more or len(said.equations) > len(self.said[path].equations)
+                said = summary_of(self.modules[path], self.alikeness, methods)
+                more = more or len(said.equations) > len(self.said[path].summary.equations)
                 self._add(path, said)
         return more
+
+
+def _sides(equations: Iterable[_Equation], when: int) -> list[Side]:
+    """Equations with the sizes before (0) or after (1); those with sizes that are not known say nothing."""
+    found = []
+    for equation in equations:
+        if equation.right >= 0:
+            found.append(Side(equation.left, equation.right))
+        elif (size := equation.sizes[when]) is not None:
+            found.append(Side(equation.left, -1, size))
+    return found
 
 
 def _kept(module: nn.Module, name: str, key: tuple[int | str, ...]) -> int | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 from ...dependency.analysis import Analysis
@@ -30,6 +32,15 @@ class Used:
         compared = tuple(g for g in guards if any(isinstance(x, Attribute) for x in _sides(g)))
         return cls({**used, **resolution.read}, compared)
 
+    @functools.cached_property
+    def _guards_on(self) -> Mapping[tuple[str, str, tuple[int | str, ...]], list[Guard]]:
+        """The comparisons of each attribute."""
+        found = defaultdict[tuple[str, str, tuple[int | str, ...]], list[Guard]](list)
+        for guard in self.guards:
+            for at in dict.fromkeys((x.module, x.name, x.key) for x in _sides(guard) if isinstance(x, Attribute)):
+                found[at].append(guard)
+        return found
+
     def asks(self, change: AttributeChange) -> str:
         """The comparison that would come out otherwise with an attribute changed; "" where none would."""
         at = change.module, change.name, change.key
@@ -40,9 +51,7 @@ class Used:
                 return change.new if same else self.known.get(leaf, leaf.value)
             raise ArithmeticError  # a size of data: who knows
 
-        for guard in self.guards:
-            if not any(isinstance(x, Attribute) and (x.module, x.name, x.key) == at for x in _sides(guard)):
-                continue
+        for guard in self._guards_on.get(at, ()):
             try:
                 same = COMPARE[guard.comparison](evaluate(guard.left, value), evaluate(guard.right, value))
             except (ArithmeticError, ValueError, TypeError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,13 +16,14 @@ from ..modules.attention import MultiheadAttention
 from ..modules.recurrent import Recurrent
 
 
-def attribute_at(model: nn.Module, module: str, name: str, key: tuple[int | str, ...]) -> int:
-    """`model.<module>.<name>[key...]`. Raises GraphPruneError where there is no such integer."""
+def attribute_at(modules: Mapping[str, nn.Module], module: str, name: str, key: tuple[int | str, ...]) -> int:
+    """`<module>.<name>[key...]` of one of a model's modules, by path. Raises GraphPruneError where there is no such
+    integer."""
     try:
-        found: Any = model.get_submodule(module).__dict__[name]
+        found: Any = modules[module].__dict__[name]
         for step in key:
             found = settings_of(found)[str(step)] if is_settings_object(found) else found[step]
-    except (AttributeError, KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError):
         found = None
     if type(found) is not int:
         where = (f"{module}.{name}" if module else name) + "".join(f"[{k!r}]" for k in key)
@@ -30,13 +31,14 @@ def attribute_at(model: nn.Module, module: str, name: str, key: tuple[int | str,
     return found
 
 
-def set_attribute(model: nn.Module, module: str, name: str, key: tuple[int | str, ...], value: int) -> None:
-    """`model.<module>.<name>[key...] = value`; tuples are rebuilt. Settings objects, which modules of a copy share, are
-    changed in place."""
-    try:
-        owner = model.get_submodule(module)
-    except AttributeError as error:
-        raise GraphPruneError(f"the plan sets {module}.{name}, but this model has no module {module}") from error
+def set_attribute(
+    modules: Mapping[str, nn.Module], module: str, name: str, key: tuple[int | str, ...], value: int
+) -> None:
+    """`<module>.<name>[key...] = value` in one of a model's modules, by path; tuples are rebuilt. Settings objects,
+    which modules of a copy share, are changed in place."""
+    owner = modules.get(module)
+    if owner is None:
+        raise GraphPruneError(f"the plan sets {module}.{name}, but this model has no module {module}")
     if name not in owner.__dict__:
         raise GraphPruneError(f"the plan sets {module}.{name}, which this model does not have")
     owner.__dict__[name] = _with(owner.__dict__[name], key, value)
@@ -61,7 +63,8 @@ def _with(current: Any, key: tuple[int | str, ...], value: int) -> Any:
 def refresh(modules: Iterable[nn.Module]) -> None:
     """Make torch.nn's descriptive attributes agree with the tensors. What forward reads is set by the plan."""
     for module in modules:
-        weight = getattr(module, "weight", None) if not isinstance(module, nn.MultiheadAttention) else None
+        attention = isinstance(module, nn.MultiheadAttention)
+        weight = None if attention or type(module) is nn.Sequential else getattr(module, "weight", None)
         if isinstance(module, nn.MultiheadAttention):
             _refresh_attention(module)
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase, Recurrent)):

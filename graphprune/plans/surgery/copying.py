@@ -52,21 +52,23 @@ def clone_with(
     # a buffer that the forward replaces is in a table of nn.Module's, which is no cache
     kept = [getattr(model.get_submodule(path), name, None) for path, name in caches if name not in _TABLES]
     memo.update((id(cache), {}) for cache in kept if type(cache) is dict)
-    _memoise_results(model, memo)
     _memoise_tensors(named, memo, frozenset(modules or ()))
     known = dict(memo)
+    copier = _Copier(model, memo)
     try:
-        out = _copy_module(model, memo)
-        _copy_attributes({id(t): t for t in named.values()}.values(), memo)
+        out = copier.module(model)
+        copier.attributes({id(t): t for t in named.values()}.values())
         for cache in (c for c in kept if type(c) is dict):
             others = {key: value for key, value in cache.items() if not isinstance(value, Tensor)}
-            memo[id(cache)].update(copy.deepcopy(others, memo))
+            memo[id(cache)].update(copier.anything(others))
     except Exception as error:
         raise _uncopyable(model, known, error) from error
-    rebind(((m, memo[id(m)]) for m in all_modules(model).values() if id(m) in memo), memo)
+    if copier.met_others:  # functions among them
+        rebind(((m, memo[id(m)]) for m in all_modules(model).values() if id(m) in memo), memo)
+    paths = all_modules(out) if added else {}
     for name, tensor in added.items():
         path, _, attribute = name.rpartition(".")
-        module = out.get_submodule(path)
+        module = paths[path]
         weight = getattr(module, "weight", None)
         requires_grad = bool(weight.requires_grad) if isinstance(weight, Tensor) else True
         module.register_parameter(attribute, nn.Parameter(tensor, requires_grad=requires_grad))
@@ -79,22 +81,13 @@ def _like(old: Tensor, new: Tensor) -> Tensor:
         last = torch.channels_last if old.dim() == 4 else torch.channels_last_3d
         if old.is_contiguous(memory_format=last) and not old.is_contiguous():
             new = new.contiguous(memory_format=last)
-    if isinstance(old, nn.Parameter):
+    if type(old) is nn.Parameter or isinstance(old, nn.Parameter):
         made: Tensor = nn.Parameter(new, requires_grad=old.requires_grad)
     elif isinstance(old, nn.Buffer):
         made = nn.Buffer(new, persistent=old.persistent)
     else:
         made = new.requires_grad_(old.requires_grad) if old.requires_grad else new
     return made
-
-
-def _copy_attributes(tensors: Iterable[Tensor], memo: dict[int, Any]) -> None:
-    """What the user has set on parameters (`weight.no_decay = True`); torch's own copies of them lose it."""
-    for old in tensors:
-        new = memo.get(id(old))
-        for key, value in old.__dict__.items() if isinstance(new, Tensor) else ():
-            if key != "_graphprune_node" and key not in new.__dict__:
-                setattr(new, key, copy.deepcopy(value, memo))
 
 
 def _memoise_results(model: nn.Module, memo: dict[int, Any]) -> None:
@@ -104,10 +97,11 @@ def _memoise_results(model: nn.Module, memo: dict[int, Any]) -> None:
     memo[id(memo)] = results  # deepcopy's own place for what must outlive the copy
 
 
-def _uncopyable(model: nn.Module, known: Mapping[int, Any], error: Exception) -> GraphPruneError:
+def _uncopyable(model: nn.Module, known: dict[int, Any], error: Exception) -> GraphPruneError:
     """The error that names what cannot be copied, found by copying every attribute alone."""
     modules = all_modules(model)
     known = {**known, **{id(m): m for m in modules.values()}}
+    _memoise_results(model, known)
     where = ""
     for name, value in ((f"{path}.{n}".lstrip("."), v) for path, m in modules.items() for n, v in _attributes(m)):
         if not where and not _copyable(value, known):
@@ -182,43 +176,83 @@ def _ordinary(kind: type[nn.Module]) -> bool:
     return known
 
 
-def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What copy.deepcopy does for a module, without its detours."""
-    known = memo.get(id(module))
-    if known is not None:
-        return known  # type: ignore[no-any-return]
-    kind = type(module)
-    if not _ordinary(kind):
-        return copy.deepcopy(module, memo)
-    out: nn.Module = kind.__new__(kind)
-    memo[id(module)] = out
-    target = out.__dict__
-    for name, value in module.__dict__.items():
-        if name == "_compiled_call_impl":
-            continue  # of module.compile(): it goes on running the module it was made for; torch's copies lack it
-        elif name == "_modules":
-            target[name] = type(value)((k, None if m is None else _copy_module(m, memo)) for k, m in value.items())
-        elif name in _TABLES and not value:
-            target[name] = type(value)()
-        elif name in ("_parameters", "_buffers"):
-            target[name] = type(value)((k, _copy_tensor(t, memo)) for k, t in value.items())
-        elif type(value) is set and not value:
-            target[name] = set()
-        elif value is None or isinstance(value, (bool, int, float, str)) or (type(value) is tuple and _flat(value)):
-            target[name] = value
-        elif type(value) is list and _flat(value):
-            target[name] = memo.setdefault(id(value), list(value))
-        else:
-            target[name] = copy.deepcopy(value, memo)
-    return out
+# Of module.compile(): it goes on running the module it was made for; torch's copies lack it.
+_COMPILED = "_compiled_call_impl"
 
 
-def _copy_tensor(tensor: Tensor | None, memo: dict[int, Any]) -> Tensor | None:
-    if tensor is None:
-        return None
-    known: Tensor | None = memo.get(id(tensor))
-    return copy.deepcopy(tensor, memo) if known is None else known
+class _Copier:
+    """What copy.deepcopy does, without its detours where a model is made of modules, tensors, numbers and names.
+    `met_others`: it is made of something else too."""
+
+    def __init__(self, model: nn.Module, memo: dict[int, Any]) -> None:
+        self.model, self.memo, self.met_others = model, memo, False
+
+    def module(self, module: nn.Module) -> nn.Module:
+        """A copy of a module and of all it holds."""
+        known = self.memo.get(id(module))
+        if known is not None:
+            return known  # type: ignore[no-any-return]
+        kind = type(module)
+        if not _ordinary(kind):
+            copied: nn.Module = self.anything(module)
+            return copied
+        out: nn.Module = kind.__new__(kind)
+        self.memo[id(module)] = out
+        target = out.__dict__
+        for name, value in module.__dict__.items():
+            if value is None or type(value) in _FLAT:
+                target[name] = value
+            elif name in _TABLES:
+                target[name] = self._table(name, value) if value else type(value)()
+            elif name != _COMPILED:
+                target[name] = self._value(value)
+        target.pop(_COMPILED, None)
+        return out
+
+    def _table(self, name: str, table: dict[str, Any]) -> dict[str, Any]:
+        """One of nn.Module's own dicts."""
+        if name == "_modules":
+            return type(table)((key, None if m is None else self.module(m)) for key, m in table.items())
+        if name in ("_parameters", "_buffers"):
+            return type(table)((key, self.tensor(t)) for key, t in table.items())
+        copied: dict[str, Any] = self.anything(table)
+        return copied
+
+    def _value(self, value: Any) -> Any:
+        kind = type(value)
+        if kind is set and not value:
+            return set()
+        if isinstance(value, (bool, int, float, str, type, torch.dtype)) or (kind is tuple and _flat(value)):
+            return value
+        if kind is list and _flat(value):
+            return self.memo.setdefault(id(value), list(value))
+        return self.anything(value)
+
+    def tensor(self, tensor: Tensor | None) -> Tensor | None:
+        """A copy of a parameter or buffer."""
+        if tensor is None:
+            return None
+        known: Tensor | None = self.memo.get(id(tensor))
+        return self.anything(tensor) if known is None else known
+
+    def attributes(self, tensors: Iterable[Tensor]) -> None:
+        """What the user has set on parameters (`weight.no_decay = True`); torch's own copies of them lose it."""
+        for old in tensors:
+            new = self.memo.get(id(old)) if old.__dict__ else None
+            for key, value in old.__dict__.items() if isinstance(new, Tensor) else ():
+                if key != "_graphprune_node" and key not in new.__dict__:
+                    setattr(new, key, self.anything(value))
+
+    def anything(self, value: Any) -> Any:
+        """By the copy protocol."""
+        if not self.met_others:
+            self.met_others = True
+            _memoise_results(self.model, self.memo)
+        return copy.deepcopy(value, self.memo)
+
+
+_FLAT = frozenset((int, float, str, bool, type(None)))
 
 
 def _flat(value: tuple[Any, ...] | list[Any]) -> bool:
-    return all(type(item) in (int, float, str, bool, type(None)) for item in value)
+    return _FLAT.issuperset(map(type, value))

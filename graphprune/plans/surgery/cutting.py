@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...dependency.reparametrised import forms_in
 from ...dependency.temperature import Rescale
 from ...errors import GraphPruneError
-from ...support.cutting import cut_tensor
+from ...support.cutting import Kept, cut_tensor
 from ...support.walking import all_modules, named_tensors
 from ..history import carry
 from ..modules.recurrent import replacement_of
@@ -41,7 +41,8 @@ def operate(
             if len(lost):
                 cuts[bias] = {0: lost}
     forms = forms_in(model)
-    new, done = _folded(model, folds, cuts, {scale.parameter for scale in rescales})
+    keep = Kept()
+    new, done = _folded(model, folds, cuts, {scale.parameter for scale in rescales}, keep)
     with torch.no_grad():
         for scale in rescales:
             tensor = new.get(scale.parameter, named[scale.parameter])
@@ -53,7 +54,7 @@ def operate(
             new[scale.parameter] = (tensor.detach().to(factor.dtype) * factor).to(tensor.dtype)
         for name, axes in cuts.items():
             if name not in done:
-                new[name] = _cut(name, new[name] if name in new else named[name], axes)
+                new[name] = _cut(name, new[name] if name in new else named[name], axes, keep)
             if name in forms:
                 new[name] = forms[name].settled(new[name])
     out = clone_with(model, new, {fold.batch_norm: nn.Identity() for fold in folds}, caches)
@@ -62,7 +63,7 @@ def operate(
     if whole is not None:
         out, modules = whole, all_modules(whole)
     for module, attribute, key, value in attributes:
-        set_attribute(out, module, attribute, key, value)
+        set_attribute(modules, module, attribute, key, value)
     changed = {id(named[n]) for n in new if n in named}
     tied = {n for n, t in named.items() if id(t) in changed}  # under all their names
     touched = {n.rpartition(".")[0] for n in tied | new.keys()}
@@ -71,22 +72,26 @@ def operate(
     return out
 
 
-def _cut(name: str, tensor: Tensor, axes: Mapping[int, Sequence[int]]) -> Tensor:
+def _cut(name: str, tensor: Tensor, axes: Mapping[int, Sequence[int]], keep: Kept) -> Tensor:
     try:
-        return cut_tensor(tensor, axes)
+        return cut_tensor(tensor, axes, keep)
     except IndexError as error:
         raise GraphPruneError(f"the plan removes from {name} what it does not have: {error}") from error
 
 
 def _folded(
-    model: nn.Module, folds: Sequence[Fold], cuts: Mapping[str, Mapping[int, Sequence[int]]], rescaled: set[str]
+    model: nn.Module,
+    folds: Sequence[Fold],
+    cuts: Mapping[str, Mapping[int, Sequence[int]]],
+    rescaled: set[str],
+    keep: Kept,
 ) -> tuple[dict[str, Tensor], set[str]]:
     """The tensors of layers with their batch norms folded in, and the names of those that are cut already: a weight is
     cut before, so that only what stays is multiplied, unless its outputs lie in several axes or it is rescaled."""
 
     def cut(name: str, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         axes = cuts.get(name, {})
-        return _cut(name, weight, axes), _cut(name, scale, {0: axes[0]} if 0 in axes else {})
+        return _cut(name, weight, axes, keep), _cut(name, scale, {0: axes[0]} if 0 in axes else {}, keep)
 
     def can_be(fold: Fold) -> bool:
         return fold.axis == 0 and fold_names(fold)[0] not in rescaled

@@ -174,7 +174,8 @@ def folded_tensors(model: nn.Module, folds: list[Fold], cut: Cut | None = None) 
             out[bias_name] = shift.to(weight.dtype)
             if cut is not None:
                 weight, scale = cut(weight_name, weight, scale)
-            out[weight_name] = scale_filters(weight, scale, fold.axis, layer).to(weight.dtype)
+            own = cut is not None and weight.untyped_storage()._cdata != layer.weight.untyped_storage()._cdata
+            out[weight_name] = scale_filters(weight, scale, fold.axis, layer, own).to(weight.dtype)
     return out
 
 
@@ -192,11 +193,14 @@ def _scale_and_shift(layer: _ConvNd | nn.Linear, norm: _BatchNorm) -> tuple[Tens
     return scale, shift
 
 
-def scale_filters(weight: Tensor, scale: Tensor, axis: int, layer: nn.Module) -> Tensor:
-    """The weight of `layer` with output channels, along `axis` of its weight, multiplied by `scale`."""
+def scale_filters(weight: Tensor, scale: Tensor, axis: int, layer: nn.Module, own: bool = False) -> Tensor:
+    """The weight of `layer` with output channels, along `axis` of its weight, multiplied by `scale`. `own`: the weight
+    is nobody else's and may be written to."""
     view = [1] * weight.dim()
     view[axis] = -1
     if axis == 0:
+        if own and weight.dtype == scale.dtype:
+            return weight.mul_(scale.reshape(view))
         return weight.to(scale.dtype) * scale.reshape(view)
     groups = int(layer.groups)  # type: ignore[arg-type]
     # transposed: (in, out / groups, ...); input channel block g makes output channels of group g

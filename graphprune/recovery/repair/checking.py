@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData
+from ...importance.calibration import CalibrationData, without_loss
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
+from .decisions import decides_worse, rightly_decided
 
 # The share of the samples that is held from a repair, and how many are enough.
 _SHARE, _ENOUGH = 8, 256
@@ -94,44 +95,66 @@ def _runs(model: nn.Module, example: ExampleInput) -> bool:
     return all(not t.dim() or t.shape[0] == samples(example) for t in example.tensors())
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """How the outputs are. `error`: the squared error of all that are floating point, each divided by its squares;
+    infinite for NaN, and NaN where there are none to compare. `right`: see `rightly_decided`."""
+
+    error: float
+    right: Tensor
+
+    def worse_than(self, before: Measured) -> str:
+        """In which way, as a sentence goes on behind "on held inputs"; "" for no worse."""
+        if self.error > before.error:
+            return f"the error of the outputs rose from {before.error:.2e} to {self.error:.2e}"
+        if decides_worse(self.right, before.right, self.error, before.error):
+            counts = [int(m.right.sum()) for m in (before, self)]
+            return f"the outputs were largest where the model's are {counts[0]} times before and {counts[1]} times then"
+        return ""
+
+
 class Check:
-    """How far the outputs of `small` are from those of `dense` on some inputs. `error`: with all that has passed;
-    `last`: with what was tried last; NaN where there are no outputs to compare."""
+    """How far the outputs of `small` are from those of `dense` on some inputs. `now`: with all that has passed;
+    `last`: with what was tried last."""
 
-    dense: nn.Module
-    small: nn.Module
-    inputs: list[ExampleInput]
-    error: float = math.nan
-    last: float = math.nan
+    def __init__(self, dense: nn.Module, small: nn.Module, inputs: list[ExampleInput]) -> None:
+        self.small, self.inputs = small, inputs
+        self._wanted = [_outputs(dense, example) for example in inputs]
+        self.now = self.last = self.measured()
 
-    def __post_init__(self) -> None:
-        self._wanted = [_outputs(self.dense, example) for example in self.inputs]
-        self.error = self.measured()
+    @property
+    def error(self) -> float:
+        """The error of what has passed."""
+        return self.now.error
 
-    def measured(self) -> float:
-        """The squared error of all floating point outputs, each divided by its squares; infinite for NaN."""
+    def measured(self) -> Measured:
+        """With what is in place now."""
         sums: dict[int, tuple[float, float]] = {}
+        right = [torch.zeros(0, dtype=torch.float64)]
         for example, wanted in zip(self.inputs, self._wanted, strict=True):
+            units = samples(example) if all(b.dim() and b.shape[0] == samples(example) for b in wanted) else 1
+            right.append(torch.zeros(units, dtype=torch.float64))
             for place, (a, b) in enumerate(zip(_outputs(self.small, example), wanted, strict=False)):
                 if a.shape == b.shape and bool(torch.isfinite(b).all()):
                     miss, whole = sums.get(place, (0.0, 0.0))
                     sums[place] = miss + float((a - b).square().sum()), whole + float(b.square().sum())
+                    right[-1] += rightly_decided(a, b, units)
         if not sums:
-            return math.nan
+            return Measured(math.nan, torch.cat(right))
         found = sum(miss / max(whole, 1e-300) for miss, whole in sums.values()) / len(sums)
-        return found if math.isfinite(found) else math.inf
+        return Measured(found if math.isfinite(found) else math.inf, torch.cat(right))
 
     def passes(self) -> bool:
         """Whether the outputs are no worse than when last measured; if so, that is what counts from now on."""
-        now = self.last = self.measured()
-        if now <= self.error or math.isnan(self.error):
-            self.error = now
-            return True
-        return False
+        self.last = self.measured()
+        if self.last.worse_than(self.now):
+            return False
+        self.now = self.last
+        return True
 
 
 def _outputs(net: nn.Module, example: ExampleInput) -> list[Tensor]:
     with evaluating(net):
-        found = result_tensors(run_model(net, example.clone(), "data"))
+        made = run_model(net, example.clone(), "data")
+        found = without_loss(result_tensors(made), made)
     return [t.double() for t in found if t.is_floating_point()]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ...importance.calibration import (
 )
 from ...plans.plan import Plan
 from ...plans.surgery import find_folds
+from ...support.progress import stage
 from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
@@ -46,12 +47,11 @@ class Refit:
         data: FitData,
         ridge: float,
         every_layer: bool,
-        progress: Callable[[str], None] | None,
         unlike: frozenset[str] = frozenset(),
         new_bias: bool = True,
     ) -> None:
         self.dense, self.small, self.plan, self.data = dense, small, plan, data
-        self.ridge, self.every_layer, self.progress, self.new_bias = ridge, every_layer, progress, new_bias
+        self.ridge, self.every_layer, self.new_bias = ridge, every_layer, new_bias
         self.forms = forms_in(small)
         trace = record_run(small, example)
         self.readers = [r for r in find_readers(trace) if r.weight.rpartition(".")[0] not in unlike]
@@ -70,17 +70,18 @@ class Refit:
 
     def _run(self, solve: bool) -> list[LayerRecovery]:
         self.report = []
-        chosen = self._chosen(solve)
+        chosen = [r for r in self._chosen(solve) if solve or self._has_place(r)]
         named = named_tensors(self.small)
         targets = {r.weight: walk.target_of(self.plan, r, self.device) for r in chosen}
         order = walk.waves(chosen, lambda r: walk.bytes_needed(r, named[r.weight]))
         pair = walk.Pair(self.dense, self.small, self.data, order)
-        for wave in order:
-            if self.progress is not None:
-                self.progress(", ".join(r.weight for r in wave))
-            solved = [r for r in wave if solve and not self._refusal(r)]
-            shifted = [r for r in wave if r not in solved]
-            self._pass(pair, wave, solved, shifted, targets)
+        with stage("fitting", len(chosen), "layers") as now:
+            for wave in order:
+                now.tell(", ".join(r.weight for r in wave))
+                solved = [r for r in wave if solve and not self._refusal(r)]
+                shifted = [r for r in wave if r not in solved]
+                self._pass(pair, wave, solved, shifted, targets)
+                now.advance(len(wave))
         return self.report
 
     def _chosen(self, solve: bool) -> list[Reader]:
@@ -95,6 +96,14 @@ class Refit:
             if reader.weight in cut or after:
                 chosen.append(reader)
         return chosen
+
+    def _has_place(self, reader: Reader) -> bool:
+        """Whether a constant term can go anywhere; else the layer is left before any data are read for it."""
+        if self._constant(reader).possible:
+            return True
+        refusal, why = self._refusal(reader), "has no bias and no batch norm behind it: left alone"
+        self._leave(reader, f"{refusal}; {why}" if refusal else why)
+        return False
 
     def _refusal(self, reader: Reader) -> str:
         """Why the weights of a layer are left alone."""
@@ -202,12 +211,9 @@ class Refit:
             "corrected"
 
     def _shifts(self, reader: Reader, found: _Shift) -> list[Option]:
-        refusal = self._refusal(reader)
-        if not self._constant(reader).possible:
-            why = "has no bias and no batch norm behind it: left alone"
-            self._leave(reader, f"{refusal}; {why}" if refusal else why)
+        if not self._has_place(reader):
             return []
-        notes = [refusal, "padded: exact on average, not at the border" if found.padded else ""]
+        notes = [self._refusal(reader), "padded: exact on average, not at the border" if found.padded else ""]
         said = LayerRecovery(reader.weight, "mean", found.before, found.after, "; ".join(n for n in notes if n))
         return [Option(said, None, found.change)]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from ...plans.naming import in_plain_names
 from ...plans.plan import Plan, check_plan
 from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds, worn
 from ...support.doors import door
+from ...support.progress import ProgressOption, reported
 from ...support.suggestions import check_choice
 from ...synthesis import made_for
 from ...tracing.example import ExampleInput
@@ -69,6 +69,7 @@ def check_method(method: Any, data: Any) -> None:
 
 
 @door("model", exact=True)
+@reported("repairing")
 def recover(
     model: nn.Module,
     plan: Plan,
@@ -79,7 +80,7 @@ def recover(
     ridge: float = 1e-3,
     every_layer: bool = True,
     new_bias: bool | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: ProgressOption = None,
 ) -> Recovery:
     """Apply `plan` to a copy of `model` and repair the copy so that it does what `model` does on `data`.
 
@@ -108,12 +109,14 @@ def recover(
     that are built from a configuration (`config` and `from_pretrained`, as Llama's): the configuration has no place for
     a bias, and `from_pretrained` would refuse the file.
 
-    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256; with
-    fewer than 8 samples on the same). Where some layer's new weights made the outputs worse, all is done once more with
-    such layers left as they were, or their means corrected alone, and the better network is kept: it is never worse
-    there than without repair. The report names what was taken back, layers that too few rows reached (8 for each input
-    where a layer lost none, else the mean is corrected alone), and rows that the two networks do not share: experts,
-    regions or tokens that are picked by value.
+    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256;
+    with fewer than 8 samples on the same): by the error of the outputs, and by what they decide: in how many places
+    the largest number (of the last axis, or of axis 1 of four and more) is the one that is largest in the model. Where
+    some layer's new weights made the outputs worse, all is done once more with such layers left as they were, or their
+    means corrected alone, and the better network is kept: it is never worse there than without repair. Decisions may
+    be lost only where at least half of the error goes, and no more than chance would lose. The report names what was
+    taken back, layers that too few rows reached (8 for each input where a layer lost none, else the mean is corrected
+    alone), and rows that the two networks do not share: experts, regions or tokens that are picked by value.
 
     Batch norms that the plan keeps (`fold_bn=False`) are fitted as if they were folded, so the result is the same
     function: filters keep their norms, running statistics become those of `data`, scale and shift make up for it.
@@ -123,6 +126,8 @@ def recover(
 
     Memory is bounded by the moments of the layers fitted at a time (about 1 GiB); layers with more than 12,000 inputs
     per output and transposed convolutions of several groups get the "mean" correction, and the report says so.
+
+    `progress`: as in `graphprune.plan`.
 
     Raises GraphPruneError for unknown methods, for data that cannot be read twice or that the model fails on, that are
     NaN or make the model's layers infinite, and for plans of another model. `model` is not touched.
@@ -139,7 +144,7 @@ def recover(
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
     data = made_for(data, model, example_input) if method != "moments" else data
     bare, example = plain(model), ExampleInput.of(example_input)
-    options = (float(ridge), every_layer, new_bias, progress)
+    options = (float(ridge), every_layer, new_bias)
     own = in_plain_names(plan, bare, model)
     found = _recovered(bare, own, example, data, method, *options)
     if bare is model:
@@ -156,7 +161,6 @@ def _recovered(
     ridge: float,
     every_layer: bool,
     new_bias: bool,
-    progress: Callable[[str], None] | None,
 ) -> Recovery:
     stored = data is None or method == "moments"
     batches = None if stored else CalibrationData(data, example, model)
@@ -182,7 +186,7 @@ def _recovered(
         dense = apply_folds(model, (*folds, *kept))  # a copy, also without folds
         fitted = apply_folds(small, kept) if kept else small
         unlike = frozenset(f.layer for f in plan.folds if f not in folds)
-        refit = Refit(dense, fitted, plan, example, seen, ridge, every_layer, progress, unlike, new_bias)
+        refit = Refit(dense, fitted, plan, example, seen, ridge, every_layer, unlike, new_bias)
         before = refit.check.error
         found = tuple(refit.run(solve=method == "least_squares"))
         if kept and any(layer.changed for layer in found):
@@ -201,7 +205,7 @@ def _reestimated(model: nn.Module, plan: Plan, seen: FitData) -> Recovery:
     if check.passes():
         done = _closed(apply_folds(small, plan.folds), model, plan, "batchnorm")
         return Recovery(done, (), before, check.error, seen.said)
-    told = f"taken back: on held inputs the error of the outputs rose from {before:.2e} to {check.last:.2e}"
+    told = f"taken back: on held inputs {check.last.worse_than(check.now)}"
     said = LayerRecovery("all batch norms", "batchnorm", math.nan, math.nan, told, False)
     return Recovery(_closed(plan.operated(model), model, plan, ""), (said,), before, before, seen.said)
 

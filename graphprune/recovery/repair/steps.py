@@ -69,10 +69,10 @@ class Steps:
         for (reader, options), values in zip(tried, saved, strict=True):
             self._first_values.setdefault(reader.weight, values)
             self._put(reader, options[0])
-        passed = self.check.passes()
+        before, passed = self.check.now, self.check.passes()
         if passed or not self.strict:
-            self.rose |= not passed
-            self.check.error = self.check.last
+            self.check.now = self.check.last
+            self.rose |= self.check.error > before.error
             return [options[0].said for _, options in tried]
         for values in saved:
             values.restore()
@@ -97,8 +97,7 @@ class Steps:
                     return dataclasses.replace(option.said, note="; ".join(n for n in (*notes, option.said.note) if n))
                 values.restore()
             notes.append(
-                f"{option.said.method} taken back: on held inputs the error of the outputs rose from "
-                f"{self.check.error:.2e} to {self.check.last:.2e}"
+                f"{option.said.method} taken back: on held inputs {self.check.last.worse_than(self.check.now)}"
             )
         said = options[0].said
         return dataclasses.replace(said, method="none", after=said.before, note="; ".join(notes), changed=False)
@@ -138,17 +137,17 @@ class Values:
 
 def better_of_two(steps: Steps, run: Callable[[], list[LayerRecovery]]) -> list[LayerRecovery]:
     """Repair, and if the outputs got worse on the way, once more with such steps taken back; keep what is better."""
-    start = steps.check.error
+    check, start = steps.check, steps.check.now
     first = run()
-    if not steps.rose:
+    if not steps.rose and not check.now.worse_than(start):
         return first
-    done, reached = steps.undo(), steps.check.error
-    steps.check.error, steps.strict = start, True
+    done, reached = steps.undo(), check.now
+    check.now, steps.strict = start, True
     second = run()
-    if reached < steps.check.error:
+    if reached.error < check.error and not reached.worse_than(start):
         steps.undo()
         for values in done:
             values.restore()
-        steps.check.error = reached
+        check.now = reached
         return first
     return second

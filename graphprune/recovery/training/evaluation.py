@@ -9,23 +9,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData
+from ...importance.calibration import ONE_INPUT, CalibrationData, labels_of, logits_of
 from ...support.restoring import restored
 from ...support.unwrapping import no_model
-from ...tracing.example import ExampleInput
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
-from .objective import logits_of
-
-ONE_INPUT = ExampleInput((None,), {})
 
 
 class Evaluation:
     """A function of a model: a metric over held-out `data`, in eval mode and without gradients.
 
-    `data` yields (inputs, targets). `metric`: None (default) for top-1 accuracy, the fraction of the items whose
-    largest logit is the target's; or an object with `update(logits, targets)`, `compute()` and `reset()`, as the
-    metrics of the torchmetrics library are. `name` is what reports call it.
+    `data` yields (inputs, targets), or dicts of keyword arguments, whose targets are their "labels". `metric`: None
+    (default) for top-1 accuracy, the fraction of the items whose largest logit is the target's; or an object with
+    `update(logits, targets)`, `compute()` and `reset()`, as the metrics of the torchmetrics library are. `name` is what
+    reports call it.
     """
 
     def __init__(self, data: Any, metric: Any = None, name: str | None = None) -> None:
@@ -47,6 +44,7 @@ class Evaluation:
         metric.reset()
         with restored(model), evaluating(model):
             for inputs, targets in CalibrationData(self._data, ONE_INPUT, model):
+                targets = labels_of(inputs, targets)
                 if targets is None:
                     raise GraphPruneError("evaluate: its data yield no targets; yield (inputs, targets)")
                 metric.update(logits_of(run_model(model, inputs, "evaluate")), targets)

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData
+from ...importance.calibration import ONE_INPUT, CalibrationData
 from ...plans.plan import Plan
 from ...support.randomness import seed_epoch
 from ...support.suggestions import check_choice
 from .carrying import carry_optimizer
 from .checkpoints import check_fit, check_others, load_model, load_optimizer, model_state, optimizer_state, own_tensors
-from .evaluation import ONE_INPUT
 from .objective import Objective
+from .penalties import GroupPenalty
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+_PENALTY = "regularize/"
 _RATES = {"sgd": 0.02, "adam": 1e-3, "adamw": 1e-3}
 
 
@@ -115,7 +113,9 @@ def mixed_precision(amp: bool | str, device: torch.device) -> torch.dtype | None
 
 class Trainer:
     """A model in training. `model` and `optimizer` may be replaced by `prune`; `step` counts optimizer steps.
-    `original`: the one that it is a copy of, which the loss may know."""
+    `original`: the one that it is a copy of, which the loss may know. `penalty`: on the channels of `model`."""
+
+    penalty: GroupPenalty | None = None
 
     def __init__(
         self, model: nn.Module, data: Any, objective: Objective, options: Training, original: nn.Module
@@ -144,7 +144,7 @@ class Trainer:
         """Batches in an epoch; loaders that do not say are read once."""
         data = CalibrationData(self._data, ONE_INPUT, self.model)  # checks the form
         if isinstance(self._data, Tensor):
-            return sum(1 for _ in data)
+            return sum(1 for _ in data.silently())
         try:
             return len(self._data)
         except TypeError:
@@ -157,7 +157,7 @@ class Trainer:
         self.model.train()
         total, rate, seen = 0.0, 0.0, 0
         with self._objective.watching(self.model), torch.enable_grad():  # whatever the caller's mode
-            for inputs, targets in CalibrationData(self._data, ONE_INPUT, self.model):
+            for inputs, targets in CalibrationData(self._data, ONE_INPUT, self.model).silently():
                 rate = self._set_rates(number * self.steps + min(seen, self.steps - 1))
                 loss = self._step(inputs, targets)
                 if not math.isfinite(loss):
@@ -182,13 +182,16 @@ class Trainer:
             def closure() -> Tensor:
                 loss = self._backward(inputs.clone(), targets)
                 losses.append(float(loss.detach()))
-                return loss
+                return loss if self.penalty is None else loss.detach() + self.penalty.penalty().detach()
 
             self._update(closure)
-            return losses[0] if losses else math.nan
-        loss = self._backward(inputs, targets)
-        self._update()
-        return float(loss.detach())
+            loss_seen = losses[0] if losses else math.nan
+        else:
+            loss_seen = float(self._backward(inputs, targets).detach())
+            self._update()
+        if self.penalty is not None:
+            self.penalty.step()
+        return loss_seen
 
     def _backward(self, inputs: Any, targets: Any) -> Tensor:
         """The loss of a batch; its gradients, clipped, are where the optimizer looks for them."""
@@ -205,6 +208,8 @@ class Trainer:
             self._scaler.unscale_(self.optimizer)
             trained = [p for group in self.optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(trained, self.options.clip)
+        if self.penalty is not None:  # like weight decay, which is not clipped either
+            self.penalty.add_gradients(self._scaler if self.options.clip is None else None)
         return loss
 
     def _update(self, *closure: Callable[[], Tensor]) -> None:
@@ -243,17 +248,22 @@ class Trainer:
         other = {**self._loss.tensors(), **self._foreign()}
         plain, tensors = optimizer_state(self.optimizer, {**other, **own_tensors(self.model)})
         about = {"optimizer": plain, "scaler": self._scaler.state_dict(), "loss": self._loss.changed()}
-        return about, {**model_state(self.model), **other, **tensors}
+        return about, {**model_state(self.model), **other, **tensors, **self._penalty_state()}
 
     def load(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
         """Go on from a `state`. The model must have its structure already."""
-        known = ("model/", "best/", "optimizer/", "loss/", "other/")
+        known = ("model/", "best/", "optimizer/", "loss/", "other/", _PENALTY)
         unknown = [name for name in tensors if not name.startswith(known)]
         if unknown:
             raise GraphPruneError(f"{what} is damaged: nothing is called {unknown[0]!r}")
         foreign = self._foreign()
         check_others(foreign, tensors, what)
         check_fit(self.model, tensors, what)
+        grown = {name.removeprefix(_PENALTY): t for name, t in tensors.items() if name.startswith(_PENALTY)}
+        if self.penalty is not None:
+            self.penalty.load_state_dict(grown)
+        elif grown:
+            raise GraphPruneError(f"{what} is of another run, with regularize")
         self._loss.load(tensors, about["loss"])
         load_model(self.model, tensors, what)
         try:
@@ -270,6 +280,10 @@ class Trainer:
             raise GraphPruneError(f"{what} is damaged: {type(error).__name__}: {error}") from error
         self._resumed = what
 
+    def _penalty_state(self) -> dict[str, Tensor]:
+        state = {} if self.penalty is None else self.penalty.state_dict()
+        return {f"{_PENALTY}{name}": tensor for name, tensor in state.items()}
+
     def _foreign(self) -> dict[str, Tensor]:
         """What the optimizer trains beside the model and what the loss is known to hold, by its place there."""
         own = {id(t) for t in (*own_tensors(self.model).values(), *self._loss.tensors().values())}
@@ -282,18 +296,3 @@ def _wants_closure(optimizer: torch.optim.Optimizer) -> bool:
     # torch wraps `step` of every class that has been made once, and keeps its signature
     parameter = inspect.signature(optimizer.step).parameters.get("closure")
     return parameter is not None and parameter.default is inspect.Parameter.empty
-
-
-@contextlib.contextmanager
-def progress_bar(text: str | None, steps: int, done: int = 0) -> Iterator[Callable[..., None]]:
-    """A bar on standard error where that is a terminal and `text` not None; yields a function that advances it, or
-    with `note` adds that to the text."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=text is None or not console.is_terminal) as bar:
-        task = bar.add_task(text or "", total=steps, completed=done)
-
-        def advance(note: str | None = None) -> None:
-            bar.update(task, advance=1 if note is None else 0, description=None if note is None else f"{text}{note}")
-
-        yield advance

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ...errors import GraphPruneError
+from ...importance.calibration import batch_loss, logits_of, loss_in
 from ...support.types import LossFunction
 from ...support.unwrapping import no_model
 from ...tracing.example import ExampleInput
@@ -18,38 +18,6 @@ from ...tracing.state import evaluating
 from ...tracing.trace import run_model
 from .distillation import Distillation, Tap, feature_distance, logit_distance
 from .losses import LossState
-
-
-def logits_of(output: Any) -> Tensor:
-    """The scores among what a classifier returns: the tensor, `.logits`, ["logits"], ["out"] or the first of a tuple.
-
-    Raises GraphPruneError where there are none.
-    """
-    for name in ("logits", "out"):
-        found = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    if isinstance(output, Tensor):
-        return output
-    raise GraphPruneError(f"the model returns a {type(output).__name__} without logits; pass loss_fn(output, targets)")
-
-
-def default_loss(output: Any, targets: Any) -> Tensor:
-    """Cross-entropy of logits and class numbers; without targets, the loss that the model itself returns."""
-    if targets is None:
-        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if isinstance(loss, Tensor):
-            return loss
-        raise GraphPruneError(
-            "data: yields no targets, and the model returns no loss of its own; yield (inputs, targets), pass "
-            "loss_fn, or pass a teacher to learn from"
-        )
-    if not isinstance(targets, Tensor) or targets.is_floating_point():
-        found = f"{targets.dtype} tensors" if isinstance(targets, Tensor) else type(targets).__name__
-        raise GraphPruneError(f"data: targets are {found}, not class numbers; pass loss_fn(output, targets)")
-    return F.cross_entropy(logits_of(output), targets)
 
 
 class Objective:
@@ -94,30 +62,17 @@ class Objective:
     def __call__(self, model: nn.Module, inputs: ExampleInput, targets: Any) -> Tensor:
         """The loss of one batch, for which the model is run once."""
         if self._teacher is None:
-            return self._own(run_model(model, inputs, "training"), targets)
+            return batch_loss(self._loss_fn, run_model(model, inputs, "training"), inputs, targets)
         with evaluating(self._teacher):
             wanted = run_model(self._teacher, inputs.clone(), "teacher")
         output = run_model(model, inputs, "training")
         settings = self._distillation
         loss = logit_distance(logits_of(output), logits_of(wanted), settings.temperature)
-        if targets is not None or self._loss_fn is not None:
-            loss = settings.weight * loss + (1 - settings.weight) * self._own(output, targets)
+        if targets is not None or self._loss_fn is not None or loss_in(output) is not None:
+            own = batch_loss(self._loss_fn, output, inputs, targets)
+            loss = settings.weight * loss + (1 - settings.weight) * own
         if self._taps is not None and settings.features:
-            own, theirs = self._taps
-            parts = [feature_distance(own[n], theirs[n], settings.feature_loss, n) for n in settings.features]
+            mine, theirs = self._taps
+            parts = [feature_distance(mine[n], theirs[n], settings.feature_loss, n) for n in settings.features]
             loss = loss + settings.feature_weight * torch.stack(parts).mean()
         return loss
-
-    def _own(self, output: Any, targets: Any) -> Tensor:
-        if self._loss_fn is None:
-            return default_loss(output, targets)
-        try:
-            loss = self._loss_fn(output, targets)
-        except GraphPruneError:
-            raise
-        except Exception as error:
-            raise GraphPruneError(f"loss_fn raised {type(error).__name__}: {error}") from error
-        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise GraphPruneError(f"loss_fn: expected it to return a scalar tensor, got {found}")
-        return loss.reshape(())

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 from ...errors import GraphPruneError
 from ...plans.surgery.copying import clone_with
 from ...support.files import check_target
+from ...support.progress import Stage, stage
 from ...support.runs import counted, score
 from ...support.tables import Column, render, table
 from ...support.types import PathLike
 from ...support.walking import all_modules
 from .checkpoints import check_fit, load_model, model_state, own_tensors, read_checkpoint, write_checkpoint
-from .loop import Trainer, Training, progress_bar
+from .loop import Trainer, Training
 from .objective import Objective
+from .penalties import Regularize, penalty_of
 
 Score = Callable[[nn.Module], float]
 
@@ -98,16 +100,20 @@ class Run:
         on_epoch: Callable[[Epoch, nn.Module], None] | None,
         pruner: Pruner | None = None,
         settings: Mapping[str, Any] | None = None,
+        regularize: Regularize = None,
     ) -> None:
         check_patience(patience, evaluate)
         self.checkpoint = None if checkpoint is None else check_target(checkpoint)
         self.trainer = Trainer(clone_with(model, {}), data, objective, options, model)
+        penalty = penalty_of(regularize, model, data, options.epochs * self.trainer.steps)
+        self.trainer.penalty = None if penalty is None else penalty.on(self.trainer.model)
         self.flags = {path: module.training for path, module in all_modules(model).items()}
         self.evaluate, self.patience, self.on_epoch, self.pruner = evaluate, patience, on_epoch, pruner
         self.settings = {
             **options.to_dict(),
             **(settings or {}),
             "patience": patience,
+            "regularize": None if penalty is None else penalty.settings(),
             "batches": self.trainer.steps,
             "shapes": {name: list(t.shape) for name, t in own_tensors(model).items()},
         }
@@ -123,18 +129,20 @@ class Run:
         """The number of epochs after which nothing is pruned any more."""
         return 0 if self.pruner is None else max(0, self.pruner.steps - 1)
 
-    def finish(self, text: str | None) -> Finetuning:
-        """Go on to the end; `text`: what the progress bar says, None for no bar."""
+    def finish(self, name: str) -> Finetuning:
+        """Go on to the end; `name`: of the stage that this is."""
         if not self._resume():
             self.before = None if self.evaluate is None else self.evaluate(self.trainer.model)
             if self.pruner is None:
                 self._remember(self.before)
         epochs, steps = self.trainer.options.epochs, self.trainer.steps
-        with progress_bar(text, epochs * steps, len(self.history) * steps) as tick:
+        with stage(name, epochs * steps, "batches") as now:
+            if self.history:
+                now.advance(len(self.history) * steps)
             if not epochs and self.pruner is not None:
                 self._remember(self.pruner.prune(self.trainer, 0))
             while len(self.history) < epochs and not self._exhausted():
-                self._epoch(tick)
+                self._epoch(now)
         model = self.trainer.model
         if self.patience is not None:
             load_model(model, self.best, "the best epoch", "best")
@@ -145,15 +153,15 @@ class Run:
         score = self.best_score if best is not None else (self.history[-1].score if self.history else self.before)
         return Finetuning(model, tuple(self.history), self.before, score, best, len(self.history) < epochs)
 
-    def _epoch(self, tick: Callable[..., None]) -> None:
+    def _epoch(self, now: Stage) -> None:
         start, done = time.perf_counter(), len(self.history)
         if self.pruner is not None and done < self.pruner.steps:
             self._remember(self.pruner.prune(self.trainer, done))
-        loss, rate = self.trainer.epoch(done, tick)
+        loss, rate = self.trainer.epoch(done, now.advance)
         score = None if self.evaluate is None else self.evaluate(self.trainer.model)
         self.history.append(Epoch(done + 1, loss, score, rate, time.perf_counter() - start))
         scored = "" if score is None else f", score {score:.4f}"
-        tick(note=f": epoch {done + 1}, loss {loss:.4f}{scored}")
+        now.tell(f"epoch {done + 1}, loss {loss:.4f}{scored}")
         if self.pruner is None or done + 1 >= self.pruner.steps:
             self._remember(score)
         if self.checkpoint is not None:

@@ -8,16 +8,19 @@ from typing import Any
 from torch import nn
 
 from ...support.doors import door
+from ...support.progress import ProgressOption, reported
 from ...support.randomness import random_state_kept
 from ...support.types import LossFunction, PathLike
 from .distillation import Distillation
 from .evaluation import evaluator
 from .loop import MakeOptimizer, Training
 from .objective import Objective
+from .penalties import Regularize
 from .runs import Epoch, Finetuning, Run
 
 
 @door("model", keep_wrapper=True)
+@reported("fine-tuning")
 def finetune(
     model: nn.Module,
     data: Any,
@@ -33,11 +36,12 @@ def finetune(
     amp: bool | str = "auto",
     teacher: nn.Module | None = None,
     distillation: Distillation | None = None,
+    regularize: Regularize = None,
     evaluate: Any = None,
     patience: int | None = None,
     seed: int = 0,
     checkpoint: PathLike | None = None,
-    progress: bool = True,
+    progress: ProgressOption = None,
     on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
 ) -> Finetuning:
     """Train a copy of `model`; the model itself is not touched. A plain loop: use your own trainer if you have one.
@@ -45,7 +49,8 @@ def finetune(
     - `data`: a DataLoader or list of batches (inputs, targets), read once an epoch. Inputs are a tensor, a tuple of
       positional arguments, or a dict of keyword arguments. Batches go to the model's device.
     - `epochs`: how many. `loss_fn(output, targets)`: a scalar; default cross-entropy of logits and class numbers, or,
-      without targets, the loss that the model returns itself (`output.loss`). It may hold weights, which are trained
+      without targets, the loss that the model returns itself (`output.loss`). For batches that are dicts without
+      targets it gets the dict. It may hold weights, which are trained
       in place where your own optimizer has them too, buffers and counters.
     - `optimizer`: "sgd" (Nesterov, with `momentum`), "adam", "adamw", or a function (model) -> torch optimizer with its
       own options; one whose `step` asks for a closure, as LBFGS does, is given one, which runs the batch anew. `lr`:
@@ -56,6 +61,10 @@ def finetune(
       bfloat16), True for it everywhere, False for none.
     - `teacher`: a network to learn from, usually the dense one, faster with `graphprune.fold_conv_bn`; `distillation`:
       how, see `Distillation`. With a teacher data need no targets.
+    - `regularize`: train a network that is to be pruned afterwards: "lasso" or "growing", which drive its weak channels
+      to zero, for the inputs of the first batch and with the weights that `GroupLasso` and `GrowingPenalty` have
+      without arguments ("growing" reaches its own after half of the steps); or one of these for `model`, which itself
+      stays as it is. Their gradients are added after clipping.
     - `evaluate`: a function (model) -> number, higher is better, or data (inputs, targets) for top-1 accuracy; see
       `Evaluation` for other metrics. It is asked before and after every epoch. `patience`: stop after this many epochs
       in a row without a better score, and return the best weights instead of the last.
@@ -66,7 +75,7 @@ def finetune(
       was stopped at any moment goes on with the epoch that was under way and ends with the same weights. `epochs` and
       the other numbers must be the same. Stored too: what else the optimizer trains; tensors of the loss, and its plain
       values (numbers, flags, texts) that have changed: of its modules, and of the object or the function itself.
-    - `on_epoch(epoch, model)`: called after every epoch. `progress`: a bar on standard error if that is a terminal.
+    - `on_epoch(epoch, model)`: called after every epoch. `progress`: as in `graphprune.plan`.
 
     Masks of `graphprune.sparsity` stay in force. `torch.no_grad` and `torch.inference_mode` around the call change
     nothing.
@@ -82,6 +91,7 @@ def finetune(
     """
     options = Training(epochs, optimizer, lr, momentum, weight_decay, warmup, clip, amp, seed)
     objective = Objective(loss_fn, teacher, distillation)
-    run = Run(model, data, options, objective, evaluator(evaluate), patience, checkpoint, on_epoch)
+    run = Run(model, data, options, objective, evaluator(evaluate), patience, checkpoint, on_epoch,
+              regularize=regularize)  # fmt: skip
     with random_state_kept(data):
-        return run.finish("fine-tuning" if progress else None)
+        return run.finish("training")

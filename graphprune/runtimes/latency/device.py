@@ -11,6 +11,7 @@ from ...dependency.reparametrised import plain
 from ...errors import GraphPruneError
 from ...plans.structure import structural_hash
 from ...support.doors import door
+from ...support.progress import ProgressOption, reported, stage
 from .forecast import Forecast, measured_context
 from .networks import Bench
 from .table import LatencyTable
@@ -18,14 +19,18 @@ from .target import Target, keep, own_table, provider_of
 
 
 @door("model")
-def latency_table(model: nn.Module, example_input: Any, target: Target | None = None) -> LatencyTable:
+@reported("latency table")
+def latency_table(
+    model: nn.Module, example_input: Any, target: Target | None = None, *, progress: ProgressOption = None
+) -> LatencyTable:
     """The latency table of this machine for `model`: everything that planning with a latency budget looks up.
 
     Runs the model's computations alone at five widths each in ONNX Runtime, looks for the widths that the machine likes
     and profiles the whole dense network once. Takes a few seconds to a few minutes; times are kept in the user's cache
     directory (GRAPHPRUNE_CACHE, XDG_CACHE_HOME or ~/.cache), by machine, provider, threads and version of ONNX Runtime.
 
-    `table.save(path)` writes a JSON file that `Target(table=path)` takes on another machine.
+    `table.save(path)` writes a JSON file that `Target(table=path)` takes on another machine. `progress`: as in
+    `graphprune.plan`.
 
     Raises GraphPruneError for a model that cannot be exported and a provider that does not load.
     """
@@ -36,9 +41,10 @@ def latency_table(model: nn.Module, example_input: Any, target: Target | None = 
     table = own_table(provider, chosen.threads, options)
     model = plain(model)
     graph = trace(model, example_input)
-    with Bench(model, example_input, provider, chosen.threads, options) as bench:
+    with stage("the whole network"), Bench(model, example_input, provider, chosen.threads, options) as bench:
         context = measured_context(graph, table, bench.profile())
-    Forecast(table, context).cost(graph)
+    with stage("computations"):
+        Forecast(table, context).cost(graph)
     keep(table)
     table.contexts[structural_hash(model)] = context
     return table

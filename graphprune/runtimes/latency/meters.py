@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ...errors import GraphPruneError
+from ...support.progress import stage, watched
 from ..arguments import FlatArguments
 from ..providers import CPU, Provider
 from .kernels import Sample
@@ -46,16 +47,18 @@ def chunks(samples: Sequence[Sample]) -> list[list[int]]:
 
 def _profiled(samples: Sequence[Sample], provider: Provider, threads: int, options: dict[str, str]) -> list[Reading]:
     out: list[Reading | None] = [None] * len(samples)
-    for chunk in chunks(samples):
-        made = subgraphs([samples[i] for i in chunk])
-        runs = _ROUNDS if max(samples[i].work for i in chunk) > _SHORT else 3 * _ROUNDS
-        found = profile(made.model, made.feeds, provider, threads=threads, options=options, runs=runs)
-        by_name = dict(zip(made.outputs, chunk, strict=True))
-        for node in found.nodes:
-            # layouts rename a node to its result and an ending
-            i = by_name.get(node.name, by_name.get(node.name.partition("_")[0], -1))
-            if i >= 0 and node.heavy:
-                out[i] = (node.seconds, node)
+    with stage("timing", len(samples), "computations", still=True) as now:
+        for chunk in chunks(samples):
+            made = subgraphs([samples[i] for i in chunk])
+            runs = _ROUNDS if max(samples[i].work for i in chunk) > _SHORT else 3 * _ROUNDS
+            found = profile(made.model, made.feeds, provider, threads=threads, options=options, runs=runs)
+            by_name = dict(zip(made.outputs, chunk, strict=True))
+            for node in found.nodes:
+                # layouts rename a node to its result and an ending
+                i = by_name.get(node.name, by_name.get(node.name.partition("_")[0], -1))
+                if i >= 0 and node.heavy:
+                    out[i] = (node.seconds, node)
+            now.advance(len(chunk))
     if any(reading is None for reading in out):
         raise GraphPruneError(
             "ONNX Runtime does not report the time of single nodes here: use another version, or bring a latency table"
@@ -75,7 +78,7 @@ def _called(samples: Sequence[Sample], provider: Provider, threads: int, options
     out: list[Reading] = []
     with tempfile.TemporaryDirectory(prefix="graphprune-") as folder:
         path = Path(folder) / "sample.onnx"
-        for sample in samples:
+        for sample in watched(samples, "timing", len(samples), "computations", still=True):
             made = subgraphs([sample])
             path.write_bytes(made.model)
             session = open_session(path, provider, threads=threads, provider_options=options)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ...support.progress import stage
 from ..arguments import FlatArguments
 from ..export import ExportReport, export_onnx
 from ..measure import Settings, alternate
@@ -77,5 +78,6 @@ class Bench:
 
     def _times(self, sessions: Sequence[BoundSession]) -> list[float]:
         settings = Settings(self.provider, self.options, self.threads, False, _WARMUP, _ROUNDS, _MIN_TIME, 0)
-        _, samples = alternate([s.run for s in sessions], settings, lambda: None)
+        with stage("timing", _ROUNDS, "rounds", still=True) as now:
+            _, samples = alternate([s.run for s in sessions], settings, now.advance)
         return [float(np.median(s)) for s in samples]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...errors import GraphPruneError
+from ...support.progress import stage
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -159,11 +160,13 @@ def scan(meter: ChainMeter, kind: str) -> Stairs:
     """The stairs of a kind of computation: widths are timed again, each at the lowest that was seen of it, until the
     same steps are found twice in a row, so that one scan of a busy machine does not settle it."""
     widths = scan_widths().tolist()
-    lowest = np.asarray(meter(kind, widths), np.float64)
-    found = Stairs.found(lowest.tolist())
-    for _ in range(_SCANS - 1):
-        before, lowest = found, np.minimum(lowest, meter(kind, widths))
+    with stage(f"widths of {kind}", _SCANS, "scans at most", still=True) as now:
+        lowest = np.asarray(meter(kind, widths), np.float64)
         found = Stairs.found(lowest.tolist())
-        if found.steps == before.steps:
-            break
+        for _ in range(_SCANS - 1):
+            now.advance()
+            before, lowest = found, np.minimum(lowest, meter(kind, widths))
+            found = Stairs.found(lowest.tolist())
+            if found.steps == before.steps:
+                break
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -175,7 +176,12 @@ def _of_tensor(value: Value, name: str, path: str) -> Iterator[Equation]:
 
 def sizes_of(module: nn.Module) -> tuple[str, ...] | None:
     """The arguments of a layer of torch's that are sizes of what it holds; None of other modules."""
-    return next((names for kind, names in SIZES if isinstance(module, kind)), None)
+    return _sizes_of_kind(type(module))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=512)
+def _sizes_of_kind(kind: type[nn.Module]) -> tuple[str, ...] | None:
+    return next((names for layer, names in SIZES if issubclass(kind, layer)), None)
 
 
 __all__ = ["Equation", "Width", "equations_of", "sizes_of"]

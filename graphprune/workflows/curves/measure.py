@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from ...dependency import Group
 from ...dependency.graph import trace
+from ...dependency.ignored import ignored_positions
 from ...dependency.reparametrised import plain
 from ...dependency.sizes import SizeSolver
 from ...dependency.temperature import rescales
 from ...errors import GraphPruneError
 from ...importance import resolve_criterion
+from ...importance.calibration import batch_loss, without_loss
 from ...importance.calibration.source import CalibrationSource
 from ...importance.scorer import Scorer
-from ...planning.allocation import allocate, chosen_groups, ignored_positions
+from ...planning.allocation import allocate, chosen_groups
 from ...planning.allocation.rounding import lost
 from ...planning.allocation.selection import check_ratio
 from ...planning.request import Criterionlike, Request
@@ -29,6 +31,7 @@ from ...plans.plan import Plan
 from ...plans.surgery import effective_folds
 from ...support.doors import door
 from ...support.files import check_target, is_there
+from ...support.progress import ProgressOption, reported, stage
 from ...support.types import Ignore, LossFunction, PathLike
 from ...support.walking import named_tensors
 from ...synthesis import made_for
@@ -41,6 +44,7 @@ RATIOS = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 
 
 @door("model")
+@reported("sensitivity")
 def sensitivity(
     model: nn.Module,
     example_input: Any,
@@ -53,7 +57,7 @@ def sensitivity(
     granularity: str | Sequence[str] = "auto",
     seed: int = 0,
     cache: PathLike | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: ProgressOption = None,
 ) -> Sensitivity:
     """Error against the fraction removed, for each group of channels pruned alone; `model` is not touched.
 
@@ -65,7 +69,7 @@ def sensitivity(
       too. `ignore`, `granularity`, `seed`: as in `plan`. Groups that must stay equal to the pruned one lose units with
       it; ratios whose sizes the model's code does not allow are left out of the curve, as are groups without any.
     - `cache`: a JSON file that every finished curve is written to. What it holds is not measured again.
-    - `progress(name)`: called before each group.
+    - `progress`: as in `plan`.
 
     One copy of the model and one pass over the data per group and ratio (Li et al., Pruning Filters, ICLR 2017, with
     the groups of this package instead of single layers).
@@ -110,17 +114,17 @@ def sensitivity(
         return assemble(model, graph, allocation, resolution, factors, folds)
 
     curves = []
-    for group, wanted in zip(graph.groups, chosen_groups(graph, settings.kinds), strict=True):
-        if not wanted or group.size < 2:
-            continue
-        curve = found.get(group)
-        if curve is None:
-            if progress is not None:
-                progress(group.name)
-            curve = _measured(model, group, shares, plan_of, meter)
-            found.add(curve)
-        if curve.removed:
-            curves.append(curve)
+    groups = [g for g, wanted in zip(graph.groups, chosen_groups(graph, settings.kinds), strict=True) if wanted]
+    with stage("curves", len(groups), "groups") as now:
+        for group in groups:
+            curve = found.get(group) if group.size > 1 else None
+            if curve is None and group.size > 1:
+                now.tell(group.name)
+                curve = _measured(model, group, shares, plan_of, meter)
+                found.add(curve)
+            if curve is not None and curve.removed:
+                curves.append(curve)
+            now.advance()
     return dataclasses.replace(found.curves, curves=tuple(curves))
 
 
@@ -174,7 +178,8 @@ class _Meter:
         return float((sums[0] / np.maximum(sums[1], 1e-300)).mean())
 
     def _answers(self, model: nn.Module, index: int) -> list[Tensor]:
-        return [t.detach() for t in result_tensors(self._run(model, index)) if t.is_floating_point()]
+        made = self._run(model, index)
+        return [t.detach() for t in without_loss(result_tensors(made), made) if t.is_floating_point()]
 
     def _run(self, model: nn.Module, index: int) -> Any:
         with evaluating(model), torch.no_grad():
@@ -182,15 +187,8 @@ class _Meter:
 
     def _loss(self, model: nn.Module) -> float:
         total, count = 0.0, 0
-        assert self.loss_fn is not None
         for index, (example, targets) in enumerate(self.batches):
-            if targets is None:
-                raise GraphPruneError(f"data: batch {index} has no targets; loss_fn needs pairs (inputs, targets)")
-            output = self._run(model, index)
-            try:
-                value = float(self.loss_fn(output, targets))
-            except Exception as error:
-                raise GraphPruneError(f"loss_fn failed on batch {index}: {type(error).__name__}: {error}") from error
+            value = float(batch_loss(self.loss_fn, self._run(model, index), example, targets, index))
             n = next((t.shape[0] for t in example.tensors() if t.dim()), 1)
             total, count = total + value * n, count + n
         if not np.isfinite(total):

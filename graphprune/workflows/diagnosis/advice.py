@@ -17,6 +17,7 @@ from ...runtimes import benchmark
 from ...runtimes.machine import cpu_model, usable_cores
 from ...sparsity import masks, semi_structured_support
 from ...support.doors import door
+from ...support.progress import ProgressOption, reported, stage
 from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
 from ...synthesis import made_for
@@ -87,6 +88,7 @@ def _times(value: float) -> str:
 
 
 @door("model")
+@reported("advice")
 def advise(
     model: nn.Module,
     example_input: Any,
@@ -97,6 +99,7 @@ def advise(
     evaluate: Any = None,
     tolerance: float = 0.01,
     speed: bool = False,
+    progress: ProgressOption = None,
 ) -> Advice:
     """Recommend a pruning method for `model`, which is not changed. Methods are tried on copies, without training.
 
@@ -107,6 +110,7 @@ def advise(
       `tolerance` at most (without fine-tuning). Without it options are judged by the share of the outputs' variance
       that they keep: 95 %, or half of it where training can repair the rest.
     - `speed`: measure the latency of structured options in ONNX Runtime here, and rank by it.
+    - `progress`: as in `plan`.
 
     Every number comes from this model: parameters, MACs and file sizes are counted on networks and files that were
     made.
@@ -124,7 +128,8 @@ def advise(
     found = doctor(model, example_input)
     dense = None if ask is None else ask(model)
     trial = Trial(model, example, data, Outputs(model, example, data), ask)
-    options = _tried(trial, goal, example_input, speed)
+    with stage("trying methods"):
+        options = _tried(trial, goal, example_input, speed)
     good = _judge(dense, tolerance, finetune, data is not None)
     chosen = _choose(options, goal, good)
     reasons = _reasons(chosen, goal, good, options, found, model, finetune, data)

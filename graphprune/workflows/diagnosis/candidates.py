@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import GraphPruneError
-from ...importance.calibration import CalibrationData
+from ...importance.calibration import CalibrationData, without_loss
 from ...planning.calls import repaired
 from ...planning.request import Request
 from ...plans.surgery.copying import clone_with
 from ...sparsity import magnitude, make_permanent, n_m, save
+from ...support.progress import stage
 from ...support.walking import named_tensors
 from ...tracing.counting import count
 from ...tracing.example import ExampleInput, result_tensors
@@ -80,7 +81,8 @@ class Outputs:
 def _numbers(model: nn.Module, inputs: ExampleInput) -> Tensor:
     """All outputs, one row per sample; in one row where they have no common first axis."""
     with evaluating(model):
-        found = result_tensors(run_model(model, inputs.clone(), "advise"))
+        made = run_model(model, inputs.clone(), "advise")
+        found = without_loss(result_tensors(made), made)
     numbers = [t.detach().double().cpu() for t in found if t.is_floating_point()]
     if numbers and all(t.dim() > 0 and len(t) == len(numbers[0]) for t in numbers):
         return torch.cat([t.reshape(len(t), -1) for t in numbers], 1)
@@ -124,7 +126,8 @@ class Trial:
         taken = 0
         for ratio in RATIOS:
             request = Request(ratio, granularity="layer", data=self.data)
-            decided = request.decide(self.model, self.example).plan
+            with stage(f"layers, {ratio:g}"):
+                decided = request.decide(self.model, self.example).plan
             if len(decided.layers) > taken:
                 taken = len(decided.layers)
                 small = decided.apply(self.model)
@@ -135,10 +138,11 @@ class Trial:
     def cut(self, ratio: float) -> tuple[nn.Module, str] | None:
         """A repaired network without that fraction of its channels; None if none can go."""
         criterion = None if self.data is None else "reconstruction"
-        decided = Request(ratio, criterion=criterion, data=self.data).decide(self.model, self.example).plan
-        if decided.empty:
-            return None
-        small = repaired(self.model, decided, decided.apply(self.model), self.example, self.data, "auto")
+        with stage(f"channels, {ratio:g}"):
+            decided = Request(ratio, criterion=criterion, data=self.data).decide(self.model, self.example).plan
+            if decided.empty:
+                return None
+            small = repaired(self.model, decided, decided.apply(self.model), self.example, self.data, "auto")
         told = "" if self.data is None else ', criterion="reconstruction", data=data'
         return small, f"graphprune.prune(model, example_input, {ratio:g}{told})"
 
@@ -147,7 +151,9 @@ class Trial:
         for sparsity in SPARSITIES:
             masked = magnitude(_copied(self.model), sparsity)
             call = f"graphprune.sparsity.magnitude(model, {sparsity:g}); graphprune.sparsity.save(model, path)"
-            yield self._option("masks", (sparsity,), call, masked, sparse_bytes(masked))
+            with stage(f"masks, {sparsity:g}"):
+                option = self._option("masks", (sparsity,), call, masked, sparse_bytes(masked))
+            yield option
 
     def both(self, ratio: float) -> Iterator[Option]:
         """Masks in a network whose channels were pruned before."""

@@ -17,6 +17,7 @@ from ...recovery import Distillation, Epoch, Finetuning, check_method
 from ...recovery.training.evaluation import evaluator, metric_name
 from ...recovery.training.loop import MakeOptimizer, Training
 from ...recovery.training.objective import Objective
+from ...recovery.training.penalties import Regularize, check_regularize
 from ...recovery.training.runs import Run
 from ...sparsity import make_permanent, masks
 from ...sparsity import schedule as make_schedule
@@ -24,6 +25,7 @@ from ...sparsity.ranking import check_sparsity
 from ...sparsity.scheduler import Method
 from ...support.doors import door
 from ...support.files import make_folder
+from ...support.progress import ProgressOption, reported, stage
 from ...support.randomness import random_state_kept
 from ...support.types import LossFunction, PathLike
 from ...tracing.matching import NameTable
@@ -62,6 +64,7 @@ class PipelineResult:
 
 
 @door("model")
+@reported("pipeline")
 def pipeline(
     model: nn.Module,
     example_input: Any,
@@ -85,6 +88,7 @@ def pipeline(
     clip: float | None = 5.0,
     amp: bool | str = "auto",
     distillation: Distillation | bool = False,
+    regularize: Regularize = None,
     recover: str | None = None,
     calibration: Any = None,
     evaluate: Any = None,
@@ -92,7 +96,7 @@ def pipeline(
     speed: Any = False,
     seed: int = 0,
     checkpoint: PathLike | None = None,
-    progress: bool = True,
+    progress: ProgressOption = None,
     on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
     strict: bool = False,
 ) -> PipelineResult:
@@ -111,6 +115,8 @@ def pipeline(
     - `train_epochs` (default 0: it is trained), with `train_lr` as peak rate; then pruning, and `finetune_epochs` after
       the last of it. Pruning and fine-tuning share one learning rate curve up to `lr`. `optimizer` to `amp`: as in
       `finetune`.
+    - `regularize`: "lasso", "growing", a `GroupLasso` or a `GrowingPenalty`: the training before pruning drives weak
+      channels to zero, so that less is lost then; see `finetune`. Needs `train_epochs`.
     - `distillation`: True or a `Distillation`: learn from the dense network too. `recover`: "mean", "batchnorm" or
       "least_squares" repairs each structured step before training goes on. `calibration`: batches for criteria and
       for `recover`; default `data`.
@@ -132,6 +138,9 @@ def pipeline(
     check_method(recover, data)
     if method == "layers" and (recover is not None or gradual is not None):
         raise GraphPruneError("method='layers' leaves layers out at once, and the others have nothing to recover")
+    check_regularize(regularize)
+    if regularize is not None and train_epochs == 0:
+        raise GraphPruneError("regularize: acts in the training before pruning; pass train_epochs, at least 1")
     first = Training(train_epochs, optimizer, train_lr, momentum, weight_decay, warmup, clip, amp, seed)
     tuned = Training(finetune_epochs, optimizer, lr, momentum, weight_decay, warmup, clip, amp, seed)
     tuned = dataclasses.replace(tuned, epochs=finetune_epochs + (gradual or 0))
@@ -147,8 +156,8 @@ def pipeline(
     folder = _folder(checkpoint)
     with random_state_kept(data):
         run = Run(model, data, first, Objective(loss_fn, None, None), ask, patience if train_epochs else None,
-                  folder and folder / "training.safetensors", on_epoch)  # fmt: skip
-        training = run.finish("training" if progress else None)
+                  folder and folder / "training.safetensors", on_epoch, regularize=regularize)  # fmt: skip
+        training = run.finish("training")
         pruner = GradualPruner(
             chosen, curve, gradual or 1, evaluate=ask, data=data, calibration=batches, example_input=example_input,
             recovery=recover, seed=seed,
@@ -156,13 +165,14 @@ def pipeline(
         objective = _objective(loss_fn, training.model, distillation)
         run = Run(training.model, data, tuned, objective, ask, patience, folder and folder / "tuning.safetensors",
                   on_epoch, pruner, settings)  # fmt: skip
-        tuning = run.finish("pruning and fine-tuning" if progress else None)
+        tuning = run.finish("pruning and fine-tuning")
     if masks(tuning.model):
         make_permanent(tuning.model)
+    with stage("report"):
+        found = _report(training.model, tuning, pruner, example_input, evaluate, speed)
     return PipelineResult(
-        tuning.model, training.model, training, tuning, tuple(pruner.done), tuple(pruner.plans),
-        _report(training.model, tuning, pruner, example_input, evaluate, speed),
-    )  # fmt: skip
+        tuning.model, training.model, training, tuning, tuple(pruner.done), tuple(pruner.plans), found
+    )
 
 
 def _amount(

@@ -19,7 +19,6 @@ from ...plans.plan import Plan
 from ...plans.verification import verify
 from ...recovery import recover
 from ...recovery.training.loop import Trainer
-from ...recovery.training.objective import default_loss
 from ...recovery.training.runs import Score
 from ...sparsity import Channels, gradient, magnitude, masks, set_masks
 from ...sparsity.scheduler import Method
@@ -92,13 +91,13 @@ def method_of(
             raise GraphPruneError("options: are those of a named method; build yours into the function")
         return method
     if method in ("channels", "layers"):
-        return _planning(method, example_input, budget, chosen, calibration, loss_fn or default_loss, seed, strict)
+        return _planning(method, example_input, budget, chosen, calibration, loss_fn, seed, strict)
     if method in _MASKING:
         function, given = _MASKING[method]
         check_names(chosen, [n for n in inspect.signature(function).parameters if n not in given], "options")
         if function is magnitude:
             return lambda model, sparsity: magnitude(model, sparsity, **chosen)
-        return lambda model, sparsity: gradient(model, calibration, loss_fn or default_loss, sparsity, **chosen)
+        return lambda model, sparsity: gradient(model, calibration, loss_fn, sparsity, **chosen)
     known = ", ".join(map(repr, METHODS))
     raise GraphPruneError(f"method: expected one of {known} or a function (model, sparsity) -> model, got {method!r}")
 
@@ -109,7 +108,7 @@ def _planning(
     budget: Budget | None,
     options: Mapping[str, Any],
     calibration: Any,
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | None,
     seed: int,
     strict: bool,
 ) -> Method:
@@ -135,7 +134,7 @@ def _planning(
     return Planned(example_input, request, checked)
 
 
-def _needed(needs: str | None, data: Any, loss_fn: LossFunction) -> dict[str, Any]:
+def _needed(needs: str | None, data: Any, loss_fn: LossFunction | None) -> dict[str, Any]:
     """What a criterion needs."""
     return {} if needs is None else {"data": data} if needs != "loss" else {"data": data, "loss_fn": loss_fn}
 

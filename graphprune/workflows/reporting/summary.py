@@ -22,6 +22,7 @@ from ...sparsity.overview import SparsityReport
 from ...sparsity.overview import report as sparsity_of
 from ...support.doors import door
 from ...support.files import check_target, replacing
+from ...support.progress import ProgressOption, reported, stage
 from ...support.registry import Registry
 from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
@@ -165,10 +166,10 @@ class Report:
         first = self.scores.get("before")
         known = "-" if first is None else f"{first:.4f}"
         out = []
-        for stage, score in self.scores.items():
-            if stage != "before":
+        for name, score in self.scores.items():
+            if name != "before":
                 change = "-" if first is None else f"{score - first:+.4f}"
-                out.append((f"{self.metric}, {stage}", known, f"{score:.4f}", change))
+                out.append((f"{self.metric}, {name}", known, f"{score:.4f}", change))
         return out or ([(self.metric, known, "-", "-")] if first is not None else [])
 
     def tables(self) -> tuple[Table, Table]:
@@ -217,6 +218,7 @@ LAYER_COLUMNS = [
 
 
 @door("model", "pruned", "unrecovered")
+@reported("report")
 def report(
     model: nn.Module,
     pruned: nn.Module,
@@ -231,6 +233,7 @@ def report(
     sensitivity: Sensitivity | Mapping[str, Mapping[float, float]] | None = None,
     title: str | None = None,
     notes: Sequence[str] = (),
+    progress: ProgressOption = None,
 ) -> Report:
     """Compare `pruned` with the `model` it was made from. Both stay as they are.
 
@@ -246,18 +249,21 @@ def report(
       whose models are called "before" and "after". Default: not measured.
     - `curve`: further networks for the plot of accuracy against cost: `Point` objects, or names -> (network, score).
     - `sensitivity`: what `graphprune.sensitivity` returned, or group -> {ratio: score or error}, for a plot.
+    - `progress`: as in `graphprune.plan`.
 
     Raises GraphPruneError for unknown stages, scores that are not finite, and models that fail on the example.
     """
     found = _all_scores(model, pruned, unrecovered, scores, evaluate)
-    counts = count(model, example_input), count(pruned, example_input)
-    zeros = sparsity_of(model), sparsity_of(pruned)
+    with stage("counting"):
+        counts = count(model, example_input), count(pruned, example_input)
+        zeros = sparsity_of(model), sparsity_of(pruned)
     measured = _measured(model, pruned, example_input, speed)
-    before, after = (_size(net, c, z) for net, c, z in zip((model, pruned), counts, zeros, strict=True))
+    with stage("writing sparse files"):
+        before, after = (_size(net, c, z) for net, c, z in zip((model, pruned), counts, zeros, strict=True))
     layers = _layers(model, pruned, *counts, zeros[1])
-    stage = next((s for s in reversed(STAGES) if s in found and s != "before"), None)
+    last = next((s for s in reversed(STAGES) if s in found and s != "before"), None)
     points = [Point("before", found["before"], before.macs, before.parameters)] if "before" in found else []
-    points += [Point("after", found[stage], after.macs, after.parameters)] if stage else []
+    points += [Point("after", found[last], after.macs, after.parameters)] if last else []
     return Report(
         title=title or f"{type(model).__name__}, pruned",
         before=before,
@@ -277,18 +283,19 @@ def _all_scores(
     model: nn.Module, pruned: nn.Module, unrecovered: nn.Module | None, given: Mapping[str, float] | None, evaluate: Any
 ) -> dict[str, float]:
     known = dict(given or {})
-    for stage, value in known.items():
-        check_choice("scores", stage, STAGES)
+    for name, value in known.items():
+        check_choice("scores", name, STAGES)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise GraphPruneError(f"scores: {stage!r} must be a finite number, got {value!r}")
+            raise GraphPruneError(f"scores: {name!r} must be a finite number, got {value!r}")
     ask = evaluator(evaluate)
     if ask is not None:
         last = "after pruning" if unrecovered is None and "after pruning" not in known else "after recovery"
         networks = {"before": model, **({} if unrecovered is None else {"after pruning": unrecovered}), last: pruned}
-        for stage, network in networks.items():
-            if stage not in known:
-                known[stage] = ask(network)
-    return {stage: float(known[stage]) for stage in STAGES if stage in known}
+        for name, network in networks.items():
+            if name not in known:
+                with stage(f"scoring, {name}"):
+                    known[name] = ask(network)
+    return {name: float(known[name]) for name in STAGES if name in known}
 
 
 def _measured(model: nn.Module, pruned: nn.Module, example_input: Any, speed: Any) -> BenchmarkReport | None:

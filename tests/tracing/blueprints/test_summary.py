@@ -12,7 +12,8 @@ import torchvision
 from torch import nn
 
 from graphprune.support.walking import all_modules
-from graphprune.tracing.blueprints import Alikeness, Equation, equations_of, read, summary_of
+from graphprune.tracing.blueprints import Alikeness, Equation, below, equations_of, read, summary_of
+from graphprune.tracing.origin import leaves
 
 
 class Unit(nn.Module):
@@ -43,7 +44,7 @@ NETWORKS: dict[str, Any] = {
 
 def texts(equations: tuple[Equation, ...], path: str) -> list[str]:
     """Without the numbers that tell objects apart in one reading, and the path that stands inside of names."""
-    place = re.compile(rf"(?<![\w.]){re.escape(path)}(?=[.(:])\.?") if path else re.compile("(?!)")
+    place = re.compile(rf"(?<![\w.]){re.escape(path)}(?=[.(:'])\.?") if path else re.compile("(?!)")
     return [re.sub(r"\?\d+", "?", place.sub("", f"{e.left} = {e.right}")) for e in equations]
 
 
@@ -52,15 +53,16 @@ def test_a_summary_is_what_a_reading_says(name: str) -> None:
     alikeness = Alikeness()
     for path, module in all_modules(NETWORKS[name]()).items():
         if not type(module).__module__.startswith("torch.nn"):
-            reading, summary = read(path, module), summary_of(path, module, alikeness)
-            assert texts(summary.equations, path) == texts(equations_of(reading), path)
-            assert {e.right.module for e in summary.equations} == {e.right.module for e in equations_of(reading)}
+            reading, summary = read(path, module), summary_of(module, alikeness)
+            assert texts(summary.equations, "") == texts(equations_of(reading), path)
+            inner = {below(path, e.right.module) for e in summary.equations}
+            assert inner == {e.right.module for e in equations_of(reading)}
             assert list(summary.values.values()) == list(reading.values.values())
             assert len(summary.definitions) == len(reading.definitions)
 
 
 def test_modules_are_alike_by_class_plain_attributes_and_parts() -> None:
-    def key(module: nn.Module) -> str | None:
+    def key(module: nn.Module) -> int | None:
         return Alikeness().key(module)
 
     assert key(Unit(8)) == key(Unit(8)) is not None
@@ -94,6 +96,24 @@ def test_classes_of_one_name_are_told_apart() -> None:
 
 def test_methods_are_part_of_what_is_remembered() -> None:
     alikeness, unit = Alikeness(), Unit(8)
-    plain, more = summary_of("x", unit, alikeness), summary_of("x", unit, alikeness, ("rebuild",))
+    plain, more = summary_of(unit, alikeness), summary_of(unit, alikeness, ("rebuild",))
     assert set(plain.equations) <= set(more.equations)
-    assert summary_of("x", Unit(8), Alikeness()).equations == plain.equations
+    assert summary_of(Unit(8), Alikeness()).equations == plain.equations
+
+
+def test_places_count_each_number_once() -> None:
+    """What stands in an expression is found by its place."""
+    for module in (Unit(8), Whole(8)):
+        summary = summary_of(module, Alikeness())
+        assert [summary.places[leaf] for leaf in summary.leaves] == list(range(len(summary.places)))
+        for equation, side in zip(summary.equations, summary.sides, strict=True):
+            assert [summary.leaves[place] for place in side.leaves] == list(leaves(equation.left))
+            assert side.alone == (equation.left in summary.places)
+        assert {summary.leaves[place] for place, _ in summary.computed} >= summary.definitions.keys()
+
+
+def test_long_lists_are_told_apart() -> None:
+    units = [Unit(8), Unit(8), Unit(8)]
+    units[0].sizes, units[1].sizes, units[2].sizes = [1] * 500, [*[1] * 499, 2], [1] * 500
+    keys = [Alikeness().key(unit) for unit in units]
+    assert keys[0] == keys[2] != keys[1]
