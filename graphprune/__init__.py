@@ -33,6 +33,7 @@ from .recovery import (
 from .rules import rule
 from .runtimes import LatencyTable, Target, benchmark, export_onnx, latency_table
 from .support.progress import Progress
+from .synthesis import Synthetic, SyntheticInputs, synthesize
 from .tracing.counting import Count, LayerCount, count
 from .workflows.configs import ConfigFit, fit_config
 from .workflows.curves import Curve, Sensitivity, sensitivity
@@ -75,6 +76,8 @@ __all__ = [
     "Recovery",
     "Report",
     "Sensitivity",
+    "Synthetic",
+    "SyntheticInputs",
     "Target",
     "VerificationReport",
     "__version__",
@@ -105,6 +108,7 @@ __all__ = [
     "sensitivity",
     "shrink_kernels",
     "sparsity",
+    "synthesize",
     "trace",
     "verify",
 ]

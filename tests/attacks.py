@@ -111,6 +111,10 @@ def lottery(path: Path, stop: bool = False) -> None:
     )  # fmt: skip
 
 
+def inputs(path: Path) -> None:
+    graphprune.synthesize(small_net(), X, 4, steps=2, batch_size=2, path=path)
+
+
 def _stopped(action: Callable[[], None]) -> None:
     with contextlib.suppress(Stopped):
         action()
@@ -193,6 +197,7 @@ FORMATS = {
                "graphprune.training/2"),
         Format("lottery", "t.safetensors", "tensors", lambda p: _stopped(lambda: lottery(p, True)), lottery,
                "graphprune.lottery/1"),
+        Format("inputs", "i.safetensors", "tensors", inputs, inputs, "graphprune.inputs/1"),
         Format("latency table", "t.json", "json", _save_table, graphprune.LatencyTable.load),
         Format("sensitivity", "s.json", "json", _save_curves,
                lambda p: graphprune.plan(small_net(), X, 0.5, criterion=Sensitivity.load(p).criterion)),

@@ -130,6 +130,13 @@ def _ticket(path: Path | None) -> State:
     return state(found.model)
 
 
+def _made(path: Path | None) -> State:
+    torch.manual_seed(0)
+    normed = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8))
+    found = graphprune.synthesize(normed, X, 24, steps=3, batch_size=8, path=path)
+    return {str(number): batch for number, batch in enumerate(found)}
+
+
 def _again(run: Callable[[Path | None], State]) -> Callable[[Path, int], None]:
     """A whole run, and then from the start."""
 
@@ -165,6 +172,7 @@ WRITERS = {
         Writer("pipeline", "tuning.safetensors", _again(_piped), _piped, lambda v: _piped(None), True,
                trains=True),
         Writer("lottery_ticket", "ticket.safetensors", _again(_ticket), _ticket, lambda v: _ticket(None), True),
+        Writer("synthesize", "made.safetensors", _again(_made), _made, lambda v: _made(None), True),
     )
 }  # fmt: skip
 

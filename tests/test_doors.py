@@ -99,6 +99,8 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "graphprune.doctor.model": lambda m, _: graphprune.doctor(m, X).to_dict()["prunable"],
     "graphprune.advise.model": lambda m, _: str(graphprune.advise(m, X, "resources")),
     "graphprune.sensitivity.model": lambda m, _: graphprune.sensitivity(m, X, ratios=[0.5]).curves,
+    "graphprune.Synthetic.inputs.model": lambda m, _: graphprune.Synthetic(4, steps=2).inputs(m, X)[0],
+    "graphprune.synthesize.model": lambda m, _: graphprune.synthesize(m, X, 4, steps=2)[0],
     "graphprune.recover.model": lambda m, _: graphprune.recover(m, planned(), X, DATA).model,
     "graphprune.Evaluation.__call__.model": lambda m, _: graphprune.Evaluation(DATA)(m),
     "graphprune.finetune.model": lambda m, _: graphprune.finetune(m, DATA, epochs=1, progress=False).model,

@@ -77,6 +77,12 @@ def lottery(path: Any) -> Any:
     return sparsity.lottery_ticket(net(), lambda model, a, b: None, 0.5, steps=1, rounds=1, checkpoint=path)
 
 
+def made(path: Any) -> Any:
+    torch.manual_seed(0)
+    normed = nn.Sequential(nn.Linear(3, 40), nn.BatchNorm1d(40)).eval()
+    return graphprune.synthesize(normed, X, 40, steps=1, path=path)
+
+
 def cached(path: Any) -> Any:
     return graphprune.sensitivity(MODEL, X, [X], cache=path)
 
@@ -101,8 +107,9 @@ WRITERS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "finetune": ("run.safetensors", finetune),
     "pipeline": ("tuning.safetensors", lambda path: pipeline(Path(path).parent)),
     "lottery": ("ticket.safetensors", lottery),
+    "inputs": ("made.safetensors", made),
 }  # fmt: skip
-RESUMING = ("curves kept", "finetune", "pipeline", "lottery")
+RESUMING = ("curves kept", "finetune", "pipeline", "lottery", "inputs")
 
 READERS: dict[str, Callable[[Any], Any]] = {
     "load": lambda path: graphprune.load(path, MODEL),
@@ -115,6 +122,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "target": lambda path: graphprune.runtimes.LatencyTable.of(Target(table=path).table),  # type: ignore[arg-type]
     "finetune": finetune,
     "lottery": lottery,
+    "inputs": made,
     "benchmark": lambda path: graphprune.benchmark({"a": path}, X),
     "weights": lambda path: load_weights(net(), path),
     "onnx input": lambda path: common_input([], [path], []),

@@ -74,6 +74,10 @@ CALLS: dict[str, tuple[Callable[..., Any], list[tuple[str, ...]]]] = {
         lambda net, **more: graphprune.recover(net, _plan(net), X, BATCHES, **more),
         [("repairing", "data"), ("repairing", "fitting", "data")],
     ),
+    "synthesize": (
+        lambda net, **more: graphprune.synthesize(net, X, 8, steps=3, batch_size=4, **more),
+        [("making inputs", "batches"), ("making inputs", "batches", "matching batch norms")],
+    ),
     "latency_table": (
         lambda net, **more: graphprune.latency_table(net, X, **more),
         [("latency table", "the whole network", "timing"), ("latency table", "computations", "timing")],

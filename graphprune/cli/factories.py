@@ -21,6 +21,7 @@ from ..errors import GraphPruneError
 from ..support.files import check_source
 from ..support.types import PathLike
 from ..support.unwrapping import checked_model
+from ..synthesis import Synthetic
 
 _DTYPES = {
     name: getattr(torch, name)
@@ -89,18 +90,28 @@ class InputShape:
 
 def load_data(spec: str, *, seed: int = 0) -> tuple[Any, Any]:
     """Training batches and held-out batches (None without) that a function makes; see `load_factory` for `spec`.
+    "synthetic" and "synthetic:64": that many inputs (512) made from the model itself.
 
     The function returns an iterable of batches (inputs, targets), or a tuple of two of them.
 
     Raises:
         GraphPruneError: there is no such function, or it fails or returns something else.
     """
+    if spec.partition(":")[0] == "synthetic":
+        return _synthetic(spec, seed), None
     made = _made(spec, "data", "my_data:loaders", seed)
     pair = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     for part in pair:
         if part is not None and (isinstance(part, (str, Mapping)) or not isinstance(part, Iterable)):
             raise GraphPruneError(f"{spec} returned {type(part).__name__}; expected batches, or (training, held-out)")
     return pair
+
+
+def _synthetic(spec: str, seed: int) -> Synthetic:
+    text = spec.partition(":")[2] or "512"
+    if not text.isdecimal():
+        raise GraphPruneError(f"{spec!r}: write synthetic, or synthetic:64 for so many inputs made from the model")
+    return Synthetic(int(text), seed=seed)
 
 
 def load_factory(spec: str, *, weights: PathLike | None = None, seed: int = 0) -> Loaded:

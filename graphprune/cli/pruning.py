@@ -14,12 +14,13 @@ from ..plans.history import repair_after
 from ..plans.storage import save
 from ..recovery import check_method
 from ..tracing.counting import count
-from .factories import load_factory
+from .factories import load_data, load_factory
 from .proof import proof_of
 from .terminal import (
     AllowOption,
     BudgetOption,
     CriterionOption,
+    DataOption,
     FoldOption,
     GranularityOption,
     IgnoreOption,
@@ -72,6 +73,7 @@ def prune(
     sizes: SizesOption = None,
     scope: ScopeOption = "local",
     criterion: CriterionOption = None,
+    data: DataOption = None,
     layer_criterion: LayerCriterionOption = None,
     round_to: RoundOption = "auto",
     min_channels: LeastOption = 1,
@@ -98,18 +100,19 @@ def prune(
         "strict": not allow_nothing,
     }
     method = None if recover == "none" else recover
-    check_method(method, None)
+    check_method(method, data)
     with working("prune", quiet) as work:
         work.step("building the model")
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)
+        batches = None if data is None else load_data(data, seed=seed)[0]
         work.step("planning")
-        decided = make_plan(loaded.model, example, **{**options, "budget": budget_of(limits)})
+        decided = make_plan(loaded.model, example, **{**options, "data": batches, "budget": budget_of(limits)})
         work.step("cutting")
         small = decided.apply(loaded.model)
         work.step("verifying" if verify_it else "not verifying")
         report = proof_of(loaded, small, decided, example) if verify_it else None
-        small = repaired(loaded.model, decided, small, example, None, method)
+        small = repaired(loaded.model, decided, small, example, batches, method)
         work.step("counting")
         before, after = count(loaded.model, example), count(small, example)
         work.step("writing")
@@ -119,7 +122,7 @@ def prune(
         else:
             save(small, f"{written}.safetensors")
         decided.save(f"{written}.plan.json")
-    data = {
+    facts = {
         "model": model,
         "before": before.to_dict(),
         "after": after.to_dict(),
@@ -142,5 +145,7 @@ def prune(
         names += " (a model on the meta device has no weights to write)"
     proof = str(report) if report is not None else "not verified"
     if repair_after(small, decided):
-        proof += "\nrepaired afterwards from stored statistics: means and variances of the next layers' results"
-    show(as_json, data, decided.summary(), comparison(before, after), proof, f"written: {names}")
+        proof += f"\nrepaired afterwards: {repair_after(small, decided)}, from " + (
+            "stored statistics" if batches is None else "what layers read on the data"
+        )
+    show(as_json, facts, decided.summary(), comparison(before, after), proof, f"written: {names}")

@@ -90,7 +90,8 @@ CriterionOption = Annotated[
     str | None,
     _option(
         _PRUNING,
-        "flow (default), l1, l2, bn_scale, fpgm, lamp, random, or one that the module registers.",
+        "flow (default), l1, l2, bn_scale, fpgm, lamp, random, with data reconstruction and others, or one that the "
+        "module registers.",
         "--criterion",
     ),
 ]
@@ -114,8 +115,19 @@ RecoverOption = Annotated[
     str,
     _option(
         _PRUNING,
-        'Repair of what was lost, from what the model stores: "auto" (default), "mean", "moments", or "none".',
+        'Repair of what was lost: "auto" (default: least squares with data, else from what the model stores), "mean", '
+        '"moments", "batchnorm", "least_squares" or "none".',
         "--recover",
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    _option(
+        _PRUNING,
+        "Function that returns batches for criteria and repairs that look at data, or synthetic (synthetic:64): inputs "
+        "made from the model itself.",
+        "--data",
+        metavar="MODULE:FUNCTION",
     ),
 ]
 LeastOption = Annotated[int, _option(_PRUNING, "Keep at least this many channels.", "--min-channels")]

@@ -73,6 +73,14 @@ def run_pipeline(
     recover: Annotated[
         str | None, typer.Option(help="mean, batchnorm or least_squares, before training.", rich_help_panel=_PRUNING)
     ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Batches for criteria and --recover instead of the training data; synthetic: made from the model.",
+            rich_help_panel=_PRUNING,
+        ),
+    ] = None,
     train_epochs: Annotated[int, typer.Option(help="Before pruning.", rich_help_panel=_TRAINING)] = 0,
     prune_epochs: Annotated[
         int | None, typer.Option(help="Of gradual pruning; 5 if not told.", rich_help_panel=_TRAINING)
@@ -118,6 +126,7 @@ def run_pipeline(
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)
         batches, held_out = load_data(data, seed=seed)
+        calibrating = None if calibration is None else load_data(calibration, seed=seed)[0]
         work.step("training and pruning")
         done = pipeline(
             loaded.model,
@@ -137,6 +146,7 @@ def run_pipeline(
             distillation=distil,
             regularize=regularize,
             recover=recover,
+            calibration=calibrating,
             evaluate=held_out,
             patience=patience,
             speed=speed,

@@ -101,7 +101,8 @@ def plan(
       yields inputs, or (inputs, targets) for those that need a loss. Inputs are a tensor, a tuple of positional
       arguments, or a dict of keyword arguments. `loss_fn(output, targets)`: that loss, a scalar; default cross-entropy
       of logits and class numbers, or, for dicts with the labels that the model takes, the loss that it returns itself
-      (`output.loss`). For dicts a `loss_fn` gets the dict as targets. Criteria without a loss look at no labels.
+      (`output.loss`). For dicts a `loss_fn` gets the dict as targets. Criteria without a loss look at no labels. Where
+      there are no data, `graphprune.Synthetic(n=512)`: inputs made from the model itself (see `graphprune.synthesize`).
     - `output`: what happens where a size written in the user's code blocks. "module" (default): those channels stay,
       and the plan names the line. "hybrid": the smallest module whose own code blocks is replaced by a
       `torch.fx.GraphModule` of its recorded calls, sizes rewritten; everything else keeps its class. "graph": the whole

@@ -22,6 +22,7 @@ from ..runtimes.latency import Target
 from ..support.registry import Registry
 from ..support.suggestions import check_choice, did_you_mean
 from ..support.types import Ignore, LossFunction
+from ..synthesis import made_for
 from ..tracing.matching import items_of
 from .allocation import Budget, Kinds, Rounding, RoundTo
 from .allocation.selection import check_ratio
@@ -93,10 +94,16 @@ class Request:
         """The same with other options, checked anew."""
         return dataclasses.replace(self, **options)
 
+    def with_data_for(self, model: nn.Module, example: Any) -> Request:
+        """The same, with inputs that are made of this model where `data` stands for such."""
+        data = made_for(self.data, model, example)
+        return self if data is self.data else self.but(data=data)
+
     def decide(self, model: nn.Module, example: Any) -> Decision:
-        """The plan for a model."""
+        """The plan for a model. Its request has the inputs that are made of the model, where it asks for such."""
+        asked = self.with_data_for(model, example)
         bare = plain(model)
-        decision = self.strategy.decide(bare, example, self)
+        decision = asked.strategy.decide(bare, example, asked)
         return dataclasses.replace(decision, plan=in_users_names(decision.plan, bare, model))
 
 

@@ -74,6 +74,7 @@ class Channels:
         """A smaller copy of the model."""
         # the models of later calls are made of copies of this one
         self.request = self.request.but(ignore=ignored_names(self.request.ignore, model))
+        self.request = self.request.with_data_for(model, self.example_input)
         if self.request.target is not None:  # found out once
             asked, self.note = stepped(model, self.example_input, self.request)
             self.request = asked.but(target=None)

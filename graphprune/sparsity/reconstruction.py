@@ -28,6 +28,7 @@ from ..support.doors import door
 from ..support.progress import ProgressOption, reported, stage
 from ..support.walking import named_tensors
 from ..support.warning import warn
+from ..synthesis import made_for
 from ..tracing.example import ExampleInput
 from ..tracing.trace import record_run
 from .masks import make_permanent
@@ -66,6 +67,7 @@ def reconstruct(
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
     masked = {site.name: w for w in find_weights(model) if _alone(w) for site in w.sites}
     example = ExampleInput.of(example_input)
+    data = made_for(data, dense, example_input)
     with torch.no_grad():
         small = make_permanent(clone_with(model, {}))
         _check_alike(model, dense)

@@ -83,7 +83,7 @@ def prune_gradually(
         raise GraphPruneError(f"train: expected a function (model, step) -> model or None, got {type(train).__name__}")
     check_recover(request, recover)
     way = make_schedule(schedule, 0.0, 0.5, steps)
-    request = request.but(ignore=ignored_names(request.ignore, model))
+    request = request.but(ignore=ignored_names(request.ignore, model)).with_data_for(model, example_input)
     shrink = _shrinker(model, example_input, request, verify)
     removed = False
     with stage("steps", steps, "steps") as now:

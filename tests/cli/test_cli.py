@@ -105,6 +105,19 @@ def test_prune_repairs_what_it_can() -> None:
     assert data["repaired"] == "moments" and torch.equal(small(image), same(image))
 
 
+def test_data_that_are_made_reach_the_plan_and_the_repair() -> None:
+    data = as_json("prune", "zoo:net", "--criterion", "wanda", "--data", "synthetic:8", "--seed", "3", "-o", "made")
+    loaded = load_factory("zoo:net", seed=3)
+    made = graphprune.synthesize(loaded.model, loaded.example, 8, seed=3)
+    same = graphprune.prune(loaded.model, loaded.example, 0.5, criterion="wanda", data=made)
+    small = graphprune.load("made.safetensors", loaded.model).eval()
+    image = torch.randn(3, 3, 8, 8)
+    assert data["repaired"] == "least_squares" and torch.equal(small(image), same(image))
+    text = ok("prune", "zoo:net", "--criterion", "wanda", "--data", "synthetic:8")
+    assert "least_squares, from what layers read on the data" in text
+    assert "write synthetic, or synthetic:64" in failed("prune", "zoo:net", "--data", "synthetic:few")
+
+
 def test_prune_into_a_graph() -> None:
     data = as_json("prune", "zoo:net", "--ratio", "0.5", "--output-mode", "graph", "-o", "graph")
     assert data["output"] == "graph" and data["rewritten"] == [""]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from ...support.progress import watched
+from ...synthesis import Synthetic, SyntheticInputs
 from ...tracing.example import ExampleInput, flatten_tensors, ordinary
 
 # What data are read by where no example says how many positional arguments the model takes.
@@ -24,16 +25,23 @@ _BATCH = 64
 class CalibrationData:
     """Batches that can be read more than once, on the model's device.
 
-    `data`: a DataLoader, a list or any other object that can be iterated repeatedly; or a single tensor, which is read
-    in batches of 64. Each item is what the model is called with - a tensor, a dict of keyword arguments, or a tuple of
-    as many positional arguments as `example` has - or a pair (inputs, targets) of that and anything. `once`: a
-    generator will do.
+    `data`: a DataLoader, a list, what `synthesize` made or any other object that can be iterated repeatedly; or a
+    single tensor, which is read in batches of 64. Each item is what the model is called with - a tensor, a dict of
+    keyword arguments, or a tuple of as many positional arguments as `example` has - or a pair (inputs, targets) of that
+    and anything. `once`: a generator will do.
 
     Raises GraphPruneError, naming `data`, for what cannot be iterated, can be iterated only once, is empty, or yields
     something else.
     """
 
     def __init__(self, data: Any, example: ExampleInput, model: nn.Module, once: bool = False) -> None:
+        if isinstance(data, Synthetic):
+            raise GraphPruneError(
+                "data: Synthetic stands for inputs without targets, made for the choice of channels and for repairs; "
+                "here pass real data"
+            )
+        if isinstance(data, SyntheticInputs):
+            data = data.examples
         if isinstance(data, Tensor):
             data = list(data.split(_BATCH)) if data.dim() else data
         if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable) or not _iterable(data):
@@ -90,7 +98,7 @@ class CalibrationData:
         return (inputs for inputs, _ in self)
 
     def _parts(self, item: Any, index: int) -> tuple[ExampleInput, Any]:
-        if isinstance(item, (Tensor, Mapping)):
+        if isinstance(item, (Tensor, Mapping, ExampleInput)):
             return _example(item, index), None
         if isinstance(item, (tuple, list)) and item:
             nested = isinstance(item[0], (tuple, list, Mapping))

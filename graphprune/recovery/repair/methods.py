@@ -19,6 +19,7 @@ from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds, worn
 from ...support.doors import door
 from ...support.progress import ProgressOption, reported
 from ...support.suggestions import check_choice
+from ...synthesis import made_for
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from .batchnorm import reestimate
@@ -89,6 +90,7 @@ def recover(
     """Apply `plan` to a copy of `model` and repair the copy so that it does what `model` does on `data`.
 
     `data` yields inputs, or (inputs, targets) whose targets are not used; it is read several times, a batch at a time.
+    `graphprune.Synthetic()` stands for inputs that are made from `model`.
     `method` ("auto", the default: "least_squares" with data, "moments" without):
 
     - "mean": the constant term (bias) of every layer that lost inputs is moved so that its mean result is the dense
@@ -153,6 +155,7 @@ def recover(
         new_bias = not _configured(model)
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
+    data = made_for(data, model, example_input) if method != "moments" else data
     bare, example = plain(model), ExampleInput.of(example_input)
     options = (float(ridge), every_layer, new_bias)
     own = in_plain_names(plan, bare, model)

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from ...errors import GraphPruneError
 from ...importance.calibration import ONE_INPUT, CalibrationData
 from ...plans.plan import Plan
+from ...support.randomness import seed_epoch
 from ...support.suggestions import check_choice
 from .carrying import carry_optimizer
 from .checkpoints import check_fit, check_others, load_model, load_optimizer, model_state, optimizer_state, own_tensors
 from .objective import Objective
 from .penalties import GroupPenalty
-from .randomness import seed_epoch
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 _PENALTY = "regularize/"

@@ -9,13 +9,13 @@ from torch import nn
 
 from ...support.doors import door
 from ...support.progress import ProgressOption, reported
+from ...support.randomness import random_state_kept
 from ...support.types import LossFunction, PathLike
 from .distillation import Distillation
 from .evaluation import evaluator
 from .loop import MakeOptimizer, Training
 from .objective import Objective
 from .penalties import Regularize
-from .randomness import random_state_kept
 from .runs import Epoch, Finetuning, Run
 
 

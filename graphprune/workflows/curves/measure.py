@@ -34,6 +34,7 @@ from ...support.files import check_target, is_there
 from ...support.progress import ProgressOption, reported, stage
 from ...support.types import Ignore, LossFunction, PathLike
 from ...support.walking import named_tensors
+from ...synthesis import made_for
 from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
@@ -88,7 +89,8 @@ def sensitivity(
     )
     if request.strategy.kinds is None:
         raise GraphPruneError(f"granularity: curves are of widths, and {granularity!r} goes as a whole")
-    shares, model = _checked(ratios), plain(model)
+    shares, data = _checked(ratios), made_for(data, model, example_input)
+    model = plain(model)
     settings, chosen = settings_of(request), resolve_criterion(criterion)
     source = CalibrationSource.of(model, example_input, [example_input] if data is None else data, loss_fn)
     assert source is not None

@@ -20,6 +20,7 @@ from ...support.doors import door
 from ...support.progress import ProgressOption, reported, stage
 from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
+from ...synthesis import made_for
 from ...tracing.counting import at_batch_size
 from ...tracing.example import ExampleInput
 from .candidates import Option, Outputs, Trial, check_real
@@ -123,6 +124,7 @@ def advise(
     if masks(model):
         raise GraphPruneError("advise: the model has masks already; make them permanent first")
     example, ask = ExampleInput.of(example_input), evaluator(evaluate)
+    data = made_for(data, model, example_input)
     found = doctor(model, example_input)
     dense = None if ask is None else ask(model)
     trial = Trial(model, example, data, Outputs(model, example, data), ask)

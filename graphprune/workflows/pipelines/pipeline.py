@@ -18,7 +18,6 @@ from ...recovery.training.evaluation import evaluator, metric_name
 from ...recovery.training.loop import MakeOptimizer, Training
 from ...recovery.training.objective import Objective
 from ...recovery.training.penalties import Regularize, check_regularize
-from ...recovery.training.randomness import random_state_kept
 from ...recovery.training.runs import Run
 from ...sparsity import make_permanent, masks
 from ...sparsity import schedule as make_schedule
@@ -27,6 +26,7 @@ from ...sparsity.scheduler import Method
 from ...support.doors import door
 from ...support.files import make_folder
 from ...support.progress import ProgressOption, reported, stage
+from ...support.randomness import random_state_kept
 from ...support.types import LossFunction, PathLike
 from ...tracing.matching import NameTable
 from ..reporting.summary import Report, report

@@ -19,11 +19,11 @@ from ...plans.plan import Plan
 from ...plans.verification import verify
 from ...recovery import recover
 from ...recovery.training.loop import Trainer
-from ...recovery.training.randomness import seed_epoch
 from ...recovery.training.runs import Score
 from ...sparsity import Channels, gradient, magnitude, masks, set_masks
 from ...sparsity.scheduler import Method
 from ...sparsity.weights import find_weights
+from ...support.randomness import seed_epoch
 from ...support.runs import counted, score
 from ...support.types import LossFunction
 

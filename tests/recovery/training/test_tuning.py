@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import graphprune
 from graphprune import GraphPruneError, sparsity
 from graphprune.recovery.training.loop import rate_factor
-from graphprune.recovery.training.randomness import seed_epoch
+from graphprune.support.randomness import seed_epoch
 
 X = torch.randn(48, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 Y = (X.mean((1, 2, 3)) > 0).long() + 2 * (X[:, 0].mean((1, 2)) > 0).long()

@@ -8,8 +8,8 @@ from torch import nn
 
 from ....errors import GraphPruneError
 from ....importance.calibration import ONE_INPUT, CalibrationData
+from ....support.randomness import random_state_kept
 from ....support.suggestions import check_choice
-from ..randomness import random_state_kept
 from .kinds import GroupLasso, GrowingPenalty
 from .penalty import GroupPenalty
 

@@ -1,0 +1,186 @@
+"""Accuracy after pruning without any data: channels chosen and layers refitted on inputs made from the network itself.
+
+    python -m tools.bench_synthetic                                             # what is on the page but the curve
+    python -m tools.bench_synthetic --models resnet20 --speedups 2 --steps 10 25 50    # the curve
+    python -m tools.bench_synthetic --models resnet32 --held-out                # how settings were looked for
+
+Reads the trained networks and data of GRAPHPRUNE_SHARED_DATA (else ../shared/data beside the checkout) and writes
+docs/no-data.md and docs/no-data.json, row by row. `graphprune.plan` with the criterion "reconstruction" within a budget
+of multiply-accumulates, then `graphprune.recover` by least squares, both on the same inputs: made by
+`graphprune.synthesize` with its defaults, normal noise, or real ones without labels. The example input is noise too.
+Whole test sets; nothing is trained. Seconds are CPU time of one thread, of making the inputs alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import graphprune
+from graphprune.support.files import make_folder
+from tools._common import write
+from tools.bench_accuracy import DOCS, Task, task
+
+TARGET = DOCS / "no-data.json"
+PAGE = DOCS / "no-data.md"
+PAGES: dict[str, tuple[float, ...]] = {
+    "resnet20": (1.5, 2.0), "resnet56": (1.5, 2.0), "resnet8": (1.5, 2.0), "dscnn": (1.5, 2.0), "dncnn": (1.5, 2.0)
+}  # fmt: skip
+SHAPES = {"dscnn": (1, 49, 10), "dncnn": (1, 32, 32)}
+FEWER = {"dncnn": 64}  # inputs of networks that take long
+KINDS = ("made", "noise", "real")
+
+
+def inputs_of(
+    name: str, made: Task, kind: str, n: int, steps: int, seed: int, keep: Path | None
+) -> tuple[Sequence[Any], float, dict[str, Any]]:
+    """Batches, CPU seconds for them, and what else is said of them."""
+    shape = SHAPES.get(name, (3, 32, 32))
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "noise":
+        return list(torch.randn((n, *shape), generator=generator).split(128)), 0.0, {}
+    if kind == "real":
+        return list(torch.cat(list(made.data))[:n].split(128)), 0.0, {}
+    start = time.process_time()
+    example = torch.randn((2, *shape), generator=generator)
+    path = None if keep is None else make_folder(keep) / f"{name}-{n}-{steps}-{seed}.safetensors"
+    found = graphprune.synthesize(made.model, example, n, steps=steps, seed=seed, path=path)
+    return found, time.process_time() - start, {"before": found.before, "after": found.after}
+
+
+def rows_of(
+    name: str, made: Task, speedups: Sequence[float], asked: dict[str, Any], keep: Path | None
+) -> Iterator[dict[str, Any]]:
+    """A row for each speed-up, on the same inputs."""
+    data, seconds, more = inputs_of(name, made, **asked, keep=keep)
+    example: Tensor = torch.randn(2, *SHAPES.get(name, (3, 32, 32)), generator=torch.Generator().manual_seed(0))
+    dense = graphprune.count(made.model, example).macs
+    for speedup in speedups:
+        start = time.process_time()
+        budget = graphprune.Budget(macs=1 / speedup)
+        plan = graphprune.plan(made.model, example, budget=budget, criterion="reconstruction", data=data)
+        small = graphprune.recover(made.model, plan, example, data, "least_squares").model
+        yield {
+            "model": name, "unit": made.unit, "speedup": speedup, "inputs": asked["kind"], "n": asked["n"],
+            "steps": asked["steps"] if asked["kind"] == "made" else 0, "seed": asked["seed"],
+            "value": round(made.measure(small), 2), "making": round(seconds),
+            "pruning": round(time.process_time() - start),
+            "reached": round(dense / graphprune.count(small, example).macs, 3),
+            **{key: round(value, 4) for key, value in more.items()},
+        }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]], steps: int) -> str:
+    """What is left with each kind of inputs."""
+    lines = [
+        "| network (unit, dense) | asked | inputs | made | seconds of making | noise | real, unlabelled |",
+        "| :-- | --: | --: | --: | --: | --: | --: |",
+    ]
+    shown = [r for r in rows if r["seed"] == 0 and (r["inputs"] != "made" or r["steps"] == steps)]
+    for key in dict.fromkeys((r["model"], r["speedup"]) for r in shown):
+        mine = {r["inputs"]: r for r in shown if (r["model"], r["speedup"]) == key}
+        first = mine.get("made") or next(iter(mine.values()))
+        values = {kind: f"{mine[kind]['value']:.2f}" if kind in mine else "" for kind in KINDS}
+        making = mine["made"]["making"] if "made" in mine else ""
+        lines.append(
+            f"| {key[0]} ({first['unit']}, {first['dense']:.2f}) | {key[1]:g}x | {first['n']} | {values['made']} | "
+            f"{making} | {values['noise']} | {values['real']} |"
+        )
+    return "\n".join(lines)
+
+
+def curve(rows: list[dict[str, Any]]) -> str:
+    """Accuracy against time spent on making."""
+    lines = [
+        "| network | asked | steps | inputs | seconds of making | divergence at batch norms | value |",
+        "| :-- | --: | --: | --: | --: | --: | --: |",
+    ]
+    made = [r for r in rows if r["inputs"] == "made" and r["seed"] == 0]
+    several = {(r["model"], r["speedup"]) for r in made if any(_differs(r, o) for o in made)}
+    for r in sorted(made, key=lambda r: (r["model"], r["speedup"], r["n"], r["steps"])):
+        if (r["model"], r["speedup"]) in several:
+            lines.append(
+                f"| {r['model']} | {r['speedup']:g}x | {r['steps']} | {r['n']} | {r['making']} | "
+                f"{r['before']:.3f} -> {r['after']:.3f} | {r['value']:.2f} |"
+            )
+    return "\n".join(lines) if several else ""
+
+
+def _differs(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    same = all(one[key] == other[key] for key in ("model", "speedup"))
+    return same and (one["steps"], one["n"]) != (other["steps"], other["n"])
+
+
+HEADER = """# No data: measured
+
+Pruned within a budget of multiply-accumulates with nothing but the network at hand, beside noise and real inputs
+without labels, as many of each; whole test sets, no training. The criterion is "reconstruction", the repair least
+squares, both on the same inputs. "made": by `graphprune.synthesize` with its defaults, from batch norms alone; how is
+said in [no data, unlabelled data, training](guide/no-data.md). Settings were chosen by how well layers that were fitted
+to made inputs do on training images, with another network (ResNet-32). Seconds are CPU time of one thread on a busy
+machine.
+
+Written by `python -m tools.bench_synthetic` ({machine}; {versions}).
+
+"""
+
+
+def page(rows: list[dict[str, Any]], steps: int) -> str:
+    """The whole page."""
+    machine = f"{os.cpu_count()} cores, CPU, {torch.get_num_threads()} thread"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    text = HEADER.format(machine=machine, versions=versions) + table(rows, steps) + "\n"
+    spent = curve(rows)
+    return text + (f"\n## Accuracy against time spent on making inputs\n\n{spent}\n" if spent else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(PAGES))
+    parser.add_argument("--speedups", nargs="+", type=float)
+    parser.add_argument("--inputs", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--images", type=int, default=512)
+    default = graphprune.Synthetic().steps
+    parser.add_argument("--steps", nargs="+", type=int, default=[default])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--keep", type=Path, help="folder for made inputs, to go on from")
+    parser.add_argument("--held-out", action="store_true", help="measure on held-out training images, write nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    for name in options.models:
+        n = min(options.images, FEWER.get(name, options.images))
+        made = task(name, n * 4 if name == "dncnn" else n, options.held_out)
+        dense = round(made.measure(made.model), 2)
+        speedups = options.speedups or PAGES.get(name, (2.0,))
+        for kind in options.inputs:
+            for steps in options.steps if kind == "made" else options.steps[:1]:
+                asked = {"kind": kind, "n": n, "steps": steps, "seed": options.seed}
+                for row in rows_of(name, made, speedups, asked, options.keep):
+                    row["dense"] = dense
+                    print(row, flush=True)
+                    if not options.held_out:
+                        _keep(row, default)
+
+
+def _keep(row: dict[str, Any], steps: int) -> None:
+    """Put a row in the place of the one of its kind, and write the page."""
+    rows: list[dict[str, Any]] = json.loads(TARGET.read_text()) if TARGET.is_file() else []
+    keys = ("model", "speedup", "inputs", "n", "steps", "seed")
+    rows = [r for r in rows if any(r[key] != row[key] for key in keys)] + [row]
+    order = list(PAGES)
+    rows.sort(key=lambda r: (order.index(r["model"]) if r["model"] in order else len(order), r["speedup"]))
+    write(TARGET, json.dumps(rows, indent=1))
+    write(PAGE, page(rows, steps))
+
+
+if __name__ == "__main__":
+    main()
