@@ -90,8 +90,8 @@ def quadratic_of(moments: Moments) -> tuple[Quadratic, Tensor]:
     """The covariance of the inputs per row, (problems, features, features), with the ridge on it, and their means."""
     few, rows = moments.few, max(moments.rows, 1)
     if few is not None:
-        mean = few.mean(1)
-        centred = few.sub_(mean[:, None]).div_(rows**0.5)
+        mean = few[0].mean(1)
+        centred = few[0].sub_(mean[:, None]).div_(rows**0.5)
         return Thin(centred, _ridge(centred.square().sum(1).mean(1))), mean
     mean = moments.gram[:, -1, :-1] / rows
     covariance = moments.gram[:, :-1, :-1] / rows

@@ -73,11 +73,32 @@ class Moments:
         return self._sums
 
     @property
-    def few(self) -> Tensor | None:
-        """All rows x, (groups, rows, features) in float64, while they are held."""
+    def few(self) -> tuple[Tensor, Tensor] | None:
+        """All rows x (groups, rows, features) and y (groups, rows, outputs) in float64, while they are held."""
         if self._sums is not None or not self._few:
             return None
-        return torch.cat([x for x, _ in self._few], 1).double()
+        x, y = (torch.cat(parts, 1).double() for parts in zip(*self._few, strict=True))
+        return x, y
+
+    @property
+    def features(self) -> int:
+        return self._sizes[1]
+
+    def missed(self, weights: Tensor) -> Tensor:
+        """The sum of z (y - z W) over rows, (groups, features + 1, outputs), for weights W of that shape."""
+        few = self.few
+        if few is None:
+            return self.cross - self.gram @ weights
+        left = few[1] - few[0] @ weights[:, :-1] - weights[:, -1:]
+        return torch.cat([few[0].mT @ left, left.sum(1, keepdim=True)], 1)
+
+    def squared_error(self, weights: Tensor) -> float:
+        """The sum of |z W - y|^2 over rows, groups and outputs."""
+        few = self.few
+        if few is not None:
+            return float((few[0] @ weights[:, :-1] + weights[:, -1:] - few[1]).square().sum())
+        fit = (weights * (self.gram @ weights - 2 * self.cross)).sum()
+        return max(0.0, float(fit + self.energy.sum()))
 
     @property
     def gram(self) -> Tensor:
@@ -99,6 +120,9 @@ class Moments:
     @property
     def variance(self) -> Tensor:
         """Mean of y^2 minus its squared mean, (groups, outputs)."""
+        few = self.few
+        if few is not None:
+            return few[1].var(1, correction=0)
         mean = self.cross[:, -1] / max(self.rows, 1)
         return (self.energy / max(self.rows, 1) - mean.square()).clamp_min(0)
 
