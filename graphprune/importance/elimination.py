@@ -1,9 +1,9 @@
 """Backward elimination: which inputs of layers go first when those that stay take over, as products of matrices.
 
-Optimal brain surgeon needs, after every step, the inverse of what is left of a matrix H. It is never updated as a
-whole: a step works on the columns of the units that go and on the diagonal blocks that prices are made of, and what the
-last steps did to all the rest is one product of matrices, caught up with from time to time. Where H comes from fewer
-rows of data than it has columns, it is not even made: all that is inverted then is as large as the number of rows.
+Optimal brain surgeon needs, after every step, the inverse of what is left of a matrix H. Steps one by one are made among
+the cheapest units alone, on small matrices; all others learn of a sixteenth of the units at a time, as one product of
+matrices. Where H comes from fewer rows of data than it has columns, it is not even made: all that is inverted then is
+as large as the number of rows.
 """
 
 from __future__ import annotations
@@ -15,28 +15,27 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Of the units left, one in so many goes per step: one at a time in groups up to this size, several in larger ones.
+# Of the units left, one in so many goes per step: one at a time in groups up to twice this size, several in larger ones.
 SHARE = 64
-# Columns of steps that are caught up with at a time.
-_PENDING = 256
+# One in so many goes between two looks at all units; what goes is sought among twice as many, the cheapest.
+PART = 16
 
 
 class Inverse(Protocol):
-    """The inverse of what is left of a matrix H. Shapes: problems first; F columns are left."""
+    """The inverse of what is left of a matrix H. Shapes: problems first; F features are left."""
+
+    def times(self, x: Tensor) -> Tensor:
+        """(problems, F, any)."""
 
     def columns(self, at: Tensor) -> Tensor:
         """(problems, F, len(at))."""
 
-    def blocks(self, features: Tensor) -> Tensor:
-        """The diagonal blocks of some features (units, k): (problems, units, k, k)."""
+    def minors(self, features: Tensor) -> Tensor:
+        """Rows and columns of sets of features (sets, k): (problems, sets, k, k)."""
 
-    def shrink(self, kept: Tensor, gone: Tensor, change: Tensor) -> None:
-        """Leave out what is gone. `change` (problems, F, any): minus its product with its transpose, the inverse is
-        that of what is kept."""
-
-    def refit(self, kept: Tensor, gone: Tensor, weights: Tensor) -> Tensor:
-        """What the weights (problems, kept, outputs) of the features that are left gain when they take over from those
-        that went; `kept`, `gone`: places in `weights` and in H as it was, `kept` as last given to `shrink`."""
+    def without(self, gone: Tensor, kept: Tensor, change: Tensor) -> Inverse:
+        """The inverse of what is kept. `change` (problems, F, len(gone)): its product with its transpose is what the
+        inverse loses."""
 
 
 class Quadratic(Protocol):
@@ -45,8 +44,11 @@ class Quadratic(Protocol):
     def times(self, x: Tensor) -> Tensor:
         """H x."""
 
+    def between(self, kept: Tensor, gone: Tensor, x: Tensor) -> Tensor:
+        """The rows `kept` and columns `gone` of H, times x (problems, len(gone), any)."""
+
     def inverse(self) -> Inverse:
-        """Its inverse, to be changed."""
+        """The inverse of all of it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,8 +60,11 @@ class Whole:
     def times(self, x: Tensor) -> Tensor:
         return self.matrix @ x
 
+    def between(self, kept: Tensor, gone: Tensor, x: Tensor) -> Tensor:
+        return self.matrix[:, kept[:, None], gone] @ x
+
     def inverse(self) -> Inverse:
-        return _WholeInverse(self.matrix)
+        return _WholeInverse(_inverse(self.matrix))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,61 +78,67 @@ class Thin:
     def times(self, x: Tensor) -> Tensor:
         return self.rows.mT @ (self.rows @ x) + self.ridge * x
 
+    def between(self, kept: Tensor, gone: Tensor, x: Tensor) -> Tensor:
+        return self.rows[:, :, kept].mT @ (self.rows[:, :, gone] @ x)
+
     def inverse(self) -> Inverse:
-        return _ThinInverse(self.rows, self.ridge)
+        outer = self.rows @ self.rows.mT
+        outer.diagonal(dim1=1, dim2=2).add_(self.ridge[:, :, 0])
+        return _ThinInverse(self.rows, self.ridge, _inverse(outer))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _WholeInverse:
-    def __init__(self, matrix: Tensor) -> None:
-        self._matrix, self._values = matrix, _inverse(matrix)
+    values: Tensor
+
+    def times(self, x: Tensor) -> Tensor:
+        return self.values @ x
 
     def columns(self, at: Tensor) -> Tensor:
-        return self._values[:, :, at]
+        return self.values[:, :, at]
 
-    def blocks(self, features: Tensor) -> Tensor:
-        return self._values[:, features[:, :, None], features[:, None, :]]
+    def minors(self, features: Tensor) -> Tensor:
+        return self.values[:, features[:, :, None], features[:, None, :]]
 
-    def shrink(self, kept: Tensor, gone: Tensor, change: Tensor) -> None:
-        values, e = self._values[:, kept[:, None], kept], change[:, kept]
-        self._values = values.baddbmm_(e, e.mT, alpha=-1)
-
-    def refit(self, kept: Tensor, gone: Tensor, weights: Tensor) -> Tensor:
-        return self._values @ (self._matrix[:, kept[:, None], gone] @ weights[:, gone])
+    def without(self, gone: Tensor, kept: Tensor, change: Tensor) -> Inverse:
+        e = change[:, kept]
+        return _WholeInverse(self.values[:, kept[:, None], kept].baddbmm_(e, e.mT, alpha=-1))
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _ThinInverse:
-    """(1 - rows' P rows) / ridge, where P inverts rows rows' + ridge (Woodbury)."""
+    """(1 - rows' middle rows) / ridge, where `middle` inverts rows rows' + ridge (Woodbury)."""
 
-    def __init__(self, rows: Tensor, ridge: Tensor) -> None:
-        self._all = self._rows = rows
-        self._ridge = ridge
-        self._outer = rows @ rows.mT
-        self._invert()
+    rows: Tensor
+    ridge: Tensor
+    middle: Tensor
 
-    def _invert(self) -> None:
-        self._middle = _inverse(self._outer + self._ridge * torch.eye(self._outer.shape[1]).to(self._outer))
+    def times(self, x: Tensor) -> Tensor:
+        return (x - self.rows.mT @ (self.middle @ (self.rows @ x))) / self.ridge
 
     def columns(self, at: Tensor) -> Tensor:
-        found = self._rows.mT @ (self._middle @ self._rows[:, :, at])
-        found.neg_()
+        found = (self.rows.mT @ (self.middle @ self.rows[:, :, at])).neg_()
         found[:, at, torch.arange(len(at), device=at.device)] += 1
-        return found.div_(self._ridge)
+        return found.div_(self.ridge)
 
-    def blocks(self, features: Tensor) -> Tensor:
-        units, k = features.shape
-        rows = self._rows[:, :, features.flatten()]
-        both = (self._middle @ rows).unflatten(2, (units, k)), rows.unflatten(2, (units, k))
-        right, left = (t.permute(0, 2, 1, 3) for t in both)  # (problems, units, n, k)
-        return (torch.eye(k).to(rows) - left.mT @ right) / self._ridge[:, None]
+    def minors(self, features: Tensor) -> Tensor:
+        sets, k = features.shape
+        rows = self.rows[:, :, features.flatten()]
+        both = (self.middle @ rows).unflatten(2, (sets, k)), rows.unflatten(2, (sets, k))
+        right, left = (t.permute(0, 2, 1, 3) for t in both)  # (problems, sets, n, k)
+        return (torch.eye(k).to(rows) - left.mT @ right) / self.ridge[:, None]
 
-    def shrink(self, kept: Tensor, gone: Tensor, change: Tensor) -> None:
-        lost = self._rows[:, :, gone]
-        self._outer = self._outer - lost @ lost.mT
-        self._rows = self._rows[:, :, kept]
-        self._invert()
-
-    def refit(self, kept: Tensor, gone: Tensor, weights: Tensor) -> Tensor:
-        return self._rows.mT @ (self._middle @ (self._all[:, :, gone] @ weights[:, gone]))
+    def without(self, gone: Tensor, kept: Tensor, change: Tensor) -> Inverse:
+        if len(kept) <= self.rows.shape[1]:
+            e = change[:, kept]
+            return _WholeInverse(self.columns(kept)[:, kept].baddbmm_(e, e.mT, alpha=-1))
+        lost = self.middle @ self.rows[:, :, gone]
+        # of what is kept, the middle is (M^-1 - a a')^-1 = M + M a (1 - a' M a)^-1 a' M; that in brackets is ridge
+        # times the rows and columns of the inverse that go, whose root is what `change` holds there
+        root = change[:, gone]
+        part = torch.linalg.solve_triangular(root.mT, lost, upper=True, left=False)
+        middle = self.middle.baddbmm(part / self.ridge, part.mT)
+        return _ThinInverse(self.rows[:, :, kept], self.ridge, middle)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -146,7 +157,9 @@ class Problem:
 
 class Elimination:
     """The units in the order in which they go (`order`), and what each removal costs (`costs`), as far as it got: the
-    cheapest one of those left after the other, in groups of 128 units and more the cheapest 1/64 together."""
+    cheapest one of those left after the other, in groups of 128 units and more the cheapest 1/64 together. Of 32
+    units and more, a sixteenth goes before prices of all are looked at again; until then the cheapest one is that of
+    the eighth that was cheapest at first."""
 
     def __init__(self, problems: Sequence[Problem], units: int) -> None:
         self.order: list[int] = []
@@ -157,16 +170,20 @@ class Elimination:
     def until(self, gone: int) -> None:
         """Go on until so many units are gone; at least one has to stay."""
         while len(self.order) < gone:
-            price = self._prices()
-            count = min(max(1, len(self._alive) // SHARE), gone - len(self.order))
-            cheapest = price.argsort(stable=True)[:count]
-            self.order += self._alive[cheapest].tolist()
-            self.costs += price[cheapest].tolist()
-            left = torch.ones(len(self._alive), dtype=torch.bool, device=price.device)
-            left[cheapest] = False
+            left, price = len(self._alive), self._prices()
+            count = min(max(1, left // PART), gone - len(self.order))
+            going = price.argsort(stable=True)[: 2 * count if count > 1 else 1]
+            costs = price[going].tolist()
+            if count > 1:
+                first, costs = cheapest([s.among(going) for s in self._states], count, max(1, left // SHARE))
+                going = going[first]
+            self.order += self._alive[going].tolist()
+            self.costs += costs
+            stay = torch.ones(left, dtype=torch.bool, device=price.device)
+            stay[going] = False
             for state in self._states:
-                state.remove(cheapest, left)
-            self._alive = self._alive[left]
+                state.remove(going, stay)
+            self._alive = self._alive[stay]
 
     def finish(self) -> tuple[list[int], list[float]]:
         """All units: the last one costs everything that is still explained."""
@@ -184,95 +201,113 @@ class Elimination:
 
 class _State:
     """What is left of a problem. With H the matrix of what stays and V its weights now: `_blocks` the diagonal blocks
-    of H^-1, `_squares` those of V V', (problems, units, k, k). H^-1 and V themselves are as they were some steps ago:
-    since then H^-1 lost E E', and V lost E Y."""
+    of H^-1, `_squares` those of V V', (problems, units, k, k)."""
 
     def __init__(self, problem: Problem) -> None:
-        self._inverse, self._values, self.energy = problem.quadratic.inverse(), problem.weights, problem.energy
-        self._places = problem.features  # of the units that are left
+        self._quadratic, self.energy = problem.quadratic, problem.energy
+        self._inverse, self._values = problem.quadratic.inverse(), problem.weights
+        self._places = problem.features  # of the units that are left, among the features that are
         self._kept = torch.arange(problem.weights.shape[1], device=problem.weights.device)
-        self._blocks = self._inverse.blocks(problem.features)
-        rows = problem.weights[:, problem.features]
-        self._squares = rows @ rows.mT
-        self._forget()
-
-    def _forget(self) -> None:
-        problems, features, outputs = self._values.shape
-        k = self._places.shape[1]
-        self._room = max(_PENDING, k * max(1, len(self._places) // SHARE))
-        self._e = self._values.new_empty(problems, features, min(self._room, len(self._places) * k))
-        self._y = self._values.new_empty(problems, self._e.shape[2], outputs)
-        self._used = 0
-        self._gone = torch.zeros(features, dtype=torch.bool, device=self._values.device)
+        self._blocks = self._inverse.minors(problem.features)
+        self._square()
 
     def prices(self) -> Tensor:
-        """tr(V_u' (H^-1)_uu^-1 V_u) of each unit that is left, summed over problems."""
-        if self._blocks.shape[-1] == 1:  # a division each, where small systems would take their time
-            price = (self._squares / self._blocks).sum((0, 2, 3))
-        else:
-            solved = torch.linalg.solve(self._blocks, self._squares)
-            price = solved.diagonal(dim1=2, dim2=3).sum((0, 2))
-        found: Tensor = price / self.energy
-        return found
+        return _prices(self._blocks, self._squares) / self.energy
 
-    def remove(self, units: Tensor, left: Tensor) -> None:
-        """The units at these places among those that are left go; `left`: the mask of those that do not."""
+    def among(self, units: Tensor) -> _Candidates:
+        """Some of the units that are left, by their places among these."""
         at = self._places[units].flatten()
-        if self._used + len(at) > self._e.shape[2]:
-            self._catch_up()
-            at = self._places[units].flatten()
-        e, y = self._step(at)
-        places = self._places[left]
-        part, products = e[:, places], self._of_values(y, places)
-        half = products - part @ (y @ y.mT)[:, None] / 2
-        self._blocks = self._blocks[:, left] - part @ part.mT
-        both = part @ half.mT
-        self._squares = self._squares[:, left] - both - both.mT
-        self._places = places
-        self._gone[at] = True
-        self._used += len(at)
-        if self._used * 8 > len(self._gone):
-            self._catch_up()
+        values = self._values[:, at]
+        return _Candidates(self._inverse.minors(at[None])[:, 0], values @ values.mT, self._places.shape[1], self.energy)
 
-    def _step(self, at: Tensor) -> tuple[Tensor, Tensor]:
-        """What H^-1 and V lose as these features go: E E' and E Y."""
-        done, before = self._e[:, :, : self._used], self._y[:, : self._used]
+    def remove(self, units: Tensor, stay: Tensor) -> None:
+        """The units at these places among those that are left go; `stay`: the mask of those that do not."""
+        at, places = self._places[units].flatten(), self._places[stay]
         columns = self._inverse.columns(at)
-        columns = columns.baddbmm_(done, done[:, at].mT, alpha=-1)
         root = _root(columns[:, at])
+        # H^-1 loses e e', V loses e y
         e = torch.linalg.solve_triangular(root.mT, columns, upper=True, left=False)
-        values = self._values[:, at].baddbmm_(done[:, at], before, alpha=-1)
-        y = torch.linalg.solve_triangular(root, values, upper=False)
-        self._e[:, :, self._used : self._used + len(at)] = e
-        self._y[:, self._used : self._used + len(at)] = y
-        return e, y
-
-    def _of_values(self, y: Tensor, places: Tensor) -> Tensor:
-        """V y' of units, (problems, units, k, columns)."""
-        done, before = self._e[:, :, : self._used], self._y[:, : self._used]
-        products = self._values @ y.mT
-        products.baddbmm_(done, before @ y.mT, alpha=-1)
-        return products[:, places]
-
-    def _catch_up(self) -> None:
-        """Bring H^-1 and V up to date, and leave out what went."""
-        kept, gone = (torch.nonzero(mask)[:, 0] for mask in (~self._gone, self._gone))
-        if not len(gone):
-            return
-        e = self._e[:, :, : self._used]
-        self._values = self._values[:, kept].baddbmm_(e[:, kept], self._y[:, : self._used], alpha=-1)
-        self._inverse.shrink(kept, gone, e)
-        self._places = ((~self._gone).cumsum(0) - 1)[self._places]
+        y = torch.linalg.solve_triangular(root, self._values[:, at], upper=False)
+        part = e[:, places]
+        self._blocks = self._blocks[:, stay] - part @ part.mT
+        mask = torch.ones(len(self._kept), dtype=torch.bool, device=at.device)
+        mask[at] = False
+        kept = torch.nonzero(mask)[:, 0]
+        self._values = self._values[:, kept].baddbmm_(e[:, kept], y, alpha=-1)
+        self._inverse = self._inverse.without(at, kept, e)
+        self._places = (mask.cumsum(0) - 1)[places]
         self._kept = self._kept[kept]
-        self._forget()
+        self._square()
+
+    def _square(self) -> None:
+        rows = self._values[:, self._places]
+        self._squares = rows @ rows.mT
 
     def refit(self, weights: Tensor) -> Tensor:
-        self._catch_up()
         gone = torch.ones(weights.shape[1], dtype=torch.bool, device=weights.device)
         gone[self._kept] = False
+        at = torch.nonzero(gone)[:, 0]
         change = -weights
-        change[:, self._kept] = self._inverse.refit(self._kept, torch.nonzero(gone)[:, 0], weights)
+        change[:, self._kept] = self._inverse.times(self._quadratic.between(self._kept, at, weights[:, at]))
         return change
+
+
+@dataclasses.dataclass
+class _Candidates:
+    """A few units: the rows and columns of their features in H^-1 and in V V', (problems, units k, units k). Changed as
+    units go."""
+
+    inverse: Tensor
+    squares: Tensor
+    k: int
+    energy: float
+
+    def prices(self) -> Tensor:
+        return _prices(*(_diagonal(t, self.k) for t in (self.inverse, self.squares))) / self.energy
+
+    def remove(self, units: Tensor) -> None:
+        at = (units[:, None] * self.k + torch.arange(self.k, device=units.device)).flatten()
+        root = _root(self.inverse[:, at[:, None], at])
+        both = torch.cat([self.inverse[:, :, at], self.squares[:, :, at]], 1)
+        e, q = torch.linalg.solve_triangular(root.mT, both, upper=True, left=False).chunk(2, 1)
+        half = q - e @ torch.linalg.solve_triangular(root, q[:, at], upper=False) / 2
+        self.inverse.baddbmm_(e, e.mT, alpha=-1)
+        self.squares.baddbmm_(e, half.mT, alpha=-1).baddbmm_(half, e.mT, alpha=-1)
+        for matrix in (self.inverse, self.squares):
+            matrix[:, at] = 0
+            matrix[:, :, at] = 0
+        self.inverse[:, at, at] = 1
+
+
+def cheapest(candidates: Sequence[_Candidates], count: int, together: int) -> tuple[Tensor, list[float]]:
+    """Which of the candidates go, one after the other (`together`: so many per step), and what each costs."""
+    order: list[Tensor] = []
+    costs: list[float] = []
+    while len(costs) < count:
+        price = torch.stack([c.prices() for c in candidates]).sum(0)
+        for units in order:
+            price[units] = torch.inf
+        going = price.argsort(stable=True)[: min(together, count - len(costs))]
+        order.append(going)
+        costs += price[going].tolist()
+        for c in candidates if len(costs) < count else ():
+            c.remove(going)
+    return torch.cat(order), costs
+
+
+def _diagonal(matrix: Tensor, k: int) -> Tensor:
+    """The diagonal blocks, (problems, units, k, k)."""
+    if k == 1:
+        return matrix.diagonal(dim1=1, dim2=2)[:, :, None, None]
+    blocks = matrix.unflatten(2, (-1, k)).unflatten(1, (-1, k))
+    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+
+
+def _prices(blocks: Tensor, squares: Tensor) -> Tensor:
+    """tr(V_u' (H^-1)_uu^-1 V_u) of each unit, summed over problems: `blocks` (H^-1)_uu, `squares` V_u V_u'."""
+    if blocks.shape[-1] == 1:  # a division each, where small systems would take their time
+        return (squares / blocks).sum((0, 2, 3))
+    return torch.linalg.solve(blocks, squares).diagonal(dim1=2, dim2=3).sum((0, 2))
 
 
 def _inverse(matrix: Tensor) -> Tensor:

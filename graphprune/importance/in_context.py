@@ -23,10 +23,12 @@ from .calibration import Calibration, Reader, as_weight
 from .calibration.replay import Diverged, Replay
 from .elimination import Elimination, Quadratic
 
-# The shares of a group that are taken away for a measurement, all but one unit at the end, and how many samples all
-# measurements of a network run together; each runs at least 8 and at most 64.
-SHARES = (0.25, 0.5, 0.75, 1.0)
+# The shares of a group that are taken away for a measurement, all but one unit at the end. How many samples all
+# measurements of a network run together, and how many multiply-accumulates they may cost; each runs at least 8 and at
+# most 64 samples. Where 8 samples cost more than that, fewer shares are measured.
+SHARES, FEW_SHARES = (0.25, 0.5, 0.75, 1.0), (0.5, 1.0)
 _RUNS, _LEAST, _MOST = 16384, 8, 64
+_WORK = 1 << 40
 # Memory for what stands before the layers that change; beyond it, whole runs are made.
 _HELD = 256 << 20
 
@@ -155,9 +157,18 @@ def _declared(function: Any) -> bool:
     return operator is not None and operator.kind is Kind.DECLARED
 
 
+def _affordable(calibration: Calibration) -> tuple[tuple[float, ...], int]:
+    """The shares that are measured, and on how many samples."""
+    runs = len(SHARES) * max(1, len(calibration.readers))
+    samples = int(_WORK / max(1.0, runs * calibration.macs_per_sample))
+    if samples < _LEAST:
+        return FEW_SHARES, _LEAST
+    return SHARES, min(_MOST, samples, max(_LEAST, _RUNS // runs))
+
+
 def _examples(calibration: Calibration) -> list[ExampleInput]:
-    """The first samples, as many as the number of layers leaves time for."""
-    left = min(_MOST, max(_LEAST, _RUNS // (len(SHARES) * max(1, len(calibration.readers)))))
+    """The first samples, as many as the network leaves time for."""
+    left = calibration.cached(_affordable)[1]
     found = []
     for example in calibration.data.inputs():
         samples = _samples(example)
@@ -209,7 +220,7 @@ def measured_costs(
     """The order in which the units go and what each costs, scaled piece by piece so that the sums are the errors of
     the network's outputs that are measured when that many units are gone; as they are where nothing can be measured."""
     runs = calibration.cached(Runs)
-    ends = sorted({max(1, min(units - 1, round(share * units))) for share in SHARES})
+    ends = sorted({max(1, min(units - 1, round(share * units))) for share in calibration.cached(_affordable)[0]})
     errors = []
     for end in ends:
         elimination.until(end)

@@ -62,11 +62,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("problems", CASES)
-@pytest.mark.parametrize("pending", [3, 256])
 def test_each_step_removes_the_cheapest_at_its_price(
-    problems: list[Problem], pending: int, monkeypatch: pytest.MonkeyPatch
+    problems: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_PENDING", pending)
+    monkeypatch.setattr(module, "PART", 64)
     units = len(problems[0].features)
     order, costs = Elimination(problems, units).finish()
     assert sorted(order) == list(range(units))
@@ -82,9 +81,41 @@ def test_each_step_removes_the_cheapest_at_its_price(
         before += prices[unit]
 
 
+@pytest.mark.parametrize("problems", [CASES[0], CASES[3], CASES[5], CASES[8]])
+@pytest.mark.parametrize("part", [2, 3])
+def test_what_goes_is_the_cheapest_of_those_that_were_cheap_at_first(
+    problems: list[Problem], part: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block by block, each step against problems solved from scratch."""
+    monkeypatch.setattr(module, "PART", part)
+    units = len(problems[0].features)
+
+    def error(gone: list[int]) -> float:
+        return sum(refit(p, p.weights, gone)[1] / p.energy for p in problems)
+
+    order, costs = Elimination(problems, units).finish()
+    gone: list[int] = []
+    while len(gone) < units - 1:
+        left = [u for u in range(units) if u not in gone]
+        first = error(gone)
+        prices = {u: error([*gone, u]) - first for u in left}
+        count = max(1, len(left) // part)
+        among = sorted(left, key=prices.__getitem__)[: 2 * count if count > 1 else 1]
+        for _ in range(count):
+            before = error(gone)
+            now = {u: error([*gone, u]) - before for u in among if u not in gone}
+            unit = order[len(gone)]
+            assert now[unit] == pytest.approx(min(now.values()), rel=1e-6)
+            assert costs[len(gone)] == pytest.approx(now[unit], rel=1e-6)
+            gone.append(unit)
+
+
 @pytest.mark.parametrize("problems", CASES)
-def test_weights_on_the_way_are_those_refitted_from_scratch(problems: list[Problem]) -> None:
+def test_weights_on_the_way_are_those_refitted_from_scratch(
+    problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Other weights than those that the choice is made by: there errors of results are weighed."""
+    monkeypatch.setattr(module, "PART", 64)
     units = len(problems[0].features)
     other = [torch.randn_like(p.weights) for p in problems]
     stepwise, whole = Elimination(problems, units), Elimination(problems, units)
