@@ -88,7 +88,8 @@ def run(folder: Path, task: dict[str, object], limit: int) -> Run:
 
     environment = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _CHILD, json.dumps(task)]
-    child = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=limited)
+    options = {"cwd": folder, "env": environment, "stdout": subprocess.PIPE, "text": True, "preexec_fn": limited}
+    child = subprocess.Popen(command, **options)  # type: ignore[call-overload]
     assert child.stdout is not None
     said = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
@@ -112,9 +113,10 @@ def older_build(commit: str, folder: str) -> Path:
 def cells(name: str, build: str, runs: Sequence[Run]) -> list[str]:
     """A row of the table: medians."""
     least = "at least " if any(r.stopped for r in runs) else ""
-    figures = [statistics.median(getattr(r, what) for r in runs) for what in ("plan", "recover", "total", "memory")]
-    recovered = f"{figures[1]:.1f}" if TASKS[name]["recover"] else ""
-    return [name, build, least + f"{figures[0]:.1f}", recovered, least + f"{figures[2]:.1f}", least + f"{figures[3]:.2f}"]
+    what = "plan", "recover", "total", "memory"
+    planned, recovered, both, memory = (statistics.median(getattr(r, w) for r in runs) for w in what)
+    second = f"{recovered:.1f}" if TASKS[name]["recover"] else ""
+    return [name, build, f"{least}{planned:.1f}", second, f"{least}{both:.1f}", f"{least}{memory:.2f}"]
 
 
 def page(commit: str, rounds: int, rows: list[list[str]], ratios: list[str]) -> str:
@@ -124,11 +126,11 @@ def page(commit: str, rounds: int, rows: list[list[str]], ratios: list[str]) -> 
         [
             "# Planning from data: time and memory",
             "",
-            'Criterion "reconstruction" at half of the multiply-accumulates, then least squares: a ResNet-50 on 16 images '
-            "of 96 x 96, and (planning alone) a ViT-B/16 on 256 images of 224 x 224. Weights are random ones, which "
-            "times do not depend on. Seconds of CPU time, one thread, medians of "
-            f"{rounds} round{'s' if rounds != 1 else ''}, builds alternated, each run in a process of its own. Peak: of "
-            "the whole process, the network, the images and PyTorch included. \"At least\": stopped after that time.",
+            'Criterion "reconstruction" at half of the multiply-accumulates, then least squares: a ResNet-50 on 16 '
+            "images of 96 x 96, and (planning alone) a ViT-B/16 on 256 images of 224 x 224. Weights are random ones, "
+            f"which times do not depend on. Seconds of CPU time, one thread, medians of {rounds} "
+            f"round{'s' if rounds != 1 else ''}, builds alternated, each run in a process of its own. Peak: of the "
+            'whole process, the network, the images and PyTorch included. "At least": stopped after that time.',
             "",
             "Written by `python -m tools.bench_recovery_speed --commit " + commit + f"` ({machine_line(1)}; "
             f"{versions_line('torch', 'torchvision')}).",
@@ -137,10 +139,10 @@ def page(commit: str, rounds: int, rows: list[list[str]], ratios: list[str]) -> 
             "",
             *ratios,
             "",
-            "What bounds memory: moments of the layers looked at in one pass (1 GiB, or those of one layer where it alone "
-            "needs more), three matrices as large as the number of one layer's inputs squared, the samples that outputs "
-            "are measured on (8 to 64) and, up to 256 MiB, what stands before the layers that change. Where there are "
-            "fewer rows of data than half of a layer's inputs, the rows are held and no such matrix is made.",
+            "What bounds memory: moments of the layers looked at in one pass (1 GiB, or those of one layer where it "
+            "alone needs more), three matrices as large as the number of one layer's inputs squared, the samples that "
+            "outputs are measured on (8 to 64) and, up to 256 MiB, what stands before the layers that change. Where "
+            "there are fewer rows of data than half of a layer's inputs, the rows are held and no such matrix is made.",
             "",
         ]
     )

@@ -1,9 +1,9 @@
 """Backward elimination: which inputs of layers go first when those that stay take over, as products of matrices.
 
-Optimal brain surgeon needs, after every step, the inverse of what is left of a matrix H. Steps one by one are made among
-the cheapest units alone, on small matrices; all others learn of a sixteenth of the units at a time, as one product of
-matrices. Where H comes from fewer rows of data than it has columns, it is not even made: all that is inverted then is
-as large as the number of rows.
+Optimal brain surgeon needs, after every step, the inverse of what is left of a matrix H. Steps one by one are made
+among the cheapest units alone, on small matrices; all others learn of a sixteenth of the units at a time, as one
+product of matrices. Where H comes from fewer rows of data than it has columns, it is not even made: all that is
+inverted then is as large as the number of rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Of the units left, one in so many goes per step: one at a time in groups up to twice this size, several in larger ones.
+# Of the units left, one in so many goes per step: one at a time below twice this size, several in larger groups.
 SHARE = 64
 # One in so many goes between two looks at all units; what goes is sought among twice as many, the cheapest.
 PART = 16
@@ -300,26 +300,32 @@ def _diagonal(matrix: Tensor, k: int) -> Tensor:
     if k == 1:
         return matrix.diagonal(dim1=1, dim2=2)[:, :, None, None]
     blocks = matrix.unflatten(2, (-1, k)).unflatten(1, (-1, k))
-    return blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    found: Tensor = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+    return found
 
 
 def _prices(blocks: Tensor, squares: Tensor) -> Tensor:
     """tr(V_u' (H^-1)_uu^-1 V_u) of each unit, summed over problems: `blocks` (H^-1)_uu, `squares` V_u V_u'."""
     if blocks.shape[-1] == 1:  # a division each, where small systems would take their time
-        return (squares / blocks).sum((0, 2, 3))
-    return torch.linalg.solve(blocks, squares).diagonal(dim1=2, dim2=3).sum((0, 2))
+        price: Tensor = (squares / blocks).sum((0, 2, 3))
+    else:
+        price = torch.linalg.solve(blocks, squares).diagonal(dim1=2, dim2=3).sum((0, 2))
+    return price
 
 
 def _inverse(matrix: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
-    return torch.linalg.inv(matrix) if bool(info.any()) else torch.cholesky_inverse(factor)
+    found: Tensor = torch.linalg.inv(matrix) if bool(info.any()) else torch.cholesky_inverse(factor)
+    return found
 
 
 def _root(matrix: Tensor) -> Tensor:
     """The lower triangle R with R R' the matrix; rounding may have left it slightly indefinite."""
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if not bool(info.any()):
         return factor
     values, vectors = torch.linalg.eigh((matrix + matrix.mT) / 2)
     floor = (values.abs().amax(1, keepdim=True) * 1e-14).clamp_min(torch.finfo(matrix.dtype).tiny)
-    return torch.linalg.cholesky(vectors * torch.maximum(values, floor)[:, None, :] @ vectors.mT)
+    factor = torch.linalg.cholesky(vectors * torch.maximum(values, floor)[:, None, :] @ vectors.mT)
+    return factor
