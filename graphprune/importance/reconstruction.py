@@ -25,7 +25,8 @@ def reconstruction(context: ImportanceContext, group: Group) -> Floats:
 
     Optimal brain surgeon (Hassibi & Stork, NIPS 1992) with whole units: with H the covariance of a layer's inputs and W
     its weights, removing unit u and refitting the rest costs tr(W_u' (H^-1)_uu^-1 W_u); the cheapest unit goes, W and
-    H^-1 are updated, and so on until one is left (greedy; see `Elimination` for groups of 32 units and more). Errors of the layers' results are weighed by what they do to the network's outputs (`sensitivities`). A
+    H^-1 are updated, and so on until one is left (greedy; see `Elimination` for groups of 32 units and
+    more). Errors of the layers' results are weighed by what they do to the network's outputs (`sensitivities`). A
     unit's score is what its removal added, summed over the layers, and never less than that of the units before it.
 
     Where groups are compared (budgets, global scope), the sums of these costs are brought to the errors of the
