@@ -19,6 +19,8 @@ from torch import Tensor
 SHARE = 64
 # One in so many goes between two looks at all units; what goes is sought among twice as many, the cheapest.
 PART = 16
+# With so many left or fewer, all are looked at in every step.
+ALL = 32
 
 
 class Inverse(Protocol):
@@ -157,8 +159,8 @@ class Problem:
 
 class Elimination:
     """The units in the order in which they go (`order`), and what each removal costs (`costs`), as far as it got: the
-    cheapest one of those left after the other, in groups of 128 units and more the cheapest 1/64 together. Of 32
-    units and more, a sixteenth goes before prices of all are looked at again; until then the cheapest one is that of
+    cheapest one of those left after the other, in groups of 128 units and more the cheapest 1/64 together. Of more
+    than 32 units, a sixteenth goes before prices of all are looked at again; until then the cheapest one is that of
     the eighth that was cheapest at first."""
 
     def __init__(self, problems: Sequence[Problem], units: int) -> None:
@@ -171,8 +173,10 @@ class Elimination:
         """Go on until so many units are gone; at least one has to stay."""
         while len(self.order) < gone:
             left, price = len(self._alive), self._prices()
-            count = min(max(1, left // PART), gone - len(self.order))
-            going = price.argsort(stable=True)[: 2 * count if count > 1 else 1]
+            count = min(max(1, left // PART) if left > ALL else left - 1, gone - len(self.order))
+            going = price.argsort(stable=True)[: left if left <= ALL else 2 * count]
+            if count == 1:
+                going = going[:1]
             costs = price[going].tolist()
             if count > 1:
                 first, costs = cheapest([s.among(going) for s in self._states], count, max(1, left // SHARE))

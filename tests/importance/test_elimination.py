@@ -88,6 +88,7 @@ def test_what_goes_is_the_cheapest_of_those_that_were_cheap_at_first(
 ) -> None:
     """Block by block, each step against problems solved from scratch."""
     monkeypatch.setattr(module, "PART", part)
+    monkeypatch.setattr(module, "ALL", 1)
     units = len(problems[0].features)
 
     def error(gone: list[int]) -> float:
