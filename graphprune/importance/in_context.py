@@ -7,23 +7,30 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..errors import GraphPruneError
 from ..tracing.example import ExampleInput, flatten_tensors
 from ..tracing.operators import Kind, function_name, named
 from ..tracing.state import evaluating, unfused
 from ..tracing.trace import run_model
 from .calibration import Calibration, Reader, as_weight, without_loss
+from .calibration.replay import Diverged, Replay
+from .elimination import Elimination, Quadratic
 
-# The shares of a group that are taken away for a measurement, all but one unit at the end, and how many samples all
-# measurements of a network run together; each runs at least 8 and at most 64.
-SHARES = (0.25, 0.5, 0.75, 1.0)
+# The shares of a group that are taken away for a measurement, all but one unit at the end. How many samples all
+# measurements of a network run together, and how many multiply-accumulates they may cost; each runs at least 8 and at
+# most 64 samples. Where 8 samples cost more than that, fewer shares are measured.
+SHARES, FEW_SHARES = (0.25, 0.5, 0.75, 1.0), (0.5, 1.0)
 _RUNS, _LEAST, _MOST = 16384, 8, 64
+_WORK = 1 << 40
+# Memory for what stands before the layers that change; beyond it, whole runs are made.
+_HELD = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,31 +40,110 @@ class Reading:
 
     reader: Reader
     matrix: Tensor
-    covariance: Tensor
+    quadratic: Quadratic
     mean: Tensor
     features: Tensor
 
-    def without(self, units: Tensor) -> tuple[Tensor, Tensor]:
-        """The change of the weights, and of the constant term per output, when these units go and the others take
-        over as well as they can (least squares)."""
-        kept = torch.ones(self.matrix.shape[1], dtype=torch.bool, device=self.matrix.device)
-        kept[self.features[units].flatten()] = False
-        change = -self.matrix
-        right = self.covariance[:, kept] @ self.matrix
-        change[:, kept] += torch.linalg.solve(self.covariance[:, kept][:, :, kept], right)
-        return change, -(self.mean[:, None] @ change)[:, 0]
+
+class Change(NamedTuple):
+    """Other values for a layer: what its weights (problems, features, outputs) and constant terms (problems, outputs)
+    gain."""
+
+    reader: Reader
+    weights: Tensor
+    shift: Tensor
+
+
+class Runs:
+    """The network's outputs on a few samples, as it is and with other values in some layers.
+
+    What stands before the first layer that changes is computed once, as long as layers are asked for in their order.
+    """
+
+    def __init__(self, calibration: Calibration) -> None:
+        self._calibration = calibration
+        self._examples = _examples(calibration)
+        self._levels = {name: number for number, name in enumerate(calibration.readers)}
+        weights = {name: calibration.weights[name] for name in self._levels}
+        self._memories = [Replay(self._levels, weights) for _ in self._examples]
+        self._at = 0
+        self.samples = sum(_samples(example) for example in self._examples)
+        self.dense = self._outputs(0)
+
+    def error(self, changes: Sequence[Change]) -> float:
+        """Mean over samples of the squared change of all outputs; NaN for a network without floating point outputs, or
+        whose outputs change their shapes."""
+        if not self.dense:
+            return math.nan
+        with _changed(self._calibration, changes) as shifts:
+            found = self._outputs(min(self._levels[change.reader.weight] for change in changes), shifts)
+        if [t.shape for t in found] != [t.shape for t in self.dense]:
+            return math.nan
+        squares = sum(float((a - b).square().sum()) for a, b in zip(self.dense, found, strict=True))
+        return squares / self.samples
+
+    def _outputs(self, first: int, shifts: Mapping[int, tuple[Reader, Tensor]] | None = None) -> list[Tensor]:
+        """All floating point outputs of all batches, where nothing before this level has changed."""
+        if first < self._at:  # what is held is of later layers
+            for memory in self._memories:
+                memory.held = {}
+        self._at = first
+        out: list[Tensor] = []
+        for memory, example in zip(self._memories, self._examples, strict=True):
+            out += self._one(memory, example, first, shifts or {})
+        if sum(memory.bytes_held for memory in self._memories) > _HELD:
+            for memory in self._memories:
+                memory.drop()
+        return out
+
+    def _one(
+        self, memory: Replay, example: ExampleInput, first: int, shifts: Mapping[int, tuple[Reader, Tensor]]
+    ) -> list[Tensor]:
+        if memory.usable:
+            memory.start(first, None)
+            try:
+                found = self._run(example, shifts, memory)
+                memory.finish(found)
+                return [t.double() for t in found]
+            except (Diverged, GraphPruneError):
+                if not memory.replaying:
+                    raise
+                memory.drop()
+        return [t.double() for t in self._run(example, shifts, None)]
+
+    def _run(
+        self, example: ExampleInput, shifts: Mapping[int, tuple[Reader, Tensor]], memory: Replay | None
+    ) -> list[Tensor]:
+        model = self._calibration.model
+        watching = contextlib.nullcontext() if memory is None else memory.watching()
+        with torch.no_grad(), evaluating(model), unfused(), watching, _Shifted(shifts, memory):
+            made = run_model(model, example.clone(), "data")
+        return [r for r in without_loss(flatten_tensors(made), made) if r.is_floating_point()]
 
 
 class _Shifted(TorchFunctionMode):
-    """Adds a constant to the results of the calls that read certain weights."""
+    """Adds a constant to the results of the calls that read certain weights. `memory`: what is told of all calls."""
 
-    def __init__(self, shifts: Mapping[int, tuple[Reader, Tensor]]) -> None:
+    def __init__(self, shifts: Mapping[int, tuple[Reader, Tensor]], memory: Replay | None) -> None:
         super().__init__()
-        self.shifts = shifts
+        self.shifts, self.memory = shifts, memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.memory is None:
+            return self._shifted(func, args, kwargs)
+        name = function_name(func)
+        readers = self.memory.reader_names(name, args, kwargs)
+        if readers:
+            return self.memory.layer(readers, func, args, kwargs, functools.partial(self._shifted, func, args, kwargs))
         out = func(*args, **kwargs)
+        self.memory.told(func, name, args, kwargs, out)
+        return out
+
+    def _shifted(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        if not self.shifts:
+            return out
         operands = args if _declared(func) else args[1:]
         read = next((a for a in (*operands, *kwargs.values()) if id(a) in self.shifts), None)
         if read is None or not isinstance(out, Tensor):
@@ -71,9 +157,18 @@ def _declared(function: Any) -> bool:
     return operator is not None and operator.kind is Kind.DECLARED
 
 
+def _affordable(calibration: Calibration) -> tuple[tuple[float, ...], int]:
+    """The shares that are measured, and on how many samples."""
+    runs = len(SHARES) * max(1, len(calibration.readers))
+    samples = int(_WORK / max(1.0, runs * calibration.macs_per_sample))
+    if samples < _LEAST:
+        return FEW_SHARES, _LEAST
+    return SHARES, min(_MOST, samples, max(_LEAST, _RUNS // runs))
+
+
 def _examples(calibration: Calibration) -> list[ExampleInput]:
-    """The first samples, as many as the number of layers leaves time for."""
-    left = min(_MOST, max(_LEAST, _RUNS // (len(SHARES) * max(1, len(calibration.readers)))))
+    """The first samples, as many as the network leaves time for."""
+    left = calibration.cached(_affordable)[1]
     found = []
     for example in calibration.data.inputs():
         samples = _samples(example)
@@ -93,55 +188,52 @@ def _first(tensor: Tensor, samples: int, count: int) -> Tensor:
     return tensor[:count] if tensor.dim() and tensor.shape[0] == samples else tensor
 
 
-def _outputs(calibration: Calibration) -> list[Tensor]:
-    """What the network makes of a few samples: all floating point outputs of all batches."""
-    out: list[Tensor] = []
-    with torch.no_grad(), evaluating(calibration.model), unfused():
-        for example in calibration.cached(_examples):
-            made = run_model(calibration.model, example.clone(), "data")
-            results = without_loss(flatten_tensors(made), made)
-            out += [r.double() for r in results if r.is_floating_point()]
-    return out
-
-
 @contextlib.contextmanager
-def _changed(calibration: Calibration, changes: Sequence[tuple[Reader, Tensor, Tensor]]) -> Iterator[None]:
-    """The network with other weights and constant terms in some readers."""
-    weights = [calibration.weights[reader.weight] for reader, _, _ in changes]
+def _changed(
+    calibration: Calibration, changes: Sequence[Change]
+) -> Iterator[Mapping[int, tuple[Reader, Tensor]]]:
+    """The network with other weights in some readers, and the constants to be added to their results."""
+    weights = [calibration.weights[change.reader.weight] for change in changes]
     before = [w.detach().clone() for w in weights]
     try:
-        for w, (reader, change, _) in zip(weights, changes, strict=True):
-            w.data.add_(as_weight(reader, change, w))
-        with _Shifted({id(w): (r, s.flatten()) for w, (r, _, s) in zip(weights, changes, strict=True)}):
-            yield
+        for w, change in zip(weights, changes, strict=True):
+            w.data.add_(as_weight(change.reader, change.weights, w))
+        yield {id(w): (change.reader, change.shift.flatten()) for w, change in zip(weights, changes, strict=True)}
     finally:
         for w, old in zip(weights, before, strict=True):
             w.data.copy_(old)
 
 
-def output_error(calibration: Calibration, readings: Sequence[Reading], units: Tensor) -> float:
-    """Mean over samples of the squared change of all outputs when these units go from all their readers; NaN for a
-    network without floating point outputs, or whose outputs change their shapes."""
-    dense = calibration.cached(_outputs)
-    with _changed(calibration, [(r.reader, *r.without(units)) for r in readings]):
-        found = _outputs(calibration)
-    if not dense or [t.shape for t in found] != [t.shape for t in dense]:
-        return math.nan
-    squares = sum(float((a - b).square().sum()) for a, b in zip(dense, found, strict=True))
-    return squares / sum(_samples(example) for example in calibration.cached(_examples))
+def refitted(readings: Sequence[Reading], elimination: Elimination) -> list[Change]:
+    """What the readers gain when the units that went so far are gone and the others take over as well as they can
+    (least squares)."""
+    changes = elimination.refits([reading.matrix for reading in readings])
+    return [
+        Change(reading.reader, change, -(reading.mean[:, None] @ change)[:, 0])
+        for reading, change in zip(readings, changes, strict=True)
+    ]
 
 
 def measured_costs(
-    calibration: Calibration, readings: Sequence[Reading], order: Sequence[int], costs: Sequence[float]
-) -> list[float]:
-    """`costs`, one per unit in the order in which they go, scaled piece by piece so that their sums are the errors of
+    calibration: Calibration, readings: Sequence[Reading], elimination: Elimination, units: int
+) -> tuple[list[int], list[float]]:
+    """The order in which the units go and what each costs, scaled piece by piece so that the sums are the errors of
     the network's outputs that are measured when that many units are gone; as they are where nothing can be measured."""
-    device = readings[0].matrix.device
-    ends = sorted({max(1, min(len(order) - 1, round(share * len(order)))) for share in SHARES})
+    runs = calibration.cached(Runs)
+    ends = sorted({max(1, min(units - 1, round(share * units))) for share in calibration.cached(_affordable)[0]})
+    errors = []
+    for end in ends:
+        elimination.until(end)
+        errors.append(runs.error(refitted(readings, elimination)))
+    order, costs = elimination.finish()
+    return order, scaled(costs, ends, errors)
+
+
+def scaled(costs: Sequence[float], ends: Sequence[int], errors: Sequence[float]) -> list[float]:
+    """`costs`, scaled piece by piece so that their sums up to `ends` are `errors`, and never fall."""
     found = np.array(costs, np.float64)
     start, before, factor = 0, 0.0, 1.0
-    for end in ends:
-        error = output_error(calibration, readings, torch.tensor(order[:end], device=device))
+    for end, error in zip(ends, errors, strict=True):
         expected = float(found[start:end].sum())
         if math.isfinite(error) and expected > 0:
             factor = max(error - before, 0.0) / expected

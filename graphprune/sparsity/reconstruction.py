@@ -22,7 +22,7 @@ from ..importance.calibration import (
 from ..plans.surgery import clone_with, find_folds
 from ..recovery.repair import walk
 from ..recovery.repair.checking import Check, FitData
-from ..recovery.repair.solve import masked_ridge_solution, squared_error
+from ..recovery.repair.solve import masked_ridge_solution
 from ..recovery.repair.steps import LayerRecovery, Option, Steps, better_of_two
 from ..support.doors import door
 from ..support.progress import ProgressOption, reported, stage
@@ -195,6 +195,6 @@ class _Fit:
         solution = masked_ridge_solution(moments, start, self.ridge, free)
         change = (solution[:, -1] - start[:, -1]).reshape(-1) if constant.possible else None
         scale = max(float(moments.variance.sum()) * moments.rows, 1e-300)
-        before, after = (squared_error(moments, w) / scale for w in (start, solution))
+        before, after = (moments.squared_error(w) / scale for w in (start, solution))
         said = LayerRecovery(reader.weight, "masked least squares", before, after)
         return Option(said, as_weight(reader, solution[:, :-1], weight) * mask, change)

@@ -37,13 +37,17 @@ def restored(model: Any, closures: bool = False) -> Iterator[None]:
 def kept_attributes(modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
     """What puts back the attributes of modules, their tables and the lists, dicts and sets among them: `restored` for
     every run of a model, without what lies deeper and without values of tensors."""
-    undo = []
+    empty: list[dict[Any, Any]] = []  # modules have ten empty tables each
+    undo = [lambda: _emptied(empty)]
     for module in modules:
         held = module.__dict__
         undo.append(_table(held))
         for value in held.values():
             if type(value) in (dict, OrderedDict):
-                undo.append(_table(value))
+                if value:
+                    undo.append(_table(value))
+                else:
+                    empty.append(value)
             elif type(value) in (list, set, deque):
                 undo.append(_items(value))
     return undo
@@ -65,13 +69,23 @@ def _steps(value: Any) -> Iterator[Callable[[], None]]:
             yield _slots(value, held)
 
 
+def _emptied(tables: list[dict[Any, Any]]) -> None:
+    for table in tables:
+        if table:
+            kind: Any = OrderedDict if isinstance(table, OrderedDict) else dict
+            for key in list(kind.keys(table)):
+                kind.__delitem__(table, key)
+
+
 def _table(table: dict[Any, Any]) -> Callable[[], None]:
     kind: Any = OrderedDict if isinstance(table, OrderedDict) else dict  # a subclass may do more than to store
     keys, values = list(kind.keys(table)), list(kind.values(table))
-    own = set(keys)
 
     def undo() -> None:
         """Entry by entry, as another thread may be reading them; all anew only where their order changed."""
+        if same_objects(list(kind.keys(table)), keys) and same_objects(list(kind.values(table)), values):
+            return
+        own = set(keys)
         for key in [key for key in kind.keys(table) if key not in own]:
             kind.__delitem__(table, key)
         for key, item in zip(keys, values, strict=True):

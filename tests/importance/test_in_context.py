@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 
 import numpy as np
@@ -16,8 +15,10 @@ from graphprune.importance import ImportanceContext
 from graphprune.importance import reconstruction as module
 from graphprune.importance.calibration import Calibration
 from graphprune.importance.calibration.source import CalibrationSource
-from graphprune.importance.in_context import SHARES, measured_costs, output_error
-from graphprune.importance.reconstruction import RIDGE, _reading, reconstruction
+from graphprune.importance.elimination import Elimination
+from graphprune.importance.in_context import SHARES, Change, Reading, Runs, measured_costs, scaled
+from graphprune.importance.reconstruction import RIDGE, _problem, _reading, reconstruction
+from tests.importance.test_elimination import matrix_of
 
 
 class Chain(nn.Module):
@@ -50,6 +51,20 @@ def setting(net: nn.Module, x: Tensor) -> tuple[ImportanceContext, graphprune.De
     calibration = source.calibration(net, [])
     tensors = {n: t.detach() for n, t in net.named_parameters()}
     return ImportanceContext(net, tensors, calibration=calibration), graphprune.trace(net, x[:1]), calibration
+
+
+def without(reading: Reading, units: list[int]) -> Change:
+    """What a reader gains when these units go and the others take over, by one system of equations."""
+    matrix = matrix_of(reading.quadratic)
+    kept = torch.ones(matrix.shape[1], dtype=torch.bool)
+    kept[reading.features[units].flatten()] = False
+    change = -reading.matrix
+    change[:, kept] += torch.linalg.solve(matrix[:, kept][:, :, kept], matrix[:, kept] @ reading.matrix)
+    return Change(reading.reader, change, -(reading.mean[:, None] @ change)[:, 0])
+
+
+def output_error(calibration: Calibration, readings: list[Reading], units: list[int]) -> float:
+    return Runs(calibration).error([without(reading, units) for reading in readings])
 
 
 def refitted(layer: nn.Module, inputs: Tensor, gone: list[int]) -> None:
@@ -87,7 +102,7 @@ def test_convolutions_against_a_network_refitted_by_hand(gone: list[int]) -> Non
     other = copy.deepcopy(net)
     rows = nn.functional.unfold(net.a(x).relu().detach(), 3, padding=1).transpose(1, 2).flatten(0, 1)
     refitted(other.b, rows, gone)
-    error = output_error(calibration, [reading], torch.tensor(gone))
+    error = output_error(calibration, [reading], gone)
     assert error == pytest.approx(difference(net, other, x), rel=1e-3)
 
 
@@ -101,7 +116,7 @@ def test_all_readers_of_a_group_change_together() -> None:
     other = copy.deepcopy(net)
     for layer in (other.b, other.c):
         refitted(layer, net.a(x).tanh().detach(), [2, 3, 7])
-    error = output_error(calibration, readings, torch.tensor([2, 3, 7]))
+    error = output_error(calibration, readings, [2, 3, 7])
     assert error == pytest.approx(difference(net, other, x), rel=1e-3)
 
 
@@ -123,7 +138,7 @@ def test_grouped_convolutions_are_refitted_group_by_group() -> None:
         halves.append(half)
     other[2].weight.data = torch.cat([h.weight.data for h in halves])
     other[2].bias.data = torch.cat([h.bias.data for h in halves])
-    error = output_error(calibration, [reading], torch.tensor([0, 3]))
+    error = output_error(calibration, [reading], [0, 3])
     assert error == pytest.approx(difference(net, other, x), rel=1e-3)
 
 
@@ -134,12 +149,12 @@ def test_costs_add_up_to_what_is_measured(channels: int) -> None:
     context, graph, calibration = setting(net, x)
     group = next(g for g in graph.groups if any(m.parameter == "b.weight" and m.role == "in" for m in g.members))
     readings = [r for m in group.members if m.role == "in" and (r := _reading(context, m)) is not None]
-    order = torch.randperm(channels).tolist()
-    costs = measured_costs(calibration, readings, order, [1.0 + i for i in range(channels)])
+    elimination = Elimination([_problem(context, reading) for reading in readings], channels)
+    order, costs = measured_costs(calibration, readings, elimination, channels)
     highest = 0.0
     for share in SHARES:
         end = max(1, min(channels - 1, round(share * channels)))
-        highest = max(highest, output_error(calibration, readings, torch.tensor(order[:end])))
+        highest = max(highest, output_error(calibration, readings, order[:end]))
         assert sum(costs[:end]) == pytest.approx(highest, rel=1e-6)
 
 
@@ -158,7 +173,7 @@ def test_weights_are_back_after_a_measurement_and_after_a_failure(monkeypatch: p
 
     monkeypatch.setattr(Chain, "forward", fails)
     with pytest.raises(graphprune.GraphPruneError, match="stop"):
-        output_error(calibration, [reading], torch.tensor([0]))
+        output_error(calibration, [reading], [0])
     for name, value in before.items():
         assert torch.equal(calibration.weights[name], value)
 
@@ -192,20 +207,21 @@ def test_outputs_that_change_their_shapes_leave_the_costs_as_they_are() -> None:
     context, graph, calibration = setting(net, x)
     (group,) = (g for g in graph.groups if g.size == 8)
     readings = [r for m in group.members if m.role == "in" and (r := _reading(context, m)) is not None]
-    errors = [output_error(calibration, readings, torch.tensor([u])) for u in range(8)]
+    errors = [output_error(calibration, readings, [u]) for u in range(8)]
     assert any(math.isnan(e) for e in errors)
-    unit = next(u for u in range(8) if math.isnan(errors[u]))
-    alone = [dataclasses.replace(r, features=r.features[[unit, unit]]) for r in readings]
-    costs = measured_costs(calibration, alone, [0, 1], [2.0, 3.0])
-    assert costs == [2.0, 3.0]
+    assert scaled([2.0, 3.0], [1], [math.nan]) == [2.0, 3.0]
+    assert scaled([2.0, 3.0, 1.0], [1, 2], [math.nan, 8.0]) == [2.0, 8.0, pytest.approx(8 / 3)]
+    elimination = Elimination([_problem(context, reading) for reading in readings], 8)
+    costs = measured_costs(calibration, readings, elimination, 8)[1]
+    assert all(math.isfinite(c) and c >= 0 for c in costs)
 
 
 def test_groups_that_are_not_compared_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def seen(_calibration: object, _readings: object, order: list[int], costs: list[float]) -> list[float]:
-        asked.append(len(order))
-        return costs
+    def seen(_c: object, _r: object, elimination: Elimination, units: int) -> tuple[list[int], list[float]]:
+        asked.append(units)
+        return elimination.finish()
 
     net, x = Chain().eval(), torch.randn(12, 2, 4, 4)
     monkeypatch.setattr(module, "measured_costs", seen)

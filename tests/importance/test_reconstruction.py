@@ -1,8 +1,6 @@
-"""Backward elimination against refitting from scratch at every step."""
+"""The criterion "reconstruction": what it makes of the order in which units go."""
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 import pytest
@@ -11,65 +9,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import GraphPruneError
-from graphprune.importance import reconstruction as module
-from graphprune.importance.reconstruction import Problem, eliminate, scores_in_order
-
-
-def make(problems: int, features: list[list[int]], others: int, outputs: int) -> Problem:
-    """Units as given, and `others` features that never go."""
-    total = sum(map(len, features)) + others
-    x = torch.randn(problems, 4 * total, total, dtype=torch.float64) @ torch.randn(total, total, dtype=torch.float64)
-    weights = torch.randn(problems, total, outputs, dtype=torch.float64)
-    return Problem(x.mT @ x / x.shape[1], weights, torch.tensor(features), 1.0 + float(torch.rand(())))
-
-
-def unexplained(problem: Problem, gone: list[int]) -> float:
-    """Error of the best fit without the features of these units, relative; one small system solved from scratch."""
-    lost = set(problem.features[gone].flatten().tolist())
-    keep = [i for i in range(problem.weights.shape[1]) if i not in lost]
-    error = 0.0
-    for covariance, weights in zip(problem.covariance, problem.weights, strict=True):
-        cross = covariance @ weights
-        fit = torch.linalg.solve(covariance[keep][:, keep], cross[keep])
-        error += float((weights * cross).sum() - (fit * cross[keep]).sum())
-    return error / problem.energy
-
-
-CASES = [
-    [make(1, [[0], [1], [2], [3], [4]], 0, 3)],
-    [make(1, [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]], 2, 3)],
-    [make(3, [[0, 1], [2, 3], [4, 5], [6, 7]], 1, 2)],
-    [make(1, [[0], [1], [2], [3]], 0, 3), make(1, [[5, 4], [2, 3], [1, 0], [7, 6]], 3, 2)],
-]
-
-
-@pytest.mark.parametrize("problems", CASES)
-def test_each_step_removes_the_cheapest_at_its_price(problems: list[Problem]) -> None:
-    units = len(problems[0].features)
-    order, costs = eliminate(problems, units)
-    assert sorted(order) == list(range(units))
-    gone: list[int] = []
-    before = 0.0
-    for unit, cost in zip(order, costs, strict=True):
-        prices = {
-            u: sum(unexplained(p, [*gone, u]) for p in problems) - before for u in range(units) if u not in gone
-        }
-        if len(prices) > 1:
-            assert prices[unit] == pytest.approx(min(prices.values()), rel=1e-6)
-        assert cost == pytest.approx(prices[unit], rel=1e-6)
-        gone.append(unit)
-        before += prices[unit]
-
-
-def test_large_groups_lose_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = make(1, [[i] for i in range(12)], 0, 3)
-    single = eliminate([problem], 12)[0]
-    monkeypatch.setattr(module, "_SHARE", 4)
-    order, costs = eliminate([problem], 12)
-    assert sorted(order) == list(range(12)) and all(math.isfinite(c) for c in costs)
-    first = {u: unexplained(problem, [u]) for u in range(12)}
-    assert order[:3] == sorted(first, key=first.__getitem__)[:3]
-    assert single[0] == order[0]
+from graphprune.importance.reconstruction import scores_in_order
 
 
 def test_scores_follow_the_order() -> None:

@@ -29,12 +29,15 @@ class Moments:
 
     One problem per group of the layer: `gram` (groups, features + 1, features + 1), `cross` (groups, features + 1,
     outputs), `energy` (groups, outputs) the sums of y^2, in float64. `rows` counts rows, `samples` samples.
+
+    As long as there are at most half as many rows as features, the rows themselves are held, which are smaller
+    (`few`); asking for the sums ends that.
     """
 
     def __init__(self, groups: int, features: int, outputs: int, device: torch.device | None = None) -> None:
-        self.gram = torch.zeros(groups, features + 1, features + 1, dtype=torch.float64, device=device)
-        self.cross = torch.zeros(groups, features + 1, outputs, dtype=torch.float64, device=device)
-        self.energy = torch.zeros(groups, outputs, dtype=torch.float64, device=device)
+        self._sizes, self._device = (groups, features, outputs), device
+        self._sums: tuple[Tensor, Tensor, Tensor] | None = None
+        self._few: list[tuple[Tensor, Tensor]] = []
         self.rows = 0
         self.samples = 0
 
@@ -43,20 +46,83 @@ class Moments:
         precision (float32 at least), sums over batches in float64."""
         kind = torch.promote_types(x.dtype, torch.float32)
         x, y = x.to(kind), y.to(kind)
-        z = torch.cat([x, x.new_ones(x.shape[0], x.shape[1], 1)], 2)
-        self.gram += z.mT @ z
-        self.cross += z.mT @ y
-        self.energy += y.double().square().sum(1)
         self.rows += x.shape[1]
+        if self._sums is None and 2 * self.rows <= self._sizes[1]:
+            self._few.append((x.contiguous(), y.contiguous()))
+        else:
+            self._add(x, y)
+
+    def _add(self, x: Tensor, y: Tensor) -> None:
+        gram, cross, energy = self._summed()
+        z = torch.cat([x, x.new_ones(x.shape[0], x.shape[1], 1)], 2)
+        gram += z.mT @ z
+        cross += z.mT @ y
+        energy += y.double().square().sum(1)
+
+    def _summed(self) -> tuple[Tensor, Tensor, Tensor]:
+        if self._sums is None:
+            groups, features, outputs = self._sizes
+            shapes = (features + 1, features + 1), (features + 1, outputs), (outputs,)
+            gram, cross, energy = (
+                torch.zeros(groups, *shape, dtype=torch.float64, device=self._device) for shape in shapes
+            )
+            self._sums = gram, cross, energy
+            held, self._few = self._few, []
+            for x, y in held:
+                self._add(x, y)
+        return self._sums
+
+    @property
+    def few(self) -> tuple[Tensor, Tensor] | None:
+        """All rows x (groups, rows, features) and y (groups, rows, outputs) in float64, while they are held."""
+        if self._sums is not None or not self._few:
+            return None
+        x, y = (torch.cat(parts, 1).double() for parts in zip(*self._few, strict=True))
+        return x, y
+
+    @property
+    def features(self) -> int:
+        return self._sizes[1]
+
+    def missed(self, weights: Tensor) -> Tensor:
+        """The sum of z (y - z W) over rows, (groups, features + 1, outputs), for weights W of that shape."""
+        few = self.few
+        if few is None:
+            return self.cross - self.gram @ weights
+        left = few[1] - few[0] @ weights[:, :-1] - weights[:, -1:]
+        return torch.cat([few[0].mT @ left, left.sum(1, keepdim=True)], 1)
+
+    def squared_error(self, weights: Tensor) -> float:
+        """The sum of |z W - y|^2 over rows, groups and outputs."""
+        few = self.few
+        if few is not None:
+            return float((few[0] @ weights[:, :-1] + weights[:, -1:] - few[1]).square().sum())
+        fit = (weights * (self.gram @ weights - 2 * self.cross)).sum()
+        return max(0.0, float(fit + self.energy.sum()))
+
+    @property
+    def gram(self) -> Tensor:
+        return self._summed()[0]
+
+    @property
+    def cross(self) -> Tensor:
+        return self._summed()[1]
+
+    @property
+    def energy(self) -> Tensor:
+        return self._summed()[2]
 
     @staticmethod
     def bytes_needed(groups: int, features: int, outputs: int) -> int:
-        """Memory of one object."""
+        """Memory of one object, at most."""
         return 8 * groups * (features + 1) * (features + 1 + outputs)
 
     @property
     def variance(self) -> Tensor:
         """Mean of y^2 minus its squared mean, (groups, outputs)."""
+        few = self.few
+        if few is not None:
+            return few[1].var(1, correction=0)
         mean = self.cross[:, -1] / max(self.rows, 1)
         return (self.energy / max(self.rows, 1) - mean.square()).clamp_min(0)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -110,11 +110,12 @@ class Replay:
         self.held: dict[int, list[Tensor]] = {}
         self._quiet = 0
         self._readers_of: list[list[int]] = []
+        self._results: set[int] = set()
 
     # -- one run
 
-    def start(self, wave: int, names: frozenset[str]) -> None:
-        """Prepare the run that looks at the readers `names` of this wave."""
+    def start(self, wave: int, names: frozenset[str] | None) -> None:
+        """Prepare the run that looks at the readers `names` of this wave; None: at the network's results."""
         self._next = 0
         self._made: dict[int, list[Tensor]] = {}
         self._store: set[int] = set()
@@ -125,11 +126,11 @@ class Replay:
         if self.recorded and self.usable:
             self._plan(wave, names)
 
-    def _plan(self, wave: int, names: frozenset[str]) -> None:
+    def _plan(self, wave: int, names: frozenset[str] | None) -> None:
         self._store = self._border(wave)
-        targets = set(self._store)
+        targets = set(self._store) | (self._results if names is None else set())
         for k, note in enumerate(self.notes):
-            if not note.readers.isdisjoint(names):
+            if names is not None and not note.readers.isdisjoint(names):
                 targets.add(k)
                 targets.update(self._readers_of[k])  # what a result is added to
         last = max(targets, default=-1)
@@ -154,7 +155,9 @@ class Replay:
         return {
             k
             for k, note in enumerate(self.notes)
-            if note.kind in (_Kind.MAKES, _Kind.WRITES) and note.level < wave and any(map(outside, self._readers_of[k]))
+            if note.kind in (_Kind.MAKES, _Kind.WRITES)
+            and note.level < wave
+            and (k in self._results or any(map(outside, self._readers_of[k])))
         }
 
     @property
@@ -167,10 +170,11 @@ class Replay:
         """Nothing that is needed is still to come."""
         return self._needed is not None and not self._left
 
-    def finish(self) -> None:
-        """The run is over: what is needed next time stays."""
+    def finish(self, results: Iterable[Tensor] = ()) -> None:
+        """The run is over: what is needed next time stays. `results`: what later runs may be asked for."""
         if not self.recorded:
             self.recorded = True
+            self._results = {source for t in results if (source := self._source(t)) is not None}
         elif self._needed is not None:
             if self._store <= self._made.keys():
                 self.held = self._made
@@ -212,13 +216,20 @@ class Replay:
             return frozenset()
         return frozenset(self.names[id(a)] for a in (*args, *kwargs.values()) if id(a) in self.names)
 
-    def layer(self, names: frozenset[str], function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """The call of a layer that is fitted, as one operator."""
+    def layer(
+        self,
+        names: frozenset[str],
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        run: Callable[[], Any] | None = None,
+    ) -> Any:
+        """The call of a layer that is fitted, as one operator. `run`: what to do in its place."""
         given = [t for t in tensors_of((args, kwargs)) if not isinstance(t, torch.nn.Parameter)]
         # without what a new bias changes
         numbers = tuple(n for n in _flat(plain_numbers((args, kwargs))) if n is not None and n is not Tensor)
         with self.aside():
-            return self._step(function, lambda: function(*args, **kwargs), given, numbers, names, None)
+            return self._step(function, run or (lambda: function(*args, **kwargs)), given, numbers, names, None)
 
     def told(self, function: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         """A function has run that gave the code something else than tensors."""

@@ -10,6 +10,7 @@ from torch import nn
 
 from ...support.walking import named_tensors
 from ...tracing.trace import Trace
+from ...tracing.work import macs_of
 from .data import CalibrationData
 from .layers import Reader, find_readers
 from .moments import Moments, rows_of
@@ -31,6 +32,7 @@ class Calibration:
 
     def __init__(self, model: nn.Module, trace: Trace, data: CalibrationData, loss_fn: Any = None) -> None:
         self.model, self.data, self.loss_fn = model, data, loss_fn
+        self.macs_per_sample = _macs_per_sample(trace)
         self.readers: dict[str, Reader] = {r.weight: r for r in find_readers(trace)}
         self.weights = named_tensors(model)
         self._held: dict[str, Moments] = {}
@@ -91,3 +93,10 @@ class Calibration:
                     out[reader.weight].add(x, y)
             seen += next((t.shape[0] for t in example.tensors() if t.dim()), 1)
         return out
+
+
+def _macs_per_sample(trace: Trace) -> float:
+    """Right where the first axis of the first input is the batch."""
+    inputs = (node.meta["val"].shape for node in trace.graph.nodes if node.op == "placeholder" and "val" in node.meta)
+    samples = next((shape[0] for shape in inputs if shape), 1)
+    return sum(macs_of(node) or 0 for node in trace.graph.nodes) / max(samples, 1)

@@ -27,7 +27,7 @@ from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from . import walk
 from .checking import Check, FitData
-from .solve import ridge_solution, squared_error
+from .solve import ridge_solution
 from .steps import LayerRecovery, Option, Steps, better_of_two, with_note
 
 
@@ -185,14 +185,14 @@ class Refit:
             solution = ridge_solution(moments, start, self.ridge, constant.possible)
             note = "" if constant.possible else "has no bias, so means are matched by the weights alone"
             change = (solution[:, -1] - start[:, -1]).reshape(-1) if constant.possible else None
-            before, after = (squared_error(moments, w) / scale for w in (start, solution))
+            before, after = (moments.squared_error(w) / scale for w in (start, solution))
             said = LayerRecovery(reader.weight, "least squares", before, after, note)
             options.append(Option(said, as_weight(reader, solution[:, :-1], weight), change))
         if constant.possible:
-            missed = (moments.cross[:, -1] - (moments.gram @ start)[:, -1]) / max(moments.rows, 1)
+            missed = moments.missed(start)[:, -1] / max(moments.rows, 1)
             moved = start.clone()
             moved[:, -1] += missed
-            before, after = (squared_error(moments, w) / scale for w in (start, moved))
+            before, after = (moments.squared_error(w) / scale for w in (start, moved))
             options.append(Option(LayerRecovery(reader.weight, "mean", before, after, few), None, missed.reshape(-1)))
         if not options:
             self._leave(reader, f"{few}, and it has none: left alone")
@@ -204,7 +204,7 @@ class Refit:
     def _few(self, reader: Reader, moments: Moments) -> str:
         """Layers that lost nothing are refitted only where the data outnumber their weights well; "" where they do."""
         cut = self.plan.removed.get(reader.weight, {}).get(reader.in_axis)
-        needed = 8 * moments.gram.shape[1]
+        needed = 8 * (moments.features + 1)
         if cut or moments.rows >= needed:
             return ""
         return f"{moments.rows} rows of data are fewer than the {needed} for its weights: only its constant term is " \

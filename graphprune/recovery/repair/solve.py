@@ -18,9 +18,12 @@ def ridge_solution(moments: Moments, start: Tensor, ridge: float, constant: bool
     the constant term, which is free of the penalty (`constant`) or held at zero correction. lambda is `ridge` times
     the mean second moment of a feature. Hoerl & Kennard, Technometrics 1970, centred on `start`.
     """
+    few = moments.few
+    if few is not None:
+        return start + _change_by_rows(*few, start, ridge, constant)
     gram, penalty = moments.gram, _penalty(moments.gram, ridge)
     # solved for the change W - start: the right side is the gradient, small where `start` is good already
-    right = moments.cross - gram @ start
+    right = moments.missed(start)
     if not constant:
         gram, right, penalty = gram[:, :-1, :-1], right[:, :-1], penalty[:, :-1]
     change = _solve(gram + torch.diag_embed(penalty), right)
@@ -29,13 +32,26 @@ def ridge_solution(moments: Moments, start: Tensor, ridge: float, constant: bool
     return start + change
 
 
+def _change_by_rows(x: Tensor, y: Tensor, start: Tensor, ridge: float, constant: bool) -> Tensor:
+    """The same change where rows are fewer than features: it is made of rows, so their products are all there is to
+    solve (the dual form of ridge regression)."""
+    left = y - x @ start[:, :-1] - start[:, -1:]
+    power = _least(ridge * x.square().sum(1).mean(1))[:, None]
+    middle, missed = x.mean(1, keepdim=True), left.mean(1, keepdim=True)
+    if constant:
+        x, left = x - middle, left - missed
+    change = x.mT @ _solve(x @ x.mT + torch.diag_embed(power.expand(-1, x.shape[1])), left)
+    last = missed - middle @ change if constant else torch.zeros_like(missed)
+    return torch.cat([change, last], 1)
+
+
 def masked_ridge_solution(moments: Moments, start: Tensor, ridge: float, free: Tensor) -> Tensor:
     """As `ridge_solution`, over the entries where `free` (boolean, like `start`) is true; the others stay.
 
     Every output is a system of its own, since each has another set of free weights; they are solved a batch at a time.
     """
     gram = moments.gram + torch.diag_embed(_penalty(moments.gram, ridge))
-    right = moments.cross - moments.gram @ start
+    right = moments.missed(start)
     out = start.clone()
     size = gram.shape[1]
     batch = max(1, _BATCH_BYTES // (8 * size * size * gram.shape[0]))
@@ -53,9 +69,13 @@ def masked_ridge_solution(moments: Moments, start: Tensor, ridge: float, free: T
 def _penalty(gram: Tensor, ridge: float) -> Tensor:
     """What is added to the diagonal, (groups, features + 1): nothing for the constant term."""
     power = gram.diagonal(dim1=1, dim2=2)[:, :-1].mean(1) if gram.shape[1] > 1 else gram[:, 0, 0]
-    penalty = (ridge * power).clamp_min(torch.finfo(torch.float64).tiny)[:, None].expand(-1, gram.shape[1]).clone()
+    penalty = _least(ridge * power)[:, None].expand(-1, gram.shape[1]).clone()
     penalty[:, -1] = 0
     return penalty
+
+
+def _least(penalty: Tensor) -> Tensor:
+    return penalty.clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _solve(matrix: Tensor, right: Tensor) -> Tensor:
@@ -69,9 +89,3 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
         floor = 1e-14 * diagonal.amax(1, keepdim=True).clamp_min(1e-300)
         jitter = torch.where(info[:, None] > 0, (jitter * 100).clamp_min(floor), jitter)
     return torch.zeros_like(right)
-
-
-def squared_error(moments: Moments, weights: Tensor) -> float:
-    """sum |z W - y|^2 over all rows, groups and outputs."""
-    fit = (weights * (moments.gram @ weights - 2 * moments.cross)).sum()
-    return max(0.0, float(fit + moments.energy.sum()))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from graphprune.importance.calibration import Moments
-from graphprune.recovery.repair.solve import masked_ridge_solution, ridge_solution, squared_error
+from graphprune.recovery.repair.solve import masked_ridge_solution, ridge_solution
 
 
 def problem(rows: int = 60) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Moments]:
@@ -34,7 +34,7 @@ def test_against_stacked_least_squares(ridge: float, constant: bool) -> None:
         if not constant:
             assert torch.equal(got[g, -1], start[g, -1])
     direct = sum(float((torch.cat([x[g], torch.ones(60, 1)], 1) @ got[g] - y[g]).square().sum()) for g in range(2))
-    assert squared_error(moments, got) == pytest.approx(direct, rel=1e-6)
+    assert moments.squared_error(got) == pytest.approx(direct, rel=1e-6)
 
 
 def test_without_data_the_weights_stay() -> None:
@@ -51,6 +51,29 @@ def test_fewer_rows_than_features_stay_near_the_start() -> None:
     change = got - start
     features = x.mT @ torch.linalg.pinv(x.mT)
     torch.testing.assert_close(features @ change[:, :5], change[:, :5], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("constant", [True, False])
+@pytest.mark.parametrize("ridge", [1e-6, 1e-3, 0.5])
+def test_few_rows_are_fitted_as_their_sums_are(ridge: float, constant: bool) -> None:
+    parts = [(torch.randn(2, n, 20).double(), torch.randn(2, n, 3).double()) for n in (3, 5)]
+    start = torch.randn(2, 21, 3).double()
+    few, summed = Moments(2, 20, 3), Moments(2, 20, 3)
+    for part in parts:
+        few.add(*part)
+        summed.add(*part)
+    assert summed.gram.shape == (2, 21, 21) and summed.few is None  # asked for
+    assert few.few is not None and few.few[0].shape == (2, 8, 20)
+    solutions = [ridge_solution(moments, start, ridge, constant) for moments in (few, summed)]
+    torch.testing.assert_close(*solutions, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(few.variance, summed.variance)
+    torch.testing.assert_close(few.missed(start), summed.missed(start))
+    assert few.squared_error(start) == pytest.approx(summed.squared_error(start))
+    assert few.few is not None
+    few.add(*(torch.cat([a, b], 1) for a, b in zip(*parts, strict=True)))  # now there are too many
+    assert few.few is None
+    torch.testing.assert_close(few.gram, 2 * summed.gram)
+    torch.testing.assert_close(few.cross, 2 * summed.cross)
 
 
 @pytest.mark.parametrize("outputs_at_a_time", [1, 2, 100])
