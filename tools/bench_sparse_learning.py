@@ -156,8 +156,8 @@ Written by `python -m tools.bench_sparse_learning` ({machine}; {versions}). Seco
 | :-- | ---: | ---: | ---: | ---: |
 """
 SHORT = """The penalty takes its epoch from the training of the pruned network, and where all of it is as short as
-here that costs more than it gains: prune first where the dense network is trained already. Trainings as long as those of
-the papers, or from the start, were not measured here."""
+here that costs more than it gains: prune first where the dense network is trained already. Trainings as long as the
+papers' were not measured here."""
 TRIALS = """
 ## How the settings were chosen
 
