@@ -155,9 +155,9 @@ Written by `python -m tools.bench_sparse_learning` ({machine}; {versions}). Seco
 | method | after the penalty | pruned | trained | seconds |
 | :-- | ---: | ---: | ---: | ---: |
 """
-SHORT = """A penalty takes its steps from the training of the pruned network, and in a training as short as this one
-that costs more than it gains: prune first where the dense network is trained already, and use a penalty where it is to
-be trained anyway."""
+SHORT = """The penalty takes its epoch from the training of the pruned network, and where all of it is as short as
+here that costs more than it gains: prune first where the dense network is trained already. Trainings as long as the
+papers' were not measured here."""
 TRIALS = """
 ## How the settings were chosen
 
