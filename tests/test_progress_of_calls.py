@@ -92,8 +92,8 @@ CALLS: dict[str, tuple[Callable[..., Any], list[tuple[str, ...]]]] = {
         [("reconstruction", "fitting", "data")],
     ),
     "report": (
-        lambda net, **more: graphprune.report(net, network(), X, evaluate=LABELLED, speed={"rounds": 2}, **more),
-        [("report", "scoring, before", "data"), ("report", "benchmark", "timing batches of 1")],
+        lambda net, **more: graphprune.report(net, network(), X, evaluate=LABELLED, **more),
+        [("report", "scoring, before", "data"), ("report", "counting"), ("report", "writing sparse files")],
     ),
     "benchmark": (
         lambda net, **more: graphprune.benchmark({"one": net}, X, rounds=2, min_time=0.0, **more),
