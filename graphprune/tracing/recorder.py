@@ -158,7 +158,7 @@ class Recorder:
         self._by_id: dict[int, fx.Node] = {}
         self._names: dict[int, str] = {}
         self._owners: dict[int, Tensor] = {}
-        self._user_code: dict[int, tuple[bool, CodeType]] = {}  # by identity: code takes long to hash
+        self._hidden: dict[int, CodeType] = {}  # by identity: code takes long to hash
         self._known: dict[str, list[fx.Node]] | None = None
         self._keep: list[Tensor] = []
         for name, tensor in tensors_in(modules).items():
@@ -411,14 +411,13 @@ class Recorder:
     def source(self) -> Source | None:
         """The innermost frame that is neither torch's nor ours."""
         frame: FrameType | None = sys._getframe(2)
-        known = self._user_code
+        hidden = self._hidden
         while frame is not None:
             code = frame.f_code
-            found = known.get(id(code))
-            if found is None:
-                found = known[id(code)] = is_users_file(code.co_filename), code
-            if found[0]:
-                return Source(code.co_filename, frame.f_lineno, code.co_name)
+            if id(code) not in hidden:
+                if is_users_file(code.co_filename):
+                    return Source(code.co_filename, frame.f_lineno, code.co_name)
+                hidden[id(code)] = code
             frame = frame.f_back
         return None
 

@@ -62,6 +62,14 @@ def net():
     return Net.small()
 
 
+def seen():
+    model, example = Net.small()
+    with torch.no_grad():
+        for _ in range(40):
+            model.train()(torch.randn(16, 3, 8, 8) + 1)
+    return model.eval(), example
+
+
 def counted():
     model, example = Net.small()
     model.kept = 8

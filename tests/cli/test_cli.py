@@ -97,8 +97,8 @@ def test_prune_writes_a_plan_and_weights_that_fit_it() -> None:
 
 
 def test_prune_repairs_what_it_can() -> None:
-    data = as_json("prune", "zoo:net", "--ratio", "0.5", "-o", "half")
-    loaded = load_factory("zoo:net")
+    data = as_json("prune", "zoo:seen", "--ratio", "0.5", "-o", "half")
+    loaded = load_factory("zoo:seen")
     small = graphprune.load("half.safetensors", loaded.model).eval()
     same = graphprune.prune(loaded.model, torch.randn(2, 3, 8, 8), 0.5)
     image = torch.randn(3, 3, 8, 8)

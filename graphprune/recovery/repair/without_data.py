@@ -62,7 +62,7 @@ class WithoutData:
         for name in _LESSER[method]:
             check.small, _ = self._repaired(other, name)
             after = check.measured()
-            if after.no_worse_than(before):
+            if not after.gain_over(before)[0] < 0:
                 small, said = (small, said) if name == method else self._repaired(self.model, name)
                 layers = tuple(with_note(layer, notes) if layer.changed else layer for layer in said)
                 return Done(small, layers, name, before.error, after.error, where)
