@@ -139,8 +139,15 @@ class Widths:
     """
 
     def __init__(
-        self, scores: Sequence[Floats], floors: Sequence[int], ceilings: Sequence[int], allowed: Sequence[Ints]
+        self,
+        scores: Sequence[Floats],
+        floors: Sequence[int],
+        ceilings: Sequence[int],
+        allowed: Sequence[Ints],
+        last: bool = True,
     ) -> None:
+        """`last`: there are no much finer widths to meet a limit with, so that score is given up for that."""
+        self.last = last
         self.ascending = [np.sort(np.asarray(s, np.float64)) for s in scores]
         self.sizes = np.array([len(s) for s in scores], np.int64)
         self.ceilings = np.minimum(np.asarray(ceilings, np.int64), self.sizes)
@@ -170,7 +177,7 @@ class Widths:
         if (keep == self.ceilings).all():
             return keep
         keep = self._exchanged(self._filled(keep, limits, most), limits, most)
-        return self._tried(keep, limits, most) if self._used(keep, limits, most) < _NEAR else keep
+        return self._tried(keep, limits, most) if self.last and self._used(keep, limits, most) < _NEAR else keep
 
     def rough(self, limits: Sequence[Limit], scale: float = 1.0) -> Ints:
         """`choose` without filling what room is left."""
@@ -259,13 +266,13 @@ class Widths:
             candidates = [int(g) for g in np.argsort(-gain / unit, kind="stable")[:_EXCHANGES] if gain[g] > -np.inf]
             options = [o for g in candidates if (o := self._made_room(keep, g, limits, most)) is not None]
             near = [o for o in options if self._used(o, limits, most) >= _NEAR]
-            for steps in range(2, _STRIDES + 1) if used < _NEAR and len(keep) <= _FEW else ():
+            for steps in range(2, _STRIDES + 1) if self.last and used < _NEAR and len(keep) <= _FEW else ():
                 if near:
                     break
                 wider = [o for g in candidates if (o := self._made_room(keep, g, limits, most, steps)) is not None]
                 near = [o for o in wider if self._used(o, limits, most) >= _NEAR]
             best = max(near or (options if used < _NEAR else ()), key=self._kept_score, default=keep)
-            if self._kept_score(best) <= self._kept_score(keep) and not (near and used < _NEAR):
+            if self._kept_score(best) <= self._kept_score(keep) and not (self.last and near and used < _NEAR):
                 break
             keep = best
         return keep

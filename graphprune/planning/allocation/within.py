@@ -43,7 +43,8 @@ def within(
     for rounding in finer:
         stepped = dataclasses.replace(settings, rounding=rounding)
         try:
-            found = _searched(graph, scores, stepped, forced, limits, chosen, weights, possible)
+            last = len(finer) == 1 or not rounding.auto
+            found = _searched(graph, scores, stepped, forced, limits, chosen, weights, possible, last)
         except UnreachableBudget:
             if best is None and rounding is finer[-1]:
                 raise
@@ -79,9 +80,11 @@ def _searched(
     chosen: Sequence[bool],
     weights: Floats,
     possible: Mapping[int, Ints],
+    last: bool,
 ) -> _Found | None:
     """What fits of the widths chosen for limits of several scales: the one that keeps most where widths have steps,
-    between which there may be no way to use more, else the one that uses most."""
+    between which there may be no way to use more, else the one that uses most. `last`: no widths are so much finer that
+    score need not be given up to meet a limit."""
     groups = graph.groups
     rounding = settings.rounding
     allowed = [rounding.allowed(g.size, g.kind) for g in groups]
@@ -93,7 +96,10 @@ def _searched(
         free = chosen[group.index] and group.index not in forced
         floors.append(rounding.narrowest(group.size, allowed[group.index]) if free else ceilings[-1])
     stairs = any(limit.stairs is not None for limit in limits)
-    chooser = (StairWidths if stairs else Widths)([scores[g.index] for g in groups], floors, ceilings, allowed)
+    worth = [scores[g.index] for g in groups]
+    chooser = (
+        StairWidths(worth, floors, ceilings, allowed) if stairs else Widths(worth, floors, ceilings, allowed, last)
+    )
     steps = stairs or rounding.steps
     best: _Found | None = None
     scale, fits, exceeds = 1.0, 0.0, math.inf
