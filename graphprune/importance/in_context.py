@@ -67,7 +67,7 @@ class Runs:
         weights = {name: calibration.weights[name] for name in self._levels}
         self._memories = [Replay(self._levels, weights) for _ in self._examples]
         self._at = 0
-        self.samples = sum(_samples(example) for example in self._examples)
+        self.samples = sum(example.samples for example in self._examples)
         self.dense = self._outputs(0)
 
     def error(self, changes: Sequence[Change]) -> float:
@@ -171,16 +171,12 @@ def _examples(calibration: Calibration) -> list[ExampleInput]:
     left = calibration.cached(_affordable)[1]
     found = []
     for example in calibration.data.inputs():
-        samples = _samples(example)
+        samples = example.samples
         found.append(example.map(functools.partial(_first, samples=samples, count=left)))
         left -= min(samples, left)
         if not left:
             break
     return found
-
-
-def _samples(example: ExampleInput) -> int:
-    return next((t.shape[0] for t in example.tensors() if t.dim()), 1)
 
 
 def _first(tensor: Tensor, samples: int, count: int) -> Tensor:

@@ -183,4 +183,4 @@ def _loss(
 ) -> tuple[Tensor, int]:
     """The mean loss of a batch, and how many samples it has."""
     loss = batch_loss(loss_fn, run_model(model, example.clone(), "data"), example, targets, index)
-    return loss, next((t.shape[0] for t in example.tensors() if t.dim()), 1)
+    return loss, example.samples

@@ -82,7 +82,7 @@ def loss_gradients(
             loss = batch_loss(loss_fn, run_model(copied, inputs, "data"), inputs, targets, index)
             _check(loss)
             found = torch.autograd.grad(loss, leaves, allow_unused=True)
-        size = next((t.shape[0] for t in inputs.tensors() if t.dim()), 1)
+        size = inputs.samples
         for total, part in zip(sums, found, strict=True):
             if part is not None:
                 total.add_(part, alpha=size if mean else 1)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import GraphPruneError
 from ..tracing.example import ExampleInput
+from .made import unique_tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +26,10 @@ class Form:
 
     @classmethod
     def of(cls, example: ExampleInput) -> Form:
-        found: dict[int, Tensor] = {}
-        example.map(lambda t: found.setdefault(id(t), t))
+        found = unique_tensors(example)
         if not found:
             raise GraphPruneError("synthesize: example_input holds no tensor in tuples, lists or dicts to be made")
-        return cls(example, tuple(found.values()))
+        return cls(example, tuple(found))
 
     @property
     def batch_size(self) -> int:

@@ -59,6 +59,11 @@ class ExampleInput:
         """Length of the first axis of the first tensor; None without one."""
         return next((int(t.shape[0]) for t in self.tensors() if t.dim()), None)
 
+    @property
+    def samples(self) -> int:
+        """How many samples a batch holds; 1 where no axis counts them."""
+        return 1 if self.batch_size is None else self.batch_size
+
     def map(self, function: Callable[[Tensor], Tensor]) -> ExampleInput:
         """The same arguments with every tensor replaced by `function(tensor)`."""
         return ExampleInput(_map(self.args, function), _map(dict(self.kwargs), function))

@@ -88,7 +88,7 @@ class CalibrationData:
         seen = 0
         for index, item in enumerate(self._data):
             out.append(item)
-            seen += next((t.shape[0] for t in self._parts(item, index)[0].tensors() if t.dim()), 1)
+            seen += self._parts(item, index)[0].samples
             if seen >= samples:
                 break
         return out

@@ -20,10 +20,6 @@ from .observe import data_place
 from .statistics import Calibration
 
 
-def _samples(example: ExampleInput) -> int:
-    return next((t.shape[0] for t in example.tensors() if t.dim()), 1)
-
-
 def _loss(calibration: Calibration, example: ExampleInput, targets: Any, index: int) -> Tensor:
     """The mean loss of a batch."""
     output = run_model(calibration.model, example.clone(), "data")
@@ -69,7 +65,7 @@ def _accumulated(calibration: Calibration, squared: bool) -> dict[str, Tensor]:
     count = 0
     with _differentiable(calibration.model, True) as parameters:
         for index, (example, targets) in enumerate(calibration.data):
-            n = _samples(example)
+            n = example.samples
             parts = _singles(example, targets, n) if squared else [(example, targets)]
             for part, wanted in parts:
                 loss = _loss(calibration, part, wanted, index)
@@ -130,7 +126,7 @@ def gate_products(calibration: Calibration) -> dict[str, Tensor]:
     out: dict[str, list[Tensor]] = {r.weight: [] for r in readers.values()}
     with _differentiable(calibration.model, False), unfused():
         for index, (example, targets) in enumerate(calibration.data):
-            n = _samples(example)
+            n = example.samples
             with _Gates(readers) as gates:
                 loss = _loss(calibration, example, targets, index)
             (loss * n).backward()
@@ -196,7 +192,7 @@ def sensitivities(calibration: Calibration) -> dict[str, Tensor]:
                     if y.grad is not None:
                         squares = channels_first(y.grad.double().square(), reader.result_axis).sum((0, 2))
                         total[reader.weight] = total.get(reader.weight, 0) + squares
-            count += _samples(example)
+            count += example.samples
             if count >= _SENSITIVITY_SAMPLES:
                 break
     return {name: value / count for name, value in total.items()}

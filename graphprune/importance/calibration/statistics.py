@@ -91,7 +91,7 @@ class Calibration:
                     refuse_infinite_call(reader, call, index)
                     x, y = rows_of(reader, call, None, self.weights[reader.weight], seen)
                     out[reader.weight].add(x, y)
-            seen += next((t.shape[0] for t in example.tensors() if t.dim()), 1)
+            seen += example.samples
         return out
 
 

@@ -256,7 +256,7 @@ class Widths:
 
     def _exchanged(self, keep: Ints, limits: Sequence[Limit], most: Sequence[float]) -> Ints:
         """Where room is left that no single unit fits into: widen one group and narrow others for it, while that keeps
-        more of the score or fills a limit that is not met within 1 %."""
+        more of the score, or with the last widths fills a limit that is not met within 1 %."""
         for _ in range(_EXCHANGES):
             used = self._used(keep, limits, most)
             if used >= _FULL:

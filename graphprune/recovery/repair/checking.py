@@ -34,7 +34,7 @@ class FitData:
         wanted = min(_ENOUGH, sum(sizes) // _SHARE)
         self.held: list[ExampleInput] = []
         if len(sizes) >= _SHARE:
-            while not self.held or sum(map(samples, (*self.held, tail[-1]))) <= wanted:
+            while not self.held or sum(example.samples for example in (*self.held, tail[-1])) <= wanted:
                 self.held.insert(0, tail.pop())
                 if not tail:
                     break
@@ -55,7 +55,7 @@ class FitData:
     @property
     def samples(self) -> int:
         """How many are held."""
-        return sum(map(samples, self.held))
+        return sum(example.samples for example in self.held)
 
     @property
     def said(self) -> str:
@@ -76,20 +76,15 @@ def _looked_through(data: CalibrationData) -> tuple[list[int], deque[ExampleInpu
     sizes: list[int] = []
     tail: deque[ExampleInput] = deque()
     for example in data.inputs():
-        sizes.append(samples(example))
+        sizes.append(example.samples)
         tail.append(example)
         while len(tail) > 1 and sum(sizes[-len(tail) + 1 :]) >= _ENOUGH:
             tail.popleft()
     return sizes, tail
 
 
-def samples(example: ExampleInput) -> int:
-    """The length of a batch."""
-    return next((t.shape[0] for t in example.tensors() if t.dim()), 1)
-
-
 def _part(example: ExampleInput, first: int | None, last: int | None) -> ExampleInput:
-    n = samples(example)
+    n = example.samples
     return example.map(lambda t: t[first:last] if t.dim() and t.shape[0] == n else t)
 
 
@@ -100,7 +95,7 @@ def _runs(model: nn.Module, example: ExampleInput) -> bool:
             run_model(model, example.clone(), "data")
     except GraphPruneError:
         return False
-    return all(not t.dim() or t.shape[0] == samples(example) for t in example.tensors())
+    return all(not t.dim() or t.shape[0] == example.samples for t in example.tensors())
 
 
 # Gains below this share of the error have to be more than twice their standard error, as one in fifty is by chance
@@ -187,7 +182,7 @@ class Check:
         columns: list[Tensor] = []
         right = [torch.zeros(0, dtype=torch.float64)]
         for example, wanted in zip(self.inputs, self._wanted, strict=True):
-            units = samples(example)
+            units = example.samples
             if not all(b.dim() and b.shape[0] == units for b in wanted):
                 units = 1
             right.append(torch.zeros(units, dtype=torch.float64))

@@ -26,7 +26,6 @@ from ...tracing.example import ExampleInput
 from ...tracing.state import evaluating
 from ...tracing.trace import run_model
 from .batchnorm import reestimate
-from .checking import samples
 
 # Multiply-accumulates that a run may cost, and samples at least and at most.
 _WORK, _LEAST, _MOST = 1 << 31, 2, 64
@@ -51,7 +50,7 @@ def drawn(model: nn.Module, example: ExampleInput, macs: int) -> Drawn:
     Raises GraphPruneError where the model fails on them.
     """
     generator = torch.Generator().manual_seed(0)
-    n = samples(example)
+    n = example.samples
     count = min(max(_WORK * n // max(macs, 1), _LEAST), _MOST)
 
     def like(tensor: Tensor, more: bool) -> Tensor:

@@ -136,7 +136,7 @@ class Pair:
                         self._leave(reader, f"the two networks pick different rows for it on batch {index} of data")
                     elif pair[0].y is not None and pair[0].y.numel():
                         take(reader, pair[1], self._target(reader, targets[reader.weight], *pair), seen)
-            seen += next((t.shape[0] for t in example.tensors() if t.dim()), 1)
+            seen += example.samples
 
     def _leave(self, reader: Reader, why: str) -> None:
         """Some of what a layer reads has no counterpart; the first reason is kept."""

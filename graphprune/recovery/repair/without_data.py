@@ -12,7 +12,7 @@ from ...errors import GraphPruneError
 from ...plans.plan import Plan
 from ...plans.surgery import Fold, apply_folds
 from ...tracing.example import ExampleInput
-from .checking import NO_OUTPUTS, Check, samples
+from .checking import NO_OUTPUTS, Check
 from .likely import drawn, fresh, twin
 from .steps import LayerRecovery, with_note
 from .stored import Compensation
@@ -57,7 +57,7 @@ class WithoutData:
             return Done(small, tuple(said), method, unchecked=str(error))
         if math.isnan(check.start.error):
             return Done(small, tuple(said), method, unchecked=NO_OUTPUTS)
-        where = f"{samples(inputs.example)} random samples" + ("" if unseen else " that have the stored statistics")
+        where = f"{inputs.example.samples} random samples" + ("" if unseen else " that have the stored statistics")
         before, notes = check.start, ""
         for name in _LESSER[method]:
             check.small, _ = self._repaired(other, name)

@@ -6,14 +6,13 @@ Nothing is run: the source of constructors is read, beside an object that such a
 from .alike import Alikeness
 from .equations import Equation, Width, equations_of
 from .interpreter import Reading, read
-from .summary import Summary, Term, below, summary_of
+from .summary import Summary, below, summary_of
 
 __all__ = [
     "Alikeness",
     "Equation",
     "Reading",
     "Summary",
-    "Term",
     "Width",
     "below",
     "equations_of",

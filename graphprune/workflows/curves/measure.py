@@ -189,7 +189,7 @@ class _Meter:
         total, count = 0.0, 0
         for index, (example, targets) in enumerate(self.batches):
             value = float(batch_loss(self.loss_fn, self._run(model, index), example, targets, index))
-            n = next((t.shape[0] for t in example.tensors() if t.dim()), 1)
+            n = example.samples
             total, count = total + value * n, count + n
         if not np.isfinite(total):
             raise GraphPruneError("loss_fn: the mean loss is not a finite number")
