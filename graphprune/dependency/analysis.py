@@ -333,12 +333,6 @@ class _Propagation:
                 again = True
         return again
 
-    def _rule(self, node: fx.Node) -> Rule:
-        found = self._rules.get(id(node.target))
-        if found is None:
-            found = self._rules[id(node.target)] = rule_for(node.target)
-        return found
-
     def _visit(self, node: fx.Node) -> None:
         """Run the rule of one node: its state and its effects."""
         states = self.states
@@ -347,8 +341,11 @@ class _Propagation:
             states[node] = _parameter(node, self.dims, node in self._kernels) if here else State(node.meta["val"].shape)
             self.effects[node] = NO_EFFECTS
             return
+        rule = self._rules.get(id(node.target))
+        if rule is None and node.op == "call_function":
+            rule = self._rules[id(node.target)] = rule_for(node.target)
         context = NodeContext(node, states, self.dims, self.rewritten)
-        if node.op == "output":
+        if rule is None:  # the model's output
             for value in node.all_input_nodes:
                 made = NodeContext(value, states, self.dims)  # the line that makes it is the one to name
                 made.effects = context.effects
@@ -358,7 +355,7 @@ class _Propagation:
             states[node] = source[node.args[1]] if isinstance(source, list) else source  # type: ignore[index]
         else:
             try:
-                states[node] = self._rule(node)(context)
+                states[node] = rule(context)
             except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
                 # A call in a form its rule does not know: never raise, never guess
                 context.effects = Effects()

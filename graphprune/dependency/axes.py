@@ -19,7 +19,7 @@ import numpy.typing as npt
 from torch import fx
 
 from ..tracing.recorder import TensorMeta
-from ..tracing.work import Loop
+from ..tracing.work import Loop, Term
 from .analysis import Analysis
 from .graph import DependencyGraph
 from .sizes import gone_on_axis
@@ -59,8 +59,8 @@ class Axes:
     """The axes of one network's tensors; equal ones are made once."""
 
     def __init__(self, graph: DependencyGraph) -> None:
-        self.graph = graph
-        self._group_of = np.full(graph.analysis.components, -1, np.int64)
+        self.graph, self._analysis = graph, graph.analysis
+        self._group_of = np.full(self._analysis.components, -1, np.int64)
         for group in graph.groups:
             self._group_of[graph.units(group)] = group.index
         self._made: dict[tuple[int, ...], Axis] = {}
@@ -78,14 +78,14 @@ class Axes:
     def _alike(self, axis_map: AxisMap, length: int) -> tuple[tuple[tuple[int, ...], int], ...]:
         """The one part of an axis whose indices all belong to the same groups, as is usual; empty for others."""
         groups = [self._only_group(dim) for dim in axis_map]
-        if None in groups or not self.graph.analysis.dims.are_whole(axis_map):
+        if None in groups or not self._analysis.dims.are_whole(axis_map):
             return ()
         return ((tuple(sorted({g for g in groups if g is not None and g >= 0})), length),)
 
     def _only_group(self, dim: int) -> int | None:
         """The group that all positions of a Dim are in, -1 if that is none, or None where they differ."""
         if dim not in self._only:
-            dims, label = self.graph.analysis.dims, self.graph.analysis.label
+            dims, label = self._analysis.dims, self._analysis.label
             groups = self._group_of[label[dims.offset[dim] : dims.offset[dim] + dims.size[dim]]]
             first = int(groups[0])
             self._only[dim] = first if np.logical_and.reduce(groups == first) else None
@@ -112,7 +112,7 @@ class Axes:
 
     def _groups_on(self, dim: int, coordinates: Vector) -> Vector:
         """The group of each coordinate on a Dim, -1 for those in none."""
-        groups: Vector = self._group_of[self.graph.analysis.label[self.graph.analysis.dims.offset[dim] + coordinates]]
+        groups: Vector = self._group_of[self._analysis.label[self._analysis.dims.offset[dim] + coordinates]]
         if coordinates.min(initial=0) < 0:
             groups = np.where(coordinates >= 0, groups, -1)
         return groups
@@ -123,7 +123,7 @@ class Axes:
 
     def exact(self, axis: Axis, gone: Mask) -> int:
         """The length of an axis when these components are removed."""
-        return axis.length - int(gone_on_axis(self.graph.analysis, axis.axis_map, axis.length, gone).sum())
+        return axis.length - int(gone_on_axis(self._analysis, axis.axis_map, axis.length, gone).sum())
 
 
 class ProductCosts:
@@ -200,12 +200,17 @@ class ProductCosts:
         return self.constant + sum(f * math.prod(lengths[id(a)] for a in axes) for f, axes in self._terms)
 
 
-def coordinates(analysis: Analysis, loop: Loop) -> AxisMap:
+def loop_axes(analysis: Analysis, term: Term) -> list[tuple[AxisMap, int]]:
+    """Coordinates and length of each loop of a term."""
+    return [(_coordinates(analysis, loop), loop.length) for loop in term]
+
+
+def _coordinates(analysis: Analysis, loop: Loop) -> AxisMap:
     """Where the steps of a loop come from: as the first of its tensors has it that has coordinates there."""
     for node, axis in loop.places:
         found = _state(analysis, node, 0)
-        if found is not None and (axis_map := found.axis(axis)):
-            return axis_map
+        if found is not None and axis in found.axes:
+            return found.axes[axis]
     return {}
 
 

@@ -170,7 +170,12 @@ class NodeContext:
         finds that out, which is asked only where there are some."""
         if length == 1 or a is b or not (a or b):
             return
-        if a and b and self.dims.are_whole(a) and self.dims.are_whole(b) and self._tie_whole(a, b):
+        if len(a) == len(b) == 1:
+            ((da, va),), ((db, vb),) = a.items(), b.items()
+            if id(va) in self.dims.whole and id(vb) in self.dims.whole:
+                self._union_whole(da, va, db, vb)
+                return
+        if a and b and self.dims.are_whole(a, b) and self._tie_whole(a, b):
             return
         count_a, count_b = multiplicity(a, length), multiplicity(b, length)
         alone_a, alone_b = (count_b == 0) & (count_a > 0), (count_a == 0) & (count_b > 0)
@@ -194,6 +199,11 @@ class NodeContext:
         many = (count_a >= 2) & (count_b >= 2)
         if many.any():
             self._tie_products(a, b, many)
+
+    def tie_vectors(self, axis_map: AxisMap, vectors: Iterable[fx.Node], length: int, what: str) -> None:
+        """`tie` the axis with the one axis of each of these operands."""
+        for vector in vectors:
+            self.tie(axis_map, self.state(vector).axes.get(0, {}), length, what)
 
     def _tie_whole(self, a: AxisMap, b: AxisMap) -> bool:
         """The usual cases, without gaps: two Dims; two products of the same factors in the same order; one Dim that

@@ -59,7 +59,7 @@ class DimTable:
         self.total = 1  # position 0 stands for "immovable"
         self._counting: dict[int, Vector] = {}
         # facts about sealed vectors, which many nodes share, by their identities; the vectors are kept with them
-        self._whole: dict[int, Vector] = {}
+        self.whole: dict[int, Vector] = {}  # those known to have a coordinate at every index
         self._pairs: dict[tuple[int, int], tuple[Vector, Vector, Vector, Vector]] = {}
         self._numbers: dict[int, tuple[Vector, int, Vector]] = {}
         self._layout: tuple[int, int, Layout] | None = None
@@ -69,20 +69,20 @@ class DimTable:
         found = self._counting.get(length)
         if found is None:
             found = self._counting[length] = sealed(np.arange(length, dtype=np.int64))
-            self._whole[id(found)] = found
+            self.whole[id(found)] = found
         return found
 
-    def are_whole(self, axis_map: AxisMap) -> bool:
-        """Every Dim on the axis has a coordinate at every index."""
-        return all(map(self.is_whole, axis_map.values()))
+    def are_whole(self, *axes: AxisMap) -> bool:
+        """Every Dim on the axes has a coordinate at every index."""
+        return all(id(v) in self.whole or self.is_whole(v) for axis_map in axes for v in axis_map.values())
 
     def is_whole(self, vector: Vector) -> bool:
         """It has a coordinate at every index."""
-        if id(vector) in self._whole:
+        if id(vector) in self.whole:
             return True
         found = bool(np.minimum.reduce(vector) >= 0)
         if found and not vector.flags.writeable:
-            self._whole[id(vector)] = vector
+            self.whole[id(vector)] = vector
         return found
 
     def are_one(self, dim: int, coordinates: Vector, other: int, others: Vector) -> bool:

@@ -219,9 +219,11 @@ class ImportanceContext:
         found = None if self._stored is None else self._stored.variance(name)
         return None if found is None else found.cpu().numpy()
 
-    def only_multiplies(self, name: str) -> bool:
-        """Whether the network does no more with a parameter or buffer than to multiply others with it."""
-        return self._stored is not None and self._stored.only_multiplies(name)
+    @property
+    def factors(self) -> frozenset[str]:
+        """Parameters and buffers with which the network does no more than to multiply others, by name; empty where it
+        was not looked at."""
+        return frozenset() if self._stored is None else self._stored.factors
 
     def generator(self, group: Group) -> np.random.Generator:
         """Random numbers that depend on the seed and the group's index alone, not on what was drawn before."""

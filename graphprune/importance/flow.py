@@ -46,7 +46,8 @@ def _alive(context: ImportanceContext, group: Group) -> Floats:
 
 def _scaled(context: ImportanceContext, group: Group) -> Floats:
     """The product of the scales of each unit."""
-    scales = [m for m in context.members(group, ("vector",)) if context.only_multiplies(m.parameter)]
+    factors = context.factors
+    scales = [m for m in context.members(group, ("vector",)) if m.parameter in factors] if factors else []
     sizes = [np.sqrt(context.squares(m).mean(1)) for m in scales]
     out: Floats = np.prod(sizes, 0) if sizes else np.ones(group.size)
     return out

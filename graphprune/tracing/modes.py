@@ -12,8 +12,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .origin import Expr, Literal, Operation, TensorSize, evaluate, is_traced, plain, recorded_value
-from .recorder import Called, Recorder
-from .sizes import CallSizes, other_numbers, read_scalars, read_sizes
+from .recorder import Recorder
+from .sizes import ACCOUNTED, READERS, SCALED, CallSizes, other_numbers, read_scalars, read_sizes
 
 aten = torch.ops.aten
 # Recorded as the user called them: one node instead of the parts ATen makes of them on this device.
@@ -64,17 +64,18 @@ class FunctionMode(TorchFunctionMode):
         whole = WHOLE.get(func)
         before = recorder.sizes, recorder.scalars, recorder.function_name
         recorder.function_name = name
-        recorder.scalars = read_scalars(name, args, kwargs)
-        counted = _counted(recorder, name, args)
-        for number in other_numbers(name, args, kwargs) if counted is None else ():
-            recorder.guard("same", number.origin, Literal(plain(number)), True)
+        recorder.scalars = read_scalars(name, args, kwargs) if name in SCALED else None
+        counted = _counted(recorder, args) if name in _COMPARISONS else None
+        if counted is None and name not in ACCOUNTED:
+            for number in other_numbers(args, kwargs):
+                recorder.guard("same", number.origin, Literal(plain(number)), True)
         if name in _SIZE_LIKE and len(args) > 1 and isinstance(args[1], Tensor):
             node = recorder.node_of(args[1])
             recorder.sizes = CallSizes("shape", tuple(TensorSize(node, a) for a in range(args[1].dim())), name)
         elif name in _BROADCASTS:
             recorder.sizes = _common_shape(recorder, name, [*args, *kwargs.values()])
         else:
-            recorder.sizes = read_sizes(name, args, kwargs)
+            recorder.sizes = read_sizes(name, args, kwargs) if name in READERS else None
         if whole is None:
             try:
                 out = func(*args, **kwargs)
@@ -97,13 +98,15 @@ class FunctionMode(TorchFunctionMode):
             recorder.sizes, recorder.scalars, recorder.function_name = before
 
 
-_COMPARES = frozenset(("eq", "ne", "lt", "le", "gt", "ge"))
+_COMPARISONS = frozenset(
+    spelt for name in ("eq", "ne", "lt", "le", "gt", "ge") for spelt in (name, f"{name}_", f"__{name}__")
+)
 
 
-def _counted(recorder: Recorder, name: str, args: Any) -> Expr | None:
+def _counted(recorder: Recorder, args: Any) -> Expr | None:
     """`(ids == image).sum() * x.shape[-1] == features.numel()`: the left side, a single integer of the input times a
-    size, where it is compared with another size. None for every other call."""
-    if name.strip("_") not in _COMPARES or len(args) != 2 or not is_traced(args[1]):
+    size, where it is compared with another size. None for every other comparison."""
+    if len(args) != 2 or not is_traced(args[1]):
         return None
     product = args[0]
     if not isinstance(product, Tensor) or product.numel() != 1 or product.is_floating_point() or product.is_meta:
@@ -185,16 +188,4 @@ class DispatchMode(TorchDispatchMode):
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        recorder = self.recorder
-        called = Called.of(func)
-        if called.random:
-            recorder.drew = True
-        if called.writes:
-            recorder.before_write(func, args, kwargs)
-        out = called.shape(*args) if called.shape is not None and recorder.shapes_only and not kwargs else None
-        if out is None:
-            out = func(*args, **kwargs)
-        if recorder.whole_depth == 0:
-            recorder.record(func, args, kwargs, out)
-        return out
+        return self.recorder.run(func, args, kwargs or {})

@@ -211,9 +211,12 @@ def origin_of(value: Any) -> Expr:
     return value.origin if is_traced(value) else Literal(plain(value))
 
 
+TRACED = (TracedInt, TracedFloat)
+
+
 def is_traced(value: Any) -> bool:
     """A number with a history."""
-    return isinstance(value, (TracedInt, TracedFloat)) and value.live is not None
+    return isinstance(value, TRACED) and value.live is not None
 
 
 def plain(value: Any) -> Any:

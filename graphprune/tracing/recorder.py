@@ -259,6 +259,20 @@ class Recorder:
 
     # -- nodes
 
+    def run(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Make an ATen call, or work out what shape its result has, and record it."""
+        called = _called.get(id(target)) or Called.of(target)
+        if called.random:
+            self.drew = True
+        if called.writes:
+            self.before_write(target, args, kwargs)
+        out = called.shape(*args) if called.shape is not None and self.shapes_only and not kwargs else None
+        if out is None:
+            out = target(*args, **kwargs)
+        if self.whole_depth == 0:
+            self.record(target, args, kwargs, out)
+        return out
+
     def record(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Append one call and attach its result."""
         self._met_device = False
@@ -267,7 +281,7 @@ class Recorder:
         if self._known is not None and self._seen_before(target, inputs, named, out):
             return
         # arguments are set afterwards: create_node would walk through them first
-        called = Called.of(target)
+        called = _called.get(id(target)) or Called.of(target)
         node = self.graph.create_node("call_function", target, (), {}, called.node_name)
         _set_args(node, inputs)
         if named:

@@ -10,12 +10,12 @@ An ATen call with no `CallSizes` computed its sizes inside torch (`flatten`, `pe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .origin import Expr, is_traced, origin_of
+from .origin import TRACED, Expr, is_traced, origin_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,33 +236,35 @@ READERS: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], CallSizes | None]
 
 
 def read_sizes(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallSizes | None:
-    """The sizes in a call of the torch function `name`, or None if it takes none."""
-    reader = READERS.get(name)
-    return reader(args, kwargs) if reader is not None and args else None
+    """The sizes in a call of the torch function `name`, one of `READERS`; None if it is given none."""
+    return READERS[name](args, kwargs) if args else None
 
 
 _SCALING = frozenset(("mul", "mul_", "div", "div_", "true_divide", "__mul__", "__truediv__", "__rmul__", "__imul__"))
+# Functions to which a number may be a scale, and those of which each number is a size or a scale.
+SCALED = _SCALING | {"scaled_dot_product_attention"}
+ACCOUNTED = SCALED | READERS.keys()
 
 
 def read_scalars(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[int, Expr] | None:
-    """Traced numbers that scale a tensor (`q * self.head_dim ** -0.5`), by position of the argument. The `scale` of
-    scaled_dot_product_attention counts as position -1."""
+    """Traced numbers that scale a tensor (`q * self.head_dim ** -0.5`) in a call of one of `SCALED`, by position of the
+    argument. The `scale` of scaled_dot_product_attention counts as position -1."""
     found: dict[int, Expr] = {}
     if name in _SCALING:
         found = {i: a.origin for i, a in enumerate(args) if is_traced(a)}
         if is_traced(kwargs.get("other")):
             found[1] = kwargs["other"].origin
-    elif name == "scaled_dot_product_attention" and is_traced(kwargs.get("scale")):
+    elif is_traced(kwargs.get("scale")):
         found[-1] = kwargs["scale"].origin
     return found or None
 
 
-def other_numbers(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    """Traced numbers in a call that are neither sizes nor scales: they must stay what they are."""
-    if name in READERS or name in _SCALING or name == "scaled_dot_product_attention":
-        return
+def other_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Traced numbers in a call of none of `ACCOUNTED`: they must stay what they are."""
+    found: list[Any] = []
     for value in (*args, *kwargs.values()):
-        if is_traced(value):
-            yield value
+        if isinstance(value, TRACED):
+            found.append(value)
         elif type(value) in (tuple, list, torch.Size):
-            yield from (item for item in value if is_traced(item))
+            found += [item for item in value if isinstance(item, TRACED)]
+    return [number for number in found if is_traced(number)]

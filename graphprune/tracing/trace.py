@@ -22,7 +22,7 @@ from .example import ExampleInput, result_tensors
 from .leftovers import without_leftovers
 from .matching import OtherNames
 from .modes import DispatchMode, FunctionMode
-from .operators import Kind, Product, calls_by_kind, products_by_call
+from .operators import Kind, Operator, Product, calls_by_kind, lines_by_call, products_by_call
 from .recorder import Guard, Recorder, Source, is_users_file
 from .state import RandomState, trace_attributes, unfused
 from .training import record_training_paths
@@ -76,19 +76,24 @@ class Trace:
     # What the table says of all calls, found out when first asked for
 
     @functools.cached_property
+    def lines(self) -> Mapping[fx.Node, Operator]:
+        """The line of each call in the table of operators, in graph order, for those that have one."""
+        return lines_by_call(self.graph.nodes)
+
+    @functools.cached_property
     def calls(self) -> Mapping[Kind, tuple[fx.Node, ...]]:
         """The calls of each kind in the table of operators, in graph order."""
-        return calls_by_kind(self.graph.nodes)
+        return calls_by_kind(self.lines)
 
     @functools.cached_property
     def products(self) -> Mapping[fx.Node, tuple[Product, ...]]:
         """What each call multiplies with what, for those that do."""
-        return products_by_call(self.graph.nodes)
+        return products_by_call(self.lines)
 
     @functools.cached_property
     def work(self) -> Mapping[fx.Node, tuple[Term, ...]]:
         """The multiply-accumulates of each call of the run in eval mode, for those that have some."""
-        return work_by_call(self.graph.nodes)
+        return work_by_call(self.lines)
 
     def canonical(self, name: str) -> str:
         """The first name of a shared parameter; of the tensors that a weight is computed from, the weight's."""

@@ -10,19 +10,21 @@ import functools
 import math
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from torch import fx
 
-from .operators import Kind, operator_of
+from .operators import Kind, Operator, operator_of
 from .operators.work import Call, Loop, Term, work_of_product
 
 
 def terms_of(node: fx.Node) -> tuple[Term, ...] | None:
     """The work of one recorded call, a sum of terms; None for what does no such arithmetic, or in a way not counted."""
     found = operator_of(node)
-    if found is None:
-        return None
+    return None if found is None else _terms(node, found)
+
+
+def _terms(node: fx.Node, found: Operator) -> tuple[Term, ...] | None:
     if found.work is not None:
         return found.work(Call(node))
     if found.form is None or found.kind is Kind.LOOKUP:
@@ -30,10 +32,9 @@ def terms_of(node: fx.Node) -> tuple[Term, ...] | None:
     return tuple(work_of_product(node, product) for product in found.form.products(node)) or None
 
 
-def work_by_call(nodes: Iterable[fx.Node]) -> dict[fx.Node, tuple[Term, ...]]:
+def work_by_call(lines: Mapping[fx.Node, Operator]) -> dict[fx.Node, tuple[Term, ...]]:
     """`terms_of` every call of the run in eval mode that multiplies and adds."""
-    both = ((node, terms_of(node)) for node in nodes if runs_in_eval(node))
-    return {node: terms for node, terms in both if terms}
+    return {node: terms for node, line in lines.items() if runs_in_eval(node) and (terms := _terms(node, line))}
 
 
 def term_macs(term: Term) -> int:

@@ -73,8 +73,7 @@ def linear(context: NodeContext) -> Result:
     made = weight.axis(form.produces)
     bias = given(context.node, form.bias)
     if bias is not None:
-        length = weight.shape[form.produces]
-        context.tie(made, context.state(bias).axis(0), length, "bias that cannot be removed")
+        context.tie_vectors(made, [bias], weight.shape[form.produces], "bias that cannot be removed")
     return State(context.shape, {a: m for a, m in x.axes.items() if a != last} | {last: made})
 
 
@@ -157,24 +156,26 @@ def convolution(context: NodeContext) -> Result:
     x, weight = context.state(context.arg(form.data)), context.state(context.arg(form.weight))
     transposed, groups = form.turned(context.arg), int(context.arg(form.groups) or 1)
     shape = context.shape
-    for a in range(2, len(weight.shape)):
-        context.freeze(weight.axis(a), "kernel", "kernel positions are no channels")
-    axes = {0: x.axis(0)}
-    for a in range(2, len(x.shape)):
-        if _single_tap(context, form, weight.shape, a):
-            axes[a] = x.axis(a)
-        else:
-            context.freeze(x.axis(a), "spatial", "a convolution slides along this axis")
+    for a, axis_map in weight.axes.items():
+        if a >= 2:
+            context.freeze(axis_map, "kernel", "kernel positions are no channels")
+    axes: dict[int, AxisMap] = {}
+    for a in sorted(x.axes):
+        if a == 0 or (a >= 2 and _single_tap(context, form, weight.shape, a)):
+            axes[a] = x.axes[a]
+        elif a >= 2:
+            context.freeze(x.axes[a], "spatial", "a convolution slides along this axis")
     if transposed:
         out = _transposed_channels(context, x, weight, groups)
     elif groups == 1:
-        context.tie(x.axis(1), weight.axis(1), weight.shape[1], _reads(context, context.arg(form.data)))
-        out = weight.axis(0)
+        channels = x.axes.get(1, {})
+        context.tie(channels, weight.axes.get(1, {}), weight.shape[1], _reads(context, context.arg(form.data)))
+        out = weight.axes.get(0, {})
     else:
         out = _grouped_channels(context, x, weight, groups)
     bias = context.arg(form.bias)
     if bias is not None:
-        context.tie(out, context.state(bias).axis(0), shape[1], "bias that cannot be removed")
+        context.tie_vectors(out, [bias], shape[1], "bias that cannot be removed")
     return State(shape, axes | {1: out})
 
 

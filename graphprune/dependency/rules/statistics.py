@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
+
 from ...tracing.origin import Literal
 from ..context import NodeContext, Result
 from ..state import State
 from .registry import empty, line_of, rule
 
+_NORM = "norm of a channel that cannot be removed"
+
 
 def _several(context: NodeContext, out: State) -> Result:
     """The first result carries the coordinates; statistics returned beside it do not."""
     meta = context.node.meta["val"]
-    return [out, *(State(s) if s is not None else None for s in context.shapes[1:])] if isinstance(meta, tuple) else out
-
-
-def _tie_parameters(context: NodeContext, axis_map: Any, length: int, arguments: list[Any]) -> None:
-    for argument in arguments:
-        if argument is not None:
-            context.tie(axis_map, context.state(argument).axis(0), length, "norm of a channel that cannot be removed")
+    return [out, *([None] * (len(meta) - 1))] if isinstance(meta, tuple) else out
 
 
 def _of_the_batch(context: NodeContext) -> bool:
@@ -34,11 +32,11 @@ def _of_the_batch(context: NodeContext) -> bool:
 @rule("<batch norm>")
 def batch_norm(context: NodeContext) -> Result:
     x = context.state(context.arg(0))
-    parameters = [a for a in (context.arg(i) for i in range(1, 5)) if hasattr(a, "meta")]
+    parameters = [a for a in context.node.args[1:5] if isinstance(a, fx.Node)]
     if _of_the_batch(context):  # standardised weights: the mean over a filter changes with the channels it reads
         for axis in (0, *range(2, len(x.shape))):
             context.statistics(x.axis(axis))
-    _tie_parameters(context, x.axis(1), x.shape[1], parameters)
+    context.tie_vectors(x.axes.get(1, {}), parameters, x.shape[1], _NORM)
     return _several(context, State(x.shape, x.axes))
 
 
@@ -75,7 +73,7 @@ def group_norm(context: NodeContext) -> Result:
             sizes = context.sizes
             expr = sizes.values[0] if sizes is not None and sizes.kind == "groups" else Literal(groups)
             context.require(expr, x.axis(1), x.shape[1], "groups of a GroupNorm")
-    _tie_parameters(context, x.axis(1), x.shape[1], [weight, bias])
+    context.tie_vectors(x.axis(1), [p for p in (weight, bias) if p is not None], x.shape[1], _NORM)
     return _several(context, State(x.shape, x.axes))
 
 

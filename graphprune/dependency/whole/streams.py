@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from ...tracing.operators import Kind, is_layer, kind_of, operator_of, products_of
+from ...tracing.operators import Kind, is_layer, kind_of, products_of
 from ..analysis import Analysis
 from ..groups import GroupKind, Ints, Member
 from ..state import State
@@ -30,8 +30,7 @@ def stream_components(analysis: Analysis) -> tuple[npt.NDArray[np.bool_], npt.ND
     for node in analysis.trace.calls.get(Kind.LOOKUP, ()):
         looked_up += _positions(analysis, analysis.state(node), (len(analysis.state(node).shape) - 1,))
     for node in analysis.trace.calls.get(Kind.POINTWISE, ()):
-        operator = operator_of(node)
-        if operator is not None and operator.sums:
+        if analysis.trace.lines[node].sums:
             state = analysis.state(node)
             axes = tuple(a for a, axis_map in state.axes.items() if axis_map)
             if axes and _is_residual(node, order):

@@ -15,11 +15,8 @@ from ...tracing.operators import (
     Merge,
     Product,
     Sliding,
-    form_of,
     given,
-    operator_of,
     positions,
-    products_of,
     rank,
 )
 from ...tracing.trace import Trace
@@ -75,16 +72,19 @@ def find_readers(trace: Trace) -> list[Reader]:
     calls: dict[str, list[fx.Node]] = {}
     made: dict[str, list[Product]] = {}
     for name, node in trace.parameters.items():
+        if trace.products.keys().isdisjoint(node.users):
+            continue
         users = sorted(node.users, key=index.__getitem__)
-        products = [product for user in users if (product := _product(user, node)) is not None]
-        if users and len(products) == len(users) and _alike(users, products) and _bias(users, products) is not None:
+        products = [product for user in users if (product := _product(trace, user, node)) is not None]
+        if len(products) == len(users) and _alike(users, products) and _bias(users, products) is not None:
             calls[name], made[name] = users, products
     ancestors = _ancestors(trace, {n: name for name, nodes in calls.items() for n in nodes})
     out = []
     for name, nodes in calls.items():
         first, product = nodes[0], made[name][0]
+        form = trace.lines[first].form
         before = frozenset().union(*(ancestors[a] for n in nodes for a in n.all_input_nodes)) - {name}
-        other = _added(first) if len(nodes) == 1 else None
+        other = _added(trace, first) if len(nodes) == 1 else None
         adds = other is not None and all(
             index[n] < index[first] for weight in ancestors[other] for n in calls[weight]
         ) and name not in ancestors[other]
@@ -95,14 +95,14 @@ def find_readers(trace: Trace) -> list[Reader]:
             Reader(
                 weight=name,
                 bias=_bias(nodes, made[name]) or "",
-                convolution=isinstance(form_of(first), Sliding),
+                convolution=isinstance(form, Sliding),
                 transposed=product.transposed,
                 groups=product.groups,
                 in_axis=product.reads[0],
                 out_axis=product.produces[0],
                 data_axis=product.data_axis - rank(product.data),
                 result_axis=product.result_axis - rank(first),
-                declared=operator_name(first) if isinstance(form_of(first), Declared) else "",
+                declared=operator_name(first) if isinstance(form, Declared) else "",
                 places=_places(first, product),
                 order=index[first],
                 calls=len(nodes),
@@ -113,9 +113,10 @@ def find_readers(trace: Trace) -> list[Reader]:
     return sorted(out, key=lambda r: r.order)
 
 
-def _product(user: fx.Node, weight: fx.Node) -> Product | None:
+def _product(trace: Trace, user: fx.Node, weight: fx.Node) -> Product | None:
     """What a call multiplies with `weight`, as a layer does: one matrix or kernel, read by nothing else of it."""
-    found = [product for product in products_of(user) if product.weight is weight]
+    made = trace.products.get(user, ())
+    found = [product for product in made if product.weight is weight]
     if len(found) != 1 or sum(argument is weight for argument in _operands(user)) != 1:
         return None
     (product,) = found
@@ -123,9 +124,9 @@ def _product(user: fx.Node, weight: fx.Node) -> Product | None:
         return None
     if product.data_axis is None or product.result_axis is None:
         return None
-    form = form_of(user)
+    form = trace.lines[user].form
     matrix = isinstance(form, Matrices) and rank(weight) == 2 and len(_operands(user)) == 2 + (form.bias is not None)
-    own = isinstance(form, Declared) and len(products_of(user)) == 1
+    own = isinstance(form, Declared) and len(made) == 1
     return product if matrix or own or isinstance(form, (Layer, Sliding)) else None
 
 
@@ -163,12 +164,12 @@ def _bias(nodes: list[fx.Node], products: list[Product]) -> str | None:
     return bias.meta.get("parameter") if alone else None
 
 
-def _added(node: fx.Node) -> fx.Node | None:
+def _added(trace: Trace, node: fx.Node) -> fx.Node | None:
     """The other operand, where the result of `node` goes into a plain addition and nowhere else."""
     if len(node.users) != 1:
         return None
     user = next(iter(node.users))
-    operator = operator_of(user)
+    operator = trace.lines.get(user)
     if operator is None or operator.merge is not Merge.SUM or user.kwargs or len(user.args) != 2:
         return None
     left, right = user.args

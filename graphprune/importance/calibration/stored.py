@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from ...plans.surgery.folding import stored_norms, uses_stored_statistics
+from ...plans.surgery.folding import stored_norms
 from ...tracing.names import operator_name
 from ...tracing.operators import (
     Kind,
@@ -32,9 +32,7 @@ from ...tracing.operators import (
     Move,
     Operator,
     is_layer,
-    kind_of,
     multiplied,
-    operator_of,
     positions,
     products_of,
     shape_of,
@@ -84,14 +82,15 @@ def stored_spreads(
 ) -> dict[fx.Node, Spread]:
     """The spreads of these nodes. `tensors`: parameters and buffers by name. `assume`: every feature of a layer norm
     is like all of them together."""
-    sources = set(stored_norms(trace)) | set(trace.calls.get(Kind.LAYER_NORM, ()) if assume else ())
+    norms = set(stored_norms(trace))
+    sources = norms | set(trace.calls.get(Kind.LAYER_NORM, ()) if assume else ())
     informed = _informed(trace, sources)
     wanted = _needed(upto, informed, sources)
     found: dict[fx.Node, Any] = {}
     with torch.no_grad():
         for node in trace.graph.nodes:
             if node in wanted:
-                visit = _Visit(node, found, tensors, trace, assume)
+                visit = _Visit(node, found, tensors, trace, node in norms, assume)
                 found[node] = _slim(visit.result() if node in informed or node.op == "get_attr" else visit.unknown())
     return {node: found[node] for node in upto if isinstance(found.get(node), Spread)}
 
@@ -127,26 +126,26 @@ def _needed(nodes: frozenset[fx.Node], informed: set[fx.Node], sources: set[fx.N
     return seen
 
 
-def _norm_places(node: fx.Node) -> tuple[int, int, int, int] | None:
+def _norm_places(node: fx.Node) -> tuple[int, int, int, int]:
     """Where a batch norm that takes its stored statistics has scale, shift, running variance and eps."""
-    if not uses_stored_statistics(node):
-        return None
     places = positions(node.target)
     return 1, 2, 4, places["eps" if "eps" in places else "epsilon"]
-
-
-def _is_layer_norm(node: fx.Node) -> bool:
-    return kind_of(node) is Kind.LAYER_NORM
 
 
 class _Visit:
     """One node: its spread from those of what it reads."""
 
     def __init__(
-        self, node: fx.Node, found: dict[fx.Node, Any], tensors: Mapping[str, Tensor], trace: Trace, assume: bool
+        self,
+        node: fx.Node,
+        found: dict[fx.Node, Any],
+        tensors: Mapping[str, Tensor],
+        trace: Trace,
+        norm: bool,
+        assume: bool,
     ) -> None:
         self.node, self.found, self.tensors, self.trace, self.assume = node, found, tensors, trace, assume
-        self.operator = operator_of(node)
+        self.norm, self.operator = norm, trace.lines.get(node)
 
     def result(self) -> Any:
         node = self.node
@@ -176,10 +175,9 @@ class _Visit:
         return [s for n in self.node.all_input_nodes if isinstance(s := self.found.get(n), Spread)]
 
     def _called(self) -> Any:
-        places = _norm_places(self.node)
-        if places is not None:
-            return self._normalised(places)
-        if _is_layer_norm(self.node):
+        if self.norm:
+            return self._normalised(_norm_places(self.node))
+        if self.operator is not None and self.operator.kind is Kind.LAYER_NORM:
             return self._like_all_features() if self.assume else None
         operands = self._operands()
         if len(operands) != len(self.node.all_input_nodes) or not operands:
@@ -387,8 +385,8 @@ def _integrated(function: Function, m: Tensor, s: Tensor, bends: Sequence[float]
 
 def _compact(*tensors: Tensor) -> list[Tensor]:
     """Tensors of one shape, without the copies along axes on which all of them are broadcast."""
-    broadcast = [all(t.stride(axis) == 0 for t in tensors) for axis in range(tensors[0].dim())]
-    index = tuple(slice(0, 1) if copies else slice(None) for copies in broadcast)
+    strides = zip(*[t.stride() for t in tensors], strict=True)
+    index = tuple([slice(None) if any(along) else slice(0, 1) for along in strides])
     return [t[index] for t in tensors]
 
 
@@ -427,13 +425,11 @@ class StoredStatistics:
                 out[reader.weight] = by_input(reader, spread.variance, self._tensors[reader.weight])
         return out
 
-    def only_multiplies(self, name: str) -> bool:
-        """Whether all that happens to a tensor is that others are multiplied with it, element by element."""
-        return name in self._factors
-
     @functools.cached_property
-    def _factors(self) -> frozenset[str]:
-        products = {n for n in self._trace.calls.get(Kind.POINTWISE, ()) if _merge(n) is Merge.PRODUCT}
+    def factors(self) -> frozenset[str]:
+        """Parameters and buffers of which all that happens is that others are multiplied with them, element by
+        element."""
+        products = {n for n, line in self._trace.lines.items() if line.merge is Merge.PRODUCT}
         named = self._trace.parameters.items()
         return frozenset(name for name, node in named if node.users and products.issuperset(node.users))
 
@@ -441,11 +437,6 @@ class StoredStatistics:
         """Variances of what a linear layer or convolution reads, one per index of its weight's input axis, over data,
         samples and places; NaN where unknown, None for what is no such layer. Behind layer norms they are assumed."""
         return self._variances.get(weight)
-
-
-def _merge(node: fx.Node) -> Merge | None:
-    operator = operator_of(node)
-    return None if operator is None else operator.merge
 
 
 def read_by(call: fx.Node) -> fx.Node:

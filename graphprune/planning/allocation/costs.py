@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 from torch import nn
 
 from ...dependency import DependencyGraph
-from ...dependency.axes import Floats, ProductCosts, coordinates
+from ...dependency.axes import Floats, ProductCosts, loop_axes
 from ...dependency.state import Mask
 from ...plans.surgery import Fold, fold_names
 from ...support.walking import named_tensors
@@ -44,7 +44,7 @@ def mac_costs(graph: DependencyGraph) -> ProductCosts:
     analysis = graph.analysis
     for terms in graph.trace.work.values():
         for term in terms:
-            costs.add(1, [(coordinates(analysis, loop), loop.length) for loop in term])
+            costs.add(1, loop_axes(analysis, term))
     return costs
 
 

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 from ...dependency.reparametrised import reparametrised
 from ...errors import GraphPruneError
 from ...support.walking import all_modules
-from ...tracing.operators import Kind, Layer, Sliding, form_of, given, operator_of, products_of
+from ...tracing.operators import Kind, Layer, Operator, Sliding, given
 from ...tracing.trace import Trace
 from .copying import clone_with
 
@@ -52,7 +52,7 @@ def effective_folds(model: nn.Module, trace: Trace) -> list[tuple[Fold, bool]]:
     names = Counter(trace.aliases.values())
     folds = []
     for node in stored_norms(trace):
-        fold = _fold_of(node, modules)
+        fold = _fold_of(node, trace, modules)
         if fold is not None and names[fold_names(fold)[0]] == 1:
             folds.append((fold, _replaceable(fold, node, modules)))
     return folds
@@ -60,16 +60,13 @@ def effective_folds(model: nn.Module, trace: Trace) -> list[tuple[Fold, bool]]:
 
 def stored_norms(trace: Trace) -> list[fx.Node]:
     """The batch norms of a run that take stored statistics."""
-    return [node for node in trace.calls.get(Kind.BATCH_NORM, ()) if uses_stored_statistics(node)]
+    return [node for node in trace.calls.get(Kind.BATCH_NORM, ()) if _takes_stored(node, trace.lines[node])]
 
 
-def uses_stored_statistics(node: fx.Node) -> bool:
-    """Whether a call is a batch norm that takes stored statistics, not those of the batch itself."""
-    operator = operator_of(node)
-    if operator is None or operator.kind is not Kind.BATCH_NORM:
-        return False
-    said = operator.own_statistics
-    return not said if isinstance(said, bool) else not given(node, said)
+def _takes_stored(norm: fx.Node, line: Operator) -> bool:
+    """Whether a batch norm takes stored statistics, not those of the batch itself."""
+    said = line.own_statistics
+    return not said if isinstance(said, bool) else not given(norm, said)
 
 
 def _replaceable(fold: Fold, node: fx.Node, modules: dict[str, nn.Module]) -> bool:
@@ -82,12 +79,12 @@ def _replaceable(fold: Fold, node: fx.Node, modules: dict[str, nn.Module]) -> bo
     return isinstance(layer.bias, Tensor) or (producer.meta["module"] == fold.layer and _uses_bias(layer))
 
 
-def _fold_of(node: fx.Node, modules: dict[str, nn.Module]) -> Fold | None:
+def _fold_of(node: fx.Node, trace: Trace, modules: dict[str, nn.Module]) -> Fold | None:
     producer = node.args[0]
     if not isinstance(producer, fx.Node) or len(producer.users) != 1:
         return None
-    product = next(iter(products_of(producer)), None)
-    if product is None or product.result_axis != 1 or not isinstance(form_of(producer), (Layer, Sliding)):
+    product = next(iter(trace.products.get(producer, ())), None)
+    if product is None or product.result_axis != 1 or not isinstance(trace.lines[producer].form, (Layer, Sliding)):
         return None  # not made by a layer, or a batch norm over the tokens of a sequence
     weight, bias = product.weight, product.bias
     layer = _owner(weight, "weight", modules, (_ConvNd, nn.Linear))

@@ -8,7 +8,7 @@ tags it so, an elementwise one. How channels flow through the less usual ones is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -156,7 +156,10 @@ _DECLARED: dict[str, Operator] = {}
 
 def operator_of(node: fx.Node) -> Operator | None:
     """What the table says of a recorded call; None for an operator that is unknown, and for nodes that call nothing."""
-    return operator_of_target(node.target) if node.op == "call_function" else None
+    if node.op != "call_function":
+        return None
+    known = _known.get(id(node.target))
+    return operator_of_target(node.target) if known is None else known[1]
 
 
 def operator_of_target(target: Any) -> Operator | None:
@@ -199,21 +202,22 @@ def products_of(node: fx.Node) -> tuple[Product, ...]:
     return () if form is None else form.products(node)
 
 
-def calls_by_kind(nodes: Iterable[fx.Node]) -> dict[Kind, tuple[fx.Node, ...]]:
+def lines_by_call(nodes: Iterable[fx.Node]) -> dict[fx.Node, Operator]:
+    """`operator_of` every call of one that is known, in the order of the nodes."""
+    return {node: found for node in nodes if (found := operator_of(node)) is not None}
+
+
+def calls_by_kind(lines: Mapping[fx.Node, Operator]) -> dict[Kind, tuple[fx.Node, ...]]:
     """The calls of each kind, in the order of the nodes."""
     found: dict[Kind, list[fx.Node]] = {}
-    for node in nodes:
-        if node.op == "call_function":
-            operator = operator_of(node)
-            if operator is not None:
-                found.setdefault(operator.kind, []).append(node)
+    for node, operator in lines.items():
+        found.setdefault(operator.kind, []).append(node)
     return {kind: tuple(calls) for kind, calls in found.items()}
 
 
-def products_by_call(nodes: Iterable[fx.Node]) -> dict[fx.Node, tuple[Product, ...]]:
+def products_by_call(lines: Mapping[fx.Node, Operator]) -> dict[fx.Node, tuple[Product, ...]]:
     """`products_of` every call that multiplies something."""
-    both = ((node, products_of(node)) for node in nodes if node.op == "call_function")
-    return {node: products for node, products in both if products}
+    return {node: made for node, line in lines.items() if line.form is not None and (made := line.form.products(node))}
 
 
 _LAYERS = frozenset((Kind.CONTRACTION, Kind.CONVOLUTION, Kind.RECURRENT))

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from ...dependency import DependencyGraph
-from ...dependency.axes import coordinates
+from ...dependency.axes import loop_axes
 from ...dependency.state import AxisMap
 from ...tracing.work import runs_in_eval, term_macs, terms_of
 
@@ -27,5 +27,5 @@ def work_of(graph: DependencyGraph) -> Iterator[Work]:
     for node in graph.trace.graph.nodes:
         if runs_in_eval(node):
             for term in terms_of(node) or ():
-                found = [(loop.length, coordinates(graph.analysis, loop)) for loop in term]
-                yield Work(term_macs(term), [(length, axis_map) for length, axis_map in found if axis_map])
+                found = loop_axes(graph.analysis, term)
+                yield Work(term_macs(term), [(length, axis_map) for axis_map, length in found if axis_map])
