@@ -165,12 +165,17 @@ def _components(dims: DimTable, effects: Mapping[fx.Node, Effects]) -> Vector:
     """All ties resolved in one call of a sparse connected-components routine. Numbered by the first of their positions.
 
     Most ties are of two Dims as they are. These are joined first, and the first of such Dims stands for all."""
-    whole, others = list[Union](), list[Union]()
+    whole, others = list[tuple[int, int]](), list[Union]()
+    length = dims.lengths().tolist()
     for effect in effects.values():
         for union in effect.unions:
-            (whole if dims.are_one(union.dim, union.coordinates, union.other, union.others) else others).append(union)
+            dim, vector, other, _ = union
+            if vector is union.others and length[dim] == len(vector) == length[other] and dims.counts(vector):
+                whole.append((dim, other))
+            else:
+                others.append(union)
     offset = np.asarray([*dims.offset, dims.total], np.int64)
-    first = _joined(len(dims.offset), ((union.dim, union.other) for union in whole))
+    first = _joined(len(length), whole)
     moved = np.concatenate([np.zeros(1, np.int64), np.repeat(offset[first] - offset[:-1], np.diff(offset))])
     stands = np.arange(dims.total) + moved
     u = stands[np.concatenate([np.zeros(1, np.int64), *(offset[t.dim] + t.coordinates for t in others)])]
@@ -180,19 +185,12 @@ def _components(dims: DimTable, effects: Mapping[fx.Node, Effects]) -> Vector:
     return sealed((np.cumsum(np.bincount(label) > 0) - 1)[label])
 
 
-def _joined(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
+def _joined(count: int, pairs: Iterable[tuple[int, int]]) -> Vector:
     """For each of `count` things the first of those that it is joined with, itself where it is first."""
-    first = list(range(count))
-
-    def root(thing: int) -> int:
-        while first[thing] != thing:
-            first[thing] = thing = first[first[thing]]
-        return thing
-
-    for a, b in pairs:
-        a, b = root(a), root(b)
-        first[max(a, b)] = min(a, b)
-    return [root(thing) for thing in range(count)]
+    a, b = np.array([*pairs, (0, 0)] if count else np.zeros((0, 2)), np.int64).T
+    graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(count, count))
+    number = connected_components(graph, directed=False)[1]
+    return np.unique(number, return_index=True)[1][number]
 
 
 def _kernel_weights(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -300,7 +298,7 @@ class _Propagation:
         refines: dict[int, Refine] = {}
         order, states = self._order, self.states
         queued = set(dirty)
-        heap = sorted(order[n] for n in queued)
+        heap = sorted(map(order.__getitem__, queued))
         while heap:
             node = self.nodes[heapq.heappop(heap)]
             before = states.get(node)
@@ -370,10 +368,14 @@ def _same(a: Result, b: Result) -> bool:
         if a.shape != b.shape or a.axes.keys() != b.axes.keys():
             return False
         return all(
-            m.keys() == b.axes[x].keys() and all(np.array_equal(v, b.axes[x][d]) for d, v in m.items())
+            m.keys() == b.axes[x].keys() and all(_equal(v, b.axes[x][d]) for d, v in m.items())
             for x, m in a.axes.items()
         )
     return a is None and b is None
+
+
+def _equal(a: Vector, b: Vector) -> bool:
+    return a is b or np.array_equal(a, b)
 
 
 def _zero_point(node: fx.Node) -> bool:

@@ -37,7 +37,7 @@ class Axis:
     length: int
     parts: tuple[tuple[tuple[int, ...], int], ...]
 
-    @property
+    @functools.cached_property
     def groups(self) -> frozenset[int]:
         """The groups that its length depends on."""
         return frozenset(g for groups, _ in self.parts for g in groups)
@@ -68,7 +68,7 @@ class Axes:
 
     def axis(self, axis_map: AxisMap, length: int) -> Axis:
         """The axis with these coordinates."""
-        key = (length, *(x for d, v in axis_map.items() for x in (d, id(v))))
+        key = (length, *axis_map, *map(id, axis_map.values()))
         if key not in self._made:
             alike = self._alike(axis_map, length)
             parts = alike or self._parts([self._groups_on(d, v) for d, v in axis_map.items()])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 from torch import fx
 
@@ -18,14 +17,16 @@ def axis_roles(analysis: Analysis) -> dict[Root, Role]:
     roles: dict[Root, Role] = {}
     for parameter, node in analysis.trace.parameters.items():
         shape = node.meta["val"].shape
-        lone = sum(n > 1 for n in shape) == 1
-        roles.update(((parameter, a), "vector" if lone else "other") for a in range(len(shape)))
+        role: Role = "vector" if len([n for n in shape if n > 1]) == 1 else "other"
+        for axis in range(len(shape)):
+            roles[parameter, axis] = role
     computed: list[Product] = []
     for products in analysis.trace.products.values():
         for product in products:
             name = product.weight.meta.get("parameter") if product.weight.op == "get_attr" else None
             if name is not None:
-                roles.update(((name, axis), role) for axis, role in _sides(product))
+                for axis, role in _sides(product):
+                    roles[name, axis] = role
             elif product.fixed:
                 computed.append(product)
     for product in computed:
@@ -33,11 +34,8 @@ def axis_roles(analysis: Analysis) -> dict[Root, Role]:
     return roles
 
 
-def _sides(product: Product) -> Iterator[tuple[int, Role]]:
-    for axis in product.reads:
-        yield axis, "in"
-    for axis in product.produces:
-        yield axis, "out"
+def _sides(product: Product) -> list[tuple[int, Role]]:
+    return [*((axis, "in") for axis in product.reads), *((axis, "out") for axis in product.produces)]
 
 
 def _roles_behind(roles: dict[Root, Role], analysis: Analysis, product: Product) -> None:

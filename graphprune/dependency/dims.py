@@ -74,7 +74,11 @@ class DimTable:
 
     def are_whole(self, *axes: AxisMap) -> bool:
         """Every Dim on the axes has a coordinate at every index."""
-        return all(id(v) in self.whole or self.is_whole(v) for axis_map in axes for v in axis_map.values())
+        for axis_map in axes:
+            for vector in axis_map.values():
+                if id(vector) not in self.whole and not self.is_whole(vector):
+                    return False
+        return True
 
     def is_whole(self, vector: Vector) -> bool:
         """It has a coordinate at every index."""
@@ -85,15 +89,13 @@ class DimTable:
             self.whole[id(vector)] = vector
         return found
 
-    def are_one(self, dim: int, coordinates: Vector, other: int, others: Vector) -> bool:
-        """Whether these are all positions of both Dims, in order."""
-        return coordinates is others and coordinates is self.counting(self._length(dim)) is self.counting(
-            self._length(other)
-        )
+    def counts(self, vector: Vector) -> bool:
+        """Whether this is the one array that counts so far."""
+        return self._counting.get(len(vector)) is vector
 
-    def _length(self, dim: int) -> int:
-        """The size of a Dim, or what it was before it was factored."""
-        return (self.offset[dim + 1] if dim + 1 < len(self.offset) else self.total) - self.offset[dim]
+    def lengths(self) -> Vector:
+        """The size of each Dim, or what it was before it was factored."""
+        return np.diff([*self.offset, self.total])
 
     def pairs(self, a: Vector, b: Vector, size: int) -> tuple[Vector, Vector]:
         """Two whole vectors with every pair once; as they are where the second does not follow from the first, whose

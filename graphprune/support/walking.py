@@ -73,13 +73,14 @@ def all_modules(model: nn.Module) -> dict[str, nn.Module]:
 def _walked(model: nn.Module) -> dict[str, nn.Module]:
     out: dict[str, nn.Module] = {}
 
-    def walk(path: str, module: nn.Module) -> None:
-        out[path] = module
-        prefix = path + "." if path else ""
+    def walk(prefix: str, module: nn.Module) -> None:
         for name, child in module._modules.items():
             if child is not None:
-                walk(prefix + name, child)
+                out[prefix + name] = child
+                if child._modules:
+                    walk(f"{prefix}{name}.", child)
 
+    out[""] = model
     walk("", model)
     return out
 

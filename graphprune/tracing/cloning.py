@@ -188,7 +188,10 @@ class _Cloner:
 
     def table(self, table: dict[Any, Any]) -> dict[Any, Any]:
         """One of nn.Module's dicts, each of which belongs to its module alone."""
-        return type(table)((key, self.value(value)) for key, value in table.items())
+        new = type(table)()
+        for key, value in table.items():
+            new[key] = self.value(value)
+        return new
 
     # -- what modules hold
 

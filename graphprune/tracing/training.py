@@ -79,9 +79,11 @@ def _leads_nowhere(recorder: Recorder, outputs: tuple[fx.Node, ...]) -> bool:
     """A parameter was used for something that is no part of the result, kept for training perhaps."""
     parameters, useful = [], set(outputs)
     for node in reversed(recorder.graph.nodes):
-        if node in useful or (node.op == "call_function" and _writes(node)):
+        if node.op != "call_function":
+            continue
+        if node in useful or _writes(node):
             useful.update(node.all_input_nodes)
-        elif node.op == "call_function":
+        else:
             parameters += [n for n in node.all_input_nodes if n.op == "get_attr" and "parameter" in n.meta]
     return bool(parameters)
 

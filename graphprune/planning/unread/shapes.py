@@ -24,8 +24,11 @@ def shapes_of(
     for name, tensor in tensors.items():
         cut = axes.get(id(tensor), {})
         if cut:
-            after[name] = tuple(n - len(cut.get(axis, ())) for axis, n in enumerate(before[name]))
-            cuts += [(name, axis) for axis in cut]
+            shape = list(before[name])
+            for axis, lost in cut.items():
+                shape[axis] -= len(lost)
+                cuts.append((name, axis))
+            after[name] = tuple(shape)
     return before, after, cuts
 
 

@@ -50,10 +50,10 @@ class Alikeness:
         plain = [value if type(value) in _PLAIN else _plain(value) for value in values]
         parts = [-1 if child is None else self.key(child) for child in module._modules.values()]
         kinds = tuple(map(type, values))  # True is 1
-        if None in parts or any(p is None and kind is not type(None) for p, kind in zip(plain, kinds, strict=True)):
+        if None in parts or any([p is None and kind is not type(None) for p, kind in zip(plain, kinds, strict=True)]):
             return None
         shapes = [
-            (*held, *(None if tensor is None else tensor.shape for tensor in held.values()))
+            (*held, *[None if tensor is None else tensor.shape for tensor in held.values()])
             for held in (module._parameters, module._buffers)
         ]
         own = _number(type(module)), names, kinds, tuple(plain)
