@@ -50,7 +50,8 @@ class Alikeness:
         plain = [value if type(value) in _PLAIN else _plain(value) for value in values]
         parts = [-1 if child is None else self.key(child) for child in module._modules.values()]
         kinds = tuple(map(type, values))  # True is 1
-        if None in parts or any([p is None and kind is not type(None) for p, kind in zip(plain, kinds, strict=True)]):
+        unknown = (p is None and kind is not type(None) for p, kind in zip(plain, kinds, strict=True))
+        if None in parts or (None in plain and any(unknown)):
             return None
         shapes = [
             (*held, *[None if tensor is None else tensor.shape for tensor in held.values()])
