@@ -187,10 +187,16 @@ def _components(dims: DimTable, effects: Mapping[fx.Node, Effects]) -> Vector:
 
 def _joined(count: int, pairs: Iterable[tuple[int, int]]) -> Vector:
     """For each of `count` things the first of those that it is joined with, itself where it is first."""
-    a, b = np.array([*pairs, (0, 0)] if count else np.zeros((0, 2)), np.int64).T
-    graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(count, count))
-    number = connected_components(graph, directed=False)[1]
-    return np.unique(number, return_index=True)[1][number]
+    first = list(range(count))
+    for a, b in pairs:
+        while first[a] != a:
+            first[a] = a = first[first[a]]
+        while first[b] != b:
+            first[b] = b = first[first[b]]
+        first[max(a, b)] = min(a, b)
+    for thing in range(count):  # what stands there is no later thing, and has been looked up before
+        first[thing] = first[first[thing]]
+    return np.array(first, np.int64)
 
 
 def _kernel_weights(nodes: list[fx.Node]) -> set[fx.Node]:

@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Elements in one piece, and in all, from which on picking pieces is faster than picking rows and then columns.
+_PIECE, _LARGE = 4, 1 << 19
+
 
 def keep_indices(length: int, removed: Sequence[int]) -> np.ndarray:
     """The indices that stay."""
@@ -34,8 +37,18 @@ def cut_tensor(tensor: Tensor, axes: Mapping[int, Sequence[int]], keep: Kept | N
     """`tensor` without the given indices of its axes; shortest result first, so that little is copied twice. `keep`:
     what is known already of the same indices."""
     keep = keep or Kept()
+    large = len(axes) == 2 and tensor.numel() >= _LARGE and tensor.shape[2:].numel() >= _PIECE
+    if large and axes.keys() == {0, 1} and tensor.is_contiguous():
+        return _cut_pieces(tensor.detach(), *(keep(tensor.shape[a], axes[a]).to(tensor.device) for a in (0, 1)))
     order = sorted(axes, key=lambda a: len(axes[a]) / tensor.shape[a], reverse=True)
     out = tensor.detach()
     for axis in order:
         out = out.index_select(axis, keep(tensor.shape[axis], axes[axis]).to(tensor.device))
     return out
+
+
+def _cut_pieces(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """These rows and columns of a matrix of pieces, such as kernels, without a copy in between."""
+    places = (rows[:, None] * tensor.shape[1] + columns).reshape(-1)
+    picked = tensor.flatten(0, 1).index_select(0, places)
+    return picked.reshape(len(rows), len(columns), *tensor.shape[2:])
