@@ -177,7 +177,8 @@ class NodeContext:
                 return
         if a and b and self.dims.are_whole(a, b) and self._tie_whole(a, b):
             return
-        count_a, count_b = multiplicity(a, length), multiplicity(b, length)
+        there_a, there_b = ({d: v >= 0 for d, v in axis_map.items()} for axis_map in (a, b))
+        count_a, count_b = (sum(there.values(), np.zeros(length, np.int64)) for there in (there_a, there_b))
         alone_a, alone_b = (count_b == 0) & (count_a > 0), (count_a == 0) & (count_b > 0)
         if np.logical_or.reduce(alone_a | alone_b):
             text = (what if isinstance(what, str) else what()) or "meets indices that cannot be removed"
@@ -186,10 +187,11 @@ class NodeContext:
         one = (count_a == 1) & (count_b == 1)
         if one.any():
             for da, va in a.items():
+                mine = one & there_a[da]
                 for db, vb in b.items():
-                    both = one & (va >= 0) & (vb >= 0)
-                    if both.any():
-                        self.union(da, np.where(both, va, -1), db, np.where(both, vb, -1))
+                    both = np.flatnonzero(mine & there_b[db])
+                    if len(both):
+                        self._union_whole(da, va[both], db, vb[both])
         for flat, product, mask in (
             (b, a, (count_a >= 2) & (count_b == 1)),
             (a, b, (count_b >= 2) & (count_a == 1)),

@@ -25,7 +25,8 @@ Floats = npt.NDArray[np.float64]
 # read of the weight and never a copy of it. An accelerator has memory to spare and wants few, long kernels.
 _BLOCK = {"cpu": 1 << 18}
 _BLOCK_ELSEWHERE = 1 << 25
-# Rows up to this length torch sums up to within 1e-6 without splitting them, in half the time or less.
+# Rows up to this length torch sums up to within 1e-6 without splitting them, in half the time or less; longer ones are
+# cut into parts.
 _SHORT = 1 << 13
 # A float32 sum of powers below this may have lost terms to underflow; it is then done again in float64.
 _TRUSTED = 1e-30
@@ -308,15 +309,22 @@ def _power_sums(tensor: Tensor, axis: int, p: float) -> Floats:
     return sums
 
 
+def _parts(length: int) -> int:
+    """Into how many equal parts, none too long, rows of this length can be cut; 0 where there are only many."""
+    least = -(-length // _SHORT)
+    return next((n for n in range(least, 4 * least) if length % n == 0), 0)
+
+
 def _blockwise(tensor: Tensor, axis: int, p: float, dtype: torch.dtype) -> Floats:
     if tensor.device.type == "mps":  # has no float64
         tensor = tensor.cpu()
     axis %= tensor.dim()
     length = tensor[:1].numel()
     plain = tensor.is_contiguous() and not tensor.is_complex()
-    if p == 2 and axis == 0 and plain and tensor.dim() > 1 and 0 < length <= _SHORT:
-        norms = torch.linalg.vector_norm(tensor.reshape(len(tensor), length).to(dtype), 2, 1)
-        squares: Floats = np.square(norms.to("cpu", torch.float64).numpy())
+    parts = _parts(length)
+    if p == 2 and axis == 0 and plain and tensor.dim() > 1 and parts:
+        norms = torch.linalg.vector_norm(tensor.reshape(len(tensor), parts, -1).to(dtype), 2, 2)
+        squares: Floats = np.square(norms.to("cpu", torch.float64).numpy()).sum(1)
         return squares
     others = [d for d in range(tensor.dim()) if d != axis]
     sums: Floats = np.zeros(tensor.shape[axis], dtype=np.float64)

@@ -37,9 +37,11 @@ def cut_tensor(tensor: Tensor, axes: Mapping[int, Sequence[int]], keep: Kept | N
     """`tensor` without the given indices of its axes; shortest result first, so that little is copied twice. `keep`:
     what is known already of the same indices."""
     keep = keep or Kept()
-    large = len(axes) == 2 and tensor.numel() >= _LARGE and tensor.shape[2:].numel() >= _PIECE
-    if large and axes.keys() == {0, 1} and tensor.is_contiguous():
-        return _cut_pieces(tensor.detach(), *(keep(tensor.shape[a], axes[a]).to(tensor.device) for a in (0, 1)))
+    if axes.keys() == {0, 1} and tensor.numel() >= _LARGE and tensor.is_contiguous():
+        rows, columns = (keep(tensor.shape[a], axes[a]) for a in (0, 1))
+        run = _run(columns.numpy(), tensor.shape[1])
+        if run * tensor.shape[2:].numel() >= _PIECE:
+            return _cut_pieces(tensor.detach(), rows, columns[::run] // run, run)
     order = sorted(axes, key=lambda a: len(axes[a]) / tensor.shape[a], reverse=True)
     out = tensor.detach()
     for axis in order:
@@ -47,8 +49,16 @@ def cut_tensor(tensor: Tensor, axes: Mapping[int, Sequence[int]], keep: Kept | N
     return out
 
 
-def _cut_pieces(tensor: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """These rows and columns of a matrix of pieces, such as kernels, without a copy in between."""
-    places = (rows[:, None] * tensor.shape[1] + columns).reshape(-1)
-    picked = tensor.flatten(0, 1).index_select(0, places)
-    return picked.reshape(len(rows), len(columns), *tensor.shape[2:])
+def _run(kept: np.ndarray, length: int) -> int:
+    """The largest number that all runs of kept indices, and all that goes between them, are multiples of."""
+    edges = np.flatnonzero(np.diff(kept, prepend=-2) != 1)
+    return int(np.gcd.reduce([length, len(kept), *kept[edges], *edges]))
+
+
+def _cut_pieces(tensor: Tensor, rows: Tensor, pieces: Tensor, run: int) -> Tensor:
+    """These rows of a matrix, and of its columns, of which so many are one piece, these pieces, without a copy in
+    between. What stands at one place of the matrix may have axes of its own."""
+    by_row = tensor.shape[1] // run
+    places = (rows[:, None] * by_row + pieces).reshape(-1).to(tensor.device)
+    picked = tensor.reshape(tensor.shape[0] * by_row, -1).index_select(0, places)
+    return picked.reshape(len(rows), len(pieces) * run, *tensor.shape[2:])

@@ -40,20 +40,35 @@ def _pointwise(in_place: bool, first: Tensor, *_: Any) -> Tensor | None:
         return None
     if in_place:
         return first
-    dense = first.is_contiguous() or aten.is_non_overlapping_and_dense.default(first)
-    return _like(first) if dense else None
+    return _like(first) if _is_dense(first) else None
 
 
 def _of_two(in_place: bool, first: Any, second: Any, *_: Any) -> Tensor | None:
+    if in_place:
+        return first if _fits(first, second) and first.is_floating_point() and _is_dense(first) else None
     if _covers(first, second):
-        return _pointwise(in_place, first)
-    return _pointwise(in_place, second) if not in_place and _covers(second, first) else None
+        return _pointwise(False, first)
+    return _pointwise(False, second) if _covers(second, first) else None
 
 
 def _batch_norm(x: Tensor, *_: Any) -> tuple[Tensor, ...] | None:
     if not x.is_contiguous():
         return None
     return _like(x), *(torch.empty_strided((0,), (1,), dtype=x.dtype, device="meta") for _ in range(2))
+
+
+def _layer_norm(
+    x: Tensor, sizes: list[int], weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    shape, count = x.shape, len(sizes)
+    own = [t for t in (weight, bias) if t is not None]
+    if not (count and x.is_meta and x.is_floating_point()) or list(shape[-count:]) != list(sizes) or 0 in shape:
+        return None
+    if any(not t.is_meta or t.dtype is not x.dtype or t.shape != shape[-count:] for t in own):
+        return None
+    wide = torch.float64 if x.dtype is torch.float64 else torch.float32
+    statistics = (torch.empty((*shape[:-count], *[1] * count), dtype=wide, device="meta") for _ in range(2))
+    return torch.empty(shape, dtype=x.dtype, device="meta"), *statistics  # type: ignore[return-value]
 
 
 def _addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
@@ -157,16 +172,25 @@ def _like(x: Tensor) -> Tensor:
 
 def _covers(a: Any, b: Any) -> bool:
     """The result of a pointwise operator on the two looks like `a`."""
-    return (
-        isinstance(a, Tensor)
-        and isinstance(b, Tensor)
-        and a.is_meta
-        and b.is_meta
-        and a.dtype == b.dtype
-        and a.is_contiguous()
-        and b.is_contiguous()
-        and (a.shape == b.shape or _broadcasts(b.shape, a.shape))
-    )
+    if not _fits(a, b):
+        return False
+    if a.is_contiguous() and b.is_contiguous():
+        return True
+    if a.shape == b.shape and a.stride() == b.stride():
+        return _is_dense(a)
+    # one axis says nothing of the order of axes in memory
+    return b.is_contiguous() and len([n for n in b.shape if n > 1]) < 2 and 1 not in a.shape[1:] and _is_dense(a)
+
+
+def _fits(a: Any, b: Any) -> bool:
+    """Two tensors of one kind, of which the second may be broadcast to the first."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor) and a.is_meta and b.is_meta and a.dtype == b.dtype):
+        return False
+    return a.shape == b.shape or _broadcasts(b.shape, a.shape)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or bool(aten.is_non_overlapping_and_dense.default(x))
 
 
 def _broadcasts(small: torch.Size, large: torch.Size) -> bool:
@@ -178,6 +202,7 @@ def _broadcasts(small: torch.Size, large: torch.Size) -> bool:
 _KNOWN: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm.default: _batch_norm,
     aten._native_batch_norm_legit_no_training.default: _batch_norm,
+    aten.native_layer_norm.default: _layer_norm,
     aten.convolution.default: _convolution,
     aten.mean.dim: _mean,
     aten.addmm.default: _addmm,

@@ -106,6 +106,44 @@ def test_means(shape: list[int], axes: list[int], keep: bool) -> None:
     assert_like_torch(aten.mean.dim, x.mT if x.dim() > 1 else x, axes, keep)
 
 
+@settings(deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=4), order=st.permutations(range(4)),
+    other=st.permutations(range(4)), ones=st.sets(st.integers(0, 3)), short=st.integers(0, 4),
+)  # fmt: skip
+def test_pointwise_operators_of_two_that_lie_otherwise_in_memory(
+    shape: list[int], order: list[int], other: list[int], ones: set[int], short: int
+) -> None:
+    def laid(sizes: list[int], axes: list[int]) -> Tensor:
+        """A tensor of this shape whose axes lie in this order in memory."""
+        here = [a for a in axes if a < len(sizes)]
+        return meta(*(sizes[a] for a in here)).permute([here.index(a) for a in range(len(sizes))])
+
+    a = laid(shape, order)
+    small = [1 if axis in ones else n for axis, n in enumerate(shape)][-short:] if short else []
+    b = laid(small, other)
+    for target in (aten.add.Tensor, aten.mul_.Tensor):
+        assert_like_torch(target, a, b)
+    assert_like_torch(aten.mul.Tensor, b, a)
+    assert shape_only(aten.add_.Tensor, (a, b)) is a
+
+
+@settings(deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 3), min_size=1, max_size=4), count=st.integers(1, 4), turned=st.booleans(),
+    affine=st.integers(0, 2), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)  # fmt: skip
+def test_layer_norms(shape: list[int], count: int, turned: bool, affine: int, dtype: torch.dtype) -> None:
+    x = meta(*shape, dtype=dtype)
+    x = x.mT if turned and x.dim() > 1 else x
+    sizes = list(x.shape[-count:])
+    own = [meta(*sizes, dtype=dtype) if k < affine else None for k in range(2)]
+    assert shape_only(aten.native_layer_norm.default, (x, sizes, *own, 1e-5)) is not None
+    assert_like_torch(aten.native_layer_norm.default, x, sizes, *own, 1e-5)
+    wrong = [sizes[0] + 1, *sizes[1:]]
+    assert shape_only(aten.native_layer_norm.default, (x, wrong, None, None, 1e-5)) is None
+
+
 def test_the_narrower_operand_may_come_first() -> None:
     gate, x = meta(2, 3, 1, 1), meta(2, 3, 4, 4)
     assert shape_only(aten.mul.Tensor, (gate, x)).shape == x.shape

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 import graphprune
 from graphprune import GraphPruneError
+from graphprune.support import cutting
 from graphprune.support.cutting import cut_tensor
 from tests import oracles
 from tests.networks.registry import settle
@@ -34,6 +35,27 @@ def test_cut_tensor_leaves_what_numpy_deletes_to(data: st.DataObject, shape: lis
     for axis, indices in axes.items():
         expected = np.delete(expected, np.asarray(indices, np.int64), axis)
     assert np.array_equal(cut_tensor(tensor, axes).numpy(), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 99), run=st.integers(1, 4), pieces=st.integers(2, 6), taps=st.sampled_from([(), (1, 1), (3,)])
+)
+def test_large_matrices_lose_pieces_as_small_ones_lose_indices(
+    seed: int, run: int, pieces: int, taps: tuple[int, ...]
+) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (int(rng.integers(2, 7)), run * pieces, *taps)
+    tensor = torch.randn(shape)
+    gone = rng.choice(pieces, int(rng.integers(1, pieces)), replace=False)
+    columns = sorted(int(c) for p in gone for c in range(p * run, (p + 1) * run))
+    rows = sorted(rng.choice(shape[0], int(rng.integers(1, shape[0])), replace=False).tolist())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cutting, "_LARGE", 1)
+        patch.setattr(cutting, "_PIECE", 1)
+        found = cut_tensor(tensor, {1: columns, 0: rows})
+    assert np.array_equal(found.numpy(), np.delete(np.delete(tensor.numpy(), rows, 0), columns, 1))
+    assert found.is_contiguous()
 
 
 def net() -> tuple[nn.Sequential, Tensor]:
