@@ -33,6 +33,8 @@ WHOLE: dict[Any, Any] = {
 }
 _SHAPE_GETTER = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _DATA_GETTER, _DATA_SETTER = torch.Tensor.data.__get__, torch.Tensor.data.__set__  # type: ignore[attr-defined]
+# Answers that are neither tensors nor sizes of them.
+_ASKS = frozenset(("dim", "ndimension", "is_floating_point", "is_complex"))
 # Values that leave torch are results: what becomes of them is out of sight.
 _LEAVES = frozenset(("numpy", "tolist", "__array__", "__dlpack__"))
 _SIZE_LIKE = frozenset(("view_as", "reshape_as", "expand_as"))
@@ -57,6 +59,8 @@ class FunctionMode(TorchFunctionMode):
             return recorder.assign(args[0], args[1], lambda: func(*args, **kwargs))
         if name == "size":
             return _size(recorder, func, args, kwargs)
+        if name in _ASKS:
+            return func(*args, **kwargs)
         if name in ("numel", "nelement"):
             return math.prod(recorder.traced_size(args[0], args[0].size()))
         if name in _LEAVES and isinstance(args[0], Tensor):
@@ -76,26 +80,31 @@ class FunctionMode(TorchFunctionMode):
             recorder.sizes = _common_shape(recorder, name, [*args, *kwargs.values()])
         else:
             recorder.sizes = read_sizes(name, args, kwargs) if name in READERS else None
-        if whole is None:
-            try:
-                out = func(*args, **kwargs)
-                if counted is not None:
-                    _note_comparison(recorder, name, counted, args[1], out)
-                return out
-            finally:
-                recorder.sizes, recorder.scalars, recorder.function_name = before
-        recorder.whole_depth += 1
         try:
-            out = func(*args, **kwargs)
-            recorder.whole_depth -= 1
-            if recorder.whole_depth == 0:
-                recorder.record(*_whole_call(whole, args, kwargs), out)
-            return out
-        except BaseException:
-            recorder.whole_depth = 0
-            raise
+            if counted is not None:
+                out = func(*args, **kwargs)
+                _note_comparison(recorder, name, counted, args[1], out)
+                return out
+            out = recorder.run_short(func, args, kwargs)
+            if out is not None:
+                return out
+            return func(*args, **kwargs) if whole is None else _run_whole(recorder, whole, func, args, kwargs)
         finally:
             recorder.sizes, recorder.scalars, recorder.function_name = before
+
+
+def _run_whole(recorder: Recorder, target: Any, func: Any, args: Any, kwargs: Any) -> Any:
+    """Make a call and record it as one of `target`, whatever parts it has."""
+    recorder.whole_depth += 1
+    try:
+        out = func(*args, **kwargs)
+        recorder.whole_depth -= 1
+        if recorder.whole_depth == 0:
+            recorder.record(*_whole_call(target, args, kwargs), out)
+        return out
+    except BaseException:
+        recorder.whole_depth = 0
+        raise
 
 
 _COMPARISONS = frozenset(

@@ -78,6 +78,17 @@ def _addmm(bias: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     return _mm(a, b) if bias.is_meta else None
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    """A linear layer without its parts."""
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1:] != weight.shape[1:] or x.dtype != weight.dtype:
+        return None
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
+        return None
+    if not (x.is_meta and x.is_floating_point() and x.is_contiguous()) or 0 in x.shape:
+        return None
+    return torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="meta")
+
+
 def _mm(a: Tensor, b: Tensor) -> Tensor | None:
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
         return None
@@ -205,6 +216,7 @@ _KNOWN: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.convolution.default: _convolution,
     aten.mean.dim: _mean,
+    aten.linear.default: _linear,
     aten.addmm.default: _addmm,
     aten.mm.default: _mm,
     aten.cat.default: _cat,

@@ -66,6 +66,14 @@ def test_norm_over_several_blocks(monkeypatch: pytest.MonkeyPatch, axis: int) ->
     np.testing.assert_allclose(ImportanceContext(nn.Module(), {"w": tensor}).norms(g, 2)[0], expected, rtol=1e-6)
 
 
+@pytest.mark.parametrize("length", [8192, 8193, 9216, 16411, 25088])
+def test_norms_of_long_rows(length: int) -> None:
+    """16411 is a prime: there are no equal parts."""
+    tensor = randn(3, length)
+    got = ImportanceContext(nn.Module(), {"w": tensor}).norms(group([("w", 0, every(3), "out")]), 2)[0]
+    np.testing.assert_allclose(got, tensor.double().square().sum(1).sqrt().numpy(), rtol=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-22, 1e25, 3e37])
 @pytest.mark.parametrize("axis", [0, 1])
 def test_squares_beyond_float32_keep_their_order(scale: float, axis: int) -> None:

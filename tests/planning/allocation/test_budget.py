@@ -141,6 +141,10 @@ class _Product:
         w = np.concatenate([[3.0], kept * self.sizes, [5.0]])
         return (w[2:] + w[:-2]) * self.sizes
 
+    def curve(self, group: int, kept: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+        every = np.arange(len(kept))
+        return np.array([self.value(np.where(every == group, fraction, kept)) for fraction in fractions])
+
     def exact(self, gone: Any) -> float:
         raise AssertionError("not asked for")
 
@@ -162,6 +166,28 @@ def test_near_the_best_of_all_widths(seed: int) -> None:
     best = min(map(lost, fitting))
     assert tuple(keep) in fitting
     assert lost(tuple(keep)) <= 1.2 * best + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_score_is_given_up_to_meet_a_limit_only_where_no_finer_widths_are_left(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = [12, 16, 12]
+    scores = [np.cumsum(rng.uniform(0.05, 1, n)) for n in sizes]
+    cost = _Product(sizes)
+    limit = Limit("macs", cost, rng.uniform(0.5, 0.8) * cost.full)
+    allowed = [np.array([*range(4, n, 4), n]) for n in sizes]
+    found = {last: Widths(scores, [4] * 3, sizes, allowed, last).choose([limit]) for last in (False, True)}
+
+    def kept(widths: Any) -> float:
+        return sum(float(s[len(s) - k :].sum()) for s, k in zip(scores, widths, strict=True))
+
+    fitting = [w for w in itertools.product(*allowed) if cost.value(np.array(w) / sizes) <= limit.most]
+    used = {last: cost.value(widths / sizes) / limit.most for last, widths in found.items()}
+    assert kept(found[False]) >= 0.95 * max(map(kept, fitting))
+    assert kept(found[False]) >= kept(found[True]) - 1e-9
+    assert used[True] >= used[False] - 1e-9 and max(used.values()) <= 1 + 1e-9
+    if used[True] < 0.99:  # no widths meet it
+        assert all(cost.value(np.array(w) / sizes) / limit.most < 0.995 for w in fitting)
 
 
 @pytest.mark.parametrize(
