@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -164,7 +165,7 @@ def test_networks_that_return_what_their_routers_say(stacked: bool) -> None:
     model, x = Balanced(stacked).eval(), torch.randn(2, 4, 5)
     plan = graphprune.plan(model, x, 0.34, granularity="experts")
     small = graphprune.prune(model, x, 0.34, granularity="experts")
-    result, logits, loss = small(x)
+    _, logits, loss = small(x)
     kept = [i for i in range(6) if i not in plan.experts[0].gone]
     assert small.num_experts == 4 and torch.equal(logits, model(x)[1][:, kept]) and loss.isfinite()
     assert graphprune.verify(model, small, plan, x).passed
