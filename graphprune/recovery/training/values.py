@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 PLAIN = (bool, int, float, str, type(None))
-_SEQUENCES: dict[str, type] = {"list": list, "tuple": tuple, "deque": collections.deque, "set": set}
+_SEQUENCES: dict[str, Any] = {"list": list, "tuple": tuple, "deque": collections.deque, "set": set}
 _TABLES = (dict, collections.OrderedDict, collections.defaultdict, collections.Counter)
 _DRAWING = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState)
 # What a run may have made, or have set anew.
@@ -82,7 +82,7 @@ def fits(stored: Written, now: Any, tensors: Mapping[str, Tensor]) -> bool:
         return False
     ((kind, held),) = stored.items()
     if isinstance(now, nn.Parameter):
-        return kind == "tensor" and held in tensors and (is_lazy(now) or same_form(now, tensors[held]))
+        return kind == "tensor" and isinstance(held, str) and held in tensors and bool(is_lazy(now) or same_form(now, tensors[held]))
     if kind == "float":
         return held in ("inf", "-inf", "nan")
     if kind == "int":
@@ -176,9 +176,10 @@ def _sequence(kind: str, items: list[Any], now: Any) -> Any:
         return type(now)._make(items) if isinstance(now, tuple) and hasattr(now, "_make") else tuple(items)
     if type(now) is not _SEQUENCES[kind]:
         return _SEQUENCES[kind](items)
-    now.clear()
-    (now.update if kind == "set" else now.extend)(items)
-    return now
+    held: Any = now
+    held.clear()
+    (held.update if kind == "set" else held.extend)(items)
+    return held
 
 
 def _state(value: Any) -> Any:
