@@ -82,13 +82,14 @@ def fits(stored: Written, now: Any, tensors: Mapping[str, Tensor]) -> bool:
         return False
     ((kind, held),) = stored.items()
     if isinstance(now, nn.Parameter):
-        return kind == "tensor" and isinstance(held, str) and held in tensors and bool(is_lazy(now) or same_form(now, tensors[held]))
+        tensor = tensors.get(held) if kind == "tensor" and isinstance(held, str) else None
+        return tensor is not None and bool(is_lazy(now) or same_form(now, tensor))
     if kind == "float":
         return held in ("inf", "-inf", "nan")
     if kind == "int":
         return isinstance(held, str) and re.fullmatch("-?0x[0-9a-f]{16,64}", held) is not None
     if kind == "stays":
-        return type(now).__name__ == held
+        return bool(type(now).__name__ == held)
     if kind in ("tensor", "array", "scalar"):
         return isinstance(held, str) and held in tensors
     if kind == "random":
