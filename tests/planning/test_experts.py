@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -148,6 +149,31 @@ def test_numbers_of_experts_outside_of_the_mixtures_follow(stacked: bool) -> Non
     assert small.balance(small.net.inward(x).flatten(0, 1) @ weight.T).item() > 0
 
 
+class Balanced(Routed):
+    """Returns what the first router says and its loss too, as mixtures do while they are trained."""
+
+    def forward(self, x: Tensor) -> Any:
+        layer = self.net.layers[0]
+        weight = layer.router if hasattr(layer, "router") else layer.gate.weight
+        logits = self.net.inward(x).flatten(0, 1) @ weight.T
+        return self.net(x), logits, self.balance(logits)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_networks_that_return_what_their_routers_say(stacked: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Balanced(stacked).eval(), torch.randn(2, 4, 5)
+    plan = graphprune.plan(model, x, 0.34, granularity="experts")
+    small = graphprune.prune(model, x, 0.34, granularity="experts")
+    _, logits, loss = small(x)
+    kept = [i for i in range(6) if i not in plan.experts[0].gone]
+    assert small.num_experts == 4 and torch.equal(logits, model(x)[1][:, kept]) and loss.isfinite()
+    assert graphprune.verify(model, small, plan, x).passed
+    with torch.no_grad():
+        small.net.layers[0].get_parameter("router" if stacked else "gate.weight")[0].add_(0.1)
+    assert not graphprune.verify(model, small, plan, x).passed  # also where no token goes another way
+
+
 def test_a_number_stays_where_mixtures_come_out_different() -> None:
     model, x = Routed(False).eval(), torch.randn(2, 4, 5)
     small = graphprune.prune(model, x, 0.34, granularity="experts", ignore="net.layers.0")
@@ -174,7 +200,7 @@ def test_hugging_face(name: str) -> None:
     options |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
     options |= {"num_local_experts": 6} if name == "Mixtral" else {"num_experts": 6, "moe_intermediate_size": 24}
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**options)
+    config = getattr(transformers, f"{name}Config")(**options, output_router_logits=name == "Mixtral")
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     x = {"input_ids": torch.randint(0, 50, (2, 11)), "use_cache": False}
     plan = graphprune.plan(model, x, 0.5, granularity="experts")

@@ -5,6 +5,7 @@ Everything that takes data reads them here: criteria, repair, training, evaluati
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from ...support.progress import watched
+from ...support.randomness import Repeated
 from ...synthesis import Synthetic, SyntheticInputs
 from ...tracing.example import ExampleInput, flatten_tensors, ordinary
 
@@ -55,6 +57,7 @@ class CalibrationData:
                 f"DataLoader or a list of batches"
             )
         self._data = data
+        self._found: int | None = None  # batches of the first whole pass
         self._positional = len(example.args)
         self._device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
@@ -64,15 +67,29 @@ class CalibrationData:
 
     def silently(self) -> Iterator[tuple[ExampleInput, Any]]:
         """The same pairs, where something else is counted."""
-        empty = True
+        number = 0
         for index, item in enumerate(self._data):
-            empty = False
+            number = index + 1
             inputs, targets = self._parts(item, index)
             for tensor in inputs.tensors():
                 refuse_infinite(tensor, f"batch {index} holds", nan_alone=True)
+            if inputs.tensors() and not any(t.numel() for t in inputs.tensors()):
+                raise GraphPruneError(f"data: batch {index} holds no samples; leave it out, or look at how it is read")
             yield inputs.to(self._device), _to(targets, self._device)
-        if empty:
+        if self._found and not number:
+            raise GraphPruneError(
+                f"data: yields no batch when it is read again, after {self._found} the first time; several passes are "
+                f"made, so pass a DataLoader or a list of batches"
+            )
+        if not number:
             raise GraphPruneError("data: yields no batch; pass at least one")
+        self._found = self._found or number
+
+    def repeating(self) -> CalibrationData:
+        """The same data, of which every pass is the first one again, whatever is shuffled or drawn on the way."""
+        made = copy.copy(self)
+        made._data = self._data if isinstance(self._data, (list, tuple)) else Repeated(self._data)
+        return made
 
     @property
     def length(self) -> int | None:

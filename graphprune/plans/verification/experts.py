@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from ...dependency.whole.experts import Experts
 from ...errors import GraphPruneError
 from ...support.walking import named_tensors
-from ...tracing.example import ExampleInput
+from ...tracing.example import ExampleInput, result_tensors
 from ...tracing.operators import Kind, Move, Operator, function_name, named
 from .results import TOLERANCE, Check, VerificationReport, relative_error
 from .running import examples_for, run, same_shapes
@@ -61,18 +61,21 @@ def verify_experts(
 ) -> VerificationReport:
     """Check that `pruned` is `original` without these experts.
 
-    - *forward*: it runs and its outputs have the original's shapes.
+    - *forward*: it runs and its outputs have the original's shapes; those that count experts (what routers say of each)
+      are without those removed.
     - *barred experts*: on the example input, and on noise where all inputs are floating point, it computes what the
-      original does when its router's outputs for the removed experts are set to -inf.
+      original does when its router's outputs for the removed experts are set to -inf. Single numbers beside other
+      outputs are no results but losses, in which the number of experts is a factor: they are not compared.
     """
     checks = []
     for number, example in enumerate(examples_for(ExampleInput.of(example_input))):
-        got = run(pruned, example, "verify (pruned)")
-        if not number:
-            checks.append(same_shapes(got, run(original, example, "verify (original)")))
+        made = run(pruned, example, "verify (pruned)")
         watch = RouterWatch(original, experts, bar=True)
         with watch:
-            wanted = run(original, example, "verify (barred experts)")
+            whole = run(original, example, "verify (barred experts)")
+        got, wanted = _comparable(result_tensors(made), result_tensors(whole), [e.gone for e in experts])
+        if not number:
+            checks.append(same_shapes(got, wanted))
         missed = [router for router, seen in watch.logits.items() if not seen]
         if missed:
             raise GraphPruneError(f"verify: the product with {missed[0]} was not seen; its experts cannot be proven")
@@ -81,3 +84,29 @@ def verify_experts(
         error = relative_error(got, wanted)
         checks.append(Check("barred experts" if not number else "barred experts, noise", error <= tolerance, error))
     return VerificationReport(tuple(checks))
+
+
+def _comparable(
+    got: Sequence[Tensor], wanted: Sequence[Tensor], gone: Sequence[Sequence[int]]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The results of both without losses, those of the original without what it says of removed experts."""
+    results = [t for t in wanted if t.dim()]
+    if not results or [t.dim() for t in got if not t.dim()] != [t.dim() for t in wanted if not t.dim()]:
+        return list(got), list(wanted)
+    kept = [t for t in got if t.dim()]
+    cut = [_without(b, a, gone) for a, b in zip(kept, results, strict=False)]
+    return kept, [*cut, *results[len(cut) :]]
+
+
+def _without(wanted: Tensor, got: Tensor, gone: Sequence[Sequence[int]]) -> Tensor:
+    """What was said of the removed experts, -inf or a chance of 0, is taken out where the other result lacks it."""
+    for places in map(list, gone):
+        if places and wanted.shape[:-1] == got.shape[:-1] and wanted.shape[-1] - len(places) == got.shape[-1]:
+            if max(places) < wanted.shape[-1] and (wanted.is_meta or bool(_never(wanted[..., places]).all())):
+                stay = [i for i in range(wanted.shape[-1]) if i not in set(places)]
+                return wanted[..., stay]
+    return wanted
+
+
+def _never(said: Tensor) -> Tensor:
+    return (said == 0) | (said == -math.inf)

@@ -114,9 +114,11 @@ def recover(
     that are built from a configuration (`config` and `from_pretrained`, as Llama's): the configuration has no place for
     a bias, and `from_pretrained` would refuse the file.
 
-    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256;
-    with fewer than 8 samples on the same): by the error of the outputs, and by what they decide: in how many places
-    the largest number (of the last axis, or of axis 1 of four and more) is the one that is largest in the model.
+    Every repair with data is checked on inputs that are held from it, the last eighth of the samples (at most 256; of
+    fewer than 64 samples half, at most 8; a single sample is fitted and checked). Loaders that shuffle are read in
+    the order of the first pass every time. What counts is the error of the outputs, and what they decide: in how many
+    places the largest number (of the last axis, or of axis 1 of four and more) is the one that is largest in the
+    model.
     Where some layer's new weights made the outputs worse, all is done once more with such layers left as they were,
     or their means corrected alone, and the better network is kept, if it is better there than without repair. With
     8 held samples and more, a gain below 5 % of the error counts only if it is twice its standard error over

@@ -13,7 +13,7 @@ from ...support.runs import Checkpoint, read_run, write_run
 from ...support.types import PathLike
 from ...support.walking import named_tensors
 
-_KEY = "graphprune.training/2"
+_KEY = "graphprune.training/3"
 
 
 def write_checkpoint(path: PathLike, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...errors import GraphPruneError
+from ...errors import GraphPruneError, GraphPruneWarning
 from ...importance.calibration import ONE_INPUT, CalibrationData
 from ...plans.plan import Plan
 from ...support.randomness import seed_epoch
@@ -130,7 +131,7 @@ class Trainer:
         device = next(p.device for p in model.parameters())
         self._dtype = mixed_precision(options.amp, device)
         self._device = device.type
-        self._resumed = ""
+        self._resumed, self._told = "", False
         self._scaler = torch.amp.GradScaler(device.type, enabled=self._dtype is torch.float16)
         self._closure = _wants_closure(self.optimizer)
         if self._closure and self._scaler.is_enabled():
@@ -245,10 +246,24 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """All that the next epoch depends on: plain values, and tensors by name."""
-        other = {**self._loss.tensors(), **self._foreign()}
+        self._tell_what_is_not_stored()
+        held, tensors_of_loss = self._loss.state()
+        other = {**tensors_of_loss, **self._foreign()}
         plain, tensors = optimizer_state(self.optimizer, {**other, **own_tensors(self.model)})
-        about = {"optimizer": plain, "scaler": self._scaler.state_dict(), "loss": self._loss.changed()}
+        about = {"optimizer": plain, "scaler": self._scaler.state_dict(), "loss": held}
         return about, {**model_state(self.model), **other, **tensors, **self._penalty_state()}
+
+    def _tell_what_is_not_stored(self) -> None:
+        lost = self._loss.unstored()
+        if lost and not self._told:
+            self._told = True
+            warnings.warn(
+                f"checkpoint: the loss holds in {', '.join(lost[:3])} what cannot be stored; a run that is resumed "
+                f"starts with what is there then. Keep numbers, tensors and containers of them, or objects that are "
+                f"there from the beginning",
+                GraphPruneWarning,
+                stacklevel=2,
+            )
 
     def load(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
         """Go on from a `state`. The model must have its structure already."""

@@ -1,176 +1,154 @@
-"""What a loss holds itself - class vectors, centres, averages, counters - as part of how far a training has come."""
+"""What a loss holds itself - class vectors, centres, averages, queues, counters - as part of how far a training has
+come."""
 
 from __future__ import annotations
 
-import functools
-import math
-import types
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+import dataclasses
+import weakref
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ...errors import GraphPruneError
-from ...support.reach import attributes, content_of, reachable
 from ...support.walking import all_modules, tensors_in
+from .holders import Table, tables
+from .values import DATA, Written, fits, taken, written
 
 _PREFIX = "loss/"
-_PLAIN = (bool, int, float, str, type(None))
 _OF_MODULES = frozenset(vars(nn.Module()))  # flags and tables that every module has
-_Table = MutableMapping[str, Any]
+
+
+@dataclasses.dataclass
+class _Look:
+    """What a value is when it is looked at. `form`: as JSON without tensors, `marks`: which tensors, in which versions,
+    `stays`: the objects in it that are no data."""
+
+    form: Written
+    marks: list[Any]
+    stays: set[str]
+
+    def has_changed(self, before: _Look | None) -> bool:
+        return before is None or (self.form, self.marks) != (before.form, before.marks)
+
+    def storable(self, before: _Look | None) -> bool:
+        """Whether it is data, but for objects that were there from the beginning."""
+        return _is_data(self.form) and self.stays <= (set() if before is None else before.stays)
 
 
 class LossState:
-    """The tensors and plain values of a loss: of its modules, wherever it keeps them, of itself where it is an object,
-    and of what its function has kept or names. Not those of `apart`: networks that are stored elsewhere, or stay."""
+    """The data that a loss holds: of its modules, wherever it keeps them, of itself where it is an object, of the
+    objects that it leads to, and of what its functions have kept or name. Not the tensors of `apart`: networks that are
+    stored elsewhere, or stay."""
 
     def __init__(self, loss_fn: Any, apart: Iterable[nn.Module | None] = ()) -> None:
         others = [all_modules(model) for model in apart if model is not None]
         self._apart = {id(t) for modules in others for t in tensors_in(modules).values()}
         skipped = {id(module) for modules in others for module in modules.values()}
-        self._tables = [] if loss_fn is None else list(_tables(loss_fn, skipped))
-        self._start = self._plain()
-        self._moved: set[str] = set()  # plain values that have changed, in this process or before
+        self._tables = [] if loss_fn is None else list(tables(loss_fn, skipped))
+        self._start = {name: self._look(value) for name, _, value in self._values()}
+        self._moved: set[str] = set()  # values that have changed, in this process or before
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, each once."""
-        found: dict[int, tuple[str, Tensor]] = {}
-        for name, value in self._values():
-            if isinstance(value, Tensor) and id(value) not in self._apart:
-                found.setdefault(id(value), (name, value))
-        return dict(found.values())
+        """All tensors that are stored, by name, each once."""
+        return self.state()[1]
 
-    def changed(self) -> dict[str, Any]:
-        """The plain values that are not what they were at first: those that count, not those that set something."""
-        now = self._plain()
-        self._moved |= {name for name, value in now.items() if not _same(self._start.get(name, self), value)}
-        return {name: _written(now[name]) for name in self._moved & now.keys()}
+    def state(self) -> tuple[dict[str, Written], dict[str, Tensor]]:
+        """What has changed, which counts something and does not set it, as JSON by name; and tensors by name, those in
+        such values too."""
+        values: dict[str, Written] = {}
+        names: dict[int, tuple[str, Tensor]] = {}
 
-    def load(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        """Go on from what `tensors` and `changed` gave. Raises GraphPruneError, changing nothing, where it does not fit
-        this loss."""
-        plain = {name: _read(value) for name, value in plain.items()}
+        def naming(place: str, tensor: Tensor, own: bool) -> str | None:
+            return None if id(tensor) in self._apart else names.setdefault(id(tensor), (place, tensor))[0]
+
+        for name, table, value in self._values():
+            look, before = self._look(value), self._start.get(name)
+            if look.has_changed(before):
+                self._moved.add(name)
+            if look.storable(before) and (name in self._moved or (table.whole and look.marks)):
+                stored = written(value, name, naming)
+                if stored != {"tensor": name}:
+                    values[name] = stored
+        return values, dict(names.values())
+
+    def unstored(self) -> list[str]:
+        """Names of values that have changed to what cannot be stored."""
+        found = {}
+        for name, _, value in self._values():
+            look, before = self._look(value), self._start.get(name)
+            found[name] = look.storable(before) or not look.has_changed(before)
+        return sorted(name.removeprefix(_PREFIX) for name in {*found, *self._start} if not found.get(name))
+
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Written]) -> None:
+        """Go on from what `state` gave. Raises GraphPruneError, changing nothing, where it does not fit this loss."""
         stored = {name: tensor for name, tensor in tensors.items() if name.startswith(_PREFIX)}
-        own = self.tensors()
-        for name in own.keys() - stored.keys():
+        wanted = {name: {"tensor": name} for name in stored if name == _entry(name)} | dict(values)
+        whole = ((name, value) for name, table, value in self._values() if table.whole)
+        own = {name for name, value in whole if isinstance(value, Tensor) and id(value) not in self._apart}
+        for name in (own | {_entry(name) for name in stored}) - wanted.keys():
             raise _other(name)
-        for name, value in (*stored.items(), *plain.items()):
-            if name not in own and not self._possible(name, value):
+        for name, value in wanted.items():
+            if not self._possible(name, value, stored):
                 raise _other(name)
-            if isinstance(own.get(name), nn.Parameter) and not _fits(own[name], value):
-                raise _other(name)
-        for name, value in (*stored.items(), *plain.items()):
-            self._put(name, own.get(name), value)
-        self._moved |= plain.keys()
+        for name, value in wanted.items():
+            table, key = self._place(name)
+            table.values[key] = taken(value, table.values.get(key), stored)
+        self._moved |= values.keys()
 
-    def _values(self) -> Iterator[tuple[str, Any]]:
-        for number, (kind, _, table) in enumerate(self._tables):
-            for name in [name for name in table if name not in _OF_MODULES]:
-                yield f"{_PREFIX}{number}.{kind}.{name}", table[name]
+    def _values(self) -> Iterator[tuple[str, Table, Any]]:
+        for number, table in enumerate(self._tables):
+            for key in [key for key in table.values if key not in _OF_MODULES]:
+                value = table.values[key]
+                if isinstance(value, DATA):
+                    yield f"{_PREFIX}{number}.{table.kind}.{key}", table, value
 
-    def _plain(self) -> dict[str, Any]:
-        return {name: value for name, value in self._values() if type(value) in _PLAIN}
+    def _look(self, value: Any) -> _Look:
+        marks: list[Any] = []
+        stays: set[str] = set()
 
-    def _possible(self, name: str, value: Any) -> bool:
+        def naming(place: str, tensor: Tensor, own: bool) -> str | None:
+            if id(tensor) in self._apart:
+                return None
+            version = 0 if is_lazy(tensor) or tensor.is_inference() else tensor._version
+            marks.append((weakref.ref(tensor), version) if own else zlib.crc32(tensor.numpy().tobytes()))
+            return ""
+
+        form = written(value, "", naming, staying=stays.add)
+        return _Look(form, marks, stays)
+
+    def _possible(self, name: str, value: Written, tensors: Mapping[str, Tensor]) -> bool:
         """Whether a run of this loss may have made such a value there: no other attributes of a class are touched."""
-        place = self._place(name)
-        if place is None or not (isinstance(value, Tensor) or type(value) in _PLAIN):
+        try:
+            table, key = self._place(name)
+        except LookupError:
             return False
-        owner, table, key = place
-        if key in table:
-            return isinstance(table[key], (Tensor, *_PLAIN))
-        return table is getattr(owner, "__dict__", None) and not hasattr(owner, key)
+        if key in table.values:
+            return isinstance(now := table.values[key], DATA) and fits(value, now, tensors)
+        of_class = getattr(type(table.owner), key, None)
+        return table.values is getattr(table.owner, "__dict__", None) and (
+            isinstance(of_class, DATA) and not key.startswith("__") and fits(value, None, tensors)
+        )
 
-    def _place(self, name: str) -> tuple[Any, _Table, str] | None:
-        number, kind, key = [*name.removeprefix(_PREFIX).split(".", 2), "", ""][:3]
-        at = int(number) if number.isdecimal() else len(self._tables)
-        if at >= len(self._tables) or self._tables[at][0] != kind or not key.isidentifier():
-            return None
-        return *self._tables[at][1:], key
+    def _place(self, name: str) -> tuple[Table, str]:
+        """The table and the key of a name; LookupError where there is none."""
+        number, kind, key = name.removeprefix(_PREFIX).split(".", 2)
+        table = self._tables[int(number)]
+        if table.kind != kind or not key.isidentifier():
+            raise LookupError(name)
+        return table, key
 
-    def _put(self, name: str, old: Tensor | None, value: Any) -> None:
-        if old is not None and _fits(old, value):
-            with torch.no_grad():
-                old.copy_(value)
-            return
-        place = self._place(name)
-        assert place is not None
-        _, table, key = place
-        table[key] = value.to(old.device) if old is not None else value
+
+def _entry(name: str) -> str:
+    """The value that a tensor is in, by the name of the tensor."""
+    return _PREFIX + name.removeprefix(_PREFIX).partition("/")[0]
+
+
+def _is_data(form: Written) -> bool:
+    return not (isinstance(form, dict) and "stays" in form)
 
 
 def _other(name: str) -> GraphPruneError:
     return GraphPruneError(f"it is of another loss: {name.removeprefix(_PREFIX)} does not fit; pass the same loss_fn")
-
-
-def _written(value: Any) -> Any:
-    """As JSON, which has no infinite numbers."""
-    return [str(value)] if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _read(value: Any) -> Any:
-    return float(value[0]) if isinstance(value, list) and value in (["inf"], ["-inf"], ["nan"]) else value
-
-
-def _same(before: Any, now: Any) -> bool:
-    return type(before) is type(now) and before == now
-
-
-def _fits(own: Tensor, stored: Tensor) -> bool:
-    return own.shape == stored.shape and own.dtype == stored.dtype
-
-
-def _tables(loss_fn: Any, skipped: set[int]) -> Iterator[tuple[str, Any, _Table]]:
-    """Names and values that may change while the loss is used, with the kind of what they are of, and that itself."""
-    root = _holder(loss_fn)
-    roots = [root]
-    if isinstance(root, types.FunctionType):
-        known = {n: root.__globals__[n] for n in root.__code__.co_names if n in root.__globals__}
-        kept = {n: v for n, v in known.items() if isinstance(v, (Tensor, nn.Module))}
-        yield "function", root, _Names(root, set(kept))
-        roots += [v for v in kept.values() if isinstance(v, nn.Module)]
-    elif not isinstance(root, nn.Module) and (own := attributes(root)) is not None:
-        yield type(root).__name__, root, own
-    seen = set(skipped)
-    for value in (found for start in roots for found in reachable(start, closures=True)):
-        if isinstance(value, nn.Module) and id(value) not in seen:
-            seen.add(id(value))
-            kind = type(value).__name__
-            yield kind, value, value._parameters
-            yield kind, value, value._buffers
-            yield kind, value, vars(value)
-
-
-def _holder(loss_fn: Any) -> Any:
-    """The object or function behind methods and `functools.partial`."""
-    while isinstance(loss_fn, (functools.partial, types.MethodType)):
-        loss_fn = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn.__self__
-    return loss_fn
-
-
-class _Names(MutableMapping[str, Any]):
-    """What a function finds under the names that it has kept of where it was made, and under these global ones."""
-
-    def __init__(self, function: types.FunctionType, names: set[str]) -> None:
-        cells = function.__closure__ or ()
-        self._cells = dict(zip(function.__code__.co_freevars, cells, strict=True))
-        self._globals, self._names = function.__globals__, sorted(names - self._cells.keys())
-
-    def __getitem__(self, name: str) -> Any:
-        return content_of(self._cells[name]) if name in self._cells else self._globals[name]
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name in self._cells:
-            self._cells[name].cell_contents = value
-        else:
-            self._globals[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        raise KeyError(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([*self._cells, *self._names])
-
-    def __len__(self) -> int:
-        return len(self._cells) + len(self._names)

@@ -73,8 +73,11 @@ def finetune(
       weights, bit for bit, as far as torch's operators are deterministic on the device.
     - `checkpoint`: a file (safetensors) that is written after every epoch and read first where it exists: a run that
       was stopped at any moment goes on with the epoch that was under way and ends with the same weights. `epochs` and
-      the other numbers must be the same. Stored too: what else the optimizer trains; tensors of the loss, and its plain
-      values (numbers, flags, texts) that have changed: of its modules, and of the object or the function itself.
+      the other numbers must be the same. Stored too: what else the optimizer trains; tensors of the loss, and what has
+      changed of its other data: numbers, texts, arrays, generators of random numbers, and containers of these, in its
+      modules, the object or the functions themselves, and in objects that these lead to. A GraphPruneWarning names what
+      cannot be stored. Not stored: what the model's code keeps beside parameters and buffers, and where loaders stand
+      that have random numbers or counters of their own (those of torch's loaders follow from the epoch).
     - `on_epoch(epoch, model)`: called after every epoch. `progress`: as in `graphprune.plan`.
 
     Masks of `graphprune.sparsity` stay in force. `torch.no_grad` and `torch.inference_mode` around the call change

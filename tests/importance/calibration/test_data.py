@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from graphprune import GraphPruneError
@@ -63,6 +64,20 @@ def test_several_passes_read_the_same() -> None:
     assert len(list(data)) == len(list(data)) == 1
 
 
+def test_data_that_end_with_the_first_pass_say_so() -> None:
+    class Once:
+        def __init__(self) -> None:
+            self.items = iter([X, X])
+
+        def __iter__(self) -> Iterator[Tensor]:
+            return self.items
+
+    data = CalibrationData(Once(), ONE, nn.Linear(2, 1))
+    assert len(list(data)) == 2
+    with pytest.raises(GraphPruneError, match="yields no batch when it is read again, after 2 the first time"):
+        list(data)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -72,6 +87,7 @@ def test_several_passes_read_the_same() -> None:
         (X.sum(), "expected a DataLoader"),
         ({"x": X}, "expected a DataLoader"),
         ([], "yields no batch"),
+        ([X, X[:0]], "batch 1 holds no samples"),
         ([3], "batch 0 is a int"),
         ([X, (X, X, X)], "batch 1 is a tuple of length 3"),
         ([(3, Y)], "batch 0"),

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
+from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import graphprune
-from graphprune.recovery.repair.checking import NO_OUTPUTS, Check, Measured
+from graphprune.importance.calibration import CalibrationData
+from graphprune.importance.calibration.data import ONE_INPUT
+from graphprune.recovery.repair.checking import NO_OUTPUTS, Check, FitData, Measured
 from graphprune.tracing.example import ExampleInput
 
 WHOLE = torch.tensor([4.0, 1.0, 9.0, 2.0, 5.0, 3.0, 6.0, 8.0])
@@ -26,6 +32,54 @@ class Outputs(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = x + self.shift * x.square()
         return x * 2, torch.complex(x, 1 - x), x.argmax(1)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "held"),
+    [
+        ([1], 1), ([2], 1), ([7], 3), ([16], 8), ([63], 8), ([64], 8), ([200], 25), ([40, 24], 8), ([3, 3, 3, 3], 6),
+        ([1] * 10, 5), ([16] * 8, 16), ([8] * 100, 96), ([64] * 200, 256), ([100, 2], 2), ([2, 100], 12),
+    ],
+)  # fmt: skip
+def test_how_many_samples_are_held(sizes: list[int], held: int) -> None:
+    batches = list(torch.arange(float(sum(sizes)))[:, None].split(sizes))
+    data = FitData(CalibrationData(batches, ONE_INPUT, nn.Linear(1, 1)), nn.Linear(1, 1))
+    last = torch.cat([e.args[0] for e in data.held]).flatten().tolist()
+    seen = torch.cat([e.args[0] for e in data.inputs()]).flatten().tolist()
+    assert len(last) == data.samples == held and last == list(range(sum(sizes) - held, sum(sizes)))
+    assert seen == list(range(sum(sizes) - held if data.apart else sum(sizes)))
+
+
+class Drawn:
+    """Shuffles and adds noise by all sources of random numbers, with a generator that loaders are known to have."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(4)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in torch.randperm(6, generator=self.generator).tolist():
+            noise = torch.rand(4) + float(np.random.rand()) + random.random() + torch.rand(4, generator=self.generator)
+            yield (100.0 * index + noise)[:, None]
+
+
+@pytest.mark.parametrize("kind", ["loader", "loader with a generator", "drawn"])
+def test_what_is_held_from_a_loader_that_shuffles_is_never_seen(kind: str) -> None:
+    rows = TensorDataset(torch.arange(48.0)[:, None])
+    generator = None if kind == "loader" else torch.Generator().manual_seed(3)
+    loader = Drawn() if kind == "drawn" else DataLoader(rows, 8, shuffle=True, generator=generator)
+    model = nn.Linear(1, 1)
+    plain, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    data = FitData(CalibrationData(loader, ONE_INPUT, model), model)
+    held = torch.cat([e.args[0] for e in data.held]).flatten().tolist()
+    passes = []
+    for _ in range(3):
+        passes.append(torch.cat([e.args[0] for e in data.inputs()]).flatten().tolist())
+        assert torch.equal(plain, torch.get_rng_state())
+        torch.rand(3)
+        plain = torch.get_rng_state()
+    assert passes[0] == passes[1] == passes[2] and set(held).isdisjoint(passes[0])
+    assert len(held) + len(passes[0]) == (24 if kind == "drawn" else 48)
+    assert np.random.get_state()[1].tolist() == numpy_state  # type: ignore[union-attr]
 
 
 def test_errors_are_those_of_each_sample_added_up() -> None:

@@ -299,11 +299,11 @@ def test_checkpoints_of_other_runs_and_damaged_ones_are_refused(tmp_path: Path) 
         graphprune.finetune(other, loader(), epochs=1, checkpoint=file)
     length = int.from_bytes(good[:8], "little")
     header = json.loads(good[8 : 8 + length])
-    about = json.loads(header["__metadata__"]["graphprune.training/2"])
+    about = json.loads(header["__metadata__"]["graphprune.training/3"])
     assert header["__metadata__"]["sha256"]
     for damage in ("history", "optimizer", "before", "best", "scaler"):
         broken = {k: v for k, v in about.items() if k != damage}
-        text = json.dumps({**header, "__metadata__": {"graphprune.training/2": json.dumps(broken)}}).encode()
+        text = json.dumps({**header, "__metadata__": {"graphprune.training/3": json.dumps(broken)}}).encode()
         file.write_bytes(len(text).to_bytes(8, "little") + text + good[8 + length :])
         with pytest.raises(GraphPruneError, match="damaged"):
             graphprune.finetune(net(), loader(), epochs=1, checkpoint=file)
