@@ -27,9 +27,11 @@ def are_plain(values: Sequence[Any]) -> bool:
 
 
 def nothing_between() -> bool:
-    """Whether torch would do nothing else on the way: take gradients, vectorise, or ask a mode of the user's."""
+    """Whether torch would do nothing else on the way: take gradients, vectorise, make tensors for inference alone, or
+    ask a mode of the user's."""
     return not (
         torch.is_grad_enabled()
+        or torch.is_inference_mode_enabled()
         or torch._C._len_torch_dispatch_stack() > 1
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0

@@ -139,7 +139,20 @@ class Watched(nn.Module):
         return y * float("aten.relu.default" in counts.seen)
 
 
-@pytest.mark.parametrize("kind", [Slope, Mapped, Tangent, Watched])
+class Inference(nn.Module):
+    """Without autograd, torch leaves calls as they are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.inference_mode():
+            y = F.conv1d(self.a(x)[:, None], self.a.weight[:2, None])
+        return torch.relu(y.clone())
+
+
+@pytest.mark.parametrize("kind", [Slope, Mapped, Tangent, Watched, Inference])
 def test_torch_is_asked_where_something_lies_between(kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = kind().eval(), torch.randn(2, 3)
     found = said(record_run(model, x))
