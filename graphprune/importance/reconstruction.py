@@ -96,7 +96,7 @@ def quadratic_of(moments: Moments) -> tuple[Quadratic, Tensor]:
     few, rows = moments.few, max(moments.rows, 1)
     if few is not None:
         mean = few[0].mean(1)
-        centred = few[0].sub_(mean[:, None]).div_(rows**0.5)
+        centred = (few[0] - mean[:, None]).div_(rows**0.5)
         return Thin(centred, _ridge(centred.square().sum(1).mean(1))), mean
     mean = moments.gram[:, -1, :-1] / rows
     covariance = moments.gram[:, :-1, :-1] / rows
