@@ -247,7 +247,7 @@ class Elimination:
             among = price.argsort(stable=True)[: 1 if count == 1 else left if left <= ALL else 2 * count]
             parts = [state.part(among) for state in self._states]
             if count > 1:
-                first, costs = cheapest([p.candidates() for p in parts], count, max(1, left // SHARE))
+                first, costs = cheapest(_candidates(parts), count, max(1, left // SHARE))
             else:
                 first, costs = torch.zeros(1, dtype=torch.long, device=among.device), price[among].tolist()
             going = among[first]
@@ -358,26 +358,37 @@ class _Few:
     k: int
     energy: float
 
-    def candidates(self) -> _Candidates:
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """See `_Candidates`."""
         inverse = self.inverse.minor
-        return _Candidates(inverse, (self.values @ self.values.mT).to(inverse.dtype), self.k, self.energy)
+        return inverse, (self.values @ self.values.mT).to(inverse.dtype).div_(self.energy)
+
+
+def _candidates(parts: Sequence[_Few]) -> list[_Candidates]:
+    """The same units in several problems; those with as many features per unit together."""
+    found = []
+    for k in dict.fromkeys(part.k for part in parts):
+        matrices = zip(*(part.matrices() for part in parts if part.k == k), strict=True)
+        found.append(_Candidates(*map(torch.cat, matrices), k))
+    return found
 
 
 class _Candidates:
-    """A few units: the rows and columns of their features in H^-1 and in V V', (problems, units k, units k).
+    """A few units: the rows and columns of their features in H^-1 and in V V', (problems, units k, units k), the latter
+    divided by the energy.
 
     Both stay as they were. What the first has lost since then is e' e, and the second e' h + h' e, rows that are
     noted; only the diagonal blocks are those of now, and other rows are made when a unit goes.
     """
 
-    def __init__(self, inverse: Tensor, squares: Tensor, k: int, energy: float) -> None:
-        self._inverse, self._squares, self.k, self.energy = inverse, squares, k, energy
+    def __init__(self, inverse: Tensor, squares: Tensor, k: int) -> None:
+        self._inverse, self._squares, self.k = inverse, squares, k
         self._blocks, self._square_blocks = (_diagonal(t, k).clone() for t in (inverse, squares))
         self._e, self._h = torch.empty_like(inverse), torch.empty_like(squares)
         self._noted = 0
 
     def prices(self) -> Tensor:
-        return _prices(self._blocks, self._square_blocks) / self.energy
+        return _prices(self._blocks, self._square_blocks)
 
     def remove(self, units: Tensor) -> None:
         at = _features(units, self.k)

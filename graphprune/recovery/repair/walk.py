@@ -152,12 +152,15 @@ class Pair:
         first = next((i for i, other in enumerate(self.order) if other is wave), len(self.order))
         coming, used = list(wave), 0
         for later in self.order[first:] if self.memories else ():
-            # twice: what a result is added to is held too
-            used += sum(2 * memory.bytes_of(r.weight) for memory, _ in self.memories for r in later)
+            used += self._bytes(later)
             if used > AHEAD:
                 break
             coming += later if later is not wave else ()
         return coming
+
+    def _bytes(self, wave: Sequence[Reader]) -> int:
+        """Memory of the results of a wave for all batches; twice, as what they are added to is held too."""
+        return sum(2 * memory.bytes_of(r.weight) for memory, _ in self.memories for r in wave)
 
     def _wanted(
         self, index: int, example: ExampleInput, wave: Sequence[Reader], coming: Sequence[Reader], memory: Replay | None
