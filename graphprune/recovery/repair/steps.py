@@ -1,9 +1,9 @@
 """The steps of a repair: layers get other values, and get back their own where that makes the outputs worse.
 
-Every step is taken back at once that makes the outputs worse. But what is right for a layer may be wrong for the outputs
-until those behind it have been repaired too. So where some step was taken back, the repair is done once more with all
-of them in place, and the better of the two networks is kept. If not even that is surely better than no repair, by more
-than samples differ by chance, all is taken back.
+Every step that makes the outputs worse is taken back at once. But what is right for a layer may be wrong for the
+outputs until those behind it have been repaired too. So where some step was taken back, the repair is done once more
+with all of them in place, and the better of the two networks is kept. If not even that is surely better than no repair,
+by more than samples differ by chance, all is taken back.
 """
 
 from __future__ import annotations
