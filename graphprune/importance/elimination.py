@@ -2,9 +2,9 @@
 
 Optimal brain surgeon needs, after every step, the inverse of what is left of a matrix H. Steps one by one are made
 among the cheapest units alone, on small matrices; all others learn of a sixteenth of the units at a time, as one
-product of matrices. No matrix is changed as a whole: what it loses is noted, and columns are made when they are needed
-(a Cholesky factorisation with pivots, column by column). Features lie in the order of their units. Where H comes from fewer rows of data than it has columns, it is not even made: all that is
-inverted then is as large as the number of rows.
+product of matrices. No inverse is changed as a whole: what it loses is noted, and columns are made when they are asked
+for (a Cholesky factorisation with pivots). Features lie in the order of their units. Where H comes from fewer rows of
+data than it has columns, it is not even made: all that is inverted then is as large as the number of rows.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ class _WholePart:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _ThinInverse:
-    """(1 - rows middle rows') / ridge, `rows` (problems, F, n), where `middle` inverts rows' rows + ridge (Woodbury)."""
+    """(1 - rows middle rows') / ridge with `rows` (problems, F, n), where `middle` inverts rows' rows + ridge
+    (Woodbury)."""
 
     rows: Tensor
     ridge: Tensor
