@@ -328,8 +328,9 @@ class _State:
         """The diagonal blocks of x x', of the units that are left."""
         rows = x[:, : self._units * self._k]
         if self._k == 1:
-            return torch.linalg.vector_norm(rows, dim=2).square_()[:, :, None, None]
-        blocks = rows.unflatten(1, (self._units, self._k))
+            norms: Tensor = torch.linalg.vector_norm(rows, dim=2)
+            return norms.square_()[:, :, None, None]
+        blocks: Tensor = rows.unflatten(1, (self._units, self._k))
         return blocks @ blocks.mT
 
     def refit(self) -> Tensor:
@@ -370,8 +371,8 @@ def _candidates(parts: Sequence[_Few]) -> list[_Candidates]:
     """The same units in several problems; those with as many features per unit together."""
     found = []
     for k in dict.fromkeys(part.k for part in parts):
-        matrices = zip(*(part.matrices() for part in parts if part.k == k), strict=True)
-        found.append(_Candidates(*map(torch.cat, matrices), k))
+        inverses, squares = zip(*(part.matrices() for part in parts if part.k == k), strict=True)
+        found.append(_Candidates(torch.cat(inverses), torch.cat(squares), k))
     return found
 
 
