@@ -170,3 +170,19 @@ def test_weights_of_doubled_inputs(rows: int) -> None:
     assert all(math.isfinite(c) for c in costs)
     if not rows:
         assert order[0] in (2, 5) and abs(costs[0]) < 1e-6
+
+
+@pytest.mark.parametrize("problems", [CASES[3], CASES[8]])
+def test_weights_in_their_own_precision(problems: list[Problem]) -> None:
+    units = len(problems[0].features)
+    narrow = [dataclasses.replace(p, weights=p.weights.float()) for p in problems]
+    order, costs = Elimination(problems, units).finish()
+    found, prices = Elimination(narrow, units).finish()
+    assert found == order
+    assert prices == pytest.approx(costs, rel=1e-3)
+    half = Elimination(narrow, units)
+    half.until(units // 2)
+    for problem, change in zip(narrow, half.refits(), strict=True):
+        assert change.dtype == torch.float32
+        wanted = refit(problem, problem.weights.double(), half.order)[0]
+        torch.testing.assert_close((problem.weights + change).double(), wanted, rtol=1e-3, atol=1e-3)
