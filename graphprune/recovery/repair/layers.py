@@ -22,7 +22,7 @@ from ...importance.calibration import (
 from ...plans.plan import Plan
 from ...plans.surgery import find_folds
 from ...support.progress import stage
-from ...support.walking import named_tensors
+from ...support.walking import named_tensors, tensor_named
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from . import walk
@@ -112,7 +112,7 @@ class Refit:
 
     def _refusal(self, reader: Reader) -> str:
         """Why the weights of a layer are left alone."""
-        weight = named_tensors(self.small)[reader.weight]
+        weight = tensor_named(self.small, reader.weight)
         features = weight.numel() // weight.shape[reader.out_axis]
         for form in (self.forms[name] for name in (reader.weight, reader.bias) if name in self.forms):
             if not form.changeable:
@@ -184,7 +184,7 @@ class Refit:
         return None
 
     def _fitted(self, reader: Reader, moments: Moments, few: str) -> Iterator[Option]:
-        weight = named_tensors(self.small)[reader.weight]
+        weight = tensor_named(self.small, reader.weight)
         constant = self._constant(reader)
         start = weight_matrix(reader, weight)
         outputs = weight.shape[reader.out_axis]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from torch import Tensor, nn
 
 from ...importance.calibration import Reader
-from ...support.walking import named_tensors
+from ...support.walking import tensor_named
 from .checking import Check
 from .walk import Constant
 
@@ -123,7 +123,7 @@ class Steps:
 
     def _put(self, reader: Reader, option: Option) -> None:
         if option.weight is not None:
-            named_tensors(self.small)[reader.weight].data.copy_(option.weight)
+            tensor_named(self.small, reader.weight).data.copy_(option.weight)
         if option.change is not None:
             self.constant(reader).add(option.change)
 
@@ -132,7 +132,7 @@ class Values:
     """All that a step may change of one layer, as it is now."""
 
     def __init__(self, small: nn.Module, reader: Reader, constant: Constant) -> None:
-        weight = named_tensors(small)[reader.weight]
+        weight = tensor_named(small, reader.weight)
         self._owner = small.get_submodule(reader.weight.rpartition(".")[0])
         self._tensors = [t for t in (weight, constant.bias, constant.mean) if t is not None]
         self._added = constant.owner is not None  # the bias it may be given

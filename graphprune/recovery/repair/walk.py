@@ -20,7 +20,7 @@ from ...importance.calibration.replay import Replay
 from ...importance.calibration.statistics import MAX_FEATURES, MEMORY
 from ...plans.plan import Plan
 from ...support.cutting import keep_indices
-from ...support.walking import named_tensors
+from ...support.walking import named_tensors, tensor_named
 from ...tracing.example import ExampleInput
 
 # Intermediate results held between passes, so that nothing is computed twice; beyond this, everything is.
@@ -262,11 +262,10 @@ class Constant:
     def __init__(
         self, small: nn.Module, reader: Reader, batch_norm: nn.Module | None, new_bias: bool = True
     ) -> None:
-        named = named_tensors(small)
         path, _, last = reader.weight.rpartition(".")
         owner = small.get_submodule(path)
         form = forms_in(small).get(reader.bias)
-        self.bias = named[reader.bias] if reader.bias and (form is None or form.changeable) else None
+        self.bias = tensor_named(small, reader.bias) if reader.bias and (form is None or form.changeable) else None
         self.mean = getattr(batch_norm, "running_mean", None) if self.bias is None else None
         plain = isinstance(owner, (nn.Linear, _ConvNd)) and last == "weight" and owner.bias is None
         usual = new_bias and type(owner).forward.__module__.startswith("torch.nn")
