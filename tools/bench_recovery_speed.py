@@ -142,7 +142,8 @@ def page(commit: str, rounds: int, rows: list[list[str]], ratios: list[str]) -> 
             "What bounds memory: moments of the layers looked at in one pass (1 GiB, or those of one layer where it "
             "alone needs more), three matrices as large as the number of one layer's inputs squared, the samples that "
             "outputs are measured on (8 to 64) and, up to 256 MiB, what stands before the layers that change. Where "
-            "there are fewer rows of data than half of a layer's inputs, the rows are held and no such matrix is made.",
+            "there are fewer rows of data than half of a layer's inputs, the rows are held and no such matrix is made. "
+            "Repairs hold up to 256 MiB of the dense network's results, and 2 GiB of what stands before the layers.",
             "",
         ]
     )

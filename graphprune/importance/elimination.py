@@ -2,8 +2,9 @@
 
 Optimal brain surgeon needs, after every step, the inverse of what is left of a matrix H. Steps one by one are made
 among the cheapest units alone, on small matrices; all others learn of a sixteenth of the units at a time, as one
-product of matrices. Where H comes from fewer rows of data than it has columns, it is not even made: all that is
-inverted then is as large as the number of rows.
+product of matrices. No inverse is changed as a whole: what it loses is noted, and columns are made when they are asked
+for (a Cholesky factorisation with pivots). Features lie in the order of their units. Where H comes from fewer rows of
+data than it has columns, it is not even made: all that is inverted then is as large as the number of rows.
 """
 
 from __future__ import annotations
@@ -26,18 +27,29 @@ ALL = 32
 class Inverse(Protocol):
     """The inverse of what is left of a matrix H. Shapes: problems first; F features are left."""
 
-    def times(self, x: Tensor) -> Tensor:
-        """(problems, F, any)."""
+    def blocks(self, units: int, k: int) -> Tensor:
+        """The diagonal blocks of units of k features each, the first ones: (problems, units, k, k)."""
 
-    def columns(self, at: Tensor) -> Tensor:
+    def part(self, at: Tensor) -> Part:
+        """Some of its rows and columns."""
+
+    def without(self, gone: Part, kept: Tensor, change: Tensor, root: Tensor) -> Inverse:
+        """The inverse of what is kept. `change` (problems, kept, gone): its product with its transpose is what the
+        inverse loses; `root`: the lower triangle of what goes."""
+
+
+class Part(Protocol):
+    """A few features of an inverse, by their places `at`."""
+
+    @property
+    def minor(self) -> Tensor:
+        """Their rows and columns, (problems, len(at), len(at))."""
+
+    def of(self, some: Tensor) -> Part:
+        """Those at these places among them."""
+
+    def columns(self) -> Tensor:
         """(problems, F, len(at))."""
-
-    def minors(self, features: Tensor) -> Tensor:
-        """Rows and columns of sets of features (sets, k): (problems, sets, k, k)."""
-
-    def without(self, gone: Tensor, kept: Tensor, change: Tensor) -> Inverse:
-        """The inverse of what is kept. `change` (problems, F, len(gone)): its product with its transpose is what the
-        inverse loses."""
 
 
 class Quadratic(Protocol):
@@ -46,11 +58,8 @@ class Quadratic(Protocol):
     def times(self, x: Tensor) -> Tensor:
         """H x."""
 
-    def between(self, kept: Tensor, gone: Tensor, x: Tensor) -> Tensor:
-        """The rows `kept` and columns `gone` of H, times x (problems, len(gone), any)."""
-
-    def inverse(self) -> Inverse:
-        """The inverse of all of it."""
+    def inverse(self, order: Tensor) -> Inverse:
+        """The inverse of all of it, features in this order."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,11 +71,9 @@ class Whole:
     def times(self, x: Tensor) -> Tensor:
         return self.matrix @ x
 
-    def between(self, kept: Tensor, gone: Tensor, x: Tensor) -> Tensor:
-        return self.matrix[:, kept[:, None], gone] @ x
-
-    def inverse(self) -> Inverse:
-        return _WholeInverse(_inverse(self.matrix))
+    def inverse(self, order: Tensor) -> Inverse:
+        found = _inverse(self.matrix)
+        return _WholeInverse.of(found if _in_order(order) else found[:, order[:, None], order])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,82 +87,146 @@ class Thin:
     def times(self, x: Tensor) -> Tensor:
         return self.rows.mT @ (self.rows @ x) + self.ridge * x
 
-    def between(self, kept: Tensor, gone: Tensor, x: Tensor) -> Tensor:
-        return self.rows[:, :, kept].mT @ (self.rows[:, :, gone] @ x)
-
-    def inverse(self) -> Inverse:
+    def inverse(self, order: Tensor) -> Inverse:
         outer = self.rows @ self.rows.mT
         outer.diagonal(dim1=1, dim2=2).add_(self.ridge[:, :, 0])
-        return _ThinInverse(self.rows, self.ridge, _inverse(outer))
+        rows = self.rows.mT.contiguous()  # one after the other in memory, as what is kept is copied row by row
+        return _ThinInverse(rows if _in_order(order) else rows.index_select(1, order), self.ridge, _inverse(outer))
+
+
+def _in_order(order: Tensor) -> bool:
+    return torch.equal(order, torch.arange(len(order), device=order.device))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _WholeInverse:
-    values: Tensor
+    """`first`, as it was at first, is never changed: what it has lost since then is e e', for the `count` first columns
+    of `lost` (problems, features, features), of which the rows at the places `kept` mean something. Columns are made
+    when they are asked for, as those of a Cholesky factor are."""
 
-    def times(self, x: Tensor) -> Tensor:
-        return self.values @ x
+    first: Tensor
+    lost: Tensor
+    count: int
+    kept: Tensor
 
-    def columns(self, at: Tensor) -> Tensor:
-        return self.values[:, :, at]
+    @classmethod
+    def of(cls, matrix: Tensor) -> _WholeInverse:
+        first = matrix.mT.contiguous()  # as it is symmetric, no copy of what is laid out by columns
+        return cls(first, torch.zeros_like(first), 0, torch.arange(first.shape[1], device=first.device))
 
-    def minors(self, features: Tensor) -> Tensor:
-        return self.values[:, features[:, :, None], features[:, None, :]]
+    def blocks(self, units: int, k: int) -> Tensor:
+        own = self.part(torch.arange(units * k, device=self.kept.device)).minor if self.count else self.first
+        return _diagonal(own[:, : units * k, : units * k], k)
 
-    def without(self, gone: Tensor, kept: Tensor, change: Tensor) -> Inverse:
-        e = change[:, kept]
-        return _WholeInverse(self.values[:, kept[:, None], kept].baddbmm_(e, e.mT, alpha=-1))
+    def part(self, at: Tensor) -> Part:
+        places = self.kept[at]
+        return _WholePart(self, places, *(t.index_select(1, places) for t in (self.first, self.lost)))
+
+    def without(self, gone: Part, kept: Tensor, change: Tensor, root: Tensor) -> Inverse:
+        now, end = self.kept[kept], self.count + len(root[0])
+        self.lost[:, now, self.count : end] = change
+        return _WholeInverse(self.first, self.lost, end, now)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _WholePart:
+    """`first` and `lost` of the inverse at the places `at` of all there were at first."""
+
+    inverse: _WholeInverse
+    at: Tensor
+    first: Tensor
+    lost: Tensor
+
+    @property
+    def minor(self) -> Tensor:
+        lost = self.lost[:, :, : self.inverse.count]
+        return self.first[:, :, self.at].baddbmm_(lost, lost.mT, alpha=-1)
+
+    def of(self, some: Tensor) -> Part:
+        first, lost = (t.index_select(1, some) for t in (self.first, self.lost))
+        return _WholePart(self.inverse, self.at[some], first, lost)
+
+    def columns(self) -> Tensor:
+        lost, mine = (t[:, :, : self.inverse.count] for t in (self.inverse.lost, self.lost))
+        found = torch.baddbmm(self.first.mT, lost, mine.mT, alpha=-1)
+        return found if len(self.inverse.kept) == found.shape[1] else found.index_select(1, self.inverse.kept)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _ThinInverse:
-    """(1 - rows' middle rows) / ridge, where `middle` inverts rows rows' + ridge (Woodbury)."""
+    """(1 - rows middle rows') / ridge with `rows` (problems, F, n), where `middle` inverts rows' rows + ridge
+    (Woodbury)."""
 
     rows: Tensor
     ridge: Tensor
     middle: Tensor
 
-    def times(self, x: Tensor) -> Tensor:
-        return (x - self.rows.mT @ (self.middle @ (self.rows @ x))) / self.ridge
-
-    def columns(self, at: Tensor) -> Tensor:
-        found = (self.rows.mT @ (self.middle @ self.rows[:, :, at])).neg_()
-        found[:, at, torch.arange(len(at), device=at.device)] += 1
-        return found.div_(self.ridge)
-
-    def minors(self, features: Tensor) -> Tensor:
-        sets, k = features.shape
-        rows = self.rows[:, :, features.flatten()]
-        both = (self.middle @ rows).unflatten(2, (sets, k)), rows.unflatten(2, (sets, k))
-        right, left = (t.permute(0, 2, 1, 3) for t in both)  # (problems, sets, n, k)
-        found: Tensor = (torch.eye(k).to(rows) - left.mT @ right) / self.ridge[:, None]
+    def blocks(self, units: int, k: int) -> Tensor:
+        rows = self.rows[:, : units * k]
+        left, right = (t.unflatten(1, (units, k)) for t in (rows @ self.middle, rows))
+        found: Tensor = (torch.eye(k).to(rows) - left @ right.mT) / self.ridge[:, None]
         return found
 
-    def without(self, gone: Tensor, kept: Tensor, change: Tensor) -> Inverse:
-        if len(kept) <= self.rows.shape[1]:
-            e = change[:, kept]
-            return _WholeInverse(self.columns(kept)[:, kept].baddbmm_(e, e.mT, alpha=-1))
-        lost = self.middle @ self.rows[:, :, gone]
+    def part(self, at: Tensor) -> Part:
+        rows = self.rows.index_select(1, at)
+        return _ThinPart(self, at, rows, rows @ self.middle)
+
+    def without(self, gone: Part, kept: Tensor, change: Tensor, root: Tensor) -> Inverse:
+        assert isinstance(gone, _ThinPart)
+        rows = self.rows.index_select(1, kept)
+        if len(kept) <= rows.shape[2]:
+            left = _ThinInverse(rows, self.ridge, self.middle).whole()
+            return _WholeInverse.of(left.baddbmm_(change, change.mT, alpha=-1))
         # of what is kept, the middle is (M^-1 - a a')^-1 = M + M a (1 - a' M a)^-1 a' M; that in brackets is ridge
-        # times the rows and columns of the inverse that go, whose root is what `change` holds there
-        root = change[:, gone]
-        part = torch.linalg.solve_triangular(root.mT, lost, upper=True, left=False)
-        middle = self.middle.baddbmm(part / self.ridge, part.mT)
-        return _ThinInverse(self.rows[:, :, kept], self.ridge, middle)
+        # times the rows and columns of the inverse that go, with this root
+        part = torch.linalg.solve_triangular(root, gone.lost, upper=False)
+        return _ThinInverse(rows, self.ridge, self.middle.baddbmm(part.mT / self.ridge, part))
+
+    def whole(self) -> Tensor:
+        """All of it."""
+        found = ((self.rows @ self.middle) @ self.rows.mT).neg_()
+        found.diagonal(dim1=1, dim2=2).add_(1)
+        return found.div_(self.ridge)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ThinPart:
+    """`rows` of the inverse at these places, and `lost`: these times its middle."""
+
+    inverse: _ThinInverse
+    at: Tensor
+    rows: Tensor
+    lost: Tensor
+
+    @property
+    def minor(self) -> Tensor:
+        found = (self.lost @ self.rows.mT).neg_()
+        found.diagonal(dim1=1, dim2=2).add_(1)
+        return found.div_(self.inverse.ridge)
+
+    def of(self, some: Tensor) -> Part:
+        return _ThinPart(self.inverse, self.at[some], *(t.index_select(1, some) for t in (self.rows, self.lost)))
+
+    def columns(self) -> Tensor:
+        found = (self.inverse.rows @ self.lost.mT).neg_()
+        found[:, self.at, torch.arange(len(self.at), device=self.at.device)] += 1
+        return found.div_(self.inverse.ridge)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """One reader of a group: how errors of its weights count, these, and which of its inputs each unit stands for.
 
-    `weights` (problems, features, outputs), in the unit in which errors count; `features` (units, k); `energy`: what
-    errors are divided by.
+    `weights` (problems, features, outputs) are held in the precision that they come in; `features` (units, k);
+    `energy`: what errors are divided by; `scale` (problems, 1, outputs), above 0: the unit in which errors of results
+    count, one where it is not given.
     """
 
     quadratic: Quadratic
     weights: Tensor
     features: Tensor
     energy: float
+    scale: Tensor | None = None
 
 
 class Elimination:
@@ -175,113 +246,183 @@ class Elimination:
         while len(self.order) < gone:
             left, price = len(self._alive), self._prices()
             count = min(max(1, left // PART) if left > ALL else left - 1, gone - len(self.order))
-            going = price.argsort(stable=True)[: left if left <= ALL else 2 * count]
-            if count == 1:
-                going = going[:1]
-            costs = price[going].tolist()
+            among = price.argsort(stable=True)[: 1 if count == 1 else left if left <= ALL else 2 * count]
+            parts = [state.part(among) for state in self._states]
             if count > 1:
-                first, costs = cheapest([s.among(going) for s in self._states], count, max(1, left // SHARE))
-                going = going[first]
+                first, costs = cheapest(_candidates(parts), count, max(1, left // SHARE))
+            else:
+                first, costs = torch.zeros(1, dtype=torch.long, device=among.device), price[among].tolist()
+            going = among[first]
             self.order += self._alive[going].tolist()
             self.costs += costs
             stay = torch.ones(left, dtype=torch.bool, device=price.device)
             stay[going] = False
-            for state in self._states:
-                state.remove(going, stay)
-            self._alive = self._alive[stay]
+            kept = torch.nonzero(stay)[:, 0]
+            for state, part in zip(self._states, parts, strict=True):
+                state.remove(part, first, kept)
+            self._alive = self._alive[kept]
 
     def finish(self) -> tuple[list[int], list[float]]:
         """All units: the last one costs everything that is still explained."""
         self.until(len(self.order) + len(self._alive) - 1)
         return [*self.order, *self._alive.tolist()], [*self.costs, float(self._prices().sum())]
 
-    def refits(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """How weights (one of each problem: problems, features, outputs) change where the units went so far and those
+    def refits(self) -> list[Tensor]:
+        """How the weights of each problem (problems, features, outputs) change where the units went so far and those
         left take over as well as they can."""
-        return [state.refit(w) for state, w in zip(self._states, weights, strict=True)]
+        return [state.refit() for state in self._states]
 
     def _prices(self) -> Tensor:
         return torch.stack([state.prices() for state in self._states]).sum(0)
 
 
 class _State:
-    """What is left of a problem. With H the matrix of what stays and V its weights now: `_blocks` the diagonal blocks
-    of H^-1, `_squares` those of V V', (problems, units, k, k)."""
+    """What is left of a problem, features of its units first, unit by unit, then all others. With H the matrix of what
+    stays and V its weights now: `_blocks` the diagonal blocks of H^-1, `_squares` those of V V', (problems, units, k,
+    k)."""
 
     def __init__(self, problem: Problem) -> None:
-        self._quadratic, self.energy = problem.quadratic, problem.energy
-        self._inverse, self._values = problem.quadratic.inverse(), problem.weights
-        self._places = problem.features  # of the units that are left, among the features that are
-        self._kept = torch.arange(problem.weights.shape[1], device=problem.weights.device)
-        self._blocks = self._inverse.minors(problem.features)
+        self._problem, self.energy = problem, problem.energy
+        self._units, self._k = problem.features.shape
+        others = torch.ones(problem.weights.shape[1], dtype=torch.bool, device=problem.weights.device)
+        own = problem.features.flatten()
+        others[own] = False
+        self._kept = torch.cat([own, torch.nonzero(others)[:, 0]])  # the features that are left
+        self._values = problem.weights.index_select(1, self._kept)
+        if problem.scale is not None:
+            self._values.mul_(problem.scale)
+        self._inverse = problem.quadratic.inverse(self._kept)
+        self._blocks = self._inverse.blocks(self._units, self._k)
         self._square()
 
     def prices(self) -> Tensor:
         return _prices(self._blocks, self._squares) / self.energy
 
-    def among(self, units: Tensor) -> _Candidates:
+    def part(self, units: Tensor) -> _Few:
         """Some of the units that are left, by their places among these."""
-        at = self._places[units].flatten()
-        values = self._values[:, at]
-        return _Candidates(self._inverse.minors(at[None])[:, 0], values @ values.mT, self._places.shape[1], self.energy)
+        at = _features(units, self._k)
+        return _Few(self._inverse.part(at), self._values.index_select(1, at), self._k, self.energy)
 
-    def remove(self, units: Tensor, stay: Tensor) -> None:
-        """The units at these places among those that are left go; `stay`: the mask of those that do not."""
-        at, places = self._places[units].flatten(), self._places[stay]
-        columns = self._inverse.columns(at)
-        root = _root(columns[:, at])
+    def remove(self, few: _Few, which: Tensor, stay: Tensor) -> None:
+        """Of these units, those at the places `which` go; `stay`: the places of those that do not, of all."""
+        some = _features(which, self._k)
+        gone = few.inverse.of(some)
+        root = _root(gone.minor)
+        rest = torch.arange(self._units * self._k, len(self._kept), device=stay.device)
+        kept = torch.cat([_features(stay, self._k), rest])
         # H^-1 loses e e', V loses e y
-        e = torch.linalg.solve_triangular(root.mT, columns, upper=True, left=False)
-        y = torch.linalg.solve_triangular(root, self._values[:, at], upper=False)
-        part = e[:, places]
-        self._blocks = self._blocks[:, stay] - part @ part.mT
-        mask = torch.ones(len(self._kept), dtype=torch.bool, device=at.device)
-        mask[at] = False
-        kept = torch.nonzero(mask)[:, 0]
-        self._values = self._values[:, kept].baddbmm_(e[:, kept], y, alpha=-1)
-        self._inverse = self._inverse.without(at, kept, e)
-        self._places = (mask.cumsum(0) - 1)[places]
+        e = _of_triangle(root, gone.columns().index_select(1, kept))
+        y = torch.linalg.solve_triangular(root, few.values.index_select(1, some).to(root.dtype), upper=False)
+        self._units = len(stay)
+        self._blocks = self._blocks.index_select(1, stay) - self._own(e)
+        kind = self._values.dtype
+        self._values = self._values.index_select(1, kept).baddbmm_(e.to(kind), y.to(kind), alpha=-1)
+        self._inverse = self._inverse.without(gone, kept, e, root)
         self._kept = self._kept[kept]
         self._square()
 
     def _square(self) -> None:
-        rows = self._values[:, self._places]
-        self._squares = rows @ rows.mT
+        self._squares = self._own(self._values).to(self._blocks.dtype)
 
-    def refit(self, weights: Tensor) -> Tensor:
-        gone = torch.ones(weights.shape[1], dtype=torch.bool, device=weights.device)
-        gone[self._kept] = False
-        at = torch.nonzero(gone)[:, 0]
-        change = -weights
-        change[:, self._kept] = self._inverse.times(self._quadratic.between(self._kept, at, weights[:, at]))
-        return change
+    def _own(self, x: Tensor) -> Tensor:
+        """The diagonal blocks of x x', of the units that are left."""
+        rows = x[:, : self._units * self._k]
+        if self._k == 1:
+            norms: Tensor = torch.linalg.vector_norm(rows, dim=2)
+            return norms.square_()[:, :, None, None]
+        blocks: Tensor = rows.unflatten(1, (self._units, self._k))
+        return blocks @ blocks.mT
+
+    def refit(self) -> Tensor:
+        scale = self._problem.scale
+        left = self._values if scale is None else self._values / scale
+        return (-self._problem.weights).index_add_(1, self._kept, left)
 
 
-@dataclasses.dataclass
-class _Candidates:
-    """A few units: the rows and columns of their features in H^-1 and in V V', (problems, units k, units k). Changed as
-    units go."""
+def _features(units: Tensor, k: int) -> Tensor:
+    """The places of features, of units by their places."""
+    return units if k == 1 else (units[:, None] * k + torch.arange(k, device=units.device)).flatten()
 
-    inverse: Tensor
-    squares: Tensor
+
+def _of_triangle(root: Tensor, columns: Tensor) -> Tensor:
+    """columns root'^-1, for the lower triangle `root`."""
+    if root.shape[1] == 1:
+        return columns / root
+    found: Tensor = torch.linalg.solve_triangular(root.mT, columns, upper=True, left=False)
+    return found
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Few:
+    """A few of the units of a state: these rows and columns of the inverse, and their `values`."""
+
+    inverse: Part
+    values: Tensor
     k: int
     energy: float
 
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """See `_Candidates`."""
+        inverse = self.inverse.minor
+        return inverse, (self.values @ self.values.mT).to(inverse.dtype).div_(self.energy)
+
+
+def _candidates(parts: Sequence[_Few]) -> list[_Candidates]:
+    """The same units in several problems; those with as many features per unit together."""
+    found = []
+    for k in dict.fromkeys(part.k for part in parts):
+        inverses, squares = zip(*(part.matrices() for part in parts if part.k == k), strict=True)
+        found.append(_Candidates(torch.cat(inverses), torch.cat(squares), k))
+    return found
+
+
+class _Candidates:
+    """A few units: the rows and columns of their features in H^-1 and in V V', (problems, units k, units k), the latter
+    divided by the energy.
+
+    Both stay as they were. What the first has lost since then is e' e, and the second e' h + h' e, rows that are
+    noted; only the diagonal blocks are those of now, and other rows are made when a unit goes.
+    """
+
+    def __init__(self, inverse: Tensor, squares: Tensor, k: int) -> None:
+        self._inverse, self._squares, self.k = inverse, squares, k
+        self._blocks, self._square_blocks = (_diagonal(t, k).clone() for t in (inverse, squares))
+        self._e, self._h = torch.empty_like(inverse), torch.empty_like(squares)
+        self._noted = 0
+
     def prices(self) -> Tensor:
-        return _prices(*(_diagonal(t, self.k) for t in (self.inverse, self.squares))) / self.energy
+        return _prices(self._blocks, self._square_blocks)
 
     def remove(self, units: Tensor) -> None:
-        at = (units[:, None] * self.k + torch.arange(self.k, device=units.device)).flatten()
-        root = _root(self.inverse[:, at[:, None], at])
-        both = torch.cat([self.inverse[:, :, at], self.squares[:, :, at]], 1)
-        e, q = torch.linalg.solve_triangular(root.mT, both, upper=True, left=False).chunk(2, 1)
-        half = q - e @ torch.linalg.solve_triangular(root, q[:, at], upper=False) / 2
-        self.inverse.baddbmm_(e, e.mT, alpha=-1)
-        self.squares.baddbmm_(e, half.mT, alpha=-1).baddbmm_(half, e.mT, alpha=-1)
-        for matrix in (self.inverse, self.squares):
-            matrix[:, at] = 0
-            matrix[:, :, at] = 0
-        self.inverse[:, at, at] = 1
+        at = _features(units, self.k)
+        root, e, h = self._lost(at)
+        noted = slice(self._noted, self._noted + len(at))
+        self._noted += len(at)
+        self._e[:, noted], self._h[:, noted] = e, h
+        if self.k == 1:
+            self._blocks -= e.square().sum(1)[:, :, None, None]
+            self._square_blocks -= (e * h).sum(1).mul_(2)[:, :, None, None]
+        else:
+            left, right = (t.unflatten(2, (-1, self.k)).permute(0, 2, 3, 1) for t in (e, h))
+            self._blocks -= left @ left.mT
+            both = left @ right.mT
+            self._square_blocks -= both + both.mT
+        self._blocks[:, units] = torch.eye(self.k).to(root)  # of what is gone, whatever has an inverse
+        self._square_blocks[:, units] = 0
+
+    def _lost(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What is noted as these features go: the root of their part of H^-1, e and h."""
+        rows = torch.cat([t.index_select(1, at) for t in (self._inverse, self._squares)], 2)
+        inverse, squares = rows.chunk(2, 2)
+        if self._noted:
+            e, h = self._e[:, : self._noted], self._h[:, : self._noted]
+            of_e, of_h = (t.index_select(2, at).mT for t in (e, h))
+            inverse.baddbmm_(of_e, e, alpha=-1)
+            squares.baddbmm_(of_e, h, alpha=-1).baddbmm_(of_h, e, alpha=-1)
+        root = _root(inverse[:, :, at])
+        e, q = torch.linalg.solve_triangular(root, rows, upper=False).chunk(2, 2)
+        middle = torch.linalg.solve_triangular(root, q[:, :, at].mT, upper=False)
+        return root, e, torch.baddbmm(q, middle, e, alpha=-0.5)
 
 
 def cheapest(candidates: Sequence[_Candidates], count: int, together: int) -> tuple[Tensor, list[float]]:

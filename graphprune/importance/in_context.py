@@ -35,8 +35,9 @@ _HELD = 256 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """One reader of a group: its weights (problems, features, outputs), the covariance of its inputs with the ridge
-    on it, their mean (problems, features), and the features of each unit (units, k)."""
+    """One reader of a group: its weights (problems, features, outputs) in their own precision, float32 at least, the
+    covariance of its inputs with the ridge on it, their mean (problems, features), both in float64, and the features of
+    each unit (units, k)."""
 
     reader: Reader
     matrix: Tensor
@@ -203,9 +204,9 @@ def _changed(
 def refitted(readings: Sequence[Reading], elimination: Elimination) -> list[Change]:
     """What the readers gain when the units that went so far are gone and the others take over as well as they can
     (least squares)."""
-    changes = elimination.refits([reading.matrix for reading in readings])
+    changes = elimination.refits()
     return [
-        Change(reading.reader, change, -(reading.mean[:, None] @ change)[:, 0])
+        Change(reading.reader, change, -(reading.mean[:, None].to(change.dtype) @ change)[:, 0])
         for reading, change in zip(readings, changes, strict=True)
     ]
 

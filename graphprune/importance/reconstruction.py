@@ -17,6 +17,8 @@ from .registry import criterion
 
 # Ridge on the inputs' covariance, times its mean diagonal.
 RIDGE = 1e-3
+# The least scale of errors of a result, of the largest one: there are results that the outputs do not depend on.
+_FAINT = 1e-6
 
 
 @criterion("reconstruction", comparable=True, needs="inputs", folded=True)
@@ -66,7 +68,7 @@ def _reading(context: ImportanceContext, member: Member) -> Reading | None:
         return None
     moments = calibration.moments([member.parameter])[0]
     weight = calibration.weights[member.parameter]
-    matrix = weight_matrix(reader, weight)
+    matrix = weight_matrix(reader, weight).to(torch.promote_types(weight.dtype, torch.float32))
     taps = matrix.shape[1] // weight.shape[reader.in_axis]
     positions = torch.from_numpy(member.positions.copy()).to(weight.device)
     features = (positions[:, :, None] * taps + torch.arange(taps, device=weight.device)).flatten(1)
@@ -75,15 +77,18 @@ def _reading(context: ImportanceContext, member: Member) -> Reading | None:
 
 
 def _problem(context: ImportanceContext, reading: Reading) -> Problem:
-    """The weights, their outputs scaled so that squared errors count by what they do to the network's outputs. Where
-    the outputs do not depend on the layer through gradients, errors are relative to the variance of its results."""
-    matrix, energy = reading.matrix, 1.0
+    """The weights, and scales of their outputs by which squared errors count by what they do to the network's outputs.
+    Where the outputs do not depend on the layer through gradients, errors are relative to the variance of its results.
+    """
+    matrix, energy, scale = reading.matrix, 1.0, None
     found = context.calibration.cached(sensitivities).get(reading.reader.weight)
     if found is None or not bool(torch.isfinite(found).all()) or not float(found.sum()) > 0:
-        energy = float((matrix * reading.quadratic.times(matrix)).sum())
+        wide = matrix.double()
+        energy = float((wide * reading.quadratic.times(wide)).sum())
     else:
-        matrix = matrix * found.sqrt().reshape(matrix.shape[0], 1, -1)
-    return Problem(reading.quadratic, matrix, reading.features, max(energy, 1e-30))
+        root = found.sqrt()
+        scale = root.clamp_min(_FAINT * float(root.max())).reshape(matrix.shape[0], 1, -1).to(matrix.dtype)
+    return Problem(reading.quadratic, matrix, reading.features, max(energy, 1e-30), scale)
 
 
 def quadratic_of(moments: Moments) -> tuple[Quadratic, Tensor]:
@@ -91,7 +96,7 @@ def quadratic_of(moments: Moments) -> tuple[Quadratic, Tensor]:
     few, rows = moments.few, max(moments.rows, 1)
     if few is not None:
         mean = few[0].mean(1)
-        centred = few[0].sub_(mean[:, None]).div_(rows**0.5)
+        centred = (few[0] - mean[:, None]).div_(rows**0.5)
         return Thin(centred, _ridge(centred.square().sum(1).mean(1))), mean
     mean = moments.gram[:, -1, :-1] / rows
     covariance = moments.gram[:, :-1, :-1] / rows

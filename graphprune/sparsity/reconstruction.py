@@ -23,7 +23,7 @@ from ..plans.surgery import clone_with, find_folds
 from ..recovery.repair import walk
 from ..recovery.repair.checking import Check, FitData
 from ..recovery.repair.solve import masked_ridge_solution
-from ..recovery.repair.steps import LayerRecovery, Option, Steps, better_of_two
+from ..recovery.repair.steps import LayerRecovery, Option, Options, Steps, better_of_two
 from ..support.doors import door
 from ..support.progress import ProgressOption, reported, stage
 from ..support.walking import named_tensors
@@ -142,15 +142,17 @@ class _Fit:
         order = walk.waves(self.readers, lambda r: walk.bytes_needed(r, named[r.weight]))
         left_out: dict[str, str] = {}
 
+        pair = walk.Pair(self.dense, self.small, self.data, order)
+
         def once() -> list[LayerRecovery]:
             report: list[LayerRecovery] = []
-            pair = walk.Pair(self.dense, self.small, self.data, order)
+            pair.begin()
             with stage("fitting", len(self.readers), "layers") as now:
                 for wave in order:
                     by_weight = {r.weight: r for r in wave}
                     now.tell(", ".join(by_weight))
                     found = self._moments(pair, wave, targets).items()
-                    tried = [(by_weight[name], [self._fitted(by_weight[name], moments)]) for name, moments in found]
+                    tried = [(by_weight[n], Options([self._fitted(by_weight[n], moments)])) for n, moments in found]
                     report += self.steps.take(tried) if tried else []
                     now.advance(len(wave))
             left_out.update(pair.left_out)

@@ -115,6 +115,19 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return walk.tensors
 
 
+def tensor_named(model: nn.Module, name: str) -> Tensor:
+    """One of `named_tensors`, without a walk. Raises KeyError where there is none."""
+    path, _, last = name.rpartition(".")
+    module: nn.Module | None = model
+    for part in path.split(".") if path else ():
+        module = module._modules[part] if module is not None else None
+    for table in () if module is None else (module._parameters, module._buffers):
+        found = table.get(last)
+        if found is not None:
+            return found
+    raise KeyError(name)
+
+
 def tensors_in(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """What these modules, by path, hold themselves: all parameters, then all buffers, by name."""
     out: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -115,15 +116,18 @@ def test_what_goes_is_the_cheapest_of_those_that_were_cheap_at_first(
 def test_weights_on_the_way_are_those_refitted_from_scratch(
     problems: list[Problem], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Other weights than those that the choice is made by: there errors of results are weighed."""
+    """The unit in which errors count is that of the choice, and not of the weights."""
     monkeypatch.setattr(module, "PART", 64)
     units = len(problems[0].features)
-    other = [torch.randn_like(p.weights) for p in problems]
-    stepwise, whole = Elimination(problems, units), Elimination(problems, units)
+    scales = [0.1 + torch.rand(len(p.weights), 1, p.weights.shape[2]).double() for p in problems]
+    scaled = [dataclasses.replace(p, weights=p.weights * s) for p, s in zip(problems, scales, strict=True)]
+    given = [dataclasses.replace(p, scale=s) for p, s in zip(problems, scales, strict=True)]
+    stepwise, whole = Elimination(given, units), Elimination(scaled, units)
     for gone in {0, 1, units // 2, units - 1}:
         stepwise.until(gone)
         assert len(stepwise.order) == gone
-        for problem, weights, change in zip(problems, other, stepwise.refits(other), strict=True):
+        for problem, change in zip(problems, stepwise.refits(), strict=True):
+            weights = problem.weights
             torch.testing.assert_close(weights + change, refit(problem, weights, stepwise.order)[0])
     order, costs = stepwise.finish()
     assert order == whole.finish()[0]
@@ -166,3 +170,19 @@ def test_weights_of_doubled_inputs(rows: int) -> None:
     assert all(math.isfinite(c) for c in costs)
     if not rows:
         assert order[0] in (2, 5) and abs(costs[0]) < 1e-6
+
+
+@pytest.mark.parametrize("problems", [CASES[3], CASES[8]])
+def test_weights_in_their_own_precision(problems: list[Problem]) -> None:
+    units = len(problems[0].features)
+    narrow = [dataclasses.replace(p, weights=p.weights.float()) for p in problems]
+    order, costs = Elimination(problems, units).finish()
+    found, prices = Elimination(narrow, units).finish()
+    assert found == order
+    assert prices == pytest.approx(costs, rel=1e-3)
+    half = Elimination(narrow, units)
+    half.until(units // 2)
+    for problem, change in zip(narrow, half.refits(), strict=True):
+        assert change.dtype == torch.float32
+        wanted = refit(problem, problem.weights.double(), half.order)[0]
+        torch.testing.assert_close((problem.weights + change).double(), wanted, rtol=1e-3, atol=1e-3)

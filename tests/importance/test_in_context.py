@@ -55,11 +55,11 @@ def setting(net: nn.Module, x: Tensor) -> tuple[ImportanceContext, graphprune.De
 
 def without(reading: Reading, units: list[int]) -> Change:
     """What a reader gains when these units go and the others take over, by one system of equations."""
-    matrix = matrix_of(reading.quadratic)
+    matrix, weights = matrix_of(reading.quadratic), reading.matrix.double()
     kept = torch.ones(matrix.shape[1], dtype=torch.bool)
     kept[reading.features[units].flatten()] = False
-    change = -reading.matrix
-    change[:, kept] += torch.linalg.solve(matrix[:, kept][:, :, kept], matrix[:, kept] @ reading.matrix)
+    change = -weights
+    change[:, kept] += torch.linalg.solve(matrix[:, kept][:, :, kept], matrix[:, kept] @ weights)
     return Change(reading.reader, change, -(reading.mean[:, None] @ change)[:, 0])
 
 

@@ -135,6 +135,8 @@ def refuse_infinite(values: Tensor, what: str, nan_alone: bool = False) -> None:
     """Raise GraphPruneError where values are NaN or infinite. `nan_alone`: infinite ones may be meant, as in a mask."""
     if not (values.is_floating_point() or values.is_complex()) or values.is_meta:
         return
+    if bool(values.sum().isfinite()):  # one pass where all is well: what is not finite is so in sums too
+        return
     wrong = values.isnan() if nan_alone else ~values.isfinite()
     count = int(wrong.sum())
     if count:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -155,7 +156,12 @@ _SENSITIVITY_SAMPLES = 512
 
 
 class _Results(_Watching):
-    """Keeps the gradient of every watched layer's result."""
+    """Adds up the squared gradient of every watched layer's result when it is made, by weight name and output: neither
+    results nor gradients are held."""
+
+    def __init__(self, weights: Mapping[int, Reader]) -> None:
+        super().__init__(weights)
+        self.squares: dict[str, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -164,9 +170,13 @@ class _Results(_Watching):
         if reader is None or not isinstance(out, Tensor):
             return out
         out = out if out.requires_grad else out.detach().requires_grad_()
-        out.retain_grad()
-        self.found[reader.weight].append(out)
+        out.register_hook(functools.partial(self._add, reader))
         return out.clone()  # what follows may write in place
+
+    def _add(self, reader: Reader, gradient: Tensor) -> None:
+        squares = channels_first(gradient.detach().double().square(), reader.result_axis).sum((0, 2))
+        known = self.squares.get(reader.weight)
+        self.squares[reader.weight] = squares if known is None else known + squares
 
 
 def sensitivities(calibration: Calibration) -> dict[str, Tensor]:
@@ -175,24 +185,19 @@ def sensitivities(calibration: Calibration) -> dict[str, Tensor]:
     and v random signs (Hutchinson's estimate of the squared Jacobian). Needs no labels. Shape (outputs,), float64.
     """
     readers = {id(calibration.weights[r.weight]): r for r in calibration.readers.values()}
-    total: dict[str, Tensor] = {}
-    count = 0
+    results, count = _Results(readers), 0
     generator = torch.Generator().manual_seed(0)
     with _differentiable(calibration.model, False), unfused():
         for example in calibration.data.inputs():
-            with _Results(readers) as results:
+            with results:
                 made = run_model(calibration.model, example.clone(), "data")
                 outputs = without_loss(flatten_tensors(made), made)
             outputs = [o for o in outputs if o.is_floating_point() and o.requires_grad]
             signs = [(torch.randint(0, 2, o.shape, generator=generator) * 2 - 1).to(o) for o in outputs]
             if outputs:
                 torch.autograd.backward(outputs, signs)
-            for reader in readers.values():
-                for y in results.found[reader.weight]:
-                    if y.grad is not None:
-                        squares = channels_first(y.grad.double().square(), reader.result_axis).sum((0, 2))
-                        total[reader.weight] = total.get(reader.weight, 0) + squares
+            del made, outputs  # before the next batch makes its own
             count += example.samples
             if count >= _SENSITIVITY_SAMPLES:
                 break
-    return {name: value / count for name, value in total.items()}
+    return {name: value / count for name, value in results.squares.items()}

@@ -77,8 +77,10 @@ class Moments:
         """All rows x (groups, rows, features) and y (groups, rows, outputs) in float64, while they are held."""
         if self._sums is not None or not self._few:
             return None
-        x, y = (torch.cat(parts, 1).double() for parts in zip(*self._few, strict=True))
-        return x, y
+        if len(self._few) > 1 or self._few[0][0].dtype != torch.float64:
+            x, y = (torch.cat(parts, 1).double() for parts in zip(*self._few, strict=True))
+            self._few = [(x, y)]
+        return self._few[0]
 
     @property
     def features(self) -> int:
@@ -92,11 +94,20 @@ class Moments:
         left = few[1] - few[0] @ weights[:, :-1] - weights[:, -1:]
         return torch.cat([few[0].mT @ left, left.sum(1, keepdim=True)], 1)
 
+    def mean_missed(self, weights: Tensor) -> Tensor:
+        """The mean of y - z W over rows, (groups, outputs), for weights W (groups, features + 1, outputs)."""
+        few, rows = self.few, max(self.rows, 1)
+        if few is None:
+            return (self.cross[:, -1] - (self.gram[:, -1:] @ weights)[:, 0]) / rows
+        x, y = (t.mean(1, keepdim=True) for t in few)
+        return (y - x @ weights[:, :-1] - weights[:, -1:])[:, 0]
+
     def squared_error(self, weights: Tensor) -> float:
         """The sum of |z W - y|^2 over rows, groups and outputs."""
         few = self.few
         if few is not None:
-            return float((few[0] @ weights[:, :-1] + weights[:, -1:] - few[1]).square().sum())
+            missed = torch.baddbmm(few[1], few[0], weights[:, :-1], alpha=-1).sub_(weights[:, -1:])
+            return float(torch.linalg.vector_norm(missed).square())
         fit = (weights * (self.gram @ weights - 2 * self.cross)).sum()
         return max(0.0, float(fit + self.energy.sum()))
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -183,6 +184,11 @@ class Replay:
         if not self.usable:
             self.drop()
         self._made, self._sources = {}, {}
+
+    def bytes_of(self, reader: str) -> int:
+        """Memory of the results of a layer that is fitted, as the first run has shown it."""
+        forms = (form for note in self.notes if reader in note.readers for form in _forms(note.result))
+        return sum(math.prod(form.shape) * form.dtype.itemsize for form in forms)
 
     @property
     def bytes_held(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,13 @@ from ...importance.calibration import (
 from ...plans.plan import Plan
 from ...plans.surgery import find_folds
 from ...support.progress import stage
-from ...support.walking import named_tensors
+from ...support.walking import named_tensors, tensor_named
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from . import walk
 from .checking import Check, FitData
 from .solve import ridge_solution
-from .steps import LayerRecovery, Option, Steps, better_of_two, with_note
+from .steps import LayerRecovery, Option, Options, Steps, better_of_two, with_note
 
 
 class Refit:
@@ -66,17 +66,22 @@ class Refit:
 
     def run(self, solve: bool) -> list[LayerRecovery]:
         """Refit what is to be refit; `solve`: all weights, else the constant terms alone."""
-        return better_of_two(self.steps, lambda: self._run(solve))
-
-    def _run(self, solve: bool) -> list[LayerRecovery]:
-        self.report = []
         chosen = [r for r in self._chosen(solve) if solve or self._has_place(r)]
-        named = named_tensors(self.small)
-        targets = {r.weight: walk.target_of(self.plan, r, self.device) for r in chosen}
+        placeless, named = self.report, named_tensors(self.small)
         order = walk.waves(chosen, lambda r: walk.bytes_needed(r, named[r.weight]))
         pair = walk.Pair(self.dense, self.small, self.data, order)
-        with stage("fitting", len(chosen), "layers") as now:
-            for wave in order:
+
+        def visit() -> list[LayerRecovery]:
+            self.report = list(placeless)
+            return self._run(pair, solve)
+
+        return better_of_two(self.steps, visit)
+
+    def _run(self, pair: walk.Pair, solve: bool) -> list[LayerRecovery]:
+        pair.begin()
+        targets = {r.weight: walk.target_of(self.plan, r, self.device) for wave in pair.order for r in wave}
+        with stage("fitting", len(targets), "layers") as now:
+            for wave in pair.order:
                 now.tell(", ".join(r.weight for r in wave))
                 solved = [r for r in wave if solve and not self._refusal(r)]
                 shifted = [r for r in wave if r not in solved]
@@ -107,7 +112,7 @@ class Refit:
 
     def _refusal(self, reader: Reader) -> str:
         """Why the weights of a layer are left alone."""
-        weight = named_tensors(self.small)[reader.weight]
+        weight = tensor_named(self.small, reader.weight)
         features = weight.numel() // weight.shape[reader.out_axis]
         for form in (self.forms[name] for name in (reader.weight, reader.bias) if name in self.forms):
             if not form.changeable:
@@ -163,40 +168,43 @@ class Refit:
         with torch.no_grad():
             tried = [(r, self._solutions(r, moments.pop(r.weight))) for r in solved if r.weight in moments]
             tried += [(r, self._shifts(r, shifts[r.weight])) for r in shifted if r.weight in met - unlike.keys()]
-            possible = [(reader, options) for reader, options in tried if options]
+            possible = [(reader, Options(options)) for reader, options in tried if options is not None]
             if possible:
                 self.report += [with_note(said, pair.note(said.weight)) for said in self.steps.take(possible)]
 
     def _constant(self, reader: Reader) -> walk.Constant:
         return walk.Constant(self.small, reader, self.norms.get(reader.weight.rpartition(".")[0]), self.new_bias)
 
-    def _solutions(self, reader: Reader, moments: Moments) -> list[Option]:
+    def _solutions(self, reader: Reader, moments: Moments) -> Iterator[Option] | None:
         """All weights fitted, where there are enough rows for that; else, or should that fail, the mean alone."""
-        weight = named_tensors(self.small)[reader.weight]
+        few = self._few(reader, moments)
+        if not few or self._constant(reader).possible:
+            return self._fitted(reader, moments, few)
+        self._leave(reader, f"{few}, and it has none: left alone")
+        return None
+
+    def _fitted(self, reader: Reader, moments: Moments, few: str) -> Iterator[Option]:
+        weight = tensor_named(self.small, reader.weight)
         constant = self._constant(reader)
         start = weight_matrix(reader, weight)
         outputs = weight.shape[reader.out_axis]
         bias = start.new_zeros(outputs) if constant.bias is None else constant.bias.detach().double()
         start = torch.cat([start, bias.reshape(start.shape[0], 1, -1)], 1)
         scale = max(float(moments.variance.sum()) * moments.rows, 1e-300)
-        few = self._few(reader, moments)
-        options = []
+        before = moments.squared_error(start)
         if not few:
             solution = ridge_solution(moments, start, self.ridge, constant.possible)
             note = "" if constant.possible else "has no bias, so means are matched by the weights alone"
             change = (solution[:, -1] - start[:, -1]).reshape(-1) if constant.possible else None
-            before, after = (moments.squared_error(w) / scale for w in (start, solution))
-            said = LayerRecovery(reader.weight, "least squares", before, after, note)
-            options.append(Option(said, as_weight(reader, solution[:, :-1], weight), change))
+            after = moments.squared_error(solution)
+            said = LayerRecovery(reader.weight, "least squares", before / scale, after / scale, note)
+            yield Option(said, as_weight(reader, solution[:, :-1], weight), change)
         if constant.possible:
-            missed = moments.missed(start)[:, -1] / max(moments.rows, 1)
-            moved = start.clone()
-            moved[:, -1] += missed
-            before, after = (moments.squared_error(w) / scale for w in (start, moved))
-            options.append(Option(LayerRecovery(reader.weight, "mean", before, after, few), None, missed.reshape(-1)))
-        if not options:
-            self._leave(reader, f"{few}, and it has none: left alone")
-        return options
+            missed = moments.mean_missed(start)
+            # moving a constant by the mean of what is missed takes away the squares of that, row by row
+            after = max(0.0, before - moments.rows * float(missed.square().sum()))
+            said = LayerRecovery(reader.weight, "mean", before / scale, after / scale, few)
+            yield Option(said, None, missed.reshape(-1))
 
     def _leave(self, reader: Reader, why: str) -> None:
         self.report.append(LayerRecovery(reader.weight, "none", math.nan, math.nan, why, False))
@@ -210,12 +218,12 @@ class Refit:
         return f"{moments.rows} rows of data are fewer than the {needed} for its weights: only its constant term is " \
             "corrected"
 
-    def _shifts(self, reader: Reader, found: _Shift) -> list[Option]:
+    def _shifts(self, reader: Reader, found: _Shift) -> Iterator[Option] | None:
         if not self._has_place(reader):
-            return []
+            return None
         notes = [self._refusal(reader), "padded: exact on average, not at the border" if found.padded else ""]
         said = LayerRecovery(reader.weight, "mean", found.before, found.after, "; ".join(n for n in notes if n))
-        return [Option(said, None, found.change)]
+        return iter([Option(said, None, found.change)])
 
 
 def _behind_layers(dense: nn.Module, plan: Plan, example: ExampleInput) -> set[str]:

@@ -119,8 +119,9 @@ def recover(
     the order of the first pass every time. What counts is the error of the outputs, and what they decide: in how many
     places the largest number (of the last axis, or of axis 1 of four and more) is the one that is largest in the
     model.
-    Where some layer's new weights made the outputs worse, all is done once more with such layers left as they were,
-    or their means corrected alone, and the better network is kept, if it is better there than without repair. With
+    Layers whose new weights make the outputs worse are left as they were, or their means corrected alone; where there
+    are such layers, all is done once more with their new weights in place, as what is right for one may show only once
+    those behind it are fitted, and the better network is kept, if it is better there than without repair. With
     8 held samples and more, a gain below 5 % of the error counts only if it is twice its standard error over
     samples, as smaller ones come by chance; decisions may not be lost beyond what chance would lose; else all is
     taken back. The report names what was taken back, layers that too few rows reached (8 for each input where a

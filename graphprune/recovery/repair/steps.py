@@ -1,9 +1,9 @@
 """The steps of a repair: layers get other values, and get back their own where that makes the outputs worse.
 
-What is right for a layer may be wrong for the outputs until those behind it have been repaired too. So nothing is taken
-back at first. Only if some step made the outputs worse, the repair is done once more, now with every step taken back at
-once that is a loss, and the better of the two networks is kept. If not even that is surely better than no
-repair, by more than samples differ by chance, all is taken back.
+Every step that makes the outputs worse is taken back at once. But what is right for a layer may be wrong for the
+outputs until those behind it have been repaired too. So where some step was taken back, the repair is done once more
+with all of them in place, and the better of the two networks is kept. If not even that is surely better than no repair,
+by more than samples differ by chance, all is taken back.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from torch import Tensor, nn
 
 from ...importance.calibration import Reader
-from ...support.walking import named_tensors
+from ...support.walking import tensor_named
 from .checking import Check
 from .walk import Constant
 
@@ -57,29 +57,44 @@ class Option:
     change: Tensor | None
 
 
+class Options:
+    """Ways to repair a layer, the best one first; each is worked out when it is asked for."""
+
+    def __init__(self, options: Iterable[Option]) -> None:
+        self._coming, self._known = iter(options), list[Option]()
+
+    def __iter__(self) -> Iterator[Option]:
+        yield from self._known
+        for option in self._coming:
+            self._known.append(option)
+            yield option
+
+    @property
+    def first(self) -> Option:
+        return next(iter(self))
+
+
 class Steps:
     """Puts options in place in `small`, the best one first. `strict`: what `check` does not let pass is taken back at
-    once; else all stays, and `rose` says whether the outputs got worse on the way.
+    once, and `refused` says whether there was such a step; else all stays, and nothing is measured.
 
     `constant`: where the constant term of a layer is.
     """
 
     def __init__(self, small: nn.Module, check: Check, constant: Callable[[Reader], Constant]) -> None:
         self.small, self.check, self.constant = small, check, constant
-        self.strict, self.rose = False, False
+        self.strict, self.refused = True, False
         self._first_values: dict[str, Values] = {}
 
-    def take(self, tried: Sequence[tuple[Reader, list[Option]]]) -> list[LayerRecovery]:
+    def take(self, tried: Sequence[tuple[Reader, Options]]) -> list[LayerRecovery]:
         """What was done to each layer: to all at once, or where that is worse than nothing, one by one."""
         saved = [Values(self.small, reader, self.constant(reader)) for reader, _ in tried]
         for (reader, options), values in zip(tried, saved, strict=True):
             self._first_values.setdefault(reader.weight, values)
-            self._put(reader, options[0])
-        before, passed = self.check.now, self.check.passes()
-        if passed or not self.strict:
-            self.check.now = self.check.last
-            self.rose |= self.check.now.gain_over(before)[0] < 0
-            return [options[0].said for _, options in tried]
+            self._put(reader, options.first)
+        if not self.strict or self.check.passes():
+            return [options.first.said for _, options in tried]
+        self.refused = True
         for values in saved:
             values.restore()
         alone = len(tried) == 1
@@ -92,7 +107,7 @@ class Steps:
             values.restore()
         return done
 
-    def _first(self, reader: Reader, options: list[Option], refused: bool) -> LayerRecovery:
+    def _first(self, reader: Reader, options: Options, refused: bool) -> LayerRecovery:
         """Keep the first option that passes; `refused`: the very first has not."""
         notes: list[str] = []
         for number, option in enumerate(options):
@@ -103,12 +118,12 @@ class Steps:
                     return dataclasses.replace(option.said, note="; ".join(n for n in (*notes, option.said.note) if n))
                 values.restore()
             notes.append(f"{option.said.method} taken back: {self.check.told(self.check.now, self.check.last)}")
-        said = options[0].said
+        said = options.first.said
         return dataclasses.replace(said, method="none", after=said.before, note="; ".join(notes), changed=False)
 
     def _put(self, reader: Reader, option: Option) -> None:
         if option.weight is not None:
-            named_tensors(self.small)[reader.weight].data.copy_(option.weight)
+            tensor_named(self.small, reader.weight).data.copy_(option.weight)
         if option.change is not None:
             self.constant(reader).add(option.change)
 
@@ -117,7 +132,7 @@ class Values:
     """All that a step may change of one layer, as it is now."""
 
     def __init__(self, small: nn.Module, reader: Reader, constant: Constant) -> None:
-        weight = named_tensors(small)[reader.weight]
+        weight = tensor_named(small, reader.weight)
         self._owner = small.get_submodule(reader.weight.rpartition(".")[0])
         self._tensors = [t for t in (weight, constant.bias, constant.mean) if t is not None]
         self._added = constant.owner is not None  # the bias it may be given
@@ -140,23 +155,23 @@ class Values:
 
 
 def better_of_two(steps: Steps, run: Callable[[], list[LayerRecovery]]) -> list[LayerRecovery]:
-    """Repair, and if the outputs got worse on the way, once more with such steps taken back; keep what is better, if
-    that is surely better than what there was."""
+    """Repair, and if some steps were taken back, once more with all in place; keep what is better, if that is surely
+    better than what there was."""
     check, start = steps.check, steps.check.now
     report = run()
-    reached = check.now
-    if steps.rose or not reached.surely_below(start):
+    careful = check.now
+    if steps.refused:
         done = steps.undo()
-        check.now, steps.strict = start, True
+        steps.strict = False
         second = run()
-        better = reached.gain_over(check.now)[0] > 0 and not reached.decides_worse_than(start)
-        if check.now.surely_below(start) and not better:
-            report = second
+        reached = check.measured()
+        better = reached.gain_over(careful)[0] > 0 and not reached.decides_worse_than(start)
+        if better or not careful.surely_below(start):
+            report, check.now = second, reached
         else:
             steps.undo()
             for values in done:
                 values.restore()
-            check.now = reached
     if check.now.surely_below(start):
         return report
     told = check.told(start, check.now)

@@ -20,11 +20,13 @@ from ...importance.calibration.replay import Replay
 from ...importance.calibration.statistics import MAX_FEATURES, MEMORY
 from ...plans.plan import Plan
 from ...support.cutting import keep_indices
-from ...support.walking import named_tensors
+from ...support.walking import named_tensors, tensor_named
 from ...tracing.example import ExampleInput
 
 # Intermediate results held between passes, so that nothing is computed twice; beyond this, everything is.
 CACHE = 2 << 30
+# Results of the dense network that are held for waves to come, so that one run of it serves many of them.
+AHEAD = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +95,7 @@ class Pair:
     def __init__(
         self, dense: nn.Module, small: nn.Module, data: Inputs, order: Sequence[Sequence[Reader]]
     ) -> None:
-        self.dense, self.small, self.data = dense, small, data
+        self.dense, self.small, self.data, self.order = dense, small, data, order
         self.levels = {r.weight: i for i, wave in enumerate(order) for r in wave}
         self.weights = [
             {n: t for n, t in named_tensors(net).items() if n in self.levels} for net in (dense, small)
@@ -102,6 +104,12 @@ class Pair:
         self.prints: list[tuple[Any, ...]] = []
         self.remember = True
         self.left_out: dict[str, str] = {}
+        self._ahead: list[dict[str, list[Call]]] = []  # of the dense network, for every batch
+
+    def begin(self) -> None:
+        """From the first wave, where layers of the pruned network have got other values since the last time."""
+        for _, memory in self.memories:
+            memory.held = {}
 
     def gather(
         self,
@@ -115,11 +123,12 @@ class Pair:
         is what makes the sum right: the error that this tensor has collected so far is part of the target.
         """
         seen = 0
+        coming = self._coming(wave)
         for index, example in enumerate(self.data.inputs()):
             memory = self._memory(index, example, wave)
-            options: dict[str, Any] = {"outputs": True, "additions": True}
-            wanted = observe(self.dense, wave, example, **options, replay=memory[0])
-            found = observe(self.small, wave, example, **options, inputs=True, replay=memory[1])
+            wanted = self._wanted(index, example, wave, coming, memory[0])
+            options: dict[str, Any] = {"inputs": True, "outputs": True, "additions": True}
+            found = observe(self.small, wave, example, **options, replay=memory[1])
             for reader in wave:
                 if len(wanted[reader.weight]) != len(found[reader.weight]):
                     self._leave(
@@ -137,6 +146,38 @@ class Pair:
                     elif pair[0].y is not None and pair[0].y.numel():
                         take(reader, pair[1], self._target(reader, targets[reader.weight], *pair), seen)
             seen += example.samples
+
+    def _coming(self, wave: Sequence[Reader]) -> list[Reader]:
+        """The readers of this wave, and of those after it as far as their results can be held."""
+        first = next((i for i, other in enumerate(self.order) if other is wave), len(self.order))
+        coming, used = list(wave), 0
+        for later in self.order[first:] if self.memories else ():
+            used += self._bytes(later)
+            if used > AHEAD:
+                break
+            coming += later if later is not wave else ()
+        return coming
+
+    def _bytes(self, wave: Sequence[Reader]) -> int:
+        """Memory of the results of a wave for all batches; twice, as what they are added to is held too."""
+        return sum(2 * memory.bytes_of(r.weight) for memory, _ in self.memories for r in wave)
+
+    def _wanted(
+        self, index: int, example: ExampleInput, wave: Sequence[Reader], coming: Sequence[Reader], memory: Replay | None
+    ) -> dict[str, list[Call]]:
+        """The calls of the dense network, which stays as it is: one run shows those of waves to come as well."""
+        if memory is None:
+            self._ahead = []
+            return observe(self.dense, wave, example, outputs=True, additions=True)
+        held = self._ahead[index] if index < len(self._ahead) else {}
+        if all(r.weight in held for r in wave):
+            return held
+        self._ahead = self._ahead[:index]
+        memory.start(self.levels[wave[0].weight], frozenset(r.weight for r in coming))
+        calls = observe(self.dense, coming, example, outputs=True, additions=True, replay=memory)
+        if len(coming) > len(wave) and memory.usable:
+            self._ahead.append(calls)
+        return calls
 
     def _leave(self, reader: Reader, why: str) -> None:
         """Some of what a layer reads has no counterpart; the first reason is kept."""
@@ -169,8 +210,7 @@ class Pair:
         pair = self.memories[index]
         if not all(memory.usable for memory in pair):
             return None, None  # both or none, so that both show which rows they pick
-        for memory in pair:
-            memory.start(self.levels[wave[0].weight], frozenset(r.weight for r in wave))
+        pair[1].start(self.levels[wave[0].weight], frozenset(r.weight for r in wave))
         return pair
 
     def _held(self) -> int:
@@ -222,11 +262,10 @@ class Constant:
     def __init__(
         self, small: nn.Module, reader: Reader, batch_norm: nn.Module | None, new_bias: bool = True
     ) -> None:
-        named = named_tensors(small)
         path, _, last = reader.weight.rpartition(".")
         owner = small.get_submodule(path)
         form = forms_in(small).get(reader.bias)
-        self.bias = named[reader.bias] if reader.bias and (form is None or form.changeable) else None
+        self.bias = tensor_named(small, reader.bias) if reader.bias and (form is None or form.changeable) else None
         self.mean = getattr(batch_norm, "running_mean", None) if self.bias is None else None
         plain = isinstance(owner, (nn.Linear, _ConvNd)) and last == "weight" and owner.bias is None
         usual = new_bias and type(owner).forward.__module__.startswith("torch.nn")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from graphprune import GraphPruneError
 from graphprune.importance.calibration import CalibrationData
+from graphprune.importance.calibration.data import refuse_infinite
 from graphprune.tracing.example import ExampleInput
 
 X, Y = torch.arange(12.0).reshape(6, 2), torch.arange(6)
@@ -97,3 +99,14 @@ def test_errors_name_data(data: Any, message: str) -> None:
     with pytest.raises(GraphPruneError, match=message) as caught:
         read(data)
     assert str(caught.value).startswith("data:")
+
+
+def test_finite_values_may_have_sums_that_are_not() -> None:
+    large = torch.full((4,), 3e38)
+    refuse_infinite(large, "it holds")
+    refuse_infinite(torch.tensor([1.0, -math.inf]), "it holds", nan_alone=True)
+    for wrong, count in (([math.inf, -math.inf, 1.0], 2), ([math.nan, 1.0], 1)):
+        with pytest.raises(GraphPruneError, match=f"it holds {count} NaN or infinite"):
+            refuse_infinite(torch.tensor(wrong), "it holds")
+    with pytest.raises(GraphPruneError, match="it holds 1 NaN in"):
+        refuse_infinite(torch.tensor([math.nan, math.inf]), "it holds", nan_alone=True)

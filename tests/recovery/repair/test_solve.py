@@ -104,3 +104,16 @@ def test_all_entries_free_is_the_plain_fit() -> None:
     torch.testing.assert_close(
         masked_ridge_solution(moments, start, 1e-3, free), ridge_solution(moments, start, 1e-3, True)
     )
+
+
+@pytest.mark.parametrize("rows", [7, 90])
+def test_means_of_what_is_missed(rows: int) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, rows, 20), torch.randn(2, rows, 3)
+    moments = Moments(2, 20, 3)
+    moments.add(x[:, :4], y[:, :4])
+    moments.add(x[:, 4:], y[:, 4:])
+    weights = torch.randn(2, 21, 3, dtype=torch.float64)
+    left = y.double() - x.double() @ weights[:, :-1] - weights[:, -1:]
+    torch.testing.assert_close(moments.mean_missed(weights), left.mean(1), rtol=1e-5, atol=1e-6)
+    assert moments.squared_error(weights) == pytest.approx(float(left.square().sum()), rel=1e-5)
