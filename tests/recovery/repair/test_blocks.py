@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune.errors import GraphPruneError
 from graphprune.importance.calibration import find_readers
-from graphprune.recovery.repair.blocks import fit_blocks
+from graphprune.recovery.repair.blocks import fit, fit_blocks
 from graphprune.recovery.repair.blocks.places import Place, Watch, find_places
 from graphprune.recovery.repair.blocks.samples import shuffled
 from graphprune.recovery.repair.blocks.settings import BlockFit
@@ -301,7 +301,9 @@ def test_half_precision_is_fitted_as_float32_copies() -> None:
     layer.weight.requires_grad_(True)
     weights = Weights(own_parameters(layer), 1e-3)
     for _ in range(20):
-        weights.step(layer.weight.float().sum(), 1.0)
+        weights.forget()
+        layer.weight.float().sum().backward()
+        weights.step(1.0)
     torch.testing.assert_close(layer.weight.detach().float(), torch.full((4,), 0.98), atol=0.005, rtol=0)
     alone = nn.Parameter(start.clone())
     optimizer = torch.optim.Adam([alone], 1e-3)
@@ -325,6 +327,44 @@ def test_rates_follow_the_size_of_what_is_fitted() -> None:
         dense, small, places, _ = pruned(net, x * factor)
         made.append(fit_blocks(dense, small, places, Batches(x * factor), None, SETTINGS))
     assert made[1].after == pytest.approx(made[0].after, rel=1e-3) and made[0].after < 0.8 * made[0].before
+
+
+def test_a_batch_in_parts_is_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for room in (1 << 40, 1 << 16):
+        monkeypatch.setattr(fit, "ACTIVATIONS", room)
+        dense, small, places, _ = pruned(residual(), images(1)[0])
+        done = fit_blocks(dense, small, places, Batches(images(1)[0]), None, dataclasses.replace(SETTINGS, passes=2))
+        made.append((done.after, small))
+    assert made[0][0] == pytest.approx(made[1][0], rel=1e-4)
+    for a, b in zip(made[0][1].parameters(), made[1][1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrong", ["detach", "sign"])
+def test_a_network_without_gradients_stays_as_least_squares_left_it(wrong: str) -> None:
+    class Rough(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            made: Tensor = super().forward(x)
+            return made.detach() if wrong == "detach" else Unknown.apply(made)
+
+    class Unknown(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.sign()
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+            raise RuntimeError("sign has no gradient")
+
+    net = Rough(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
+    before = state(net)
+    done = fit_blocks(net, net, [], Batches(*(torch.randn(16, 6) for _ in range(4))), None, SETTINGS)
+    assert done.failed == {
+        "detach": "no gradients come to the parameters; look for torch.no_grad or detach in forward",
+        "sign": "gradients cannot be computed: sign has no gradient",
+    }[wrong]
+    assert same(before, state(net))
 
 
 @pytest.mark.parametrize("lengths", [(3, 3, 3), (3, 4, 3)])

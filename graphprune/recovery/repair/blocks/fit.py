@@ -11,33 +11,41 @@ import torch
 from torch import Tensor, nn
 
 from ....importance.calibration import without_loss
+from ....support.interrupts import from_signal
 from ....support.progress import Stage, stage
 from ....support.randomness import random_state_kept, seed_epoch
+from ....support.walking import named_tensors
 from ....tracing.example import ExampleInput, result_tensors
 from ....tracing.state import evaluating, unfused
 from ....tracing.trace import run_model
 from ...training.loop import rate_factor
 from ..walk import Inputs
 from .places import Place, Watch
-from .samples import shuffled
+from .samples import chosen, separable, shuffled
 from .settings import BlockFit
 from .weights import Weights, own_parameters
 
 WARMUP = 0.05
+# Activations that a backward pass may keep: larger batches are gone through in parts.
+ACTIVATIONS = 2 << 30
 # Samples that the spread of the dense network's blocks and outputs is measured on.
 _MEASURED = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """`before`, `after`: the mean over blocks of the squared error divided by the variance, in the first and in the
-    last pass over the data; NaN where there are no blocks. `failed`: why there is nothing to be kept, "" where there is
-    something. `places`: how many blocks were compared."""
+    """`before`, `after`: what the fit goes down, in the first and in the last pass over the data; NaN where there is
+    nothing to fit. `failed`: why there is nothing to be kept, "" where there is something. `places`: how many blocks
+    were compared."""
 
     before: float
     after: float
     places: int
     failed: str = ""
+
+
+class Failed(Exception):
+    """There are no gradients to go down."""
 
 
 class Spread:
@@ -88,7 +96,8 @@ class _Fit:
     ) -> None:
         self.dense, self.small, self.data, self.loader, self.options = dense, small, data, loader, options
         self.parameters = own_parameters(small, left)
-        self.samples = 0
+        self.samples, self.reached = 0, False
+        self.rooms: dict[tuple[torch.Size, ...], int] = {}
         self.spreads: dict[str, float] = {}
         self.places = list(places)
         self._measure()
@@ -99,16 +108,19 @@ class _Fit:
         rounds = self._rounds()
         total = self.options.passes * self.samples * len(rounds)
         errors: list[float] = []
-        with stage("fitting blocks", total, "samples") as now:
-            for places, parameters, outputs in rounds:
-                weights = Weights(parameters, self.options.lr)
-                with weights.alone(self.small):
-                    for number in range(self.options.passes):
-                        errors.append(self._pass(number, weights, places, outputs, now))
-                        if not math.isfinite(errors[-1]):
-                            told = f"the error was not finite in pass {number + 1}; lower lr"
-                            return Fitted(errors[0], errors[-1], len(self.places), told)
-        return Fitted(errors[0], errors[-1], len(self.places))
+        failed = ""
+        try:
+            with stage("fitting blocks", total, "samples") as now:
+                for places, parameters, outputs in rounds:
+                    weights = Weights(parameters, self.options.lr)
+                    with weights.alone(self.small):
+                        for number in range(self.options.passes):
+                            errors.append(self._pass(number, weights, places, outputs, now))
+            if not self.reached:
+                raise Failed("no gradients come to the parameters; look for torch.no_grad or detach in forward")
+        except Failed as error:
+            failed = str(error)
+        return Fitted(errors[0] if errors else math.nan, errors[-1] if errors else math.nan, len(self.places), failed)
 
     def _rounds(self) -> list[tuple[list[Place], dict[str, nn.Parameter], bool]]:
         """What is fitted at a time: the places that count, the parameters, and whether the outputs count."""
@@ -130,14 +142,37 @@ class _Fit:
         """One pass over the data; the mean loss."""
         seen, total, whole = 0, 0.0, self.options.passes * self.samples
         for example in self._batches(number):
-            loss = self._loss(example, places, outputs)
-            if loss.requires_grad:
-                weights.step(loss, rate_factor(min(number * self.samples + seen, whole - 1), whole, WARMUP))
-            total += float(loss.detach()) * example.samples
+            weights.forget()
+            for piece in self._pieces(example):
+                loss = self._loss(piece, places, outputs)
+                total += float(loss.detach()) * piece.samples
+                if loss.requires_grad:
+                    _go_back(loss * (piece.samples / example.samples))
+                    self.reached = True
+            if not math.isfinite(total):
+                raise Failed(f"the error was not finite in pass {number + 1}; lower lr")
+            weights.step(rate_factor(min(number * self.samples + seen, whole - 1), whole, WARMUP))
             seen += example.samples
             now.advance(example.samples)
         now.tell(f"pass {number + 1}, error {total / max(seen, 1):.2e}")
         return total / max(seen, 1)
+
+    def _pieces(self, example: ExampleInput) -> Iterator[ExampleInput]:
+        """A batch in parts that the memory has room for; the mean over all is that over the parts, by their samples."""
+        part = self._room(example) if separable(example) else example.samples
+        if part >= example.samples:
+            yield example
+            return
+        for start in range(0, example.samples, part):
+            yield chosen(example, range(start, min(start + part, example.samples)))
+
+    def _room(self, example: ExampleInput) -> int:
+        """How many samples of this size a backward pass has room for, at least one."""
+        size = tuple(tensor.shape[1:] for tensor in example.tensors())
+        if size not in self.rooms:
+            kept = _kept_bytes(self.small, chosen(example, range(1)))
+            self.rooms[size] = max(1, ACTIVATIONS // max(kept, 1))
+        return self.rooms[size]
 
     def _batches(self, number: int) -> Iterator[ExampleInput]:
         """The samples in the order of this pass."""
@@ -180,6 +215,32 @@ class _Fit:
             self.samples += example.samples
         self.spreads = {name: spread.variance for name, spread in spreads.items()}
         self.places = [p for p in self.places if shapes.get(p.weight) and self.spreads.get(p.weight, 0) > 0]
+
+
+def _go_back(loss: Tensor) -> None:
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        if from_signal(error):
+            raise
+        raise Failed(f"gradients cannot be computed: {str(error).splitlines()[0]}") from error
+
+
+def _kept_bytes(net: nn.Module, example: ExampleInput) -> int:
+    """Bytes that a run with gradients keeps for its backward pass, beside the parameters."""
+    held: dict[int, int] = {}
+    own = {t.untyped_storage().data_ptr() for t in named_tensors(net).values()}
+
+    def packed(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t):
+        made = _made(net, (), example, gradients=True)
+        del made
+    return sum(held.values())
 
 
 def _alike(

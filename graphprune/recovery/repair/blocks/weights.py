@@ -38,11 +38,13 @@ class Weights:
         groups = [{"params": [own], "lr": rate} for (_, own), rate in zip(self._pairs, self._rates, strict=True)]
         self._optimizer = torch.optim.Adam(groups)
 
-    def step(self, loss: Tensor, factor: float) -> None:
-        """A step down the loss, with rates times `factor`."""
+    def forget(self) -> None:
+        """No gradients: those of the next backward passes add up."""
         for parameter, _ in self._pairs:
             parameter.grad = None
-        loss.backward()
+
+    def step(self, factor: float) -> None:
+        """A step along the gradients, with rates times `factor`."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * factor
         halves = [(p, own) for p, own in self._pairs if p is not own]
