@@ -1,4 +1,4 @@
-"""The repair "blocks": after least squares the whole network is fitted by gradient, if that is better on held inputs."""
+"""The repair "blocks": after least squares the whole network is fitted by gradient, if that helps on held inputs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ _TITLE = "all blocks"
 
 
 def repair_blocks(refit: Refit, example: ExampleInput, loader: Any, options: BlockFit) -> LayerRecovery:
-    """Fit `refit.small`, in place; taken back where its outputs are not surely better on held inputs, or the fit failed.
-    `loader`: what the data are read from."""
+    """Fit `refit.small` in place; taken back where its outputs are not surely better on held inputs, or the fit failed.
+
+    `loader`: what the data are read from.
+    """
     small, check = refit.small, refit.check
     trace = record_run(small, example)
     left = _looked_up(trace) | {name for name, form in refit.forms.items() if not form.changeable}

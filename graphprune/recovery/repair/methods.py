@@ -117,20 +117,19 @@ def recover(
       one, layer after layer (He et al., Channel Pruning, ICCV 2017; design with the residual stream's error in the
       target). `ridge`, times the mean second moment of the inputs, holds the weights to those they had.
 
-    - "blocks", or a `BlockFit` with settings: after "least_squares" all parameters - weights, biases, norms - are fitted
-      together by gradient, so that the blocks of the network make what they make in the dense one (as FitNets, Romero
-      et al., ICLR 2015, and block by block BRECQ, Li et al., ICLR 2021). With y the end of a block in the pruned
-      network, Y the channels that stayed of the dense one's, and var(Y) their variance around the means of channels,
-      Adam goes down
+    - "blocks", or a `BlockFit` with settings: after "least_squares" all parameters, norms included, are fitted together
+      by gradient, so that the blocks of the network make what they make in the dense one (as FitNets, Romero et al.,
+      ICLR 2015, and block by block BRECQ, Li et al., ICLR 2021). With y the end of a block in the pruned network, Y the
+      channels that stayed of the dense one's, and var(Y) their variance around the means of channels, Adam goes down
 
           mean over blocks of mean (y - Y)^2 / var(Y)  +  outputs * the same of the network's outputs,
 
-      on inputs alone. Ends of blocks are the sums of residual streams (behind a ReLU, where nothing else reads the
-      sum); where a network adds nothing up, the results of its layers. Minutes for a small network on a CPU: a pass
-      costs a run of the dense network and a training step of the pruned one per sample, see `BlockFit`. It is the same
-      in every run with the same data; parameters that the model's user has frozen are fitted too, as by
-      "least_squares", and keep their flags; tables that tokens are looked up in stay as they are. Beside the pruned
-      network there are four copies of its parameters, the activations of `batch_size` samples, and 1 GiB of inputs.
+      on inputs alone. Ends of blocks are the sums of residual streams; where a network adds nothing up, the results of
+      its layers. Minutes for a small network on a CPU: a pass costs a run of the dense network and a training step of
+      the pruned one for every sample, see `BlockFit`. Order and batches are the same in every run. Frozen parameters
+      are fitted too, as by "least_squares", and stay frozen; tables that tokens are looked up in stay as they are.
+      Memory is that of five copies of the parameters, 2 GiB of activations or those of one sample, and 2 GiB of inputs.
+      A run that was stopped starts again.
 
     `new_bias`: whether layers without a bias, and without a batch norm behind them, may be given one. Without, the file
     and the class keep the names they have, and weights alone make up for means. By default they may, except in models

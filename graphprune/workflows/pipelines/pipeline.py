@@ -150,8 +150,9 @@ def pipeline(
     chosen = method_of(method, example_input, budget, options, batches, loss_fn, seed, strict)
     ask = evaluator(evaluate)
     settings = {
+        "recover": recover if isinstance(recover, str | None) else repr(recover),
         "method": method if isinstance(method, str) else "own", "schedule": schedule, "sparsity": amount,
-        "prune_epochs": gradual, "budget": repr(budget), "recover": recover if isinstance(recover, str | None) else repr(recover), "options": _told(options),
+        "prune_epochs": gradual, "budget": repr(budget), "options": _told(options),
     }  # fmt: skip
     folder = _folder(checkpoint)
     with random_state_kept(data):

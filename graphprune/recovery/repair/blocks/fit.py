@@ -185,7 +185,7 @@ class _Fit:
         with torch.enable_grad():
             found, own = _made(self.small, places, example, gradients=True)
             terms = [
-                _distance(place.seen(a), place.wanted(b), self.spreads[place.weight])
+                _distance(a, place.wanted(b), self.spreads[place.weight])
                 for place in places
                 for a, b in zip(found.get(place.weight, ()), wanted.get(place.weight, ()), strict=False)
             ]

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from ....importance.calibration import Reader
 from ....support.walking import named_tensors
-from ....tracing.operators import Declared, Layer, Matrices, Merge, Sliding, function_name, named, operator_of
+from ....tracing.operators import Declared, Layer, Matrices, Merge, Sliding, function_name, named
 from ....tracing.trace import Trace
 from .. import walk
 
@@ -20,24 +20,19 @@ from .. import walk
 class Place:
     """A tensor of a run: what the layer with this weight makes, or with `sum`, that added to what went around it.
 
-    `axis`: that of the channels, from the end. `rectified`: a ReLU is all that reads it, so that its negative values
-    mean nothing. `target`: what of the dense network's it should be. `after`: the parameters that it depends on.
+    `axis`: that of the channels, from the end. `target`: what of the dense network's it should be. `after`: the
+    parameters that it depends on.
     """
 
     weight: str
     sum: bool
     axis: int
-    rectified: bool
     target: walk.Target
     after: frozenset[str]
 
     def wanted(self, dense: Tensor) -> Tensor:
         """The values that it should have, from those in the dense network."""
-        return self.seen(self.target.of(dense, dense.dim() + self.axis))
-
-    def seen(self, made: Tensor) -> Tensor:
-        """Of what was made, what anything reads."""
-        return made.clamp_min(0) if self.rectified else made
+        return self.target.of(dense, dense.dim() + self.axis)
 
 
 def find_places(trace: Trace, readers: Sequence[Reader], targets: Mapping[str, walk.Target]) -> list[Place]:
@@ -51,14 +46,8 @@ def find_places(trace: Trace, readers: Sequence[Reader], targets: Mapping[str, w
             continue
         users = [user for user in trace.parameters[reader.weight].users if user.op == "call_function"]
         node = next(iter(users[-1].users)) if sums else users[-1]
-        target = targets[reader.weight]
-        found.append(Place(reader.weight, sums, reader.result_axis, _rectified(node), target, depends[node]))
+        found.append(Place(reader.weight, sums, reader.result_axis, targets[reader.weight], depends[node]))
     return found
-
-
-def _rectified(node: fx.Node) -> bool:
-    operator = operator_of(next(iter(node.users))) if len(node.users) == 1 else None
-    return operator is not None and operator.clips == (0.0, float("inf"))
 
 
 def _parameters_behind(trace: Trace) -> dict[fx.Node, frozenset[str]]:
