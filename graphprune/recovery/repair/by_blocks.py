@@ -25,6 +25,8 @@ def repair_blocks(refit: Refit, example: ExampleInput, loader: Any, options: Blo
     `loader`: what the data are read from.
     """
     small, check = refit.small, refit.check
+    if refit.plan.empty:
+        return LayerRecovery(_TITLE, "none", math.nan, math.nan, "nothing was removed", False)
     trace = record_run(small, example)
     left = _looked_up(trace) | {name for name, form in refit.forms.items() if not form.changeable}
     places, note = _places(refit, trace)
