@@ -227,7 +227,9 @@ def _recovered(
         refit = Refit(dense, fitted, plan, example, seen, ridge, every_layer, unlike, new_bias)
         found = tuple(refit.run(solve=method != "mean"))
         if fit is not None:
-            found = (*found, repair_blocks(refit, example, data, fit))
+            by_gradient = repair_blocks(refit, example, data, fit)
+            found = (*found, by_gradient)
+            method = "blocks" if by_gradient.changed else "least_squares"
         if kept and any(layer.changed for layer in found):
             take_apart(small, fitted, kept, seen)
         done = method if any(layer.changed for layer in found) else ""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune.errors import GraphPruneError
 from graphprune.importance.calibration import find_readers
+from graphprune.plans.history import repair_after
 from graphprune.recovery.repair.blocks import fit, fit_blocks
 from graphprune.recovery.repair.blocks.places import Place, Watch, find_places
 from graphprune.recovery.repair.blocks.samples import shuffled
@@ -197,6 +198,7 @@ def test_better_than_least_squares_on_inputs_that_nobody_saw(fold_bn: bool) -> N
     assert found[1].layers[-1].changed and found[1].layers[-1].method == "blocks"
     assert found[1].layers[-1].after < found[1].layers[-1].before
     assert same(before, state(net))
+    assert repair_after(found[1].model, plan) == "blocks"
     report = graphprune.verify(net, found[1].model, plan, data[0][:2])
     assert report.passed, str(report)
 
@@ -248,6 +250,7 @@ def test_a_fit_that_does_harm_is_taken_back_and_named(lr: float, said: str) -> N
     assert same(state(plainly.model), state(found.model))
     assert not found.layers[-1].changed and said in found.layers[-1].note
     assert (found.before, found.after) == (plainly.before, plainly.after)
+    assert repair_after(found.model, plan) == "least_squares"  # what is verified
 
 
 def test_what_the_user_has_frozen_is_frozen_afterwards() -> None:
