@@ -27,18 +27,16 @@ from tools._common import machine_line, markdown_table, versions_line, write
 from tools.bench_accuracy import DOCS, Task, task
 
 SETTINGS: dict[str, BlockFit] = {
-    "default": BlockFit(),
     "12 passes": BlockFit(passes=12),
-    "12 passes, lr 0.003": BlockFit(passes=12, lr=0.003),
-    "12 passes, lr 0.03": BlockFit(passes=12, lr=0.03),
     "12 passes, one block after the other": BlockFit(passes=12, together=False),
     "12 passes, outputs 3": BlockFit(passes=12, outputs=3.0),
 }
 HEADER = """# Whole blocks fitted without labels
 
 `recover="blocks"` after `recover="least_squares"`, from the same inputs without labels; plans by the criterion
-"reconstruction", whole test sets. Error: of the outputs, squared and relative, on inputs held from the repair. Seconds
-of one processor, of the repair alone.
+"reconstruction", whole test sets. Error: of the outputs, squared, divided by the squares of the dense network's, on
+the inputs that accuracy is measured on (for other networks than those on images: on inputs held from the repair).
+Seconds of one processor, of both repairs.
 
 Written by `python -m tools.bench_blocks` ({machine}; {versions}).
 """
@@ -46,7 +44,12 @@ CHOICE = """
 ## Settings
 
 Chosen on training images that the repair did not see, with networks and speed-ups that are in no table above; the dense
-networks have seen these images in their training.
+networks have seen these images in their training. Seconds of a fit one block after the other are for as many passes for
+each block.
+
+Left out since they gave no less error there (ResNet-8 at 1.5x, 12 passes, 0.0370 as it is): the outputs alone, without
+the blocks (0.0383); convex mixtures of two inputs instead of inputs (0.0381); sums of streams compared behind their
+ReLU (0.0370); and, of the outputs alone, the divergence of class probabilities at temperature 4 beside the squares.
 """
 
 
@@ -69,12 +72,26 @@ def measured(made: Task, speedup: float, methods: dict[str, str | BlockFit]) -> 
         said = found.layers[-1] if method != "least_squares" else None
         rows.append(
             {
-                "method": name, "value": round(made.measure(found.model), 2), "error": found.after,
+                "method": name, "value": round(made.measure(found.model), 2), "error": error(made, found),
                 "seconds": round(seconds), "kept": said is None or said.changed,
             }
         )  # fmt: skip
         print(rows[-1], said, flush=True)
     return rows
+
+
+@torch.no_grad()
+def error(made: Task, found: graphprune.Recovery) -> float:
+    """Of the outputs on the inputs that are measured, where the task says which; else on held ones."""
+    inputs = getattr(made.measure, "keywords", {}).get("x")
+    if inputs is None:
+        return round(found.after, 5)
+    missed = whole = 0.0
+    for batch in inputs.split(500):
+        wanted = made.model(batch)
+        missed += float((found.model(batch) - wanted).square().sum())
+        whole += float(wanted.square().sum())
+    return round(missed / whole, 5)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

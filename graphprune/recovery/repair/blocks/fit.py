@@ -147,7 +147,7 @@ class _Fit:
                 loss = self._loss(piece, places, outputs)
                 total += float(loss.detach()) * piece.samples
                 if loss.requires_grad:
-                    _go_back(loss * (piece.samples / example.samples))
+                    _go_back(loss, piece.samples / example.samples)
                     self.reached = True
             if not math.isfinite(total):
                 raise Failed(f"the error was not finite in pass {number + 1}; lower lr")
@@ -217,9 +217,10 @@ class _Fit:
         self.places = [p for p in self.places if shapes.get(p.weight) and self.spreads.get(p.weight, 0) > 0]
 
 
-def _go_back(loss: Tensor) -> None:
+def _go_back(loss: Tensor, share: float) -> None:
+    """Add the gradients of `share` times the loss."""
     try:
-        loss.backward()
+        loss.backward(torch.full_like(loss, share))
     except RuntimeError as error:
         if from_signal(error):
             raise
