@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune.errors import GraphPruneError
 from graphprune.importance.calibration import find_readers
-from graphprune.plans.history import repair_after
+from graphprune.plans.history import history_of, repair_after
 from graphprune.recovery.repair.blocks import fit, fit_blocks
 from graphprune.recovery.repair.blocks.places import Place, Watch, find_places
 from graphprune.recovery.repair.blocks.samples import shuffled
@@ -153,7 +154,7 @@ def test_a_linear_network_comes_to_the_least_squares_solution() -> None:
     read = torch.cat([x[:, :5], torch.ones(256, 1)], 1)
     best = (read @ torch.linalg.lstsq(read, wanted).solution - wanted).square().mean()
     start = (small(x) - wanted).square().mean().detach()
-    done = fit_blocks(dense, small, [], Batches(x), None, BlockFit(passes=60, lr=0.1, batch_size=64))
+    done = fit_blocks(dense, small, [], Batches(x), None, BlockFit(passes=40, lr=0.1, batch_size=64))
     reached = (small(x) - wanted).square().mean().detach()
     assert done.failed == "" and math.isnan(done.before) is False
     assert reached - best < 0.01 * (start - best)
@@ -216,7 +217,7 @@ def test_the_error_is_that_of_the_blocks_and_the_outputs() -> None:
 def test_one_block_after_the_other() -> None:
     """Each fits what it owns to its own end: the first is as if there were no second."""
     x = images(1, 64)[0]
-    one = dataclasses.replace(SETTINGS, together=False, passes=20)
+    one = dataclasses.replace(SETTINGS, together=False, passes=12)
     dense, small, places, stays = pruned(residual(), x)
     before, kept = errors(small, dense, x, stays), state(small)
     fit_blocks(dense, small, places, Batches(x), None, one)
@@ -269,14 +270,15 @@ def test_what_the_user_has_frozen_is_frozen_afterwards() -> None:
     assert found.layers[-1].changed
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_whatever_mode_the_caller_is_in(mode: Any) -> None:
-    net, data = residual(), images()
-    plan = graphprune.plan(net, data[0][:2], 0.5)
-    wanted = state(graphprune.recover(net, plan, data[0][:2], data, SETTINGS).model)
-    with mode():
-        found = graphprune.recover(net, plan, data[0][:2], data, SETTINGS)
-    assert same(wanted, state(found.model)) and found.layers[-1].changed
+def test_in_inference_mode_as_outside() -> None:
+    net, x = residual(), images()[0]
+    plan = graphprune.plan(net, x[:2], 0.5)
+    settings = dataclasses.replace(SETTINGS, passes=4)
+    made = []
+    for mode in (contextlib.nullcontext, torch.inference_mode):
+        with mode():
+            made.append(graphprune.recover(net, plan, x[:2], [x + 0], settings))
+    assert same(state(made[0].model), state(made[1].model)) and made[0].layers == made[1].layers
 
 
 def test_a_language_model_keeps_its_table_and_what_is_tied_to_it() -> None:
@@ -398,13 +400,11 @@ def test_what_cannot_be_is_refused() -> None:
         graphprune.recover(net, plan, data[0][:2], data, "blocks")
 
 
-def test_prune_takes_it_by_name_and_by_settings() -> None:
+def test_prune_takes_its_settings_and_tells_how_far_it_is() -> None:
     net, data = residual(), images()
-    settings = SETTINGS
-    small = graphprune.prune(net, data[0][:2], 0.5, data=data, recover=settings, verify=False)
-    plan = graphprune.plan(net, data[0][:2], 0.5, data=data)
-    reference = graphprune.recover(net, plan, data[0][:2], data, settings, new_bias=True).model
-    assert same(state(small), state(reference))
     stages: set[tuple[str, ...]] = set()
-    graphprune.recover(net, plan, data[0][:2], data, settings, progress=lambda now: stages.add(now.stages))
-    assert ("repairing", "fitting blocks") in stages
+    x = data[0][:2]
+    small = graphprune.prune(net, x, 0.5, data=data, recover=SETTINGS, progress=lambda now: stages.add(now.stages))
+    history = history_of(small)
+    assert history is not None and history.repairs == ("blocks",)
+    assert any(names[-1] == "fitting blocks" for names in stages)
