@@ -19,6 +19,7 @@ from .plans.plan import Plan
 from .plans.storage import load, save
 from .plans.verification import VerificationReport, verify
 from .recovery import (
+    BlockFit,
     Distillation,
     Evaluation,
     Finetuning,
@@ -45,6 +46,7 @@ from .workflows.reporting.summary import Point, Report, report
 __all__ = [
     "Advice",
     "Attempt",
+    "BlockFit",
     "Blocker",
     "Budget",
     "ConfigFit",

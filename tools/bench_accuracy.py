@@ -42,7 +42,7 @@ from tools._common import write
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-METHODS = ["nothing", "mean", "moments", "batchnorm", "least_squares"]
+METHODS = ["nothing", "mean", "moments", "batchnorm", "least_squares", "blocks"]
 
 
 def loaders() -> types.ModuleType:
@@ -278,7 +278,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 HEADER = """# Accuracy without training
 
 Pruned to a budget of multiply-accumulates, no labels, no training; whole test sets. "reconstruction" is the selection
-alone, "+ mean", "+ moments" (without data), "+ batchnorm" and "+ least_squares" what recovery makes of the same plan.
+alone, "+ mean", "+ moments" (without data), "+ batchnorm", "+ least_squares" and "+ blocks" what recovery makes of the
+same plan.
 Torch-Pruning at the uniform ratio that reaches the same budget, each of its criteria that needs no data. Seconds:
 planning and recovery together, the longest of the row, on a machine shared with other work. Tables "on held-out
 training data" confirm the settings on images that calibration does not use; the dense ResNets have seen them in their

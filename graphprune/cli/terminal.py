@@ -116,7 +116,7 @@ RecoverOption = Annotated[
     _option(
         _PRUNING,
         'Repair of what was lost: "auto" (default: least squares with data, else from what the model stores), "mean", '
-        '"moments", "batchnorm", "least_squares" or "none".',
+        '"moments", "batchnorm", "least_squares", "blocks" (least squares, then blocks by gradient) or "none".',
         "--recover",
     ),
 ]

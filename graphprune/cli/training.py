@@ -71,7 +71,8 @@ def run_pipeline(
         ),
     ] = None,
     recover: Annotated[
-        str | None, typer.Option(help="mean, batchnorm or least_squares, before training.", rich_help_panel=_PRUNING)
+        str | None,
+        typer.Option(help="mean, batchnorm, least_squares or blocks, before training.", rich_help_panel=_PRUNING),
     ] = None,
     calibration: Annotated[
         str | None,

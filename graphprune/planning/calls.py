@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import GraphPruneError
 from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
-from ..recovery import auto_possible, check_method
+from ..recovery import BlockFit, auto_possible, check_method
 from ..recovery import recover as recover_accuracy
 from ..runtimes.latency import Target
 from ..support.doors import door
@@ -166,7 +166,7 @@ def prune(
     max_ratio: float = 1.0,
     data: Any = None,
     loss_fn: LossFunction | None = None,
-    recover: str | None = "auto",
+    recover: str | BlockFit | None = "auto",
     target: Target | None = None,
     layer_criterion: Any = None,
     strict: bool = False,
@@ -182,8 +182,9 @@ def prune(
 
     `recover`: how what was lost is repaired after verification, without labels or training. "auto" (default): with
     `data` by least squares, no layer given a new bias; without, behind batch norms, by the means and variances that
-    they store (docs/one-line.md says what that gives back); elsewhere not at all. "mean", "moments", "batchnorm" or
-    "least_squares": that method, see `graphprune.recover`. None: not at all; the network is what
+    they store (docs/one-line.md says what that gives back); elsewhere not at all. "mean", "moments", "batchnorm",
+    "least_squares" or "blocks" (minutes; the most without labels), or a `BlockFit`: that method, see
+    `graphprune.recover`. None: not at all; the network is what
     `plan(...).apply(model)` makes.
 
     `progress`: as in `plan`, of the verification and the repair too.
@@ -211,7 +212,7 @@ def prune(
     return repaired(model, decided, small, example_input, data, recover)
 
 
-def check_recover(request: Request, method: str | None) -> None:
+def check_recover(request: Request, method: str | BlockFit | None) -> None:
     """Raise GraphPruneError for a method of repair that is none, or that needs what the request does not have."""
     check_method(method, request.data)
     if not request.strategy.loses_inputs and method not in (None, "auto", "batchnorm"):
@@ -219,7 +220,7 @@ def check_recover(request: Request, method: str | None) -> None:
 
 
 def repaired(
-    model: nn.Module, decided: Plan, small: nn.Module, example: Any, data: Any, method: str | None
+    model: nn.Module, decided: Plan, small: nn.Module, example: Any, data: Any, method: str | BlockFit | None
 ) -> nn.Module:
     """`small`, or where there is a method and something to go by, the repaired network that it makes of the plan."""
     if method is None or (method == "auto" and not auto_possible(model, decided, data)):

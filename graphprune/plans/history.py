@@ -43,7 +43,7 @@ class Applied(Protocol):
 @dataclasses.dataclass(frozen=True)
 class History:
     """`plans`: in the order in which they were applied. `structure`: names and shapes after the last of them.
-    `repairs`: for each plan how what it lost was repaired ("mean", "batchnorm", "least_squares"), "" for not at all."""
+    `repairs`: for each plan how what it lost was repaired ("least_squares", say), "" for not at all."""
 
     plans: tuple[Applied, ...]
     structure: Mapping[str, tuple[int, ...]]

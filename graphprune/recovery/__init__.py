@@ -1,7 +1,8 @@
-"""Recovery without training (mean compensation, batch norm re-estimation, least squares against the dense network) and
-with it (fine-tuning, distillation)."""
+"""Recovery without labels (mean compensation, batch norm re-estimation, least squares against the dense network, whole
+blocks by gradient) and with them (fine-tuning, distillation)."""
 
-from .repair.methods import METHODS, Recovery, auto_possible, check_method, recover
+from .repair.blocks import BlockFit
+from .repair.methods import METHODS, Recovery, auto_possible, check_method, name_of, recover
 from .repair.steps import LayerRecovery
 from .training.carrying import carry_optimizer
 from .training.distillation import Distillation
@@ -12,6 +13,7 @@ from .training.tuning import finetune
 
 __all__ = [
     "METHODS",
+    "BlockFit",
     "Distillation",
     "Epoch",
     "Evaluation",
@@ -25,5 +27,6 @@ __all__ = [
     "carry_optimizer",
     "check_method",
     "finetune",
+    "name_of",
     "recover",
 ]

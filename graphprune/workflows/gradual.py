@@ -19,6 +19,7 @@ from ..plans.folding import fold_conv_bn
 from ..plans.naming import in_users_names
 from ..plans.plan import Plan
 from ..plans.verification import verify as run_verification
+from ..recovery import BlockFit
 from ..recovery import recover as recover_accuracy
 from ..sparsity.channels import NOT_IN_STEPS, NOT_OF_CHANNELS, Channels
 from ..sparsity.schedules import schedule as make_schedule
@@ -42,7 +43,7 @@ def prune_gradually(
     schedule: str = "linear",
     train: Train | None = None,
     verify: bool = True,
-    recover: str | None = None,
+    recover: str | BlockFit | None = None,
     progress: ProgressOption = None,
     **options: Any,
 ) -> nn.Module:

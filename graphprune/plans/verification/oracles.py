@@ -116,8 +116,9 @@ def verify(
     the plan makes of the original, and *forward, repaired* and *repaired* say that `pruned` runs and differs from it
     only in the values that the repair may change: constant terms and means for "mean"; statistics of batch norms, and
     layers into which these are folded, for "batchnorm"; both for "moments"; weights and constant terms of all layers
-    that multiply, and batch norms, for "least_squares". `trained=True`: `pruned` was trained since; *forward, trained*
-    and *trained* say that it runs and differs in the values of tensors and in modes alone.
+    that multiply, and batch norms, for "least_squares"; all parameters for "blocks". `trained=True`: `pruned` was
+    trained since; *forward, trained* and *trained* say that it runs and differs in the values of tensors and in modes
+    alone.
 
     A plan that leaves out layers or experts is checked against the original in which they are bypassed, or barred from
     being chosen, instead. One that leaves out layers and changes widths too is checked in two steps: the original with

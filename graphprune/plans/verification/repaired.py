@@ -54,6 +54,8 @@ def _of_repair(cut: nn.Module, plan: Plan, repair: str, example: ExampleInput) -
     trace = record_run(cut, example)
     norms = {name for name, module in all_modules(cut).items() if isinstance(module, _BatchNorm)}
     changed = _METHODS[repair](trace, norms, plan)
+    if repair == "blocks":
+        changed |= {trace.canonical(name) for name, _ in cut.named_parameters(remove_duplicate=False)}
     if repair != "batchnorm" and norms and not plan.folds:  # repaired as if they were folded, and taken apart again
         for fold in find_folds(cut, trace):
             changed |= {*fold_names(fold), *(f"{fold.batch_norm}.{kind}" for kind in _NORM)}
@@ -96,6 +98,7 @@ _METHODS: dict[str, Callable[[Trace, set[str], Plan], set[str]]] = {
     "moments": _of_moments,
     "batchnorm": _of_batchnorm,
     "least_squares": _of_least_squares,
+    "blocks": _of_least_squares,  # and all other parameters
 }
 
 

@@ -23,6 +23,8 @@ from ...synthesis import made_for
 from ...tracing.example import ExampleInput
 from ...tracing.trace import record_run
 from .batchnorm import reestimate
+from .blocks import BlockFit
+from .by_blocks import repair_blocks
 from .checking import NO_OUTPUTS, Check, FitData
 from .layers import Refit
 from .norms import kept_folds, take_apart
@@ -30,7 +32,7 @@ from .steps import LayerRecovery
 from .stored import stores_statistics
 from .without_data import WithoutData
 
-METHODS = ("auto", "mean", "moments", "batchnorm", "least_squares")
+METHODS = ("auto", "mean", "moments", "batchnorm", "least_squares", "blocks")
 _DATA_FREE = ("auto", "mean", "moments")
 
 
@@ -65,12 +67,18 @@ class Recovery:
 
 
 def check_method(method: Any, data: Any) -> None:
-    """Raise GraphPruneError unless `method` is None or known, and has the data it needs."""
-    check_choice("recover", method, (None, *METHODS))
+    """Raise GraphPruneError unless `method` is None, known or a `BlockFit`, and has the data it needs."""
     if method is None:
         return
+    method = name_of(method)
+    check_choice("recover", method, (None, *METHODS), "a BlockFit")
     if data is None and method not in _DATA_FREE:
         raise GraphPruneError(f"recover={method!r} needs inputs to measure on: pass data=, a loader or list of batches")
+
+
+def name_of(method: str | BlockFit) -> str:
+    """The name of a method that may be given by its settings."""
+    return "blocks" if isinstance(method, BlockFit) else method
 
 
 @door("model", exact=True)
@@ -80,7 +88,7 @@ def recover(
     plan: Plan,
     example_input: Any,
     data: Any = None,
-    method: str = "auto",
+    method: str | BlockFit = "auto",
     *,
     ridge: float = 1e-3,
     every_layer: bool = True,
@@ -108,6 +116,20 @@ def recover(
       refitted by ridge regression: inputs from the already repaired part of the pruned network, targets from the dense
       one, layer after layer (He et al., Channel Pruning, ICCV 2017; design with the residual stream's error in the
       target). `ridge`, times the mean second moment of the inputs, holds the weights to those they had.
+
+    - "blocks", or a `BlockFit` with settings: after "least_squares" all parameters, norms included, are fitted together
+      by gradient, so that the blocks of the network make what they make in the dense one (as FitNets, Romero et al.,
+      ICLR 2015, and block by block BRECQ, Li et al., ICLR 2021). With y the end of a block in the pruned network, Y the
+      channels that stayed of the dense one's, and var(Y) their variance around the means of channels, Adam goes down
+
+          mean over blocks of mean (y - Y)^2 / var(Y)  +  outputs * the same of the network's outputs,
+
+      on inputs alone. Ends of blocks are the sums of residual streams; where a network adds nothing up, the results of
+      its layers. Minutes for a small network on a CPU: a pass costs a run of the dense network and a training step of
+      the pruned one for every sample, see `BlockFit`. Order and batches are the same in every run. Frozen parameters
+      are fitted too, as by "least_squares", and stay frozen; tables that tokens are looked up in stay as they are.
+      Memory is that of five copies of the parameters, 2 GiB of activations or those of one sample, and 2 GiB of inputs.
+      A run that was stopped starts again.
 
     `new_bias`: whether layers without a bias, and without a batch norm behind them, may be given one. Without, the file
     and the class keep the names they have, and weights alone make up for means. By default they may, except in models
@@ -155,13 +177,15 @@ def recover(
     check_plan(plan, model)
     if method == "auto":
         method = "moments" if data is None else "least_squares"
+    fit = (method if isinstance(method, BlockFit) else BlockFit()) if name_of(method) == "blocks" else None
+    method = name_of(method)
     if new_bias is None:
         new_bias = not _configured(model)
     if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
         raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
     data = made_for(data, model, example_input) if method != "moments" else data
     bare, example = plain(model), ExampleInput.of(example_input)
-    options = (float(ridge), every_layer, new_bias)
+    options = (float(ridge), every_layer, new_bias, fit)
     own = in_plain_names(plan, bare, model)
     found = _recovered(bare, own, example, data, method, *options)
     if bare is model:
@@ -178,6 +202,7 @@ def _recovered(
     ridge: float,
     every_layer: bool,
     new_bias: bool,
+    fit: BlockFit | None,
 ) -> Recovery:
     stored = data is None or method == "moments"
     batches = None if stored else CalibrationData(data, example, model)
@@ -203,7 +228,11 @@ def _recovered(
         fitted = apply_folds(small, kept) if kept else small
         unlike = frozenset(f.layer for f in plan.folds if f not in folds)
         refit = Refit(dense, fitted, plan, example, seen, ridge, every_layer, unlike, new_bias)
-        found = tuple(refit.run(solve=method == "least_squares"))
+        found = tuple(refit.run(solve=method != "mean"))
+        if fit is not None:
+            by_gradient = repair_blocks(refit, example, data, fit)
+            found = (*found, by_gradient)
+            method = "blocks" if by_gradient.changed else "least_squares"
         if kept and any(layer.changed for layer in found):
             take_apart(small, fitted, kept, seen)
         done = method if any(layer.changed for layer in found) else ""

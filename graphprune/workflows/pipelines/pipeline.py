@@ -13,7 +13,7 @@ from torch import nn
 from ...errors import GraphPruneError
 from ...planning.allocation import Budget
 from ...plans.plan import Plan
-from ...recovery import Distillation, Epoch, Finetuning, check_method
+from ...recovery import BlockFit, Distillation, Epoch, Finetuning, check_method
 from ...recovery.training.evaluation import evaluator, metric_name
 from ...recovery.training.loop import MakeOptimizer, Training
 from ...recovery.training.objective import Objective
@@ -89,7 +89,7 @@ def pipeline(
     amp: bool | str = "auto",
     distillation: Distillation | bool = False,
     regularize: Regularize = None,
-    recover: str | None = None,
+    recover: str | BlockFit | None = None,
     calibration: Any = None,
     evaluate: Any = None,
     patience: int | None = None,
@@ -117,9 +117,9 @@ def pipeline(
       `finetune`.
     - `regularize`: "lasso", "growing", a `GroupLasso` or a `GrowingPenalty`: the training before pruning drives weak
       channels to zero, so that less is lost then; see `finetune`. Needs `train_epochs`.
-    - `distillation`: True or a `Distillation`: learn from the dense network too. `recover`: "mean", "batchnorm" or
-      "least_squares" repairs each structured step before training goes on. `calibration`: batches for criteria and
-      for `recover`; default `data`.
+    - `distillation`: True or a `Distillation`: learn from the dense network too. `recover`: "mean", "batchnorm",
+      "least_squares", "blocks" or a `BlockFit` repairs each structured step before training goes on. `calibration`:
+      batches for criteria and for `recover`; default `data`.
     - `evaluate`, `patience`, `progress`, `on_epoch`: as in `finetune`; both trainings may stop early, the second only
       once all is pruned. `speed`: measure the latency too, as in `report`.
     - `seed`: everything drawn follows from it and the epoch: the same call gives the same network, bit for bit.
@@ -150,8 +150,9 @@ def pipeline(
     chosen = method_of(method, example_input, budget, options, batches, loss_fn, seed, strict)
     ask = evaluator(evaluate)
     settings = {
+        "recover": recover if isinstance(recover, str | None) else repr(recover),
         "method": method if isinstance(method, str) else "own", "schedule": schedule, "sparsity": amount,
-        "prune_epochs": gradual, "budget": repr(budget), "recover": recover, "options": _told(options),
+        "prune_epochs": gradual, "budget": repr(budget), "options": _told(options),
     }  # fmt: skip
     folder = _folder(checkpoint)
     with random_state_kept(data):

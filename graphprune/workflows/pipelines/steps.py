@@ -17,7 +17,7 @@ from ...planning.request import OPTIONS, Request, check_names, strategy_of
 from ...planning.shortfall import shortfall, tell
 from ...plans.plan import Plan
 from ...plans.verification import verify
-from ...recovery import recover
+from ...recovery import BlockFit, recover
 from ...recovery.training.loop import Trainer
 from ...recovery.training.runs import Score
 from ...sparsity import Channels, gradient, magnitude, masks, set_masks
@@ -152,7 +152,7 @@ class GradualPruner:
         data: Any,
         calibration: Any,
         example_input: Any,
-        recovery: str | None,
+        recovery: str | BlockFit | None,
         seed: int,
     ) -> None:
         self.method, self.schedule, self.steps = method, schedule, steps
