@@ -98,8 +98,9 @@ def test_nothing_to_repair_and_nothing_known_are_no_errors() -> None:
     x = torch.randn(8, 6)
     plan = graphprune.plan(blocks, x, 0.5, granularity="layer")
     assert plan.layers and same(graphprune.prune(blocks, x, 0.5, granularity="layer"), plan.apply(blocks))
-    layered = graphprune.prune(blocks, x, 0.5, granularity="layer", data=[x])
-    assert repair_after(layered, graphprune.plan(blocks, x, 0.5, granularity="layer", data=[x])) == "least_squares"
+    data = [torch.randn(64, 6)]
+    layered = graphprune.prune(blocks, x, 0.5, granularity="layer", data=data)
+    assert repair_after(layered, graphprune.plan(blocks, x, 0.5, granularity="layer", data=data)) == "least_squares"
 
 
 def tampered(change: Callable[[nn.Module], None]) -> tuple[Any, Any, nn.Module]:
