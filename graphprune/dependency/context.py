@@ -170,11 +170,6 @@ class NodeContext:
         finds that out, which is asked only where there are some."""
         if length == 1 or a is b or not (a or b):
             return
-        if len(a) == len(b) == 1:
-            ((da, va),), ((db, vb),) = a.items(), b.items()
-            if id(va) in self.dims.whole and id(vb) in self.dims.whole:
-                self._union_whole(da, va, db, vb)
-                return
         if a and b and self.dims.are_whole(a, b) and self._tie_whole(a, b):
             return
         there_a, there_b = ({d: v >= 0 for d, v in axis_map.items()} for axis_map in (a, b))

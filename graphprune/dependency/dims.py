@@ -59,7 +59,7 @@ class DimTable:
         self.total = 1  # position 0 stands for "immovable"
         self._counting: dict[int, Vector] = {}
         # facts about sealed vectors, which many nodes share, by their identities; the vectors are kept with them
-        self.whole: dict[int, Vector] = {}  # those known to have a coordinate at every index
+        self._whole: dict[int, Vector] = {}  # those known to have a coordinate at every index
         self._pairs: dict[tuple[int, int], tuple[Vector, Vector, Vector, Vector]] = {}
         self._numbers: dict[int, tuple[Vector, int, Vector]] = {}
         self._layout: tuple[int, int, Layout] | None = None
@@ -69,24 +69,24 @@ class DimTable:
         found = self._counting.get(length)
         if found is None:
             found = self._counting[length] = sealed(np.arange(length, dtype=np.int64))
-            self.whole[id(found)] = found
+            self._whole[id(found)] = found
         return found
 
     def are_whole(self, *axes: AxisMap) -> bool:
         """Every Dim on the axes has a coordinate at every index."""
         for axis_map in axes:
             for vector in axis_map.values():
-                if id(vector) not in self.whole and not self.is_whole(vector):
+                if id(vector) not in self._whole and not self.is_whole(vector):
                     return False
         return True
 
     def is_whole(self, vector: Vector) -> bool:
         """It has a coordinate at every index."""
-        if id(vector) in self.whole:
+        if id(vector) in self._whole:
             return True
         found = bool(np.minimum.reduce(vector) >= 0)
         if found and not vector.flags.writeable:
-            self.whole[id(vector)] = vector
+            self._whole[id(vector)] = vector
         return found
 
     def counts(self, vector: Vector) -> bool:

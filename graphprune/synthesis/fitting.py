@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..support.activations import kept_bytes
 from ..support.progress import stage
 from ..tracing.example import ExampleInput
 from .form import Form
 from .noise import smooth
 from .norms import mismatch
-from .running import device_of, kept_bytes, run_seen, seeded
+from .running import device_of, run_seen, seeded
 
 # Activations that a batch may keep for its backward pass, in bytes, and samples that it has at most.
 MEMORY = 2 << 30
@@ -118,13 +119,17 @@ class Fitting:
         own = self.form.batch_size
         tried = 8
         try:
-            needed = kept_bytes(self.model, self._example(tried)) / tried
+            needed = self._kept_bytes(tried) / tried
         except GraphPruneError:
             if own == tried:
                 raise
-            return own, kept_bytes(self.model, self._example(own))
+            return own, self._kept_bytes(own)
         most = max(1, min(MOST, int(MEMORY / max(needed, 1))))
         return most, int(most * needed)
+
+    def _kept_bytes(self, samples: int) -> int:
+        example = self._example(samples)
+        return kept_bytes(self.model, lambda: run_seen(self.model, example))
 
     def _example(self, samples: int) -> ExampleInput:
         return self.form.filled([t.to(self.device) for t in self.form.repeated(samples)])

@@ -79,20 +79,3 @@ def differentiable(model: nn.Module) -> nn.Module:
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first tensor."""
     return next((t.device for t in named_tensors(model).values()), torch.device("cpu"))
-
-
-def kept_bytes(model: nn.Module, inputs: ExampleInput) -> int:
-    """Bytes of activations that a run with gradients keeps until its backward pass."""
-    held: dict[int, int] = {}
-    own = {t.untyped_storage().data_ptr() for t in named_tensors(model).values()}
-
-    def packed(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t):
-        seen = run_seen(model, inputs)
-        del seen
-    return sum(held.values())

@@ -262,7 +262,7 @@ class Recorder:
 
     def run(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Make an ATen call, or work out what shape its result has, and record it."""
-        called = _called.get(id(target)) or Called.of(target)
+        called = Called.of(target)
         if called.random:
             self.drew = True
         if called.writes:
@@ -278,7 +278,9 @@ class Recorder:
         """What `run` returns of the ATen call that a torch function makes, without asking torch; None, and nothing is
         recorded, where torch has to be asked."""
         short = ATEN.get(function)
-        if short is None or not (self.shapes_only and self.whole_depth == 0 and are_plain(args) and nothing_between()):
+        if short is None or not self.shapes_only or self.whole_depth:
+            return None
+        if not are_plain([*args, *kwargs.values()]) or not nothing_between():
             return None
         try:
             call = short(*args, **kwargs)
@@ -287,7 +289,7 @@ class Recorder:
         if call is None:
             return None
         target, given = call
-        called = _called.get(id(target)) or Called.of(target)
+        called = Called.of(target)
         with torch._C._DisableTorchDispatch():
             out = called.shape(*given) if called.shape is not None else None
         if out is None:
@@ -305,7 +307,7 @@ class Recorder:
         if self._known is not None and self._seen_before(target, inputs, named, out):
             return
         # arguments are set afterwards: create_node would walk through them first
-        called = _called.get(id(target)) or Called.of(target)
+        called = Called.of(target)
         node = self.graph.create_node("call_function", target, (), {}, called.node_name)
         _set_args(node, inputs)
         if named:

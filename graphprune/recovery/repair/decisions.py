@@ -17,13 +17,19 @@ from torch import Tensor
 _SURE, _LIKELY, _MUCH = 2.0, 1.0, 0.5
 
 
+def choice_axis(answer: Tensor) -> int:
+    """The axis of a network's answer along which numbers mean different things, as class scores (samples, classes) and
+    (samples, places, classes): the last one, or with four axes and more axis 1, as of (samples, classes, height,
+    width)."""
+    return 1 if answer.dim() > 3 else max(answer.dim() - 1, 0)
+
+
 def rightly_decided(found: Tensor, wanted: Tensor, samples: int) -> Tensor:
     """For each sample, in how many places the largest of `found` is the largest of `wanted`.
 
-    The choice is among the last axis, as of class scores (samples, classes) and (samples, places, classes), or with
-    four axes and more among axis 1, as of (samples, classes, height, width). Zeros where there is nothing to choose.
+    The choice is along `choice_axis`. Zeros where there is nothing to choose.
     """
-    axis = wanted.dim() - 1 if wanted.dim() < 4 else 1
+    axis = choice_axis(wanted)
     if wanted.dim() < 2 or wanted.shape[axis] < 2 or found.shape != wanted.shape or wanted.is_complex():
         return torch.zeros(samples, dtype=torch.float64)
     same = found.argmax(axis) == wanted.argmax(axis)

@@ -73,10 +73,7 @@ def argument(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], positi
 
 def given(node: fx.Node, position: int | None) -> Any:
     """`argument` of a recorded call."""
-    if position is None:
-        return None
-    args = node.args
-    return args[position] if position < len(args) else argument(node.target, args, node.kwargs, position)
+    return None if position is None else argument(node.target, node.args, node.kwargs, position)
 
 
 def rank(node: Any) -> int:

@@ -156,10 +156,7 @@ _DECLARED: dict[str, Operator] = {}
 
 def operator_of(node: fx.Node) -> Operator | None:
     """What the table says of a recorded call; None for an operator that is unknown, and for nodes that call nothing."""
-    if node.op != "call_function":
-        return None
-    known = _known.get(id(node.target))
-    return operator_of_target(node.target) if known is None else known[1]
+    return operator_of_target(node.target) if node.op == "call_function" else None
 
 
 def operator_of_target(target: Any) -> Operator | None:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ....importance.calibration import without_loss
+from ....support.activations import kept_bytes
 from ....support.interrupts import from_signal
 from ....support.progress import Stage, stage
 from ....support.randomness import random_state_kept, seed_epoch
-from ....support.walking import named_tensors
 from ....tracing.example import ExampleInput, result_tensors
 from ....tracing.state import evaluating, unfused
 from ....tracing.trace import run_model
 from ...training.loop import rate_factor
+from ..decisions import choice_axis
 from ..walk import Inputs
 from .places import Place, Watch
 from .samples import chosen, separable, shuffled
@@ -170,7 +171,8 @@ class _Fit:
         """How many samples of this size a backward pass has room for, at least one."""
         size = tuple(tensor.shape[1:] for tensor in example.tensors())
         if size not in self.rooms:
-            kept = _kept_bytes(self.small, chosen(example, range(1)))
+            one = chosen(example, range(1))
+            kept = kept_bytes(self.small, lambda: _made(self.small, (), one, gradients=True))
             self.rooms[size] = max(1, ACTIVATIONS // max(kept, 1))
         return self.rooms[size]
 
@@ -209,7 +211,7 @@ class _Fit:
                     for made in wanted.get(place.weight, ()):
                         spreads.setdefault(place.weight, Spread()).add(place.wanted(made), made.dim() + place.axis)
                 for i, answer in enumerate(answers):
-                    spreads.setdefault(f"output {i}", Spread()).add(answer, _channels(answer))
+                    spreads.setdefault(f"output {i}", Spread()).add(answer, choice_axis(answer))
                 if not number:
                     shapes = _alike(_made(self.small, self.places, example)[0], wanted, self.places)
             self.samples += example.samples
@@ -225,23 +227,6 @@ def _go_back(loss: Tensor, share: float) -> None:
         if from_signal(error):
             raise
         raise Failed(f"gradients cannot be computed: {str(error).splitlines()[0]}") from error
-
-
-def _kept_bytes(net: nn.Module, example: ExampleInput) -> int:
-    """Bytes that a run with gradients keeps for its backward pass, beside the parameters."""
-    held: dict[int, int] = {}
-    own = {t.untyped_storage().data_ptr() for t in named_tensors(net).values()}
-
-    def packed(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(packed, lambda t: t):
-        made = _made(net, (), example, gradients=True)
-        del made
-    return sum(held.values())
 
 
 def _alike(
@@ -271,8 +256,3 @@ def _distance(found: Tensor, wanted: Tensor, spread: float) -> Tensor:
         return torch.zeros((), device=found.device)
     a, b = (t.float() if t.dtype in (torch.float16, torch.bfloat16) else t for t in (found, wanted.detach()))
     return torch.where(b.isfinite(), a - b, 0.0).square().mean() / spread
-
-
-def _channels(answer: Tensor) -> int:
-    """The axis of a network's answer along which numbers mean different things, as class scores."""
-    return 1 if answer.dim() > 3 else max(answer.dim() - 1, 0)
