@@ -138,7 +138,7 @@ def capture(
                 dynamic_shapes=(shapes,) if dynamic_batch else None,
             )
     except Exception as error:
-        raise GraphPruneError(_explain(name, error, arguments, dynamic_batch)) from error
+        raise GraphPruneError(explain(name, error, arguments, dynamic_batch)) from error
     if program is None or len(program.model.graph.inputs) != len(arguments.tensors):
         raise GraphPruneError(f"{name} cannot be exported: the exporter lost an input")
     if dynamic_batch:
@@ -174,7 +174,7 @@ def optimise(program: Any, name: str) -> None:
         ) from error
 
 
-def _explain(name: str, error: Exception, arguments: FlatArguments, dynamic_batch: bool) -> str:
+def explain(name: str, error: Exception, arguments: FlatArguments, dynamic_batch: bool) -> str:
     """The reason for a failed export in a few lines; the exporter's own text has hundreds."""
     chain: list[BaseException] = []
     current: BaseException | None = error
