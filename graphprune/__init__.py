@@ -8,6 +8,7 @@ graphprune.benchmark({"dense": model, "small": small}, example_input)
 from . import importance, rules, runtimes, sparsity
 from ._version import __version__
 from .dependency import DependencyGraph, Frozen, Group, GroupKind, Member, trace
+from .deployment import Artifact, Runner, benchmark, export
 from .errors import GraphPruneError, GraphPruneWarning
 from .importance import criterion
 from .planning.allocation import Budget
@@ -32,7 +33,7 @@ from .recovery import (
     recover,
 )
 from .rules import rule
-from .runtimes import LatencyTable, Target, benchmark, export_onnx, latency_table
+from .runtimes import LatencyTable, Target, export_onnx, latency_table
 from .support.progress import Progress
 from .synthesis import Synthetic, SyntheticInputs, synthesize
 from .tracing.counting import Count, LayerCount, count
@@ -45,6 +46,7 @@ from .workflows.reporting.summary import Point, Report, report
 
 __all__ = [
     "Advice",
+    "Artifact",
     "Attempt",
     "BlockFit",
     "Blocker",
@@ -77,6 +79,7 @@ __all__ = [
     "Prunable",
     "Recovery",
     "Report",
+    "Runner",
     "Sensitivity",
     "Synthetic",
     "SyntheticInputs",
@@ -89,6 +92,7 @@ __all__ = [
     "count",
     "criterion",
     "doctor",
+    "export",
     "export_onnx",
     "finetune",
     "fit_config",

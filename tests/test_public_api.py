@@ -30,7 +30,7 @@ def test_the_list_shows_defaults_and_members() -> None:
     assert "    graphprune.Plan.apply(self, model: nn.Module) -> nn.Module" in text
     assert "class graphprune.Group(index: int, name: str, kind: GroupKind, size: int, members: tuple" in text
     assert "scope: str = 'local', criterion: Criterionlike | None = None" in text
-    assert "graphprune.runtimes.benchmark = graphprune.benchmark" in text
+    assert "graphprune.runtimes.export_onnx = graphprune.export_onnx" in text
     assert " at 0x" not in text
 
 

@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..deployment import benchmark
 from ..planning.calls import plan as make_plan
 from ..plans.plan import Plan
 from ..plans.storage import load
-from ..runtimes import benchmark, export_onnx
+from ..runtimes import export_onnx
 from ..support.files import check_target
 from .factories import Loaded, common_input, load_factory
 from .proof import proof_of

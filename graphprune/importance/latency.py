@@ -27,7 +27,8 @@ def milliseconds(models: Iterable[nn.Module], example: ExampleInput) -> list[flo
     Networks are exported one after the other, so that one copy is in memory at a time, and measured alternated. Their
     files lie in a temporary folder together: as much disk as the networks have bytes.
     """
-    from ..runtimes import benchmark, export_onnx  # an optional dependency
+    from ..runtimes import export_onnx  # an optional dependency
+    from ..runtimes.comparison import compare_in_onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
         files: dict[str, nn.Module | Path] = {}
@@ -35,7 +36,7 @@ def milliseconds(models: Iterable[nn.Module], example: ExampleInput) -> list[flo
             path = Path(folder) / f"{number}.onnx"
             export_onnx(model, example, path, dynamic_batch=False, check=False)
             files[str(number)] = path
-        report = benchmark(files, example, provider="cpu", check=False)
+        report = compare_in_onnxruntime(files, example, provider="cpu", check=False)
         return [float(report.row(name).median_ms) for name in files]
 
 

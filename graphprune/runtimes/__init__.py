@@ -1,9 +1,9 @@
-"""From a module to a file that runs, and to numbers: ONNX export with proof, latency measured in ONNX Runtime, and
-latency tables of a machine to plan with."""
+"""From a module to a file that runs, and to numbers: ONNX export with proof, adapters of runtimes, latency measured in
+ONNX Runtime, and latency tables of a machine to plan with."""
 
-from .benchmark import benchmark
 from .export import ExportReport, export_onnx
 from .latency import LatencyTable, Target, latency_table
+from .listing import RuntimeList, RuntimeStatus, usable_runtimes
 from .providers import Provider, resolve_provider, usable_providers
 from .results import BenchmarkReport, BenchmarkRow
 
@@ -13,10 +13,12 @@ __all__ = [
     "ExportReport",
     "LatencyTable",
     "Provider",
+    "RuntimeList",
+    "RuntimeStatus",
     "Target",
-    "benchmark",
     "export_onnx",
     "latency_table",
     "resolve_provider",
     "usable_providers",
+    "usable_runtimes",
 ]

@@ -113,8 +113,15 @@ def _existing(name: str, path: Path) -> ModelFile:
         proto = onnx.load(str(path), load_external_data=False)
     except Exception as error:
         raise GraphPruneError(f"model {name!r}: {path} is no ONNX file: {error}") from error
-    floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE}
-    parameters = sum(math.prod(t.dims) for t in proto.graph.initializer if t.data_type in floating)
+    parameters = floating_elements(proto.graph)
     beside = {entry.value for t in proto.graph.initializer for entry in t.external_data if entry.key == "location"}
     files = [path, *(path.parent / location for location in sorted(beside))]
     return ModelFile(path, parameters, sum(file.stat().st_size for file in files if file.is_file()), None)
+
+
+def floating_elements(graph: Any) -> int:
+    """Elements of the floating-point initializers of an ONNX graph."""
+    from onnx import TensorProto
+
+    floating = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE}
+    return sum(math.prod(t.dims) for t in graph.initializer if t.data_type in floating)

@@ -26,7 +26,11 @@ class BenchmarkRow:
     median(baseline) / median(this), from `speedup_low` to `speedup_high` with 95 % confidence (paired bootstrap over
     rounds; all three 1 for the baseline itself). `nodes`: how many nodes of ONNX Runtime's optimised graph run on
     which provider. `parameters`: of the module, or elements of the floating-point initializers of a file.
-    `file_mib`: size of the ONNX file. `max_relative_error`: ONNX Runtime on the CPU against torch, None if not checked.
+    `file_mib`: size of its files. `max_relative_error`: the runtime on the CPU against torch, None if not checked.
+
+    `runtime`, `precision`: where it ran; speed-ups are against the baseline there. `in_force`: the precision in the
+    runtime's own words. `clock`: what was read, "wall", "cpu" or "wall, fastest" (then `median_ms` is the fastest
+    sample); see `graphprune.benchmark`.
     """
 
     model: str
@@ -39,10 +43,14 @@ class BenchmarkRow:
     speedup_high: float
     calls: int
     nodes: Mapping[str, int]
-    parameters: int
+    parameters: int | None
     file_mib: float
     max_relative_error: float | None
     samples_ms: tuple[float, ...]
+    runtime: str = "onnxruntime"
+    precision: str = "fp32"
+    in_force: str = ""
+    clock: str = "wall"
 
     @property
     def items_per_second(self) -> float:
@@ -76,21 +84,33 @@ class BenchmarkReport:
     versions: Mapping[str, str]
     notes: tuple[str, ...]
 
-    def row(self, model: str, batch_size: int | None = None) -> BenchmarkRow:
-        """The row of `model` at `batch_size`, its first if None.
+    def row(
+        self, model: str, batch_size: int | None = None, runtime: str | None = None, precision: str | None = None
+    ) -> BenchmarkRow:
+        """The row of `model` at `batch_size`, in that runtime and precision; the first that fits what is given.
 
         Raises:
             GraphPruneError: there is no such row.
         """
+        wanted = (batch_size, runtime, precision)
         for row in self.rows:
-            if row.model == model and batch_size in (None, row.batch_size):
+            own = (row.batch_size, row.runtime, row.precision)
+            if row.model == model and all(ask in (None, has) for ask, has in zip(wanted, own, strict=True)):
                 return row
         known = sorted({(row.model, row.batch_size) for row in self.rows}, key=str)
-        raise GraphPruneError(f"no row for model {model!r} at batch size {batch_size}; there are {known}")
+        where = "".join(f", {value}" for value in (runtime, precision) if value is not None)
+        raise GraphPruneError(f"no row for model {model!r} at batch size {batch_size}{where}; there are {known}")
+
+    @property
+    def several(self) -> bool:
+        """Whether there is more than ONNX Runtime in float32."""
+        return any((row.runtime, row.precision) != ("onnxruntime", "fp32") for row in self.rows)
 
     def table(self) -> Table:
         """The rows as a `rich` table."""
+        places = [Column("runtime", "runtime", justify="left"), Column("precision", "precision", justify="left")]
         columns = [
+            *(places if self.several else []),
             Column("model", "model", justify="left"),
             Column("batch", "batch_size"),
             Column("median ms", "median_ms", ".3f"),
@@ -100,10 +120,11 @@ class BenchmarkReport:
             Column("speed-up", lambda row: row, self._speedup),
             Column("parameters", "parameters", ","),
             Column("MiB", "file_mib", ".2f"),
-            Column("nodes", lambda row: row, self._nodes),
+            *([] if self.several else [Column("nodes", lambda row: row, self._nodes)]),
             Column("rel. error", "max_relative_error", ".1e"),
         ]
-        return table(self.rows, columns, title=f"Latency in ONNX Runtime, speed-up against {self.baseline!r} (95 %)")
+        where = "Latency" if self.several else "Latency in ONNX Runtime"
+        return table(self.rows, columns, title=f"{where}, speed-up against {self.baseline!r} (95 %)")
 
     def circumstances(self) -> list[str]:
         """Machine, versions, settings and notes, one line each."""
@@ -150,12 +171,12 @@ class BenchmarkReport:
         Raises:
             GraphPruneError: matplotlib is missing or the path cannot be written.
         """
-        batches = list(dict.fromkeys(row.batch_size for row in self.rows))
+        groups = list(dict.fromkeys((row.batch_size, row.runtime, row.precision) for row in self.rows))
         names = list(dict.fromkeys(row.model for row in self.rows))
-        cells = {name: [self._cell(name, batch) for batch in batches] for name in names}
+        cells = {name: [self.row(name, *group) for group in groups] for name in names}
         return grouped_bars(
             path,
-            ["" if batch is None else f"batch {batch}" for batch in batches],
+            [self._group(*group) for group in groups],
             {name: [row.median_ms for row in rows] for name, rows in cells.items()},
             lower={name: [row.p10_ms for row in rows] for name, rows in cells.items()},
             upper={name: [row.p90_ms for row in rows] for name, rows in cells.items()},
@@ -164,8 +185,9 @@ class BenchmarkReport:
             ylabel="median latency, ms (p10 to p90)",
         )
 
-    def _cell(self, model: str, batch_size: int | None) -> BenchmarkRow:
-        return next(row for row in self.rows if row.model == model and row.batch_size == batch_size)
+    def _group(self, batch_size: int | None, runtime: str, precision: str) -> str:
+        batch = [] if batch_size is None else [f"batch {batch_size}"]
+        return "\n".join([*([f"{runtime} {precision}"] if self.several else []), *batch])
 
     def _speedup(self, row: BenchmarkRow) -> str:
         if row.model == self.baseline:

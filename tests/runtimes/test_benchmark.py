@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import graphprune.runtimes.measure as measure
+from graphprune import benchmark
 from graphprune.errors import GraphPruneError
-from graphprune.runtimes import BenchmarkReport, Provider, benchmark, export_onnx
+from graphprune.runtimes import BenchmarkReport, Provider, export_onnx
 from graphprune.runtimes.measure import Settings, alternate
 from graphprune.runtimes.providers import CPU, CUDA, why_not
 from graphprune.runtimes.statistics import schedule, speedup_interval, spread

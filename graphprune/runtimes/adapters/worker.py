@@ -54,13 +54,15 @@ class Served:
         self._sessions[key] = session
         return session.in_force()
 
-    def run(self, key: str, outputs: str, inputs: str | None = None) -> None:
-        """Run once, on other inputs where they are given, and write what comes out."""
+    def run(self, key: str, outputs: str, inputs: str) -> None:
+        """Run on each of some batches, and write what comes out of each."""
         session = self._sessions[key]
-        if inputs is not None:
-            session.load(next(read_batches(Path(inputs))))
-        session.run()
-        write_batches(Path(outputs), [session.outputs()])
+        found = []
+        for batch in read_batches(Path(inputs)):
+            session.load(batch)
+            session.run()
+            found.append([t.clone() for t in session.outputs()])
+        write_batches(Path(outputs), found)
 
     def sample(self, key: str, calls: int) -> list[float]:
         """Seconds of the clock on the wall and of this process's CPU time, per call."""

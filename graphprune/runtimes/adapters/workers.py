@@ -155,14 +155,19 @@ class RemoteSession:
         self._worker, self._key = worker, key
         self.in_force = in_force
 
-    def run(self, tensors: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The outputs on these inputs, on those loaded last if None."""
+    def run(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs on these inputs."""
+        return self.run_all([tensors])[0]
+
+    def run_all(self, batches: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        """The outputs of each of these batches."""
         folder = self._worker.folder
+        inputs = write_batches(folder / f"{self._key}.inputs", batches)
         outputs = folder / f"{self._key}.outputs"
-        inputs = None if tensors is None else str(write_batches(folder / f"{self._key}.inputs", [tensors]))
-        self._worker.ask("run", key=self._key, outputs=str(outputs), inputs=inputs)
-        found = next(read_batches(outputs))
-        outputs.unlink()
+        self._worker.ask("run", key=self._key, outputs=str(outputs), inputs=str(inputs))
+        found = list(read_batches(outputs))
+        for path in (inputs, outputs):
+            path.unlink()
         return found
 
     def sample(self, calls: int) -> tuple[float, float]:

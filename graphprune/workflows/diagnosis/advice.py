@@ -11,9 +11,9 @@ from rich.table import Table
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...deployment import benchmark
 from ...errors import GraphPruneError
 from ...recovery.training.evaluation import evaluator, metric_name
-from ...runtimes import benchmark
 from ...runtimes.machine import cpu_model, usable_cores
 from ...sparsity import masks, semi_structured_support
 from ...support.doors import door

@@ -13,10 +13,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from ...deployment import benchmark
 from ...errors import GraphPruneError
 from ...plans.history import histories
 from ...recovery.training.evaluation import evaluator, metric_name
-from ...runtimes import BenchmarkReport, benchmark
+from ...runtimes import BenchmarkReport
 from ...sparsity.files import save as save_sparse
 from ...sparsity.overview import SparsityReport
 from ...sparsity.overview import report as sparsity_of

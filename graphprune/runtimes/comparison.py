@@ -12,8 +12,6 @@ from typing import Any
 from torch import nn
 
 from ..errors import GraphPruneError
-from ..support.doors import door
-from ..support.progress import ProgressOption, reported
 from ..support.suggestions import did_you_mean
 from ..support.unwrapping import checked_model, no_model
 from .arguments import FlatArguments
@@ -25,9 +23,7 @@ from .results import BenchmarkReport, BenchmarkRow
 from .sessions import device_of
 
 
-@door()
-@reported("benchmark")
-def benchmark(
+def compare_in_onnxruntime(
     models: Mapping[str, Model],
     example_input: Any,
     *,
@@ -43,44 +39,15 @@ def benchmark(
     opset: int | None = None,
     check: bool = True,
     seed: int = 0,
-    progress: ProgressOption = None,
 ) -> BenchmarkReport:
-    """Measure the latency of `models` in ONNX Runtime, alternated in one process.
+    """Modules and ONNX files alternated in this process, with what ONNX Runtime alone can say of them.
 
-    Modules are exported by `export_onnx` to a temporary folder (with a dynamic batch; where that fails, one file per
-    batch size, and a note). In every round each model is measured once, in an order shuffled anew, so that whatever
-    slows the machine down for a while slows all models alike. Inputs and outputs stay on the provider's device. A
-    sample is the mean over as many calls in a row as take `min_time`; medians, percentiles and the interval of the
-    speed-up are over the samples of all rounds.
-
-    Takes about len(models) x len(batch_sizes) x rounds x max(min_time, latency) seconds, and the exports before.
-
-    Args:
-        models: name -> module, or path of an ONNX file.
-        example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments. Files get the
-            tensors by the names of their inputs where these are known, else by position.
-        provider: "auto" (CUDA if it really loads, else the CPU, see `notes`), "cpu", "cuda" or a full name. That
-            it is the one that runs is asserted; nodes that it lacks run on the CPU and are counted.
-        threads: inside a node; nodes run one after the other.
-        batch_sizes: one or several; that of the example if None.
-        warmup: calls of each model before anything is measured.
-        rounds: samples per model and batch size, at least 2.
-        min_time: seconds that one sample lasts at least; 0 for single calls.
-        baseline: the name of the model that others are compared with; the first if None.
-        provider_options: options of the provider, such as {"device_id": 1}.
-        cuda_graph: capture each model in a CUDA graph and replay it (CUDA only; every node must run on the GPU).
-        opset, check: as in `export_onnx`; `check` compares each export with its module.
-        seed: of the order of measurements, the bootstrap and the rows of enlarged batches.
-        progress: as in `graphprune.plan`. Nothing is drawn while something is timed.
-
-    Raises:
-        GraphPruneError: no models, an unknown baseline, a setting out of range, a provider that is not usable, a
-            module that cannot be exported, a file that cannot be run with this input or at this batch size.
+    Arguments, result and errors are those of `graphprune.benchmark`, which describes them.
     """
-    first = _check_models(models, baseline)
+    first = check_models(models, baseline)
     settings = _settings(provider, provider_options, threads, cuda_graph, warmup, rounds, min_time, seed)
     arguments = FlatArguments.of(example_input)
-    sizes = _sizes(batch_sizes, arguments)
+    sizes = sizes_of(batch_sizes, arguments)
     notes = [settings.provider.note] if settings.provider.note else []
     if threads > usable_cores():
         notes.append(f"{threads} threads share {usable_cores()} cores")
@@ -119,8 +86,8 @@ def _elsewhere(rows: Sequence[BenchmarkRow], provider: Provider) -> Iterator[str
             yield f"{name!r} runs {100 * share:.0f} % of its nodes on {provider.name} ({others})"
 
 
-def _check_models(models: Mapping[str, Model], baseline: str | None) -> str:
-    """The name of the baseline."""
+def check_models(models: Mapping[str, Model], baseline: str | None) -> str:
+    """The name of the baseline. Raises GraphPruneError for what is neither a module nor a path, or no such name."""
     if not isinstance(models, Mapping) or not models:
         raise GraphPruneError("models: expected at least one entry, {name: module or path of an ONNX file}")
     for name, model in models.items():
@@ -146,13 +113,7 @@ def _settings(
     min_time: float,
     seed: int,
 ) -> Settings:
-    for name, value, least in (("threads", threads, 1), ("warmup", warmup, 0), ("rounds", rounds, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise GraphPruneError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if isinstance(min_time, bool) or not isinstance(min_time, (int, float)) or not 0 <= min_time < math.inf:
-        raise GraphPruneError(f"min_time must be a number of seconds of at least 0, got {min_time!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise GraphPruneError(f"seed must be an integer of at least 0, got {seed!r}")
+    check_measuring(threads, warmup, rounds, min_time, seed)
     chosen = resolve_provider(provider)
     if cuda_graph and chosen.device != "cuda":
         reason = chosen.note or f"{chosen.name} was asked for"
@@ -164,7 +125,19 @@ def _settings(
     return Settings(chosen, options, threads, cuda_graph, warmup, rounds, float(min_time), seed)
 
 
-def _sizes(batch_sizes: Sequence[int] | int | None, arguments: FlatArguments) -> list[int | None]:
+def check_measuring(threads: int, warmup: int, rounds: int, min_time: float, seed: int) -> None:
+    """Raise GraphPruneError for a setting out of range."""
+    for name, value, least in (("threads", threads, 1), ("warmup", warmup, 0), ("rounds", rounds, 2)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise GraphPruneError(f"{name} must be an integer of at least {least}, got {value!r}")
+    if isinstance(min_time, bool) or not isinstance(min_time, (int, float)) or not 0 <= min_time < math.inf:
+        raise GraphPruneError(f"min_time must be a number of seconds of at least 0, got {min_time!r}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise GraphPruneError(f"seed must be an integer of at least 0, got {seed!r}")
+
+
+def sizes_of(batch_sizes: Sequence[int] | int | None, arguments: FlatArguments) -> list[int | None]:
+    """Batch sizes to measure. Raises GraphPruneError where the example cannot have one of them."""
     if batch_sizes is None:
         return [arguments.batch_size]
     asked = [batch_sizes] if isinstance(batch_sizes, int) else list(batch_sizes)

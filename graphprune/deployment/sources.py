@@ -1,0 +1,164 @@
+"""What runtimes are written from, made of a module once for all of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..dependency.reparametrised import plain
+from ..errors import GraphPruneError
+from ..importance.calibration.data import CalibrationData
+from ..runtimes import export_onnx
+from ..runtimes.adapters import Adapter
+from ..runtimes.adapters.source import Source, write_batches
+from ..runtimes.arguments import FlatArguments, named_outputs
+from ..runtimes.capture import inference_state, run_model
+from ..runtimes.parity import exact_float32
+from ..runtimes.programs import save_program
+from ..synthesis import made_for
+from ..tracing.example import ExampleInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+    """What the model itself says to the example: its result, and the tensors in it by name."""
+
+    result: Any
+    names: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+
+
+class Sources:
+    """The sources of one model in one folder, each made when it is first asked for.
+
+    Raises GraphPruneError where the model does not run, or is not in float32: precisions are the runtime's affair.
+    """
+
+    def __init__(self, model: nn.Module, example_input: Any, folder: Path) -> None:
+        self.model = plain(model)
+        self.arguments = FlatArguments.of(example_input, self.model)
+        self._folder = folder
+        self._made: dict[tuple[str, bool], Source] = {}
+        # Batches for int8, by `write_calibration`.
+        self.calibration: Path | None = None
+        _check_float32(self.model, self.arguments)
+        with inference_state(self.model), exact_float32():
+            result = run_model(self.model, self.arguments)
+        names, tensors = named_outputs(result, self.arguments.names)
+        self.answers = Answers(result, tuple(names), tuple(t.detach().cpu() for t in tensors))
+
+    def source(self, adapter: Adapter, any_batch: bool) -> Source:
+        """What this adapter writes from. `any_batch`: as in `Source`, where the adapter can have it so."""
+        free = any_batch and adapter.any_batch and self.arguments.batch_size is not None
+        key = (adapter.form, free)
+        if key not in self._made:
+            self._made[key] = self._make(adapter.form, free)
+        return dataclasses.replace(self._made[key], calibration=self.calibration)
+
+    def _make(self, form: str, free: bool) -> Source:
+        stem = f"{form}-{'any' if free else 'fixed'}"
+        example = write_batches(self._folder / f"{stem}.example", [self.arguments.tensors])
+        made = Source(
+            inputs=self.arguments.names, outputs=self.answers.names, example=example, any_batch=free
+        )  # fmt: skip
+        if form == "onnx":
+            report = export_onnx(
+                self.model, self.arguments.example, self._folder / f"{stem}.onnx", dynamic_batch=free
+            )
+            return dataclasses.replace(made, onnx=report.path)
+        with inference_state(self.model):
+            path = save_program(self.model, self.arguments, self._folder / f"{stem}.pt2", any_batch=free)
+        return dataclasses.replace(made, program=path)
+
+
+def _check_float32(model: nn.Module, arguments: FlatArguments) -> None:
+    named = (*model.named_parameters(), *model.named_buffers(), *zip(arguments.names, arguments.tensors, strict=True))
+    for name, tensor in named:
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise GraphPruneError(
+                f"{name!r} is in {tensor.dtype}; expected float32, from which every precision is made: pass "
+                f"model.float() and such an example, and say precision="
+            )
+        if tensor.is_complex():
+            raise GraphPruneError(f"{name!r} holds complex numbers, which no runtime takes")
+
+
+def write_calibration(
+    data: Any, model: nn.Module, arguments: FlatArguments, samples: int, path: Path
+) -> Path:
+    """Write the first `samples` samples of the user's data as batches as long as the example's; what is over is left
+    out.
+
+    Raises:
+        GraphPruneError: data are in no known form, have other shapes than the example, or fewer samples than a batch.
+    """
+    batches = list(chunks(_rows(data, model, arguments, samples), arguments))
+    if not batches:
+        raise GraphPruneError(
+            f"data: fewer samples than a batch of the example ({arguments.batch_size}); give more, or a shorter example"
+        )
+    return write_batches(path, batches)
+
+
+def _rows(data: Any, model: nn.Module, arguments: FlatArguments, samples: int) -> Iterator[list[Tensor]]:
+    """The tensors of each batch of the user's, until there are samples enough."""
+    read = CalibrationData(made_for(data, model, arguments.example), arguments.example, model, once=True)
+    seen = 0
+    for inputs, _ in read.silently():
+        tensors = flat_like(inputs, arguments, "data")
+        length = next((len(t) for t, b in zip(tensors, arguments.batched, strict=True) if b), 1)
+        keep = min(length, samples - seen)
+        yield [t[:keep] if b else t for t, b in zip(tensors, arguments.batched, strict=True)]
+        seen += keep
+        if seen >= samples:
+            return
+
+
+def flat_like(inputs: ExampleInput, arguments: FlatArguments, what: str) -> list[Tensor]:
+    """The tensors of a call in the order of the example's, of its shapes but for the batch.
+
+    Raises:
+        GraphPruneError: there are others.
+    """
+    if inputs.kwargs.keys() == arguments.example.kwargs.keys():
+        inputs = ExampleInput(inputs.args, {name: inputs.kwargs[name] for name in arguments.example.kwargs})
+    tensors = inputs.tensors()
+    if len(tensors) != len(arguments.tensors):
+        raise GraphPruneError(
+            f"{what}: a call with {len(tensors)} tensors where the example has {len(arguments.tensors)} "
+            f"({', '.join(arguments.names)})"
+        )
+    for name, tensor, known, batched in zip(
+        arguments.names, tensors, arguments.tensors, arguments.batched, strict=True
+    ):
+        mine, wanted = (tuple(t.shape[1:] if batched and t.ndim else t.shape) for t in (tensor, known))
+        if mine != wanted or tensor.ndim != known.ndim or tensor.dtype != known.dtype:
+            raise GraphPruneError(
+                f"{what}: {name} has shape {tuple(tensor.shape)} and {tensor.dtype}, the example's "
+                f"{tuple(known.shape)} and {known.dtype}; only the number of samples may differ"
+            )
+    return [t.detach().cpu() for t in tensors]
+
+
+def chunks(calls: Iterable[Sequence[Tensor]], arguments: FlatArguments) -> Iterator[list[Tensor]]:
+    """Whole batches of the example's length from calls of any; what is left over at the end is left out."""
+    size = arguments.batch_size
+    if size is None:
+        yield from map(list, calls)
+        return
+    held: list[Tensor] | None = None
+    for call in calls:
+        held = list(call) if held is None else _joined(held, call, arguments.batched)
+        batched = next(i for i, b in enumerate(arguments.batched) if b)
+        while len(held[batched]) >= size:
+            yield [t[:size] if b else t for t, b in zip(held, arguments.batched, strict=True)]
+            held = [t[size:] if b else t for t, b in zip(held, arguments.batched, strict=True)]
+
+
+def _joined(first: Sequence[Tensor], second: Sequence[Tensor], batched: Sequence[bool]) -> list[Tensor]:
+    return [torch.cat([a, b]) if free else b for a, b, free in zip(first, second, batched, strict=True)]
