@@ -1,5 +1,5 @@
 """The command line: `graphprune inspect | doctor | advise | prune | pipeline | export | bench |
-latency-table`.
+runtimes | latency-table`.
 
 Models are named `module:function`; see `factories.load_factory`. Results go to standard output, everything
 else (progress, warnings, errors, what a model prints) to standard error.
@@ -13,6 +13,7 @@ import typer
 
 from .._version import __version__
 from .deploying import bench, export
+from .listing import runtimes
 from .looking import advise, doctor, inspect
 from .pruning import prune
 from .timing import write_table
@@ -20,7 +21,7 @@ from .training import run_pipeline
 
 app = typer.Typer(
     name="graphprune",
-    help="Structured pruning of PyTorch models: look at one, prune it, export it to ONNX, measure it.",
+    help="Structured pruning of PyTorch models: look at one, prune it, export it, measure it.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -42,7 +43,7 @@ def _main(
     pass
 
 
-for _command in (inspect, doctor, advise, prune, export, bench):
+for _command in (inspect, doctor, advise, prune, export, bench, runtimes):
     app.command()(_command)
 app.command("pipeline")(run_pipeline)
 app.command("latency-table")(write_table)

@@ -12,8 +12,9 @@ from ..planning.calls import plan as make_plan
 from ..plans.plan import Plan
 from ..plans.storage import load
 from ..runtimes import export_onnx
+from ..runtimes.adapters import RUNTIMES
 from ..support.files import check_target
-from .factories import Loaded, common_input, load_factory
+from .factories import Loaded, common_input, load_data, load_factory
 from .proof import proof_of
 from .terminal import (
     AllowOption,
@@ -34,6 +35,17 @@ from .terminal import (
     show,
     working,
 )
+
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="MODULE:FUNCTION",
+        help="Function that returns batches to calibrate int8 with, or synthetic:64 for inputs made from the model.",
+        show_default=False,
+    ),
+]
+SamplesOption = Annotated[int, typer.Option("--samples", help="How many of them are used at most.", min=1)]
 
 
 def export(
@@ -117,13 +129,28 @@ def bench(
         list[str],
         typer.Argument(
             metavar="MODEL...",
-            help="MODULE:FUNCTION or the path of an ONNX file, each optionally as name=... Others are compared with "
-            "the first.",
+            help="MODULE:FUNCTION or the path of an ONNX file (with --runtime of any file that it takes), each "
+            "optionally as name=... Others are compared with the first.",
             show_default=False,
         ),
     ],
     input_shape: ShapeOption = None,
     seed: SeedOption = 0,
+    runtime: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Where to measure: a name that the command runtimes lists, all, or NAME=PYTHON with the interpreter "
+            "of another environment. Repeatable. Default: ONNX Runtime.",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="fp32 (default), bf16, fp16, int8. Repeatable.", show_default=False),
+    ] = None,
+    data: CalibrationOption = None,
+    samples: SamplesOption = 300,
     provider: Annotated[str, typer.Option(help="auto (CUDA if it loads, else the CPU), cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads inside an operator.")] = 1,
     batch: Annotated[
@@ -156,17 +183,21 @@ def bench(
         candidates: dict[str, Any] = {}
         made: list[Loaded] = []
         for name, spec in specs.items():
-            if spec.endswith(".onnx"):
+            if _is_file(spec):
                 candidates[name] = spec
             else:
                 made.append(load_factory(spec, seed=seed))
                 candidates[name] = made[-1].model
-        files = [spec for spec in specs.values() if spec.endswith(".onnx")]
+        files = [spec for spec in specs.values() if _is_file(spec)]
         example = common_input(made, files, input_shape or (), seed)
         work.step("measuring")
         report = benchmark(
             candidates,
             example,
+            runtimes=_named_runtimes(runtime),
+            precisions=precision,
+            data=None if data is None else load_data(data, seed=seed)[0],
+            samples=samples,
             provider=provider,
             threads=threads,
             batch_sizes=sizes,
@@ -183,3 +214,17 @@ def bench(
         if plot is not None:
             report.plot(plot)
     show(as_json, report.to_dict(), str(report), *([f"drawn: {plot}"] if plot is not None else []))
+
+
+def _is_file(spec: str) -> bool:
+    return any(spec.endswith(kind.suffix) for kind in RUNTIMES.values())
+
+
+def _named_runtimes(given: list[str] | None) -> str | dict[str, str | None] | None:
+    """The option --runtime, NAME or NAME=PYTHON each."""
+    if not given:
+        return None
+    if given == ["all"]:
+        return "all"
+    pairs = [item.partition("=") for item in given]
+    return {name: python if mark else None for name, mark, python in pairs}

@@ -185,7 +185,7 @@ def common_input(loaded: Sequence[Loaded], files: Sequence[str], shapes: Sequenc
     first ONNX file says (its batch size 1 where that is free).
 
     Raises:
-        GraphPruneError: there is none, or a file leaves sizes other than the batch open.
+        GraphPruneError: there is none, or a file leaves sizes other than the batch open or is no ONNX file.
     """
     if not shapes:
         for made in loaded:
@@ -195,7 +195,10 @@ def common_input(loaded: Sequence[Loaded], files: Sequence[str], shapes: Sequenc
         return loaded[0].input(shapes, seed)
     if shapes:
         return tuple(shape.tensor(None, seed + i) for i, shape in enumerate(shapes))
-    return _file_input(files[0], seed)
+    named = [path for path in files if path.endswith(".onnx")]
+    if not named:
+        raise GraphPruneError(f"{files[0]} does not say what its inputs are; add --input-shape")
+    return _file_input(named[0], seed)
 
 
 def _file_input(path: str, seed: int) -> dict[str, Tensor]:

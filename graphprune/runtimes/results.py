@@ -120,7 +120,7 @@ class BenchmarkReport:
             Column("speed-up", lambda row: row, self._speedup),
             Column("parameters", "parameters", ","),
             Column("MiB", "file_mib", ".2f"),
-            *([] if self.several else [Column("nodes", lambda row: row, self._nodes)]),
+            *([Column("nodes", lambda row: row, self._nodes)] if any(row.nodes for row in self.rows) else []),
             Column("rel. error", "max_relative_error", ".1e"),
         ]
         where = "Latency" if self.several else "Latency in ONNX Runtime"
