@@ -14,7 +14,7 @@ import graphprune
 from tests import documents
 from tests.documents import ROOT
 
-GUIDE = [f"docs/guide/{page}.md" for page in ("first-steps", "choosing", "no-data", "said", "promises")]
+GUIDE = [f"docs/guide/{page}.md" for page in ("first-steps", "choosing", "no-data", "said", "promises", "runtimes")]
 WITH_CODE = ["ARCHITECTURE.md", "CONTRIBUTING.md", *GUIDE]
 PAGES = [*WITH_CODE, "README.md", "docs/guide/limits.md", "findings/README.md"]
 

@@ -47,7 +47,7 @@ def _places(refit: Refit, trace: Trace) -> tuple[list[Place], str]:
     """Where the networks are compared, and what is not. Rows that a network picks by value need not be those that the
     other picks."""
     known = {reader.weight for reader in refit.readers}
-    readers = [r for r in find_readers(trace) if r.weight in known and r.bias in ("", *refit.plan.structure)]
+    readers = [r for r in find_readers(trace) if r.weight in known]
     targets = {r.weight: walk.target_of(refit.plan, r, refit.device) for r in readers if _countable(refit, r)}
     found = find_places(trace, readers, targets)
     compared = {place.weight for place in found}

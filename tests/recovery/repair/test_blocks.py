@@ -186,6 +186,30 @@ def test_where_nothing_is_added_the_layers_are_the_places() -> None:
     assert places[1].after == {"0.weight", "0.bias", "2.weight", "2.bias"}
 
 
+class Normed(nn.Module):
+    """A block that ends in a batch norm, which folding makes the bias of a layer without one."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.norms[1](self.second(self.norms[0](self.first(x)).relu()))).relu()
+
+
+def test_blocks_that_end_in_a_folded_batch_norm_are_compared() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), Normed(8), Normed(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+    ).eval()
+    data = images()
+    plan = graphprune.plan(net, data[0][:2], 0.5)
+    found = graphprune.recover(net, plan, data[0][:2], data, SETTINGS)
+    assert found.layers[-1].changed and found.layers[-1].note.startswith("2 blocks and the outputs")
+
+
 @pytest.mark.parametrize("fold_bn", [True, False])
 def test_better_than_least_squares_on_inputs_that_nobody_saw(fold_bn: bool) -> None:
     net, data, unseen = residual(), images(), torch.randn(64, 3, 8, 8, generator=torch.Generator().manual_seed(9))
