@@ -15,7 +15,7 @@ class BlockFit:
     `graphprune.prune(model, x, 0.5, data=inputs, recover=graphprune.BlockFit(passes=100))`.
 
     - `passes`: how often all the data are gone through (default 30). Time grows with it; so does, slowly, what is won.
-    - `lr`: the learning rate of Adam, as a share of the root mean square of each tensor (default 0.03); it rises over
+    - `lr`: the learning rate of Adam, as a share of the root mean square of each tensor (default 0.01); it rises over
       the first twentieth of the steps and falls along half a cosine to zero.
     - `batch_size`: samples of a step (default 64). Batches of `data` that cannot be joined (texts of other lengths,
       say) are taken as they come, and cut where they are longer.
@@ -28,7 +28,7 @@ class BlockFit:
     """
 
     passes: int = 30
-    lr: float = 0.03
+    lr: float = 0.01
     batch_size: int = 64
     together: bool = True
     outputs: float = 1.0
