@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..support.progress import stage
 from ..tracing.example import ExampleInput, flatten_tensors
 from ..tracing.operators import Kind, function_name, named
 from ..tracing.state import evaluating, unfused
@@ -182,9 +183,11 @@ def measured_costs(
     runs = calibration.cached(Runs)
     ends = sorted({max(1, min(units - 1, round(share * units))) for share in calibration.cached(_affordable)[0]})
     errors = []
-    for end in ends:
-        elimination.until(end)
-        errors.append(runs.error(refitted(readings, elimination)))
+    with stage("measuring", len(ends), "shares of a group") as now:
+        for end in ends:
+            elimination.until(end)
+            errors.append(runs.error(refitted(readings, elimination)))
+            now.advance()
     order, costs = elimination.finish()
     return order, scaled(costs, ends, errors)
 

@@ -21,14 +21,12 @@ class Reruns:
     """The network's results on `count` inputs. What stands before the first layer with other values is computed once,
     as long as layers are asked for in their order.
 
-    `levels`: weight -> the step in which it gets other values; `weights`: these. `memory`: what may be held, in bytes.
+    `levels`: weight -> the step in which it gets other values; `weights`: these.
     """
 
-    def __init__(
-        self, count: int, levels: Mapping[str, int], weights: Mapping[str, Tensor], memory: int = HELD
-    ) -> None:
+    def __init__(self, count: int, levels: Mapping[str, int], weights: Mapping[str, Tensor]) -> None:
         self._memories = [Replay(levels, weights) for _ in range(count)]
-        self._memory, self._at = memory, 0
+        self._at = 0
 
     def results(self, first: int, index: int, run: Callable[[Replay | None], list[Tensor]]) -> list[Tensor]:
         """What `run` finds with this input, where nothing has changed since the last time that is settled before the
@@ -49,7 +47,7 @@ class Reruns:
                 raise
             memory.drop()
             return run(None)
-        if sum(held.bytes_held for held in self._memories) > self._memory:
+        if sum(held.bytes_held for held in self._memories) > HELD:
             memory.held = {}
         return found
 
