@@ -50,7 +50,13 @@ def _trained(net: nn.Module, _: int) -> nn.Module:
 CALLS: dict[str, tuple[Callable[..., Any], list[tuple[str, ...]]]] = {
     "plan": (
         lambda net, **more: graphprune.plan(net, X, 0.5, criterion="reconstruction", data=BATCHES, **more),
-        [("planning", "tracing"), ("planning", "choosing widths", "ranking", "data")],
+        [("planning", "tracing"), ("planning", "choosing widths", "ranking", "data"),
+         ("planning", "choosing widths", "ranking", "eliminating")],
+    ),
+    "plan within a budget": (
+        lambda net, **more: graphprune.plan(net, X, budget=BUDGET, criterion="reconstruction", data=BATCHES, **more),
+        [("planning", "choosing widths", "ranking", "measuring"),
+         ("planning", "choosing widths", "ranking", "measuring", "eliminating")],
     ),
     "plan in steps of layers": (
         lambda net, **more: graphprune.plan(

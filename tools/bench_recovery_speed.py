@@ -143,7 +143,8 @@ def page(commit: str, rounds: int, rows: list[list[str]], ratios: list[str]) -> 
             "alone needs more), three matrices as large as the number of one layer's inputs squared, the samples that "
             "outputs are measured on (8 to 64) and, up to 256 MiB, what stands before the layers that change. Where "
             "there are fewer rows of data than half of a layer's inputs, the rows are held and no such matrix is made. "
-            "Repairs hold up to 256 MiB of the dense network's results, and 2 GiB of what stands before the layers.",
+            "Repairs hold up to 256 MiB of the dense network's results, 2 GiB of what stands before the layers, and "
+            "256 MiB of that for the inputs that they are checked on.",
             "",
         ]
     )

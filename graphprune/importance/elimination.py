@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..support.progress import stage
+
 # Of the units left, one in so many goes per step: one at a time below twice this size, several in larger groups.
 SHARE = 64
 # One in so many goes between two looks at all units; what goes is sought among twice as many, the cheapest.
@@ -33,9 +35,8 @@ class Inverse(Protocol):
     def part(self, at: Tensor) -> Part:
         """Some of its rows and columns."""
 
-    def without(self, gone: Part, kept: Tensor, change: Tensor, root: Tensor) -> Inverse:
-        """The inverse of what is kept. `change` (problems, kept, gone): its product with its transpose is what the
-        inverse loses; `root`: the lower triangle of what goes."""
+    def without(self, gone: Part, kept: Tensor, root: Tensor) -> tuple[Inverse, Loss]:
+        """The inverse of what is kept, and what it has lost; `root`: the lower triangle of what goes."""
 
 
 class Part(Protocol):
@@ -48,8 +49,15 @@ class Part(Protocol):
     def of(self, some: Tensor) -> Part:
         """Those at these places among them."""
 
-    def columns(self) -> Tensor:
-        """(problems, F, len(at))."""
+
+class Loss(Protocol):
+    """What an inverse loses as features go: e e', for e (problems, kept, gone)."""
+
+    def blocks(self, units: int, k: int) -> Tensor:
+        """The diagonal blocks of units of k features each, the first ones: (problems, units, k, k)."""
+
+    def taken(self, values: Tensor, y: Tensor) -> Tensor:
+        """values - e y, in place, for y (problems, gone, outputs)."""
 
 
 class Quadratic(Protocol):
@@ -122,10 +130,12 @@ class _WholeInverse:
         places = self.kept[at]
         return _WholePart(self, places, *(t.index_select(1, places) for t in (self.first, self.lost)))
 
-    def without(self, gone: Part, kept: Tensor, change: Tensor, root: Tensor) -> Inverse:
+    def without(self, gone: Part, kept: Tensor, root: Tensor) -> tuple[Inverse, Loss]:
+        assert isinstance(gone, _WholePart)
+        e = _of_triangle(root, gone.columns().index_select(1, kept))
         now, end = self.kept[kept], self.count + len(root[0])
-        self.lost[:, now, self.count : end] = change
-        return _WholeInverse(self.first, self.lost, end, now)
+        self.lost[:, now, self.count : end] = e
+        return _WholeInverse(self.first, self.lost, end, now), _Lost(e)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -147,6 +157,7 @@ class _WholePart:
         return _WholePart(self.inverse, self.at[some], first, lost)
 
     def columns(self) -> Tensor:
+        """(problems, F, len(at))."""
         lost, mine = (t[:, :, : self.inverse.count] for t in (self.inverse.lost, self.lost))
         found = torch.baddbmm(self.first.mT, lost, mine.mT, alpha=-1)
         return found if len(self.inverse.kept) == found.shape[1] else found.index_select(1, self.inverse.kept)
@@ -171,16 +182,18 @@ class _ThinInverse:
         rows = self.rows.index_select(1, at)
         return _ThinPart(self, at, rows, rows @ self.middle)
 
-    def without(self, gone: Part, kept: Tensor, change: Tensor, root: Tensor) -> Inverse:
+    def without(self, gone: Part, kept: Tensor, root: Tensor) -> tuple[Inverse, Loss]:
         assert isinstance(gone, _ThinPart)
-        rows = self.rows.index_select(1, kept)
-        if len(kept) <= rows.shape[2]:
-            left = _ThinInverse(rows, self.ridge, self.middle).whole()
-            return _WholeInverse.of(left.baddbmm_(change, change.mT, alpha=-1))
         # of what is kept, the middle is (M^-1 - a a')^-1 = M + M a (1 - a' M a)^-1 a' M; that in brackets is ridge
         # times the rows and columns of the inverse that go, with this root
         part = torch.linalg.solve_triangular(root, gone.lost, upper=False)
-        return _ThinInverse(rows, self.ridge, self.middle.baddbmm(part.mT / self.ridge, part))
+        left = _ThinInverse(
+            self.rows.index_select(1, kept), self.ridge, self.middle.baddbmm(part.mT / self.ridge, part)
+        )
+        # none of what is kept goes, so columns are these rows times those that go
+        few = part.shape[1] <= part.shape[2]
+        loss: Loss = _Lost((left.rows @ part.mT).div_(-self.ridge)) if few else _ThinLost(left.rows, part, self.ridge)
+        return (left if len(kept) > part.shape[2] else _WholeInverse.of(left.whole())), loss
 
     def whole(self) -> Tensor:
         """All of it."""
@@ -207,10 +220,35 @@ class _ThinPart:
     def of(self, some: Tensor) -> Part:
         return _ThinPart(self.inverse, self.at[some], *(t.index_select(1, some) for t in (self.rows, self.lost)))
 
-    def columns(self) -> Tensor:
-        found = (self.inverse.rows @ self.lost.mT).neg_()
-        found[:, self.at, torch.arange(len(self.at), device=self.at.device)] += 1
-        return found.div_(self.inverse.ridge)
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Lost:
+    """See `Loss`."""
+
+    e: Tensor
+
+    def blocks(self, units: int, k: int) -> Tensor:
+        return _own(self.e, units, k)
+
+    def taken(self, values: Tensor, y: Tensor) -> Tensor:
+        return values.baddbmm_(self.e.to(values.dtype), y.to(values.dtype), alpha=-1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ThinLost:
+    """e = -rows part' / ridge, which is not made where it has more columns than `rows` (problems, kept, n)."""
+
+    rows: Tensor
+    part: Tensor
+    ridge: Tensor
+
+    def blocks(self, units: int, k: int) -> Tensor:
+        rows = self.rows[:, : units * k]
+        left, right = (t.unflatten(1, (units, k)) for t in (rows @ (self.part.mT @ self.part), rows))
+        return (left @ right.mT) / self.ridge[:, None].square()
+
+    def taken(self, values: Tensor, y: Tensor) -> Tensor:
+        return values.baddbmm_(self.rows.to(values.dtype), (self.part.mT @ y / self.ridge).to(values.dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -243,24 +281,30 @@ class Elimination:
 
     def until(self, gone: int) -> None:
         """Go on until so many units are gone; at least one has to stay."""
-        while len(self.order) < gone:
-            left, price = len(self._alive), self._prices()
-            count = min(max(1, left // PART) if left > ALL else left - 1, gone - len(self.order))
-            among = price.argsort(stable=True)[: 1 if count == 1 else left if left <= ALL else 2 * count]
-            parts = [state.part(among) for state in self._states]
-            if count > 1:
-                first, costs = cheapest(_candidates(parts), count, max(1, left // SHARE))
-            else:
-                first, costs = torch.zeros(1, dtype=torch.long, device=among.device), price[among].tolist()
-            going = among[first]
-            self.order += self._alive[going].tolist()
-            self.costs += costs
-            stay = torch.ones(left, dtype=torch.bool, device=price.device)
-            stay[going] = False
-            kept = torch.nonzero(stay)[:, 0]
-            for state, part in zip(self._states, parts, strict=True):
-                state.remove(part, first, kept)
-            self._alive = self._alive[kept]
+        with stage("eliminating", max(0, gone - len(self.order)), "units") as now:
+            while len(self.order) < gone:
+                now.advance(self._block(gone))
+
+    def _block(self, gone: int) -> int:
+        """Some units of those that go, and how many these are."""
+        left, price = len(self._alive), self._prices()
+        count = min(max(1, left // PART) if left > ALL else left - 1, gone - len(self.order))
+        among = price.argsort(stable=True)[: 1 if count == 1 else left if left <= ALL else 2 * count]
+        parts = [state.part(among) for state in self._states]
+        if count > 1:
+            first, costs = cheapest(_candidates(parts), count, max(1, left // SHARE))
+        else:
+            first, costs = torch.zeros(1, dtype=torch.long, device=among.device), price[among].tolist()
+        going = among[first]
+        self.order += self._alive[going].tolist()
+        self.costs += costs
+        stay = torch.ones(left, dtype=torch.bool, device=price.device)
+        stay[going] = False
+        kept = torch.nonzero(stay)[:, 0]
+        for state, part in zip(self._states, parts, strict=True):
+            state.remove(part, first, kept)
+        self._alive = self._alive[kept]
+        return len(costs)
 
     def finish(self) -> tuple[list[int], list[float]]:
         """All units: the last one costs everything that is still explained."""
@@ -311,27 +355,16 @@ class _State:
         rest = torch.arange(self._units * self._k, len(self._kept), device=stay.device)
         kept = torch.cat([_features(stay, self._k), rest])
         # H^-1 loses e e', V loses e y
-        e = _of_triangle(root, gone.columns().index_select(1, kept))
         y = torch.linalg.solve_triangular(root, few.values.index_select(1, some).to(root.dtype), upper=False)
+        self._inverse, loss = self._inverse.without(gone, kept, root)
         self._units = len(stay)
-        self._blocks = self._blocks.index_select(1, stay) - self._own(e)
-        kind = self._values.dtype
-        self._values = self._values.index_select(1, kept).baddbmm_(e.to(kind), y.to(kind), alpha=-1)
-        self._inverse = self._inverse.without(gone, kept, e, root)
+        self._blocks = self._blocks.index_select(1, stay) - loss.blocks(self._units, self._k)
+        self._values = loss.taken(self._values.index_select(1, kept), y)
         self._kept = self._kept[kept]
         self._square()
 
     def _square(self) -> None:
-        self._squares = self._own(self._values).to(self._blocks.dtype)
-
-    def _own(self, x: Tensor) -> Tensor:
-        """The diagonal blocks of x x', of the units that are left."""
-        rows = x[:, : self._units * self._k]
-        if self._k == 1:
-            norms: Tensor = torch.linalg.vector_norm(rows, dim=2)
-            return norms.square_()[:, :, None, None]
-        blocks: Tensor = rows.unflatten(1, (self._units, self._k))
-        return blocks @ blocks.mT
+        self._squares = _own(self._values, self._units, self._k).to(self._blocks.dtype)
 
     def refit(self) -> Tensor:
         scale = self._problem.scale
@@ -342,6 +375,16 @@ class _State:
 def _features(units: Tensor, k: int) -> Tensor:
     """The places of features, of units by their places."""
     return units if k == 1 else (units[:, None] * k + torch.arange(k, device=units.device)).flatten()
+
+
+def _own(x: Tensor, units: int, k: int) -> Tensor:
+    """The diagonal blocks of x x', of units of k features each, the first rows."""
+    rows = x[:, : units * k]
+    if k == 1:
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=2)
+        return norms.square_()[:, :, None, None]
+    blocks: Tensor = rows.unflatten(1, (units, k))
+    return blocks @ blocks.mT
 
 
 def _of_triangle(root: Tensor, columns: Tensor) -> Tensor:

@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from ..errors import GraphPruneError
+from ..support.progress import stage
 from ..tracing.example import ExampleInput, flatten_tensors
 from ..tracing.operators import Kind, function_name, named
 from ..tracing.state import evaluating, unfused
 from ..tracing.trace import run_model
 from .calibration import Calibration, Reader, as_weight, without_loss
-from .calibration.replay import Diverged, Replay
+from .calibration.replay import Replay
+from .calibration.reruns import Reruns, Telling
 from .elimination import Elimination, Quadratic
 
 # The shares of a group that are taken away for a measurement, all but one unit at the end. How many samples all
@@ -29,8 +29,6 @@ from .elimination import Elimination, Quadratic
 SHARES, FEW_SHARES = (0.25, 0.5, 0.75, 1.0), (0.5, 1.0)
 _RUNS, _LEAST, _MOST = 16384, 8, 64
 _WORK = 1 << 40
-# Memory for what stands before the layers that change; beyond it, whole runs are made.
-_HELD = 256 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +64,7 @@ class Runs:
         self._examples = _examples(calibration)
         self._levels = {name: number for number, name in enumerate(calibration.readers)}
         weights = {name: calibration.weights[name] for name in self._levels}
-        self._memories = [Replay(self._levels, weights) for _ in self._examples]
-        self._at = 0
+        self._reruns = Reruns(len(self._examples), self._levels, weights)
         self.samples = sum(example.samples for example in self._examples)
         self.dense = self._outputs(0)
 
@@ -85,32 +82,11 @@ class Runs:
 
     def _outputs(self, first: int, shifts: Mapping[int, tuple[Reader, Tensor]] | None = None) -> list[Tensor]:
         """All floating point outputs of all batches, where nothing before this level has changed."""
-        if first < self._at:  # what is held is of later layers
-            for memory in self._memories:
-                memory.held = {}
-        self._at = first
         out: list[Tensor] = []
-        for memory, example in zip(self._memories, self._examples, strict=True):
-            out += self._one(memory, example, first, shifts or {})
-        if sum(memory.bytes_held for memory in self._memories) > _HELD:
-            for memory in self._memories:
-                memory.drop()
+        for index, example in enumerate(self._examples):
+            run = functools.partial(self._run, example, shifts or {})
+            out += [t.double() for t in self._reruns.results(first, index, run)]
         return out
-
-    def _one(
-        self, memory: Replay, example: ExampleInput, first: int, shifts: Mapping[int, tuple[Reader, Tensor]]
-    ) -> list[Tensor]:
-        if memory.usable:
-            memory.start(first, None)
-            try:
-                found = self._run(example, shifts, memory)
-                memory.finish(found)
-                return [t.double() for t in found]
-            except (Diverged, GraphPruneError):
-                if not memory.replaying:
-                    raise
-                memory.drop()
-        return [t.double() for t in self._run(example, shifts, None)]
 
     def _run(
         self, example: ExampleInput, shifts: Mapping[int, tuple[Reader, Tensor]], memory: Replay | None
@@ -122,26 +98,14 @@ class Runs:
         return [r for r in without_loss(flatten_tensors(made), made) if r.is_floating_point()]
 
 
-class _Shifted(TorchFunctionMode):
-    """Adds a constant to the results of the calls that read certain weights. `memory`: what is told of all calls."""
+class _Shifted(Telling):
+    """Adds a constant to the results of the calls that read certain weights."""
 
     def __init__(self, shifts: Mapping[int, tuple[Reader, Tensor]], memory: Replay | None) -> None:
-        super().__init__()
-        self.shifts, self.memory = shifts, memory
+        super().__init__(memory)
+        self.shifts = shifts
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.memory is None:
-            return self._shifted(func, args, kwargs)
-        name = function_name(func)
-        readers = self.memory.reader_names(name, args, kwargs)
-        if readers:
-            return self.memory.layer(readers, func, args, kwargs, functools.partial(self._shifted, func, args, kwargs))
-        out = func(*args, **kwargs)
-        self.memory.told(func, name, args, kwargs, out)
-        return out
-
-    def _shifted(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def made(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
         if not self.shifts:
             return out
@@ -219,9 +183,11 @@ def measured_costs(
     runs = calibration.cached(Runs)
     ends = sorted({max(1, min(units - 1, round(share * units))) for share in calibration.cached(_affordable)[0]})
     errors = []
-    for end in ends:
-        elimination.until(end)
-        errors.append(runs.error(refitted(readings, elimination)))
+    with stage("measuring", len(ends), "shares of a group") as now:
+        for end in ends:
+            elimination.until(end)
+            errors.append(runs.error(refitted(readings, elimination)))
+            now.advance()
     order, costs = elimination.finish()
     return order, scaled(costs, ends, errors)
 

@@ -143,6 +143,7 @@ class _Fit:
         left_out: dict[str, str] = {}
 
         pair = walk.Pair(self.dense, self.small, self.data, order)
+        self.steps.check.follow(pair.levels)
 
         def once() -> list[LayerRecovery]:
             report: list[LayerRecovery] = []

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from .interrupts import shielded
 from .reach import attributes, reachable, same_objects, slots
 
+_TABLES, _SERIES = frozenset((dict, OrderedDict)), frozenset((list, set, deque))
+
 
 @contextlib.contextmanager
 def restored(model: Any, closures: bool = False) -> Iterator[None]:
@@ -43,12 +45,13 @@ def kept_attributes(modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
         held = module.__dict__
         undo.append(_table(held))
         for value in held.values():
-            if type(value) in (dict, OrderedDict):
+            kind = type(value)
+            if kind in _TABLES:
                 if value:
                     undo.append(_table(value))
                 else:
                     empty.append(value)
-            elif type(value) in (list, set, deque):
+            elif kind in _SERIES:
                 undo.append(_items(value))
     return undo
 

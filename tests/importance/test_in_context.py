@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -18,6 +19,7 @@ from graphprune.importance.calibration.source import CalibrationSource
 from graphprune.importance.elimination import Elimination
 from graphprune.importance.in_context import SHARES, Change, Reading, Runs, measured_costs, scaled
 from graphprune.importance.reconstruction import RIDGE, _problem, _reading, reconstruction
+from graphprune.support.progress import reporting
 from tests.importance.test_elimination import matrix_of
 
 
@@ -229,3 +231,24 @@ def test_groups_that_are_not_compared_are_not_measured(monkeypatch: pytest.Monke
     assert not asked
     graphprune.plan(net, x[:1], budget=graphprune.Budget(macs=0.5), criterion="reconstruction", data=[x])
     assert sorted(asked) == [4, 6]
+
+
+def test_measuring_and_eliminating_are_told_step_by_step() -> None:
+    torch.manual_seed(4)
+    net, x = Chain(48).eval(), torch.randn(12, 2, 4, 4)
+    context, graph, _ = setting(net, x)
+    group = next(g for g in graph.groups if any(m.parameter == "b.weight" and m.role == "in" for m in g.members))
+    found: list[graphprune.Progress] = []
+    with reporting(found.append, "a call"):
+        reconstruction(context, group)
+    shares = [p.done for p in found if p.stages == ("a call", "measuring")]
+    assert shares == list(range(len(SHARES) + 1))
+    gone, told = 0, [p for p in found if p.stage == "eliminating"]
+    assert len(told) > 2 * len(SHARES)  # blocks of units, and not all units of a share at once
+    for before, now in itertools.pairwise(told):
+        if now.done:
+            assert now.done > before.done and now.total == before.total
+            gone += now.done - before.done
+        else:
+            assert before.done == before.total
+    assert gone == 47 and told[-1].done == told[-1].total

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune.importance import in_context
-from graphprune.importance.calibration import Calibration, CalibrationData
+from graphprune.importance.calibration import Calibration, CalibrationData, reruns
 from graphprune.importance.in_context import Change, Runs, _affordable
 from graphprune.support.walking import named_tensors
 from graphprune.tracing.example import ExampleInput, flatten_tensors
@@ -78,7 +78,7 @@ def test_random_networks(seed: int, in_order: bool) -> None:
 
 def counted(net: Network, held: int, monkeypatch: pytest.MonkeyPatch) -> tuple[int, list[float]]:
     """Products of matrices that reach torch, as layer after layer is changed, and the errors."""
-    monkeypatch.setattr(in_context, "_HELD", held)
+    monkeypatch.setattr(reruns, "HELD", held)
     torch.manual_seed(5)
     calibration = calibrated(net, [torch.randn(6, WIDTH)])
     runs, count = Runs(calibration), 0
@@ -93,7 +93,7 @@ def counted(net: Network, held: int, monkeypatch: pytest.MonkeyPatch) -> tuple[i
 
     errors = []
     with monkeypatch.context() as patch:
-        patch.setattr(in_context._Shifted, "_shifted", counting(in_context._Shifted._shifted))
+        patch.setattr(in_context._Shifted, "made", counting(in_context._Shifted.made))
         for name in calibration.readers:
             errors.append(runs.error(changed(calibration, [name])))
     return count, errors

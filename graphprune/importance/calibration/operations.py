@@ -80,6 +80,10 @@ def operation(function: Any) -> Operation:
     )
 
 
+# What no tensor lies in.
+_ATOMS = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format))
+
+
 def tensors_of(value: Any) -> Iterator[Tensor]:
     """The tensors among the arguments or results of an operator."""
     if isinstance(value, Tensor):
@@ -92,14 +96,24 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
             yield from tensors_of(item)
 
 
-def plain_numbers(value: Any) -> Any:
-    """The arguments of a call without its tensors, comparable."""
+def parts_of(value: Any) -> tuple[list[Tensor], Any]:
+    """The tensors among the arguments of a call, and the arguments without them, comparable; in one walk, as it is
+    made for every operator of a run."""
+    tensors: list[Tensor] = []
+    return tensors, _numbers(value, tensors)
+
+
+def _numbers(value: Any, tensors: list[Tensor]) -> Any:
+    """See `parts_of`; not a function inside of it, which would keep tensors alive in a circle of references."""
+    if type(value) in _ATOMS:
+        return value
     if isinstance(value, Tensor):
+        tensors.append(value)
         return Tensor
     if isinstance(value, (tuple, list)):
-        return tuple(plain_numbers(item) for item in value)
+        return tuple([_numbers(item, tensors) for item in value])
     if isinstance(value, dict):
-        return tuple((key, plain_numbers(item)) for key, item in value.items())
+        return tuple([(key, _numbers(item, tensors)) for key, item in value.items()])
     return value
 
 

@@ -30,7 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...tracing.cloning import PLAIN
-from .operations import dense, operation, plain_numbers, tensors_of
+from .operations import dense, operation, parts_of, tensors_of
 
 # Functions that ask for shapes and types alone.
 _FORMS = frozenset(
@@ -231,9 +231,10 @@ class Replay:
         run: Callable[[], Any] | None = None,
     ) -> Any:
         """The call of a layer that is fitted, as one operator. `run`: what to do in its place."""
-        given = [t for t in tensors_of((args, kwargs)) if not isinstance(t, torch.nn.Parameter)]
+        tensors, told = parts_of((args, kwargs))
+        given = [t for t in tensors if not isinstance(t, torch.nn.Parameter)]
         # without what a new bias changes
-        numbers = tuple(n for n in _flat(plain_numbers((args, kwargs))) if n is not None and n is not Tensor)
+        numbers = tuple(n for n in _flat(told) if n is not None and n is not Tensor)
         with self.aside():
             return self._step(function, run or (lambda: function(*args, **kwargs)), given, numbers, names, None)
 
@@ -253,8 +254,7 @@ class Replay:
         """An operator is about to run."""
         if self._quiet or not self.usable or (self.recorded and self._needed is None):
             return function(*args, **kwargs)
-        given = list(tensors_of((args, kwargs)))
-        numbers = plain_numbers((args, kwargs))
+        given, numbers = parts_of((args, kwargs))
         return self._step(
             function, lambda: function(*args, **kwargs), given, numbers, frozenset(), (args, kwargs)
         )

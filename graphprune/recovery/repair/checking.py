@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,11 @@ from torch import Tensor, nn
 from ...errors import GraphPruneError
 from ...importance.calibration import CalibrationData, Reader, observe, without_loss
 from ...importance.calibration.observe import refuse_infinite_call
+from ...importance.calibration.replay import Replay
+from ...importance.calibration.reruns import Reruns, Telling
+from ...support.walking import named_tensors
 from ...tracing.example import ExampleInput, result_tensors
-from ...tracing.state import evaluating
+from ...tracing.state import evaluating, unfused
 from ...tracing.trace import run_model
 from .decisions import decides_worse, rightly_decided
 
@@ -162,11 +167,15 @@ class Measured:
 
 class Check:
     """How far the outputs of `small` are from those of `dense` on some inputs. `start`, `now`: as it was,
-    and with all that is in place; `last`: with what was tried last."""
+    and with all that is in place; `last`: with what was tried last.
+
+    Where layers change in a known order (`follow`), what stands before those that have changed is computed once."""
 
     def __init__(self, dense: nn.Module, small: nn.Module, inputs: list[ExampleInput]) -> None:
         self.dense, self.small, self.inputs = dense, small, inputs
-        self._wanted = [_outputs(dense, example) for example in inputs]
+        self._reruns: Reruns | None = None
+        self._levels: Mapping[str, int] = {}
+        self._wanted = [list(map(_wide, _outputs(dense, example, None))) for example in inputs]
         places = max(map(len, self._wanted), default=0)
         self._whole = torch.zeros(places, 1, dtype=torch.float64)
         for wanted in self._wanted:
@@ -180,17 +189,29 @@ class Check:
         to compare."""
         return self.start.where(self.now).error, self.now.where(self.start).error
 
-    def measured(self) -> Measured:
-        """With what is in place now."""
+    def follow(self, levels: Mapping[str, int]) -> None:
+        """Layers will get other values in this order: weight -> number of the step."""
+        weights = {name: t for name, t in named_tensors(self.small).items() if name in levels}
+        self._levels, self._reruns = levels, Reruns(len(self.inputs), levels, weights)
+
+    def _found(self, index: int, at: str | None) -> list[Tensor]:
+        run = functools.partial(_outputs, self.small, self.inputs[index])
+        if at is None or self._reruns is None:
+            return list(map(_wide, run(None)))
+        return list(map(_wide, self._reruns.results(self._levels[at], index, run)))
+
+    def measured(self, at: str | None = None) -> Measured:
+        """With what is in place now. `at`: the weight of a layer of the step that is under way; by default anything may
+        have changed, and the network is run as a whole."""
         columns: list[Tensor] = []
         right = [torch.zeros(0, dtype=torch.float64)]
-        for example, wanted in zip(self.inputs, self._wanted, strict=True):
+        for index, (example, wanted) in enumerate(zip(self.inputs, self._wanted, strict=True)):
             units = example.samples
             if not units or not all(b.dim() and b.shape[0] == units for b in wanted):
                 units = 1
             right.append(torch.zeros(units, dtype=torch.float64))
             part = torch.full((len(self._whole), units), math.nan, dtype=torch.float64)
-            for place, (a, b) in enumerate(zip(_outputs(self.small, example), wanted, strict=False)):
+            for place, (a, b) in enumerate(zip(self._found(index, at), wanted, strict=False)):
                 finite = b.isfinite()
                 if a.shape == b.shape and (bool(finite.any()) or not b.numel()):
                     miss = torch.where(finite, a - b, 0.0).abs().square().reshape(units, b.numel() // units)
@@ -212,10 +233,10 @@ class Check:
                 for call in calls[reader.weight]:
                     refuse_infinite_call(reader, call, index)
 
-    def passes(self, surely: bool = False) -> bool:
+    def passes(self, surely: bool = False, at: str | None = None) -> bool:
         """Whether the outputs are no worse than when last measured, or with `surely` surely better; if so, that is what
-        counts from now on. Many small gains may be a sure one together."""
-        self.last = self.measured()
+        counts from now on. Many small gains may be a sure one together. `at`: see `measured`."""
+        self.last = self.measured(at)
         if self.last.surely_below(self.now) if surely else self.last.no_worse_than(self.now):
             self.now = self.last
             return True
@@ -236,12 +257,13 @@ class Check:
         return f"on {where} the error of the outputs fell {change}, no more than chance would make it"
 
 
-def _outputs(net: nn.Module, example: ExampleInput) -> list[Tensor]:
-    with evaluating(net):
+def _outputs(net: nn.Module, example: ExampleInput, memory: Replay | None) -> list[Tensor]:
+    watching = contextlib.nullcontext() if memory is None else memory.watching()
+    with evaluating(net), unfused(), watching, contextlib.nullcontext() if memory is None else Telling(memory):
         made = run_model(net, example.clone(), "data")
-        found = without_loss(result_tensors(made), made)
-    return [
-        t.to(torch.complex128 if t.is_complex() else torch.float64)
-        for t in found
-        if t.is_floating_point() or t.is_complex()
-    ]
+    # what a memory is handed are the tensors that were made
+    return [t for t in without_loss(result_tensors(made), made) if t.is_floating_point() or t.is_complex()]
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)

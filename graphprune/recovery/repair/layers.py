@@ -70,6 +70,7 @@ class Refit:
         placeless, named = self.report, named_tensors(self.small)
         order = walk.waves(chosen, lambda r: walk.bytes_needed(r, named[r.weight]))
         pair = walk.Pair(self.dense, self.small, self.data, order)
+        self.check.follow(pair.levels)
 
         def visit() -> list[LayerRecovery]:
             self.report = list(placeless)

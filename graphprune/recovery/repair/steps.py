@@ -92,7 +92,7 @@ class Steps:
         for (reader, options), values in zip(tried, saved, strict=True):
             self._first_values.setdefault(reader.weight, values)
             self._put(reader, options.first)
-        if not self.strict or self.check.passes():
+        if not self.strict or self.check.passes(at=tried[0][0].weight):
             return [options.first.said for _, options in tried]
         self.refused = True
         for values in saved:
@@ -114,7 +114,7 @@ class Steps:
             if number or not refused:
                 values = Values(self.small, reader, self.constant(reader))
                 self._put(reader, option)
-                if self.check.passes():
+                if self.check.passes(at=reader.weight):
                     return dataclasses.replace(option.said, note="; ".join(n for n in (*notes, option.said.note) if n))
                 values.restore()
             notes.append(f"{option.said.method} taken back: {self.check.told(self.check.now, self.check.last)}")
@@ -159,7 +159,8 @@ def better_of_two(steps: Steps, run: Callable[[], list[LayerRecovery]]) -> list[
     better than what there was."""
     check, start = steps.check, steps.check.now
     report = run()
-    careful = check.now
+    # of the whole network, whatever was computed once for several steps
+    careful = check.now = check.measured()
     if steps.refused:
         done = steps.undo()
         steps.strict = False

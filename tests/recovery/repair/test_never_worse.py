@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import GraphPruneError, sparsity
+from graphprune.importance.calibration import reruns
 from graphprune.importance.calibration.replay import Replay
 from graphprune.recovery.repair import layers, walk
+from graphprune.recovery.repair.checking import Check, Measured
 from graphprune.support.walking import named_tensors
-from tests.stream_networks import STEPS, STEPS_OF, WIDTH, Network, measured, noisy
+from tests.stream_networks import STEPS, STEPS_OF, WIDTH, Network, block, measured, noisy
 
 # Small gains on held samples count only where they are steady, so what is kept is no worse on others: of 136 repairs of
 # other networks, none was. This is for the few that chance lets pass.
@@ -98,9 +100,10 @@ def test_memory_makes_no_difference(seed: int, kind: str, form: str, monkeypatch
     dense, x = random_network(seed), torch.randn(128, WIDTH)
     held, replayed = Replay.finish, []
 
-    def finish(memory: Replay) -> None:
-        replayed.append(memory.replaying)
-        held(memory)
+    def finish(memory: Replay, *results: Any) -> None:
+        if not results:  # those of checks are of inputs that are held, which stay the same
+            replayed.append(memory.replaying)
+        held(memory, *results)
 
     monkeypatch.setattr(Replay, "finish", finish)
     nets = []
@@ -111,6 +114,46 @@ def test_memory_makes_no_difference(seed: int, kind: str, form: str, monkeypatch
     assert not any(replayed) if form == "changing" else any(replayed) or seed  # seed 1 reads values in every run
     ours, theirs = (named_tensors(net) for net in nets)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("kind", ["mean", "least_squares", "reconstruct"])
+@pytest.mark.parametrize("seed", range(3))
+def test_checks_begun_at_what_has_changed_are_those_of_the_whole_network(
+    seed: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, x = random_network(seed), torch.randn(96, WIDTH)
+    original, compared = Check.measured, []
+
+    def both(check: Check, at: str | None = None) -> Measured:
+        found = original(check, at)
+        if at is not None:
+            whole = original(check)
+            torch.testing.assert_close(found._misses, whole._misses, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(found.right, whole.right)
+            compared.append(at)
+        return found
+
+    monkeypatch.setattr(Check, "measured", both)
+    repaired(kind, dense, x, list(x.split(32)))
+    assert len(compared) > 1
+
+
+def test_checks_run_what_stands_before_once_while_memory_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    dense, x = Network([block] * STEPS).eval(), torch.randn(96, WIDTH)
+    made, nets, counts = reruns.Telling.made, [], []
+
+    def counting(*given: Any) -> Any:
+        counts[-1] += 1
+        return made(*given)
+
+    monkeypatch.setattr(reruns.Telling, "made", counting)
+    for held in (1 << 20, 0):
+        monkeypatch.setattr(reruns, "HELD", held)
+        counts.append(0)
+        nets.append(named_tensors(repaired("least_squares", dense, x, list(x.split(32)))))
+    assert 0 < counts[0] < 0.7 * counts[1]
+    assert all(torch.equal(tensor, nets[1][name]) for name, tensor in nets[0].items())
 
 
 class Wide(nn.Module):
