@@ -94,16 +94,10 @@ class _Opened(Session):
             raise GraphPruneError(f"OpenVINO cannot read {path.name}: {reason(error)}") from error
         ports = _in_order(network, opening.names)
         _check_types(ports, opening)
-        settings = {
-            "INFERENCE_PRECISION_HINT": _HINTS[opening.precision],
-            "INFERENCE_NUM_THREADS": opening.threads,
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-        }
         try:
             shapes = {port: list(t.shape) for port, t in zip(ports, opening.tensors, strict=True)}
             network.reshape(shapes)
-            self._compiled = core.compile_model(network, "CPU", settings)
+            self._compiled = core.compile_model(network, "CPU", _settings(opening))
         except Exception as error:
             given = ", ".join(str(list(tensor.shape)) for tensor in opening.tensors)
             raise GraphPruneError(f"OpenVINO cannot compile {path.name} for inputs {given}: {reason(error)}") from error
@@ -164,6 +158,15 @@ def _openvino() -> Any:
         else:
             os.environ["CI"] = before
     return openvino
+
+
+def _settings(opening: Opening) -> dict[str, Any]:
+    return {
+        "INFERENCE_PRECISION_HINT": _HINTS[opening.precision],
+        "INFERENCE_NUM_THREADS": opening.threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
 
 
 def _in_order(network: Any, names: Sequence[str]) -> list[Any]:

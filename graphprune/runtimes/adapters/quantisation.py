@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import GraphPruneError
+from ..arguments import unique
 from ..capture import quiet
 from ..external import named_by_contents, weights_beside
 from .features import cpu_features, is_x86
@@ -63,11 +64,22 @@ def _prepare(graph: Path, path: Path) -> Path:
                     str(graph), str(path), skip_symbolic_shape=without, save_as_external_data=large,
                     all_tensors_to_one_file=True,
                 )  # fmt: skip
+                _name_nodes(path)
             return path
         except Exception as error:
             last = error
     assert last is not None
     raise GraphPruneError(f"ONNX Runtime cannot prepare the network for int8: {reason(last)}") from last
+
+
+def _name_nodes(path: Path) -> None:
+    """The quantiser is told which nodes to take by their names, which need not be there, nor differ."""
+    import onnx
+
+    proto = onnx.load(str(path), load_external_data=False)
+    for node, name in zip(proto.graph.node, unique([n.name or n.op_type for n in proto.graph.node]), strict=True):
+        node.name = name
+    onnx.save(proto, str(path))
 
 
 def _quantise(prepared: Path, source: Source, path: Path) -> None:
