@@ -27,17 +27,26 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     return {name: Case(name, tmp_path_factory.mktemp(name)) for name in NETWORKS}
 
 
-@pytest.fixture(params=list(RUNTIMES))
-def name(request: pytest.FixtureRequest) -> str:
-    found: str = request.param
+def asked(name: str) -> Adapter:
+    found = adapter(name)
+    if found.missing is not None:
+        pytest.skip(found.missing)
     return found
 
 
 @pytest.fixture
-def runtime(name: str) -> Adapter:
-    found = adapter(name)
-    if found.missing is not None:
-        pytest.skip(found.missing)
+def runtime(request: pytest.FixtureRequest) -> Adapter:
+    return asked(request.param)
+
+
+@pytest.fixture(params=[name for name in RUNTIMES if name not in SLOW])
+def quick(request: pytest.FixtureRequest) -> Adapter:
+    return asked(request.param)
+
+
+@pytest.fixture(params=list(RUNTIMES))
+def name(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
     return found
 
 
@@ -87,14 +96,6 @@ def check(actual: list[torch.Tensor], wanted: list[torch.Tensor], runtime: Adapt
             assert 1e-5 < l2(got, right) < INT8
         else:
             assert relative_error(got, right) <= runtime.tolerances[precision]
-
-
-@pytest.fixture(params=[name for name in RUNTIMES if name not in SLOW])
-def quick(request: pytest.FixtureRequest) -> Adapter:
-    found = adapter(request.param)
-    if found.missing is not None:
-        pytest.skip(found.missing)
-    return found
 
 
 def test_the_files_are_all_that_is_needed(quick: Adapter, cases: dict[str, Case], tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 from onnx import GraphProto, TensorProto, helper, numpy_helper
@@ -28,34 +26,43 @@ def slow(found: GraphProto) -> list[str]:
     """Follow every path from every node, one at a time."""
     nodes = {node.name: node for node in found.node}
 
-    def is_layer(node: Any) -> bool:
-        return node.op_type in LAYERS and node.input[1] == "w"
+    def is_layer(name: str) -> bool:
+        return name in nodes and nodes[name].op_type in LAYERS and nodes[name].input[1] == "w"
 
-    def through(node: Any) -> bool:
-        return node.op_type in BETWEEN + PASSED
+    def to_layer(name: str, through: tuple[str, ...]) -> bool:
+        users = [user for user, node in nodes.items() if name in node.input]
+        return any(
+            (is_layer(u) and nodes[u].input[0] == name) or (nodes[u].op_type in through and to_layer(u, through))
+            for u in users
+        )
 
-    def from_layer(name: str) -> bool:
-        node = nodes.get(name)
-        return node is not None and (is_layer(node) or (through(node) and any(from_layer(i) for i in node.input)))
+    def integer(name: str) -> bool:
+        passed = name in nodes and nodes[name].op_type in PASSED and any(map(integer, nodes[name].input))
+        return kept(name) or passed
 
-    def to_layer(name: str) -> bool:
-        users = [node for node in found.node if name in node.input]
-        return any((is_layer(u) and u.input[0] == name) or (through(u) and to_layer(u.name)) for u in users)
+    def kept(name: str) -> bool:
+        if is_layer(name):
+            return True
+        if name not in nodes or nodes[name].op_type not in BETWEEN:
+            return False
+        through = BETWEEN if nodes[name].op_type in ("Add", "Mul", "Concat") else BETWEEN + PASSED
+        return any(map(integer, nodes[name].input)) and to_layer(name, through)
 
-    return [
-        name
-        for name, node in nodes.items()
-        if is_layer(node)
-        or (node.op_type in BETWEEN and any(from_layer(i) for i in node.input) and to_layer(name))
-    ]
+    return [name for name in nodes if kept(name)]
 
 
-def test_a_residual_network_is_quantised_up_to_its_last_layer() -> None:
+def test_convolutions_with_a_shortcut() -> None:
+    """All up to the last convolution; the sum before the mean stays float, an activation after a layer does not."""
     found = graph([
         ("Conv", "a", ["x", "w"]), ("Relu", "b", ["a"]), ("Conv", "c", ["b", "w"]), ("Add", "d", ["b", "c"]),
-        ("ReduceMean", "e", ["d"]), ("Gemm", "f", ["e", "w"]), ("Mul", "g", ["f", "w"]),
+        ("Relu", "e", ["d"]), ("Conv", "f", ["e", "w"]), ("Add", "g", ["e", "f"]), ("Relu", "h", ["g"]),
+        ("ReduceMean", "i", ["h"]), ("Gemm", "j", ["i", "w"]), ("Mul", "k", ["j", "w"]),
     ])  # fmt: skip
-    assert between_layers(found) == ["a", "b", "c", "d", "f"]
+    assert between_layers(found) == ["a", "b", "c", "d", "e", "f", "j"]
+    found = graph([
+        ("Conv", "a", ["x", "w"]), ("Clip", "b", ["a"]), ("ReduceMean", "c", ["b"]), ("Gemm", "d", ["c", "w"]),
+    ])  # fmt: skip
+    assert between_layers(found) == ["a", "b", "d"]
 
 
 def test_a_residual_stream_and_scores_stay_float() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.runtimes.adapters import adapter, quantisation
+from graphprune.runtimes.adapters import Opening, adapter, quantisation
 from graphprune.runtimes.adapters import onnxruntime as module
+from graphprune.runtimes.adapters.source import Source
 from graphprune.runtimes.parity import relative_error
 from tests.runtimes.adapters.cases import Residual, Tokens, expected, l2, open_file, outputs, source
 from tests.runtimes.nets import lively_statistics
@@ -25,20 +27,34 @@ def batches(count: int, *shape: int) -> list[list[Tensor]]:
     return [[torch.randn(shape, generator=generator)] for _ in range(count)]
 
 
-def residual(folder: Path, **export: bool) -> tuple[nn.Module, tuple[Tensor, ...], quantisation.Source]:
+Made = tuple[nn.Module, tuple[Tensor, ...], Source]
+
+
+def make(folder: Path, **export: bool) -> Made:
     torch.manual_seed(0)
     model = lively_statistics(Residual().eval())
     inputs = batches(5, 2, 3, 12, 12)
-    first = tuple(inputs[0])
-    return model, first, source(model, first, folder, calibration=inputs[1:], **export)
+    return model, tuple(inputs[0]), source(model, tuple(inputs[0]), folder, calibration=inputs[1:], **export)
+
+
+@pytest.fixture(scope="module")
+def residual(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return make(tmp_path_factory.mktemp("residual"))
+
+
+@pytest.fixture
+def takes_all(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let the quantiser take all nodes, as it does by itself."""
+    every = lambda graph: [node.name for node in graph.node]  # noqa: E731
+    return lambda: monkeypatch.setattr(quantisation, "between_layers", every)
 
 
 def weights(path: Path) -> dict[str, np.ndarray]:
     return {t.name: numpy_helper.to_array(t) for t in onnx.load(str(path)).graph.initializer}
 
 
-def test_every_layer_of_a_residual_network_is_integer(tmp_path: Path) -> None:
-    _, tensors, made = residual(tmp_path)
+def test_every_layer_of_a_residual_network_is_integer(residual: Made, tmp_path: Path) -> None:
+    _, tensors, made = residual
     path = tmp_path / "int8.onnx"
     notes = RUNTIME.write(made, "int8", path)
     assert open_file(RUNTIME, path, made, tensors, "int8").in_force() == "int8"
@@ -71,36 +87,55 @@ class Masked(nn.Module):
         return self.out(scores.softmax(-1) @ self.v(x))
 
 
-def test_a_mask_does_not_widen_the_range_of_scores(tmp_path: Path) -> None:
+def test_a_mask_does_not_widen_the_range_of_scores(tmp_path: Path, takes_all: Callable[[], None]) -> None:
     torch.manual_seed(0)
     model = Masked().eval()
     mask = torch.tensor([[1.0, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
     inputs = [[x, mask] for (x,) in batches(5, 2, 5, 16)]
     made = source(model, tuple(inputs[0]), tmp_path, calibration=inputs[1:])
-    path = tmp_path / "int8.onnx"
-    RUNTIME.write(made, "int8", path)
-    session = open_file(RUNTIME, path, made, inputs[0], "int8")
-    assert l2(outputs(session)[0], expected(model, inputs[0])[0]) < 0.03
-    assert session.in_force() == "4 of 6 layers int8, 2 of 6 layers float32"
+    errors, in_force = quantised_twice(model, made, inputs[0], tmp_path, takes_all)
+    assert errors[0] < 0.1 and errors[1] > 4 * errors[0]
+    assert in_force == "4 of 6 layers int8, 2 of 6 layers float32"
 
 
-def test_a_residual_stream_stays_float(tmp_path: Path) -> None:
+def quantised_twice(
+    model: nn.Module, made: Source, tensors: list[Tensor], folder: Path, takes_all: Callable[[], None]
+) -> tuple[list[float], str]:
+    """Errors of the first result as we quantise and as the quantiser would; what is in force in ours."""
+    wanted = expected(model, tensors)[0]
+    errors, in_force = [], []
+    for number in range(2):
+        path = folder / f"int8-{number}.onnx"
+        RUNTIME.write(made, "int8", path)
+        session = open_file(RUNTIME, path, made, tensors, "int8")
+        errors.append(l2(outputs(session)[0], wanted))
+        in_force.append(session.in_force())
+        takes_all()
+    return errors, in_force[0]
+
+
+class Stream(nn.Module):
+    """A residual stream, without its channel 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Tokens()
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        y, _ = self.layer(x, shift)
+        return torch.cat([y[..., :3], y[..., 4:]], -1)
+
+
+def test_a_residual_stream_stays_float(tmp_path: Path, takes_all: Callable[[], None]) -> None:
     """A channel of it that is 100 times the others, as in trained transformers, would take all of 8 bits."""
     torch.manual_seed(0)
-    model = Tokens().eval()
-    generator = torch.Generator().manual_seed(3)
-    inputs = []
-    for _ in range(5):
-        x = torch.randn(2, 6, 16, generator=generator)
+    model = Stream().eval()
+    inputs = [[x, x[:, 0] / 2] for (x,) in batches(5, 2, 6, 16)]
+    for x, _ in inputs:
         x[..., 3] += 100
-        inputs.append([x, torch.randn(2, 16, generator=generator)])
     made = source(model, tuple(inputs[0]), tmp_path, calibration=inputs[1:])
-    path = tmp_path / "int8.onnx"
-    RUNTIME.write(made, "int8", path)
-    wanted = expected(model, inputs[0])
-    actual = outputs(open_file(RUNTIME, path, made, inputs[0], "int8"))
-    others = [i for i in range(16) if i != 3]
-    assert l2(actual[0][..., others], wanted[0][..., others]) < 0.03
+    errors, _ = quantised_twice(model, made, inputs[0], tmp_path, takes_all)
+    assert errors[0] < 0.03 and errors[1] > 4 * errors[0]
 
 
 def test_nothing_to_quantise(tmp_path: Path) -> None:
@@ -110,8 +145,10 @@ def test_nothing_to_quantise(tmp_path: Path) -> None:
         RUNTIME.write(made, "int8", tmp_path / "int8.onnx")
 
 
-def test_weights_of_seven_bits_where_sums_saturate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tensors, made = residual(tmp_path)
+def test_weights_of_seven_bits_where_sums_saturate(
+    residual: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tensors, made = residual
     largest, notes = {}, {}
     for features in (("avx2",), ("avx2", "avx_vnni"), ("avx512f", "avx512_vnni"), ()):
         monkeypatch.setattr(quantisation, "cpu_features", lambda features=features: features)
@@ -127,9 +164,9 @@ def test_weights_of_seven_bits_where_sums_saturate(tmp_path: Path, monkeypatch: 
     assert "VNNI" in notes["avx512f", "avx512_vnni"] and "7 bits" not in notes["avx512f", "avx512_vnni"]
 
 
-def test_float16_keeps_inputs_and_outputs(tmp_path: Path) -> None:
+def test_float16_keeps_inputs_and_outputs(residual: Made, tmp_path: Path) -> None:
     """What a GPU gets: on the CPU it runs with conversions, and is as near."""
-    model, tensors, made = residual(tmp_path)
+    model, tensors, made = residual
     path = tmp_path / "half.onnx"
     RUNTIME.write(made, "fp16", path)
     assert {w.dtype for w in weights(path).values() if w.dtype.kind == "f"} == {np.dtype("float16")}
@@ -138,58 +175,61 @@ def test_float16_keeps_inputs_and_outputs(tmp_path: Path) -> None:
     assert 1e-6 < relative_error(actual[0], expected(model, tensors)[0]) < 1e-2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_weights_in_a_file_of_their_own(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_a_file_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for place in (quantisation, module):
         monkeypatch.setattr(place, "is_large", lambda graph: True)
-    made_in, written, there = (tmp_path / name for name in ("made", "written", "there"))
-    for folder in (made_in, written, there):
-        folder.mkdir()
-    model, tensors, made = residual(made_in, external_data=True)
-    path = written / "network.onnx"
-    RUNTIME.write(made, precision, path)
-    shutil.rmtree(made_in)
-    files = RUNTIME.files(path)
-    assert len(files) == 2 and files[-1] == path and set(files) == set(written.iterdir())
-    assert files[0].name.startswith("network.onnx.") and files[0].suffix == ".data"
-    for file in files:
-        shutil.move(file, there / file.name)
-    example = tuple(tensors)
-    session = RUNTIME.open(there / path.name, module.Opening(("x",), example, precision))
-    assert l2(outputs(session)[0], expected(model, tensors)[0]) < 0.05
+    (tmp_path / "made").mkdir()
+    model, tensors, made = make(tmp_path / "made", external_data=True)
+    for precision in ("fp32", "fp16", "int8"):
+        written, there = tmp_path / precision, tmp_path / f"{precision}-moved"
+        written.mkdir()
+        there.mkdir()
+        path = written / "network.onnx"
+        RUNTIME.write(made, precision, path)
+        files = RUNTIME.files(path)
+        assert len(files) == 2 and files[-1] == path and set(files) == set(written.iterdir())
+        assert files[0].name.startswith("network.onnx.") and files[0].suffix == ".data"
+        for file in files:
+            shutil.move(file, there / file.name)
+        session = RUNTIME.open(there / path.name, Opening(("x",), tensors, precision))
+        assert l2(outputs(session)[0], expected(model, tensors)[0]) < 0.05
 
 
 def test_precision_depends_on_the_provider() -> None:
     assert RUNTIME.precisions() == RUNTIME.precisions("cpu") == ("fp32", "int8")
     for name in ("cuda", "tensorrt", "CUDAExecutionProvider"):
         assert RUNTIME.precisions(name) == ("fp32", "fp16")
-    with pytest.raises(GraphPruneError, match="'fp16' is not offered for onnxruntime: .*openvino.* Offered: fp32, int8"):
+    with pytest.raises(GraphPruneError, match=r"'fp16' is not offered for onnxruntime: .*openvino.* fp32, int8"):
         RUNTIME.check_precision("fp16")
-    with pytest.raises(GraphPruneError, match=r"'int8' is not offered for onnxruntime with provider 'cuda': .*use fp16"):
+    with pytest.raises(GraphPruneError, match=r"'int8' is not offered for onnxruntime with provider 'cuda': .*fp16"):
         RUNTIME.check_precision("int8", "cuda")
-    with pytest.raises(GraphPruneError, match="'bf16' is not offered .*openvino"):
+    with pytest.raises(GraphPruneError, match=r"'bf16' is not offered .*openvino"):
         RUNTIME.check_precision("bf16", "cuda")
 
 
-def test_what_the_quantiser_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_quantiser_says_is_passed_on(
+    residual: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import onnxruntime.quantization
 
     def fail(*args: object, **kwargs: object) -> None:
         raise ValueError("no range for tensor 'a'\nmore")
 
-    _, _, made = residual(tmp_path)
+    _, _, made = residual
     monkeypatch.setattr(onnxruntime.quantization, "quantize_static", fail)
     with pytest.raises(GraphPruneError, match="cannot quantise the network: ValueError: no range for tensor 'a'"):
         RUNTIME.write(made, "int8", tmp_path / "int8.onnx")
 
 
-def test_shapes_that_symbolic_inference_does_not_find(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_that_symbolic_inference_does_not_find(
+    residual: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
     def fail(*args: object) -> None:
         raise Exception("Incomplete symbolic shape inference")
 
-    model, tensors, made = residual(tmp_path)
+    model, tensors, made = residual
     monkeypatch.setattr(SymbolicShapeInference, "infer_shapes", fail)
     RUNTIME.write(made, "int8", tmp_path / "int8.onnx")
     actual = outputs(open_file(RUNTIME, tmp_path / "int8.onnx", made, tensors, "int8"))
