@@ -7,7 +7,7 @@ a detector decodes - 8 bits lose accuracy, or everything, and save no time.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from typing import Any
 
 _WITH_WEIGHTS = frozenset(["Conv", "Gemm", "MatMul"])
@@ -25,35 +25,35 @@ _MEANS = frozenset(["ReduceMean", "Dropout", "Identity"])
 def between_layers(graph: Any) -> list[str]:
     """Names of the nodes of an `onnx.GraphProto`: convolutions and matrix products with a constant, and the operators
     that lie between two of them. Empty without such a layer."""
+    nodes = list(graph.node)
     constants = {tensor.name for tensor in graph.initializer}
-    constants |= {out for node in graph.node if node.op_type == "Constant" for out in node.output}
-    layers = {
-        id(n) for n in graph.node if n.op_type in _WITH_WEIGHTS and len(n.input) > 1 and n.input[1] in constants
-    }
-    near = _leading_to(layers, graph.node, _BETWEEN)
-    far = _leading_to(layers, graph.node, _BETWEEN | _MEANS)
+    constants |= {out for node in nodes if node.op_type == "Constant" for out in node.output}
+    layers = [n.op_type in _WITH_WEIGHTS and len(n.input) > 1 and n.input[1] in constants for n in nodes]
+    near = _leading_to(layers, nodes, _BETWEEN)
+    far = _leading_to(layers, nodes, _BETWEEN | _MEANS)
     integer: set[str] = set()
     names = []
     # Nodes are in the order of computation.
-    for node in graph.node:
-        leads = id(node) in (near if node.op_type in _OF_SEVERAL else far)
-        kept = id(node) in layers or (node.op_type in _BETWEEN and leads and not integer.isdisjoint(node.input))
+    for index, node in enumerate(nodes):
+        leads = near[index] if node.op_type in _OF_SEVERAL else far[index]
+        follows = not integer.isdisjoint(node.input)
+        kept = layers[index] or (node.op_type in _BETWEEN and leads and follows)
         if kept:
             names.append(node.name)
-        if kept or (node.op_type in _MEANS and not integer.isdisjoint(node.input)):
+        if kept or (node.op_type in _MEANS and follows):
             integer.update(node.output)
     return names
 
 
-def _leading_to(layers: set[int], nodes: Any, through: Iterable[str]) -> set[int]:
-    """The nodes whose results reach a layer through nothing but operators of the kinds `through`."""
+def _leading_to(layers: Sequence[bool], nodes: Sequence[Any], through: Collection[str]) -> list[bool]:
+    """For each node, whether its result reaches a layer through nothing but operators of the kinds `through`."""
     wanted: set[str] = set()
-    found: set[int] = set()
-    for node in reversed(nodes):
-        if not wanted.isdisjoint(node.output):
-            found.add(id(node))
-            if node.op_type in through and id(node) not in layers:
-                wanted.update(node.input)
-        if id(node) in layers:
+    found = [False] * len(nodes)
+    for index in reversed(range(len(nodes))):
+        node = nodes[index]
+        found[index] = not wanted.isdisjoint(node.output)
+        if layers[index]:
             wanted.add(node.input[0])
+        elif found[index] and node.op_type in through:
+            wanted.update(node.input)
     return found
