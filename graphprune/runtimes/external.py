@@ -68,6 +68,11 @@ def put_network_in_place(graph: Path, data: Path | None, target: Path) -> Path |
     return final
 
 
+def weights_beside(graph: Path) -> tuple[Path, ...]:
+    """The files beside a graph that it takes weights from; none where it is no ONNX file."""
+    return tuple(graph.with_name(name) for name in sorted(_named_by(graph)) if name == Path(name).name)
+
+
 def _all_weights(target: Path) -> list[Path]:
     """The files beside `target` that `named_by_contents` has named for it."""
     ours = re.compile(rf"{re.escape(target.name)}\.[0-9a-f]{{12}}\.data")

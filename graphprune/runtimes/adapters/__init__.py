@@ -8,12 +8,13 @@ from typing import Any
 from ...support.registry import Registry
 from .base import PRECISIONS, Adapter, Opening, Session
 from .onnxruntime import OnnxRuntime
+from .openvino import OpenVino
 from .torch import Inductor, Torch
 
 __all__ = ["PRECISIONS", "RUNTIMES", "Adapter", "Opening", "Session", "adapter"]
 
 RUNTIMES: Registry[type[Adapter]] = Registry("runtime")
-for _kind in (OnnxRuntime, Torch, Inductor):
+for _kind in (OnnxRuntime, OpenVino, Torch, Inductor):
     RUNTIMES.add(_kind.name, _kind)
 
 

@@ -63,8 +63,9 @@ class Adapter(abc.ABC):
     `name`: as in `runtime=`. `title`: its own name. `suffix`: of the file that `path` names; others lie beside it.
     `form`: what it is written from. `any_batch`: one file takes every batch size. `packages`: (import name, name of the
     distribution). `extra`: the extra of graphprune that installs them. `offered`: precision -> how it is reached.
-    `refused`: precision -> why it is not there and what to do. `tolerances`: largest allowed relative error against the
-    model in float32; int8 has none, as what is lost depends on the network: its error is reported.
+    `refused`: precision -> why it is not there and what to do (`why_refused` also looks at machine and provider).
+    `tolerances`: largest allowed relative error against the model in float32; int8 has none, as what is lost depends on
+    the network: its error is reported.
     """
 
     name: ClassVar[str]
@@ -101,12 +102,16 @@ class Adapter(abc.ABC):
         """None if the runtime can be used in this process, else why not and what to do. Asked once."""
         for module, distribution in self.packages:
             try:
-                importlib.import_module(module)
+                self.bring(module)
             except ImportError as error:
                 return f"{distribution} cannot be imported ({_first_line(error)}): {self.cure}"
             except Exception as error:  # a package that is there and broken
                 return f"{distribution} fails when it is imported: {type(error).__name__}: {_first_line(error)}"
         return self.unable()
+
+    def bring(self, module: str) -> Any:
+        """Import one of the packages."""
+        return importlib.import_module(module)
 
     def unable(self) -> str | None:
         """Why this machine cannot run it although its packages are there; None where it can."""
@@ -135,14 +140,22 @@ class Adapter(abc.ABC):
         """How images lie in memory inside: for reports."""
         return "NCHW"
 
-    def check_precision(self, precision: Any) -> None:
-        """Raise GraphPruneError unless the precision is offered."""
+    def why_refused(self, precision: str, provider: str | None = None) -> str | None:
+        """Why one of `PRECISIONS` is not offered on this machine and provider, and what to do; None where it is."""
+        return None if precision in self.offered else self.refused.get(precision, "it has no kernels for it")
+
+    def precisions(self, provider: str | None = None) -> tuple[str, ...]:
+        """Those offered on this machine and provider."""
+        return tuple(name for name in PRECISIONS if self.why_refused(name, provider) is None)
+
+    def check_precision(self, precision: Any, provider: str | None = None) -> None:
+        """Raise GraphPruneError unless the precision is offered on this machine and provider."""
         check_choice("precision", precision, PRECISIONS)
-        if precision not in self.offered:
-            why = self.refused.get(precision, "it has no kernels for it")
-            raise GraphPruneError(
-                f"precision {precision!r} is not offered for {self.name}: {why}. Offered: {', '.join(self.offered)}"
-            )
+        why = self.why_refused(precision, provider)
+        if why is not None:
+            where = self.name if provider is None else f"{self.name} with provider {provider!r}"
+            offered = ", ".join(self.precisions(provider))
+            raise GraphPruneError(f"precision {precision!r} is not offered for {where}: {why}. Offered: {offered}")
 
     def check_usable(self) -> None:
         """Raise GraphPruneError where the runtime cannot be used in this process."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import platform
 from pathlib import Path
 
 # Those that runtimes choose kernels by.
@@ -25,3 +26,8 @@ def cpu_features() -> tuple[str, ...]:
             present = set(value.split())
             return tuple(name for name in _LOOKED_AT if name in present)
     return ()
+
+
+def is_x86() -> bool:
+    """Whether this is an x86 processor of 64 or 32 bits."""
+    return platform.machine().lower() in ("x86_64", "amd64", "i386", "i686", "x86")
