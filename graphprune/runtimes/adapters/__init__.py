@@ -7,13 +7,15 @@ from typing import Any
 
 from ...support.registry import Registry
 from .base import PRECISIONS, Adapter, Opening, Session
+from .executorch import ExecuTorch
+from .litert import LiteRT
 from .onnxruntime import OnnxRuntime
 from .torch import Inductor, Torch
 
 __all__ = ["PRECISIONS", "RUNTIMES", "Adapter", "Opening", "Session", "adapter"]
 
 RUNTIMES: Registry[type[Adapter]] = Registry("runtime")
-for _kind in (OnnxRuntime, Torch, Inductor):
+for _kind in (OnnxRuntime, ExecuTorch, LiteRT, Torch, Inductor):
     RUNTIMES.add(_kind.name, _kind)
 
 
