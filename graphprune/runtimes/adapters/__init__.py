@@ -7,6 +7,8 @@ from typing import Any
 
 from ...support.registry import Registry
 from .base import PRECISIONS, Adapter, Opening, Session
+from .executorch import ExecuTorch
+from .litert import LiteRT
 from .onnxruntime import OnnxRuntime
 from .openvino import OpenVino
 from .torch import Inductor, Torch
@@ -14,7 +16,7 @@ from .torch import Inductor, Torch
 __all__ = ["PRECISIONS", "RUNTIMES", "Adapter", "Opening", "Session", "adapter"]
 
 RUNTIMES: Registry[type[Adapter]] = Registry("runtime")
-for _kind in (OnnxRuntime, OpenVino, Torch, Inductor):
+for _kind in (OnnxRuntime, OpenVino, ExecuTorch, LiteRT, Torch, Inductor):
     RUNTIMES.add(_kind.name, _kind)
 
 
