@@ -7,13 +7,15 @@ from typing import Any
 
 from ...support.registry import Registry
 from .base import PRECISIONS, Adapter, Opening, Session
+from .mnn import Mnn
+from .ncnn import Ncnn
 from .onnxruntime import OnnxRuntime
 from .torch import Inductor, Torch
 
 __all__ = ["PRECISIONS", "RUNTIMES", "Adapter", "Opening", "Session", "adapter"]
 
 RUNTIMES: Registry[type[Adapter]] = Registry("runtime")
-for _kind in (OnnxRuntime, Torch, Inductor):
+for _kind in (OnnxRuntime, Ncnn, Mnn, Torch, Inductor):
     RUNTIMES.add(_kind.name, _kind)
 
 
