@@ -1,5 +1,5 @@
-"""A `torch.export` program that was captured in float32, in another dtype: more than `module.to`, as a program has dtypes
-in its code.
+"""A `torch.export` program that was captured in float32, in another dtype: more than `module.to`, as dtypes are in its
+code too.
 """
 
 from __future__ import annotations

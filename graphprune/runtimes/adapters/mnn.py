@@ -100,7 +100,7 @@ def _reason(said: str, graph: Path) -> str:
 def _check_type(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _DTYPES:
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise GraphPruneError(f"MNN takes inputs in float32, int32 and int64, but {name!r} is {kind}; convert it before")
+        raise GraphPruneError(f"MNN takes inputs in float32, int32 and int64, but {name!r} is {kind}; convert it")
     if tensor.dtype == torch.int64 and tensor.numel():
         limits = torch.iinfo(torch.int32)
         if int(tensor.min()) < limits.min or int(tensor.max()) > limits.max:
