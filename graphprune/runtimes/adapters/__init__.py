@@ -9,6 +9,8 @@ from ...support.registry import Registry
 from .base import PRECISIONS, Adapter, Opening, Session
 from .executorch import ExecuTorch
 from .litert import LiteRT
+from .mnn import Mnn
+from .ncnn import Ncnn
 from .onnxruntime import OnnxRuntime
 from .openvino import OpenVino
 from .torch import Inductor, Torch
@@ -16,7 +18,8 @@ from .torch import Inductor, Torch
 __all__ = ["PRECISIONS", "RUNTIMES", "Adapter", "Opening", "Session", "adapter"]
 
 RUNTIMES: Registry[type[Adapter]] = Registry("runtime")
-for _kind in (OnnxRuntime, OpenVino, ExecuTorch, LiteRT, Torch, Inductor):
+_KINDS = (OnnxRuntime, OpenVino, ExecuTorch, LiteRT, Ncnn, Mnn, Torch, Inductor)
+for _kind in _KINDS:
     RUNTIMES.add(_kind.name, _kind)
 
 
