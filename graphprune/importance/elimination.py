@@ -245,7 +245,8 @@ class _ThinLost:
     def blocks(self, units: int, k: int) -> Tensor:
         rows = self.rows[:, : units * k]
         left, right = (t.unflatten(1, (units, k)) for t in (rows @ (self.part.mT @ self.part), rows))
-        return (left @ right.mT) / self.ridge[:, None].square()
+        found: Tensor = (left @ right.mT) / self.ridge[:, None].square()
+        return found
 
     def taken(self, values: Tensor, y: Tensor) -> Tensor:
         return values.baddbmm_(self.rows.to(values.dtype), (self.part.mT @ y / self.ridge).to(values.dtype))
