@@ -35,7 +35,7 @@ class ExecuTorch(Adapter):
         "int8": "static, by PT2E and XNNPACKQuantizer: weights per channel, activations calibrated from data",
     }
     refused: ClassVar[Mapping[str, str]] = {
-        "bf16": "XNNPACK multiplies in bfloat16 in Linear layers only, and only on some ARM processors; use fp16 or int8",
+        "bf16": "XNNPACK has bfloat16 for Linear layers only; use fp16 or int8",
     }
 
     def unable(self) -> str | None:
@@ -221,7 +221,7 @@ def _is_output(node: Any) -> bool:
 
 
 def _check_kernels(source: Source, written: Any) -> None:
-    """Raise GraphPruneError where the runtime has no kernel for an operator: it would say a number when it is loaded."""
+    """Raise GraphPruneError where the runtime has no kernel for an operator: it would say no more than a number."""
     known = set(_runtime()._get_operator_names())
     for plan in written.executorch_program.execution_plan:
         for used in plan.operators:
