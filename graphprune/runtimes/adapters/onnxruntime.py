@@ -147,8 +147,7 @@ def _write_float16(source: Source, path: Path) -> None:
             large = is_large(source.onnx_file)
             network: Any = str(source.onnx_file) if large else onnx.load(str(source.onnx_file))
             converted = convert_float_to_float16(network, keep_io_types=True)
-            beside = {"save_as_external_data": True, "location": f"{path.name}.data"} if large else {}
-            onnx.save(converted, str(path), **beside)
+            onnx.save(converted, str(path), save_as_external_data=large, location=f"{path.name}.data" if large else None)
     except Exception as error:
         raise GraphPruneError(f"ONNX Runtime's tools cannot convert the network to float16: {reason(error)}") from error
     for file in weights_beside(path):

@@ -111,7 +111,7 @@ def _quantise(prepared: Path, source: Source, path: Path) -> None:
 def _reader(source: Source) -> Any:
     from onnxruntime.quantization import CalibrationDataReader
 
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
+    class Reader(CalibrationDataReader):
         def __init__(self) -> None:
             self._left: Iterator[list[Tensor]] = source.batches()
 
