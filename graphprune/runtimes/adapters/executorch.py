@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from .base import Adapter, Opening, Session
-from .layers import first_lines, layer, layers_named, listed
+from .naming import first_lines, layer, layers_named, listed
 from .source import Source
 
 # A method of the file that says what it computes in: a constant, as ExecuTorch keeps other facts about a program.
@@ -86,7 +86,7 @@ class _Opened(Session):
         self.load(opening.tensors)
 
     def load(self, tensors: Sequence[Tensor]) -> None:
-        self._inputs = [tensor.contiguous() for tensor in tensors]
+        self._inputs = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
     def run(self) -> None:
         # Inputs go in each time: their memory may be used again for what is computed later.

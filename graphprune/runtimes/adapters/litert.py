@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from .base import Adapter, Opening, Session
-from .layers import first_lines, layers_named, listed
+from .naming import first_lines, layers_named, listed
 from .source import Source
 
 _SIGNATURE = "serving_default"
