@@ -86,7 +86,7 @@ class _Opened(Session):
         self.load(opening.tensors)
 
     def load(self, tensors: Sequence[Tensor]) -> None:
-        self._inputs = [tensor.contiguous() for tensor in tensors]
+        self._inputs = [tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in tensors]
 
     def run(self) -> None:
         # Inputs go in each time: their memory may be used again for what is computed later.
