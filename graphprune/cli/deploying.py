@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ..deployment import benchmark
+from ..deployment import export as export_to
 from ..planning.calls import plan as make_plan
 from ..plans.plan import Plan
 from ..plans.storage import load
@@ -50,7 +51,22 @@ SamplesOption = Annotated[int, typer.Option("--samples", help="How many of them 
 
 def export(
     model: ModelArgument,
-    path: Annotated[Path, typer.Argument(metavar="FILE.onnx", help="The file to write.", show_default=False)],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="The file to write: .onnx, or as the runtime's files end.", show_default=False
+        ),
+    ],
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="Write for this runtime, run it there, compare and time it; see the command runtimes.",
+            show_default=False,
+        ),
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16, fp16 or int8.", show_default=False)] = None,
+    data: CalibrationOption = None,
+    samples: SamplesOption = 300,
     input_shape: ShapeOption = None,
     weights: WeightsOption = None,
     seed: SeedOption = 0,
@@ -70,9 +86,14 @@ def export(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a model as ONNX, pruned where --pruned, --plan or --ratio says so, and compare the file with PyTorch."""
+    """Write a model as ONNX, pruned where --pruned, --plan or --ratio says so, and compare the file with PyTorch; with
+    --runtime or --precision for any runtime, and measured there."""
     if sum(option is not None for option in (plan, ratio, pruned)) > 1:
         raise typer.BadParameter("give only one of --pruned, --plan and --ratio", param_hint="--ratio")
+    elsewhere = runtime is not None or precision is not None
+    for name, value in (("--opset", opset), ("--external-data", external_data)):
+        if elsewhere and value is not None:
+            raise typer.BadParameter("is for plain ONNX files: leave out --runtime and --precision", param_hint=name)
     pruning = plan is not None or ratio is not None
     wanted = parse_ratio(ratio) if ratio is not None else None
     with working("export", quiet) as work:
@@ -93,19 +114,33 @@ def export(
             exported = decided.apply(loaded.model)
             proof = proof_of(loaded, exported, decided, example) if verify_it else None
         work.step("exporting and comparing" if check else "exporting")
-        report = export_onnx(
-            exported,
-            example,
-            path,
-            opset=opset,
-            dynamic_batch=not fixed_batch,
-            plan=decided,
-            check=check,
-            tolerance=tolerance,
-            provider=provider,
-            external_data=external_data,
-        )
-    data = {
+        report = made = None
+        if elsewhere:
+            made = export_to(
+                exported, example, path, runtime or "onnxruntime", precision or "fp32",
+                data=None if data is None else load_data(data, seed=seed)[0], samples=samples,
+                dynamic_batch=not fixed_batch, check=check, tolerance=tolerance, seed=seed,
+                provider=None if provider == "cpu" else provider,
+            )  # fmt: skip
+        else:
+            report = export_onnx(
+                exported,
+                example,
+                path,
+                opset=opset,
+                dynamic_batch=not fixed_batch,
+                plan=decided,
+                check=check,
+                tolerance=tolerance,
+                provider=provider,
+                external_data=external_data,
+            )
+    proofs = [str(proof)] if proof is not None else []
+    if made is not None:
+        show(as_json, {"model": model, **made.to_dict(), "verification": checks_as_data(proof)}, *proofs, str(made))
+        return
+    assert report is not None
+    shown = {
         "model": model,
         "path": str(report.path),
         "external_data": None if report.external_data is None else str(report.external_data),
@@ -121,7 +156,7 @@ def export(
         "parameters": sum(parameter.numel() for parameter in exported.parameters()),
         "verification": checks_as_data(proof),
     }
-    show(as_json, data, *([str(proof)] if proof is not None else []), str(report))
+    show(as_json, shown, *proofs, str(report))
 
 
 def bench(
