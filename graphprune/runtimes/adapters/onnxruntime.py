@@ -147,7 +147,8 @@ def _write_float16(source: Source, path: Path) -> None:
             large = is_large(source.onnx_file)
             network: Any = str(source.onnx_file) if large else onnx.load(str(source.onnx_file))
             converted = convert_float_to_float16(network, keep_io_types=True)
-            onnx.save(converted, str(path), save_as_external_data=large, location=f"{path.name}.data" if large else None)
+            beside = f"{path.name}.data" if large else None
+            onnx.save(converted, str(path), save_as_external_data=large, location=beside)
     except Exception as error:
         raise GraphPruneError(f"ONNX Runtime's tools cannot convert the network to float16: {reason(error)}") from error
     for file in weights_beside(path):

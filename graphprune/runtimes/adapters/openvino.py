@@ -22,7 +22,8 @@ from .source import Source
 # What is asked for; the network's own int8 layers stay what they are, and the rest is exact.
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 _NEEDED = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "asimd")}
-_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq", "RNNCell", "LSTM", "GRU", "Attention")
+_LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq", "RNNCell", "LSTM", "GRU", "ScaledDot")
+_SAID = ("layerType", "runtimePrecision", "originalLayersNames")
 _TYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8", "u8": "int8"}
 
 
@@ -101,6 +102,7 @@ class _Opened(Session):
         except Exception as error:
             given = ", ".join(str(list(tensor.shape)) for tensor in opening.tensors)
             raise GraphPruneError(f"OpenVINO cannot compile {path.name} for inputs {given}: {reason(error)}") from error
+        self._products = {op.get_friendly_name() for op in network.get_ordered_ops() if op.get_type_name() == "MatMul"}
         self._request = self._compiled.create_infer_request()
         self._indices = [network.get_parameter_index(port.get_node()) for port in ports]
         self._check_in_force()
@@ -134,11 +136,14 @@ class _Opened(Session):
         """What the layers are computed in, as the compiled network says."""
         layers = []
         for node in self._compiled.get_runtime_model().get_ordered_ops():
-            said = node.get_rt_info()
-            kind = said["layerType"].value if "layerType" in said else ""
-            if kind.startswith(_LAYERS) or kind.endswith("Attention"):
-                precision = said["runtimePrecision"].value
-                layers.append((node.get_friendly_name(), _TYPES.get(precision, precision)))
+            said = {key: value.value for key, value in node.get_rt_info().items() if key in _SAID}
+            kind, precision = said.get("layerType", ""), said.get("runtimePrecision", "")
+            if kind == "Subgraph":
+                # Attention is compiled as one piece with what surrounds it.
+                names = [name for name in said.get("originalLayersNames", "").split(",") if name in self._products]
+            else:
+                names = [node.get_friendly_name()] if kind.startswith(_LAYERS) else []
+            layers += [(name, _TYPES.get(precision, precision)) for name in names]
         return Share.of(layers)
 
     def in_force(self) -> str:

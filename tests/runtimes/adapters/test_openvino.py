@@ -11,7 +11,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.runtimes.adapters import Opening, adapter
 from graphprune.runtimes.adapters import openvino as module
 from graphprune.runtimes.adapters.source import Source
-from tests.runtimes.adapters.cases import Depthwise, expected, open_file, outputs, source
+from tests.runtimes.adapters.cases import Depthwise, Tokens, expected, open_file, outputs, source
 from tests.runtimes.nets import lively_statistics
 
 RUNTIME = adapter("openvino")
@@ -54,6 +54,21 @@ def test_depthwise_convolutions_are_integer_too(depthwise: Made, tmp_path: Path)
     notes = RUNTIME.write(made, "int8", path)
     session = open_file(RUNTIME, path, made, inputs[0], "int8")
     assert session.in_force() == "int8" and not any("stay" in note for note in notes)
+
+
+@installed
+def test_attention_stays_float_and_is_counted(tmp_path: Path) -> None:
+    """OpenVINO makes one piece of it, which bears no name of a layer."""
+    torch.manual_seed(0)
+    model = Tokens().eval()
+    generator = torch.Generator().manual_seed(5)
+    inputs = [[torch.randn(2, 6, 16, generator=generator), torch.randn(2, 16, generator=generator)] for _ in range(4)]
+    made = source(model, tuple(inputs[0]), tmp_path, calibration=inputs)
+    path = tmp_path / "int8.xml"
+    notes = RUNTIME.write(made, "int8", path)
+    assert any(note.startswith("2 of 7 layers stay float32: ") for note in notes)
+    session = open_file(RUNTIME, path, made, inputs[0], "int8")
+    assert session.in_force() == "5 of 7 layers int8, 2 of 7 layers float32"
 
 
 class Mixed(nn.Module):
