@@ -2,19 +2,22 @@
 
     python -m tools.bench_synthetic                                             # what is on the page but the curve
     python -m tools.bench_synthetic --models resnet20 --speedups 2 --steps 10 25 50    # the curve
+    python -m tools.bench_synthetic --models resnet20 --inputs made --blocks    # the column of fitted blocks
     python -m tools.bench_synthetic --models resnet32 --held-out                # how settings were looked for
 
 Reads the trained networks and data of GRAPHPRUNE_SHARED_DATA (else ../shared/data beside the checkout) and writes
 docs/no-data.md and docs/no-data.json, row by row. `graphprune.plan` with the criterion "reconstruction" within a budget
 of multiply-accumulates, then `graphprune.recover` by least squares, both on the same inputs: made by
-`graphprune.synthesize` with its defaults, normal noise, or real ones without labels. The example input is noise too.
-Whole test sets; nothing is trained. Seconds are CPU time of one thread, of making the inputs alone.
+`graphprune.synthesize` with its defaults, normal noise, or real ones without labels; with --blocks, from made ones, by
+"blocks" as well. The example input is noise too. Whole test sets; nothing is trained. Seconds are CPU time of one
+thread. With --keep inputs are made once, and the seconds are those of the runs that made them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import time
@@ -50,15 +53,50 @@ def inputs_of(
         return list(torch.randn((n, *shape), generator=generator).split(128)), 0.0, {}
     if kind == "real":
         return list(torch.cat(list(made.data))[:n].split(128)), 0.0, {}
-    start = time.process_time()
     example = torch.randn((2, *shape), generator=generator)
     path = None if keep is None else make_folder(keep) / f"{name}-{n}-{steps}-{seed}.safetensors"
-    found = graphprune.synthesize(made.model, example, n, steps=steps, seed=seed, path=path)
-    return found, time.process_time() - start, {"before": found.before, "after": found.after}
+    with Clock(path) as clock:
+        found = graphprune.synthesize(made.model, example, n, steps=steps, seed=seed, path=path)
+    return found, clock.seconds, {"before": found.before, "after": found.after}
+
+
+class Clock:
+    """CPU seconds that making took. Of inputs that are kept, those of all runs until they were done; NaN where one of
+    these runs was not timed, or killed."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = None if path is None else path.with_suffix(".seconds.json")
+        begun = path is not None and path.is_file()
+        known = json.loads(self.path.read_text()) if self.path is not None and self.path.is_file() else {}
+        self.seconds: float = known.get("seconds", math.nan) if begun else 0.0
+        self.done: bool = begun and known.get("done", False)
+
+    def __enter__(self) -> Clock:
+        self._note(math.nan, False)
+        self._start = time.process_time()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self.done:
+            self.seconds += time.process_time() - self._start
+            self._note(self.seconds, kind is None)
+
+    def _note(self, seconds: float, done: bool) -> None:
+        if self.path is not None and not self.done:
+            write(self.path, json.dumps({"seconds": seconds, "done": done}))
+
+
+def blocks_of(made: Task, plan: graphprune.Plan, example: Tensor, data: Sequence[Any]) -> dict[str, Any]:
+    """What is reached where blocks are fitted after least squares, whether that stayed, and the seconds of both."""
+    start = time.process_time()
+    found = graphprune.recover(made.model, plan, example, data, "blocks")
+    seconds = round(time.process_time() - start)
+    stayed = found.layers[-1].changed
+    return {"blocks": round(made.measure(found.model), 2), "blocks_stayed": stayed, "blocks_seconds": seconds}
 
 
 def rows_of(
-    name: str, made: Task, speedups: Sequence[float], asked: dict[str, Any], keep: Path | None
+    name: str, made: Task, speedups: Sequence[float], asked: dict[str, Any], keep: Path | None, blocks: bool
 ) -> Iterator[dict[str, Any]]:
     """A row for each speed-up, on the same inputs."""
     data, seconds, more = inputs_of(name, made, **asked, keep=keep)
@@ -69,11 +107,13 @@ def rows_of(
         budget = graphprune.Budget(macs=1 / speedup)
         plan = graphprune.plan(made.model, example, budget=budget, criterion="reconstruction", data=data)
         small = graphprune.recover(made.model, plan, example, data, "least_squares").model
+        pruning = time.process_time() - start
+        fitted = blocks_of(made, plan, example, data) if blocks and asked["kind"] == "made" else {}
         yield {
             "model": name, "unit": made.unit, "speedup": speedup, "inputs": asked["kind"], "n": asked["n"],
             "steps": asked["steps"] if asked["kind"] == "made" else 0, "seed": asked["seed"],
-            "value": round(made.measure(small), 2), "making": round(seconds),
-            "pruning": round(time.process_time() - start),
+            "value": round(made.measure(small), 2), "making": None if math.isnan(seconds) else round(seconds),
+            "pruning": round(pruning), **fitted,
             "reached": round(dense / graphprune.count(small, example).macs, 3),
             **{key: round(value, 4) for key, value in more.items()},
         }  # fmt: skip
@@ -82,18 +122,22 @@ def rows_of(
 def table(rows: list[dict[str, Any]], steps: int) -> str:
     """What is left with each kind of inputs."""
     lines = [
-        "| network (unit, dense) | asked | inputs | made | seconds of making | noise | real, unlabelled |",
-        "| :-- | --: | --: | --: | --: | --: | --: |",
+        "| network (unit, dense) | asked | inputs | made | made, blocks fitted | seconds of making, of fitting | noise "
+        "| real, unlabelled |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: |",
     ]
     shown = [r for r in rows if r["seed"] == 0 and (r["inputs"] != "made" or r["steps"] == steps)]
     for key in dict.fromkeys((r["model"], r["speedup"]) for r in shown):
         mine = {r["inputs"]: r for r in shown if (r["model"], r["speedup"]) == key}
         first = mine.get("made") or next(iter(mine.values()))
         values = {kind: f"{mine[kind]['value']:.2f}" if kind in mine else "" for kind in KINDS}
-        making = mine["made"]["making"] if "made" in mine else ""
+        made = mine.get("made", {})
+        fitted = f"{made['blocks']:.2f}" if "blocks" in made else ""
+        fitted += "" if made.get("blocks_stayed", True) else " (taken back)"
+        seconds = ", ".join(str(made[name]) for name in ("making", "blocks_seconds") if made.get(name) is not None)
         lines.append(
             f"| {key[0]} ({first['unit']}, {first['dense']:.2f}) | {key[1]:g}x | {first['n']} | {values['made']} | "
-            f"{making} | {values['noise']} | {values['real']} |"
+            f"{fitted} | {seconds} | {values['noise']} | {values['real']} |"
         )
     return "\n".join(lines)
 
@@ -109,7 +153,7 @@ def curve(rows: list[dict[str, Any]]) -> str:
     for r in sorted(made, key=lambda r: (r["model"], r["speedup"], r["n"], r["steps"])):
         if (r["model"], r["speedup"]) in several:
             lines.append(
-                f"| {r['model']} | {r['speedup']:g}x | {r['steps']} | {r['n']} | {r['making']} | "
+                f"| {r['model']} | {r['speedup']:g}x | {r['steps']} | {r['n']} | {r['making'] or ''} | "
                 f"{r['before']:.3f} -> {r['after']:.3f} | {r['value']:.2f} |"
             )
     return "\n".join(lines) if several else ""
@@ -123,11 +167,13 @@ def _differs(one: dict[str, Any], other: dict[str, Any]) -> bool:
 HEADER = """# No data: measured
 
 Pruned within a budget of multiply-accumulates with nothing but the network at hand, beside noise and real inputs
-without labels, as many of each; whole test sets, no training. The criterion is "reconstruction", the repair least
-squares, both on the same inputs. "made": by `graphprune.synthesize` with its defaults, from batch norms alone; how is
-said in [no data, unlabelled data, training](guide/no-data.md). Settings were chosen by how well layers that were fitted
-to made inputs do on training images, with another network (ResNet-32). Seconds are CPU time of one thread on a busy
-machine.
+without labels, as many of each (of DS-CNN's real keywords the 500 that are not measured on); whole test sets else, no
+training. The criterion is "reconstruction", the repair least squares, both on the same inputs. "made": by
+`graphprune.synthesize` with its defaults, from batch norms alone; how is said in
+[no data, unlabelled data, training](guide/no-data.md). Settings were chosen by how well layers that were fitted to made
+inputs do on training images, with another network (ResNet-32). "blocks fitted": `recover="blocks"` on the made inputs,
+where that was tried; "taken back": it was no better on made inputs that were held from it, and the network is as least
+squares left it. Seconds are CPU time of one thread on a busy machine.
 
 Written by `python -m tools.bench_synthetic` ({machine}; {versions}).
 
@@ -153,6 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[default])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--keep", type=Path, help="folder for made inputs, to go on from")
+    parser.add_argument("--blocks", action="store_true", help="on made inputs fit blocks as well")
     parser.add_argument("--held-out", action="store_true", help="measure on held-out training images, write nothing")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -164,7 +211,7 @@ def main() -> None:
         for kind in options.inputs:
             for steps in options.steps if kind == "made" else options.steps[:1]:
                 asked = {"kind": kind, "n": n, "steps": steps, "seed": options.seed}
-                for row in rows_of(name, made, speedups, asked, options.keep):
+                for row in rows_of(name, made, speedups, asked, options.keep, options.blocks):
                     row["dense"] = dense
                     print(row, flush=True)
                     if not options.held_out:
@@ -175,7 +222,10 @@ def _keep(row: dict[str, Any], steps: int) -> None:
     """Put a row in the place of the one of its kind, and write the page."""
     rows: list[dict[str, Any]] = json.loads(TARGET.read_text()) if TARGET.is_file() else []
     keys = ("model", "speedup", "inputs", "n", "steps", "seed")
-    rows = [r for r in rows if any(r[key] != row[key] for key in keys)] + [row]
+    old = next((r for r in rows if all(r[key] == row[key] for key in keys)), {})
+    if row["making"] is None:
+        row["making"] = old.get("making")
+    rows = [r for r in rows if r is not old] + [row]
     order = list(PAGES)
     rows.sort(key=lambda r: (order.index(r["model"]) if r["model"] in order else len(order), r["speedup"]))
     write(TARGET, json.dumps(rows, indent=1))
