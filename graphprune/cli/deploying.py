@@ -13,7 +13,6 @@ from ..planning.calls import plan as make_plan
 from ..plans.plan import Plan
 from ..plans.storage import load
 from ..runtimes import export_onnx
-from ..runtimes.adapters import RUNTIMES
 from ..support.files import check_target
 from .factories import Loaded, common_input, load_data, load_factory
 from .proof import proof_of
@@ -30,6 +29,7 @@ from .terminal import (
     VerifyOption,
     WeightsOption,
     checks_as_data,
+    is_network_file,
     named_models,
     parse_integers,
     parse_ratio,
@@ -218,12 +218,12 @@ def bench(
         candidates: dict[str, Any] = {}
         made: list[Loaded] = []
         for name, spec in specs.items():
-            if _is_file(spec):
+            if is_network_file(spec):
                 candidates[name] = spec
             else:
                 made.append(load_factory(spec, seed=seed))
                 candidates[name] = made[-1].model
-        files = [spec for spec in specs.values() if _is_file(spec)]
+        files = [spec for spec in specs.values() if is_network_file(spec)]
         example = common_input(made, files, input_shape or (), seed)
         work.step("measuring")
         report = benchmark(
@@ -249,10 +249,6 @@ def bench(
         if plot is not None:
             report.plot(plot)
     show(as_json, report.to_dict(), str(report), *([f"drawn: {plot}"] if plot is not None else []))
-
-
-def _is_file(spec: str) -> bool:
-    return any(spec.endswith(kind.suffix) for kind in RUNTIMES.values())
 
 
 def _named_runtimes(given: list[str] | None) -> str | dict[str, str | None] | None:

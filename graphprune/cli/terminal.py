@@ -18,6 +18,7 @@ from ..errors import GraphPruneError, GraphPruneWarning
 from ..planning.allocation import BUDGETS, Budget
 from ..planning.request import GRANULARITIES
 from ..plans.verification import VerificationReport
+from ..runtimes.adapters import RUNTIMES
 from ..runtimes.latency import Target
 from ..support.progress import reporting, stage
 from ..support.tables import Column, render, table
@@ -320,6 +321,11 @@ def parse_options(texts: list[str] | None) -> dict[str, Any]:
     return found
 
 
+def is_network_file(spec: str) -> bool:
+    """Whether a text names a file that a runtime takes, by its ending."""
+    return any(spec.endswith(kind.suffix) for kind in RUNTIMES.values())
+
+
 def named_models(specs: list[str]) -> dict[str, str]:
     """A name for each: the one given, the function or the file without its ending; the whole where that is taken."""
     named: dict[str, str] = {}
@@ -327,10 +333,11 @@ def named_models(specs: list[str]) -> dict[str, str]:
         name, sign, spec = text.partition("=")
         if not sign:
             name, spec = "", text
-        if not spec or (not spec.endswith(".onnx") and ":" not in spec):
-            raise typer.BadParameter(f"{spec!r} is neither MODULE:FUNCTION nor an .onnx file", param_hint="MODEL")
+        if not spec or (not is_network_file(spec) and ":" not in spec):
+            kinds = ", ".join(dict.fromkeys(kind.suffix for kind in RUNTIMES.values()))
+            raise typer.BadParameter(f"{spec!r} is neither MODULE:FUNCTION nor a file ({kinds})", param_hint="MODEL")
         if not name:
-            name = Path(spec).stem if spec.endswith(".onnx") else spec.rpartition(":")[2]
+            name = Path(spec).stem if is_network_file(spec) else spec.rpartition(":")[2]
             name = spec if name in named else name
         if name in named:
             raise typer.BadParameter(f"two models are called {name!r}; write name=...", param_hint="MODEL")

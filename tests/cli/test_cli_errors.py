@@ -91,7 +91,7 @@ def test_errors_are_one_line_and_status_1(arguments: list[str], message: str) ->
         (["export", "zoo:net"], "Missing argument"),
         (["export", "zoo:net", "a.onnx", "--ratio", "0.5", "--plan", "p.json"], "give only one of --pruned"),
         (["export", "zoo:net", "a.onnx", "--pruned", "w", "--plan", "p.json"], "only one of"),
-        (["bench", "zoo"], "'zoo' is neither MODULE:FUNCTION nor an .onnx file"),
+        (["bench", "zoo"], "'zoo' is neither MODULE:FUNCTION nor a file (.onnx, "),
         (["bench", "a=zoo:net", "a=zoo:Net"], "two models are called 'a'"),
         (["bench", "zoo:net", "--batch", "1,two"], "'1,two' is no list of integers"),
         (["bench", "zoo:net", "--provider-option", "x"], "expected KEY=VALUE"),
