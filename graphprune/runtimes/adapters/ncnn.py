@@ -18,7 +18,7 @@ from torch import Tensor
 from ...errors import GraphPruneError
 from ..capture import quiet
 from .base import Adapter, Opening, Session
-from .chunks import sliced
+from .forms import simpler
 from .places import place_of
 from .source import Source
 
@@ -184,7 +184,7 @@ def _check(source: Source) -> Any:
             raise GraphPruneError(
                 f"ncnn takes inputs of 1 to 4 axes beside the batch, but {name!r} has shape {tuple(tensor.shape)}"
             )
-    return sliced(source.exported.module())
+    return simpler(source.exported.module())
 
 
 def _convert(source: Source, program: Any, folder: Path, *, half: bool) -> str:

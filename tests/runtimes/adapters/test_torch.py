@@ -158,7 +158,7 @@ def test_threads_are_those_asked_for(tmp_path: Path) -> None:
 
 def test_int8_and_other_files_are_refused(tmp_path: Path) -> None:
     for name in ("torch", "inductor"):
-        with pytest.raises(GraphPruneError, match="int8.*use onnxruntime or openvino"):
+        with pytest.raises(GraphPruneError, match=r"int8.*use onnxruntime or openvino"):
             adapter(name).check_precision("int8")
     path = tmp_path / "network.pt2"
     path.write_bytes(b"no archive")

@@ -1,7 +1,8 @@
-"""One axis less in a program: queries, keys and values taken out of one tensor as slices, for runtimes with four axes.
+"""A program in a form that converters with fewer operators and axes take, equal to the last bit.
 
-`x.reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)`, as most vision transformers have it, needs five, of which
-the batch is not the first. `x.chunk(3, -1)`, each `.reshape(B, N, H, D).permute(0, 2, 1, 3)`, is the same.
+`x.reshape(B, N, 3, H, D).permute(2, 0, 3, 1, 4).unbind(0)`, as most vision transformers have it, needs five axes, of
+which the batch is not the first. `x.chunk(3, -1)`, each `.reshape(B, N, H, D).permute(0, 2, 1, 3)`, is the same. And
+`x.mT` is a transpose.
 """
 
 from __future__ import annotations
@@ -17,8 +18,19 @@ _ATEN = torch.ops.aten
 _RESHAPES = (_ATEN.reshape.default, _ATEN.view.default, _ATEN.unflatten.int)
 
 
-def sliced(module: Any) -> Any:
-    """The module of a `torch.export` program, changed in place: equal, to the last bit."""
+def simpler(module: Any) -> Any:
+    """The module of a `torch.export` program, changed in place."""
+    for node in module.graph.nodes:
+        if node.target is _ATEN.mT.default:
+            node.target, node.args = _ATEN.transpose.int, (*node.args, -2, -1)
+    _slice_parts(module)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _slice_parts(module: Any) -> None:
+    """Take parts of an axis that was split as slices."""
     chunks: dict[tuple[Any, int], Any] = {}
     for node in list(module.graph.nodes):
         taken = _taken(node)
@@ -29,9 +41,6 @@ def sliced(module: Any) -> Any:
                 if key not in chunks:
                     chunks[key] = module.graph.call_function(_ATEN.chunk.default, (*key, -1))
                 node.replace_all_uses_with(_instead(module.graph, chunks[key], found, taken[2]))
-    module.graph.eliminate_dead_code()
-    module.recompile()
-    return module
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Parts of a split axis, taken as slices instead."""
+"""Forms of a program that converters take, beside the program as it was."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from graphprune.runtimes.adapters.chunks import sliced
+from graphprune.runtimes.adapters.forms import simpler
 
 
 class Calls(nn.Module):
@@ -41,7 +41,7 @@ def operators(module: nn.Module) -> set[str]:
 )
 def test_equal_without_the_axis(function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
     x = torch.randn(2, 5, 24)
-    module = sliced(torch.export.export(Calls(function), (x,)).module())
+    module = simpler(torch.export.export(Calls(function), (x,)).module())
     assert "aten.chunk.default" in operators(module)
     assert operators(module).isdisjoint({"aten.unbind.int", "aten.select.int"})
     other = torch.randn(2, 5, 24)
@@ -64,7 +64,15 @@ def test_equal_without_the_axis(function: Callable[[Tensor], tuple[Tensor, ...]]
 )
 def test_left_alone_where_it_is_not_the_same(function: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
     x = torch.randn(2, 5, 24)
-    module = sliced(torch.export.export(Calls(function), (x,)).module())
+    module = simpler(torch.export.export(Calls(function), (x,)).module())
     assert "aten.chunk.default" not in operators(module)
     for got, wanted in zip(module(x), function(x), strict=True):
         assert torch.equal(got, wanted)
+
+
+def test_matrix_transposes_are_transposes() -> None:
+    x = torch.randn(2, 3, 4)
+    module = simpler(torch.export.export(Calls(lambda x: (x.mT + 1, x.mT @ x)), (x,)).module())
+    assert "aten.mT.default" not in operators(module)
+    first, second = module(x)
+    assert torch.equal(first, x.transpose(1, 2) + 1) and torch.equal(second, x.transpose(1, 2) @ x)
