@@ -18,6 +18,7 @@ from torch import Tensor
 from ...errors import GraphPruneError
 from ..capture import quiet
 from .base import Adapter, Opening, Session
+from .forms import simpler
 from .places import place_of
 from .source import Source
 
@@ -145,15 +146,15 @@ class Shapes:
         path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def read(cls, path: Path) -> Shapes:
-        """Raises GraphPruneError where it is not what `write` wrote."""
+    def read(cls, path: Path, network: Path) -> Shapes:
+        """Raises GraphPruneError where it is not what `write` wrote for that network."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             return cls(*(tuple(_read_value(item) for item in found[key]) for key in ("inputs", "outputs")))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise GraphPruneError(
-                f"{path.name} does not say how the inputs of the ncnn network lie ({type(error).__name__}: {error}); "
-                f"write it again with graphprune.export(..., runtime='ncnn')"
+                f"{network.name} cannot be opened: {path.name} beside it does not say how its inputs lie "
+                f"({type(error).__name__}: {error}); write both with graphprune.export(..., runtime='ncnn')"
             ) from error
 
 
@@ -173,7 +174,7 @@ def _read_value(item: Mapping[str, Any]) -> Value:
 
 
 def _check(source: Source) -> Any:
-    """The program as a module, if ncnn has types for its inputs."""
+    """The program as a module that pnnx converts, if ncnn has types for its inputs."""
     for name, tensor in zip(source.inputs, source.tensors, strict=True):
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind not in _DTYPES:
@@ -183,7 +184,7 @@ def _check(source: Source) -> Any:
             raise GraphPruneError(
                 f"ncnn takes inputs of 1 to 4 axes beside the batch, but {name!r} has shape {tuple(tensor.shape)}"
             )
-    return source.exported.module()
+    return simpler(source.exported.module())
 
 
 def _convert(source: Source, program: Any, folder: Path, *, half: bool) -> str:
@@ -253,7 +254,7 @@ class _Opened(Session):
         import ncnn
 
         binary, described, _ = files
-        self._shapes = Shapes.read(described)
+        self._shapes = Shapes.read(described, path)
         self._precision = opening.precision
         if tuple(value.name for value in self._shapes.inputs) != opening.names:
             raise GraphPruneError(

@@ -102,7 +102,7 @@ class _Opened(Session):
             ) from error
 
     def load(self, tensors: Sequence[Tensor]) -> None:
-        self._inputs = [t.to(self._dtype) if t.is_floating_point() else t for t in tensors]
+        self._inputs = [t.to(self._dtype if t.is_floating_point() else t.dtype, copy=True) for t in tensors]
 
     def run(self) -> None:
         with torch.no_grad():
