@@ -4,6 +4,7 @@ it was."""
 from __future__ import annotations
 
 import inspect
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 from torch import nn
 
 import graphprune
+from graphprune.deployment import exporting
 from graphprune.runtimes.latency import meters, networks, target
+from tests.deployment.local import LocalWorker
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 BATCHES = [torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -40,6 +43,11 @@ def network() -> nn.Module:
 
 def _plan(net: nn.Module) -> graphprune.Plan:
     return graphprune.plan(net, X, 0.5, progress=False)
+
+
+def _exported(net: nn.Module, **more: Any) -> graphprune.Artifact:
+    with tempfile.TemporaryDirectory() as folder:
+        return graphprune.export(net, X, Path(folder) / "a.onnx", rounds=2, **more)
 
 
 def _trained(net: nn.Module, _: int) -> nn.Module:
@@ -105,6 +113,10 @@ CALLS: dict[str, tuple[Callable[..., Any], list[tuple[str, ...]]]] = {
         lambda net, **more: graphprune.benchmark({"one": net}, X, rounds=2, min_time=0.0, **more),
         [("benchmark", "exporting"), ("benchmark", "timing batches of 1")],
     ),
+    "export": (
+        _exported,
+        [("export", "writing for ONNX Runtime"), ("export", "timing")],
+    ),
     "sensitivity": (
         lambda net, **more: graphprune.sensitivity(net, X, BATCHES, ratios=[0.5], **more),
         [("sensitivity", "curves")],
@@ -134,6 +146,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(target, "make_chain_meter", lambda *_: lambda _, widths: [1e-6 * width for width in widths])
     monkeypatch.setattr(meters, "_ROUNDS", 1)
     monkeypatch.setattr(networks, "_ROUNDS", 2)
+    monkeypatch.setattr(exporting, "Worker", LocalWorker)
 
 
 def prepared(name: str) -> nn.Module:

@@ -169,7 +169,7 @@ def test_inputs_of_another_shape(quick: Adapter, cases: dict[str, Case], tmp_pat
 def test_a_precision_that_is_not_offered_says_why(name: str) -> None:
     found = adapter(name)
     offered = found.precisions()
-    assert "fp32" in offered and set(offered) <= set(found.offered) and found.tolerances["fp32"] <= 1e-3
+    assert "fp32" in offered and set(offered) <= set(found.offered) and found.tolerances["fp32"] <= 5e-3
     for precision in PRECISIONS:
         if precision in offered:
             assert found.why_refused(precision) is None
