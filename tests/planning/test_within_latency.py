@@ -13,7 +13,7 @@ from torch import nn
 import graphprune
 from graphprune import Budget, GraphPruneError, Target
 from graphprune.planning.within_latency import aimed
-from graphprune.runtimes.latency import LatencyTable
+from graphprune.runtimes.latency import LatencyTable, chains, meters, networks
 from graphprune.runtimes.latency.forecast import Forecast, measured_context
 
 from ..runtimes.latency.law import net, planned, run_of, seconds_of, table
@@ -210,8 +210,10 @@ def test_a_target_must_be_one() -> None:
 
 
 def test_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real thing, small: what is measured is recorded, and measured times are used again."""
+    """The real thing, small and in few rounds: what is measured is recorded, and measured times are used again."""
     monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
+    for room, rounds in ((meters, 2), (chains, 2), (networks, 4)):
+        monkeypatch.setattr(room, "_ROUNDS", rounds)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)).eval()
     x = torch.randn(1, 3, 24, 24)
