@@ -19,6 +19,9 @@ def save_program(model: nn.Module, arguments: FlatArguments, path: Path, *, any_
     Raises:
         GraphPruneError: the model cannot be captured, or not with a free batch; with its line.
     """
+    if any_batch and arguments.batch_size == 1:
+        # A batch of 1 means more than a size to torch (it broadcasts), so another one is traced.
+        arguments = arguments.resized(2)
     shapes = tuple({0: torch.export.Dim.DYNAMIC} if batched else None for batched in arguments.batched)
     try:
         with quiet():

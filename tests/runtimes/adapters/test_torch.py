@@ -103,6 +103,14 @@ def test_float32_is_the_model(tmp_path: Path) -> None:
     assert error(ran(path, model, tensors, TORCH), model, tensors) < 1e-6
 
 
+def test_a_file_of_an_example_of_one_takes_every_batch_size(tmp_path: Path) -> None:
+    model = convolutions()
+    path = written(model, (torch.randn(1, 3, 8, 8),), TORCH, tmp_path, any_batch=True)
+    for batch in (1, 2, 5):
+        tensors = (torch.randn(batch, 3, 8, 8),)
+        assert error(ran(path, model, tensors, TORCH), model, tensors) < 1e-6
+
+
 def test_products_that_stay_in_float32_are_said(tmp_path: Path) -> None:
     class Counted(nn.Module):
         def __init__(self) -> None:
