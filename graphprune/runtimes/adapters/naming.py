@@ -38,7 +38,7 @@ def in_layers(names: Iterable[str], most: int = 3) -> str:
 
 
 def first_lines(error: BaseException, lines: int = 2) -> str:
-    """The first lines of an error that say something."""
+    """The kind of an error, and the first lines of it that say something."""
     said = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(said[:lines])[:500]}" if said else type(error).__name__
 

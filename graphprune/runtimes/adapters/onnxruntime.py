@@ -17,7 +17,8 @@ from ..external import named_by_contents, weights_beside
 from ..providers import CPU, CUDA, TENSORRT, Provider, resolve_provider
 from ..sessions import BoundSession, kernel_events, open_session
 from .base import Adapter, Opening, Session
-from .quantisation import is_large, reason, write_int8
+from .naming import first_lines
+from .quantisation import is_large, write_int8
 from .shares import Share
 from .source import Source
 
@@ -150,7 +151,8 @@ def _write_float16(source: Source, path: Path) -> None:
             beside = f"{path.name}.data" if large else None
             onnx.save(converted, str(path), save_as_external_data=large, location=beside)
     except Exception as error:
-        raise GraphPruneError(f"ONNX Runtime's tools cannot convert the network to float16: {reason(error)}") from error
+        said = first_lines(error)
+        raise GraphPruneError(f"ONNX Runtime's tools cannot convert the network to float16: {said}") from error
     for file in weights_beside(path):
         named_by_contents(path, file)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from ...errors import GraphPruneError
 from .base import Adapter, Opening, Session
 from .features import cpu_features
-from .quantisation import reason, write_int8
+from .naming import first_lines
+from .quantisation import write_int8
 from .shares import Share
 from .source import Source
 
@@ -72,7 +73,7 @@ class OpenVino(Adapter):
                 network = openvino.Core().read_model(str(graph))
                 openvino.save_model(network, str(path), compress_to_fp16=precision == "fp16")
             except Exception as error:
-                raise GraphPruneError(f"OpenVINO cannot convert the network: {reason(error)}") from error
+                raise GraphPruneError(f"OpenVINO cannot convert the network: {first_lines(error)}") from error
             del network  # its weights lie in the folder
         if precision == "int8":
             session = _Opened(path, Opening(source.inputs, source.tensors, precision))
@@ -92,7 +93,7 @@ class _Opened(Session):
         try:
             network = core.read_model(str(path))
         except Exception as error:
-            raise GraphPruneError(f"OpenVINO cannot read {path.name}: {reason(error)}") from error
+            raise GraphPruneError(f"OpenVINO cannot read {path.name}: {first_lines(error)}") from error
         ports = _in_order(network, opening.names)
         _check_types(ports, opening)
         try:
@@ -101,7 +102,8 @@ class _Opened(Session):
             self._compiled = core.compile_model(network, "CPU", _settings(opening))
         except Exception as error:
             given = ", ".join(str(list(tensor.shape)) for tensor in opening.tensors)
-            raise GraphPruneError(f"OpenVINO cannot compile {path.name} for inputs {given}: {reason(error)}") from error
+            said = first_lines(error)
+            raise GraphPruneError(f"OpenVINO cannot compile {path.name} for inputs {given}: {said}") from error
         self._products = {op.get_friendly_name() for op in network.get_ordered_ops() if op.get_type_name() == "MatMul"}
         self._request = self._compiled.create_infer_request()
         self._indices = [network.get_parameter_index(port.get_node()) for port in ports]

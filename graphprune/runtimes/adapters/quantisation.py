@@ -19,6 +19,7 @@ from ..capture import quiet
 from ..external import named_by_contents, weights_beside
 from .features import cpu_features, is_x86
 from .layers import between_layers
+from .naming import first_lines
 from .source import Source
 
 # A protobuf message ends at 2 GiB; the graph around the weights needs some of it.
@@ -44,12 +45,6 @@ def is_large(graph: Path) -> bool:
     return sum(file.stat().st_size for file in (graph, *weights_beside(graph))) > _LARGE
 
 
-def reason(error: Exception) -> str:
-    """The first lines of what a tool says."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:400]}".rstrip(".: ")
-
-
 def _prepare(graph: Path, path: Path) -> Path:
     """Shapes inferred, constants folded, batch norms inside convolutions: the quantiser looks at nodes as they are."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -69,7 +64,7 @@ def _prepare(graph: Path, path: Path) -> Path:
         except Exception as error:
             last = error
     assert last is not None
-    raise GraphPruneError(f"ONNX Runtime cannot prepare the network for int8: {reason(last)}") from last
+    raise GraphPruneError(f"ONNX Runtime cannot prepare the network for int8: {first_lines(last)}") from last
 
 
 def _name_nodes(path: Path) -> None:
@@ -105,7 +100,7 @@ def _quantise(prepared: Path, source: Source, path: Path) -> None:
                 extra_options={"MatMulConstBOnly": True},
             )
     except Exception as error:
-        raise GraphPruneError(f"ONNX Runtime cannot quantise the network: {reason(error)}") from error
+        raise GraphPruneError(f"ONNX Runtime cannot quantise the network: {first_lines(error)}") from error
 
 
 def _reader(source: Source) -> Any:

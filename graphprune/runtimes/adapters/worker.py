@@ -22,6 +22,7 @@ import torch
 from ...errors import GraphPruneError
 from . import adapter
 from .base import Adapter, Opening, Session
+from .naming import first_lines
 from .source import Source, read_batches, write_batches
 
 
@@ -96,8 +97,7 @@ def serve(name: str, answers: Any, requests: Any) -> None:
         except GraphPruneError as error:
             said = {"error": str(error)}
         except Exception as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            said = {"error": f"{type(error).__name__}: {' '.join(lines[:3])[:600]}"}
+            said = {"error": first_lines(error, 3)}
         answers.write(json.dumps(said) + "\n")
         answers.flush()
 
