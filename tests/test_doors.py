@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import GraphPruneError, sparsity
+from graphprune.deployment import exporting
 from graphprune.support.unwrapping import unwrapped
+from tests.deployment.local import LocalWorker
 from tests.public_api import public_modules
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -74,6 +77,12 @@ def saved_sparse(folder: Path) -> Path:
 
 
 # Every argument that is a model: (the model, a folder) -> the result. Whoever adds such a function adds a line.
+def exported(model: Any, folder: Path) -> int:
+    """The size of the file that is written, in this process."""
+    with mock.patch.object(exporting, "Worker", LocalWorker):
+        return graphprune.export(model, X, folder / "to.onnx", rounds=0).size
+
+
 CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "graphprune.trace.model": lambda m, _: [g.name for g in graphprune.trace(m, X).groups],
     "graphprune.plan.model": lambda m, _: graphprune.plan(m, X, 0.5),
@@ -91,6 +100,7 @@ CALLS: dict[str, Callable[[Any, Path], Any]] = {
     "graphprune.load.build_model": lambda m, folder: graphprune.load(
         graphprune.save(small(), folder / "m.safetensors"), m
     ),
+    "graphprune.export.model": exported,
     "graphprune.export_onnx.model": lambda m, folder: graphprune.export_onnx(m, X, folder / "m.onnx").nodes,
     "graphprune.benchmark.models": lambda m, _: (
         graphprune.benchmark({"m": m}, X, rounds=2, warmup=1).rows[0].parameters

@@ -195,7 +195,7 @@ def common_input(loaded: Sequence[Loaded], files: Sequence[str], shapes: Sequenc
         return loaded[0].input(shapes, seed)
     if shapes:
         return tuple(shape.tensor(None, seed + i) for i, shape in enumerate(shapes))
-    named = [path for path in files if path.endswith(".onnx")]
+    named = [path for path in files if str(path).endswith(".onnx")]
     if not named:
         raise GraphPruneError(f"{files[0]} does not say what its inputs are; add --input-shape")
     return _file_input(named[0], seed)

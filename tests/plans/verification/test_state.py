@@ -213,7 +213,7 @@ def convolutions() -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("method", ["mean", "moments", "batchnorm", "least_squares"])
 def test_what_a_repair_may_change_and_what_not(method: str, fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Check, "passes", lambda self, surely=False: True)  # whether it helps is not asked here
+    monkeypatch.setattr(Check, "passes", lambda self, surely=False, at=None: True)  # whether it helps is not asked here
     net, x = convolutions()
     plan = graphprune.plan(net, x, 0.5, fold_bn=fold)
     data = None if method == "moments" else [x, x[:1]]  # the last batch is held
