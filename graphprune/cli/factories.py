@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..runtimes.adapters import RUNTIMES
 from ..support.files import check_source
 from ..support.types import PathLike
 from ..support.unwrapping import checked_model
@@ -195,7 +196,8 @@ def common_input(loaded: Sequence[Loaded], files: Sequence[str], shapes: Sequenc
         return loaded[0].input(shapes, seed)
     if shapes:
         return tuple(shape.tensor(None, seed + i) for i, shape in enumerate(shapes))
-    named = [path for path in files if str(path).endswith(".onnx")]
+    others = tuple(kind.suffix for kind in RUNTIMES.values() if kind.suffix != ".onnx")
+    named = [path for path in files if not str(path).endswith(others)]
     if not named:
         raise GraphPruneError(f"{files[0]} does not say what its inputs are; add --input-shape")
     return _file_input(named[0], seed)
