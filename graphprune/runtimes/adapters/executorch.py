@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from .base import Adapter, Opening, Session
-from .naming import first_lines, layer, layers_named, listed
+from .naming import first_lines
+from .places import layer, layers_named, listed
 from .source import Source
 
 # A method of the file that says what it computes in: a constant, as ExecuTorch keeps other facts about a program.
