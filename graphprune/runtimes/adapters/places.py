@@ -18,9 +18,10 @@ def layer(node: Any) -> str:
 def layers_named(program: Any, message: str) -> str:
     """" (in layer, layer)" for the layers whose operators a message names, "" where it names none.
 
-    Operators are known by their ATen names, with and without what a decomposition adds (a leading underscore).
+    Operators are known by their ATen names, with and without what a decomposition adds (a leading underscore), or what
+    a dialect puts before them ("STABLEHLO_SORT").
     """
-    words = {word.strip("_").lower() for word in re.findall(r"\w+", message)}
+    words = {word.strip("_").lower().removeprefix("stablehlo_") for word in re.findall(r"\w+", message)}
     return in_layers(layer(node) for node, name in _calls(program) if name in words)
 
 
