@@ -9,6 +9,8 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1
 TORCHVISION ?= torchvision==0.29.1
 DEMO_ARGS ?=
+# Of `make test-runtimes`, such as 'ncnn mnn --share'.
+RUNTIMES_ARGS ?=
 # Test processes side by side; each needs up to 3 GiB.
 JOBS ?= 2
 PYTEST_ARGS ?=
@@ -25,11 +27,11 @@ WANTED := $(VENV)/.torch
 CHECKED := graphprune models tools
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test check lint types docs format clean FORCE
+.PHONY: help install demo test test-runtimes check lint types docs format clean FORCE
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## make the virtual environment and install everything into it
 
@@ -38,6 +40,9 @@ demo: $(STAMP) ## train, prune, fine-tune, export and benchmark a small network 
 
 test: lint types ## ruff, import contracts, mypy and all tests
 	$(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+test-runtimes: $(STAMP) ## the tests of every runtime, each in an environment of its own in build/runtimes
+	$(BIN)/python -m tools.test_runtimes $(RUNTIMES_ARGS) --torch '$(TORCH)' $(if $(TORCHVISION),'$(TORCHVISION)')
 
 check: lint types
 

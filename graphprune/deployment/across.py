@@ -19,13 +19,13 @@ from ..runtimes.comparison import check_measuring, check_models, sizes_of
 from ..runtimes.listing import usable_runtimes
 from ..runtimes.machine import describe_machine, describe_versions, usable_cores
 from ..runtimes.providers import Provider, resolve_provider
-from ..runtimes.results import BenchmarkReport, BenchmarkRow
-from ..runtimes.statistics import speedup_interval, spread
+from ..runtimes.results import BenchmarkReport, BenchmarkRow, row_of
 from ..support.progress import stage, watched
 from ..support.suggestions import check_choice
 from ..support.types import PathLike
 from .cells import Made, Models
-from .timing import FASTEST, Timing, time_by_turns
+from .sources import check_data
+from .timing import Timing, time_by_turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +58,7 @@ class Asked:
         """Raises GraphPruneError for an unknown runtime or precision, a setting out of range, int8 without data."""
         check_measuring(*(measuring[name] for name in ("threads", "warmup", "rounds", "min_time", "seed")))
         wanted = _precisions(precisions)
-        if "int8" in wanted and data is None:
-            raise GraphPruneError(
-                "data: int8 needs inputs to find the ranges of activations: pass a few hundred samples, labels are not "
-                "needed, or graphprune.Synthetic(256) to have them made from the first module"
-            )
-        if "int8" not in wanted and data is not None:
-            raise GraphPruneError("data: only int8 looks at data; leave it out, or add 'int8' to precisions")
-        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-            raise GraphPruneError(f"samples must be an integer of at least 1, got {samples!r}")
+        check_data(data, samples, wanted)
         return cls(
             runtimes=_runtimes(runtimes), precisions=wanted, data=data, samples=samples,
             provider=resolve_provider(provider), **measuring,
@@ -126,7 +118,8 @@ class _Cell:
     """One runtime and precision, with its worker."""
 
     def __init__(self, chosen: Adapter, precision: str, models: Models, baseline: str, asked: Asked) -> None:
-        chosen.check_precision(precision)
+        self._provider = asked.provider.name if chosen.providers else None
+        chosen.check_precision(precision, self._provider)
         self._adapter, self._precision, self._models = chosen, precision, models
         self._baseline, self._asked = baseline, asked
         self._worker = Worker(chosen.name, python=asked.runtimes[chosen.name], threads=asked.threads)
@@ -135,8 +128,7 @@ class _Cell:
     def __enter__(self) -> _Cell:
         self._worker.__enter__()
         try:
-            self._worker.check()
-            self.versions: Mapping[str, str] = self._worker.describe(self._precision)["versions"]
+            self.versions: Mapping[str, str] = self._worker.check(self._precision)["versions"]
         except BaseException as error:
             self._worker.__exit__(type(error), error, None)
             raise
@@ -150,12 +142,11 @@ class _Cell:
         asked, where = self._asked, f"{self._adapter.name} {self._precision}"
         files: dict[str, Made] = {}
         sessions: dict[str, RemoteSession] = {}
-        provider = asked.provider.name if self._adapter.providers else None
         for name in self._models.names:
             try:
                 files[name] = made = self._models.made(name, size, self._adapter, self._precision, self._worker)
                 sessions[name] = self._worker.open(
-                    made.path, made.names, made.tensors, precision=self._precision, provider=provider
+                    made.path, made.names, made.tensors, precision=self._precision, provider=self._provider
                 )
                 if asked.check:
                     made.compare(sessions[name], self._adapter, self._precision)
@@ -166,7 +157,8 @@ class _Cell:
         with stage(label, asked.rounds, "rounds", still=True) as now:
             timing = time_by_turns(
                 list(sessions.values()), warmup=asked.warmup, rounds=asked.rounds, min_time=asked.min_time,
-                threads=asked.threads, seed=asked.seed, on_cpu=provider is None or asked.provider.device == "cpu",
+                threads=asked.threads, seed=asked.seed,
+                on_cpu=self._provider is None or asked.provider.device == "cpu",
                 advance=now.advance,
             )  # fmt: skip
         if timing.why:
@@ -181,29 +173,21 @@ class _Cell:
         names = list(files)
         compared = timing.samples[names.index(self._baseline)]
         for i, (name, made) in enumerate(files.items()):
-            median, p10, p90 = spread(timing.samples[i])
-            ratio, low, high = speedup_interval(
-                compared, timing.samples[i], fastest=timing.clock == FASTEST, seed=self._asked.seed
-            )
-            yield BenchmarkRow(
+            yield row_of(
+                timing.samples[i],
+                compared,
+                seed=self._asked.seed,
+                clock=timing.clock,
                 model=name,
                 batch_size=size,
-                median_ms=1000 * (min(timing.samples[i]) if timing.clock == FASTEST else median),
-                p10_ms=1000 * p10,
-                p90_ms=1000 * p90,
-                speedup=ratio,
-                speedup_low=low,
-                speedup_high=high,
                 calls=timing.calls[i],
                 nodes={},
                 parameters=made.parameters,
                 file_mib=made.size / 2**20,
                 max_relative_error=made.error,
-                samples_ms=tuple(1000 * sample for sample in timing.samples[i]),
                 runtime=self._adapter.name,
                 precision=self._precision,
                 in_force=sessions[name].in_force,
-                clock=timing.clock,
             )
 
 

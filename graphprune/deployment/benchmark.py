@@ -14,6 +14,7 @@ from ..support.doors import door
 from ..support.progress import ProgressOption, reported
 from ..support.types import PathLike
 from .across import Asked, compare_runtimes
+from .sources import check_data
 
 
 @door()
@@ -85,8 +86,7 @@ def benchmark(
             module that cannot be exported, a file that cannot be run with this input or at this batch size.
     """
     if runtimes is None and precisions is None:
-        if data is not None:
-            raise GraphPruneError("data: only int8 looks at data; leave it out, or pass precisions=['fp32', 'int8']")
+        check_data(data, samples, ("fp32",))
         return compare_in_onnxruntime(
             models, example_input, provider=provider, threads=threads, batch_sizes=batch_sizes, warmup=warmup,
             rounds=rounds, min_time=min_time, baseline=baseline, provider_options=provider_options,

@@ -14,8 +14,8 @@ from ..runtimes.adapters import RUNTIMES, Adapter
 from ..runtimes.adapters.source import Source, write_batches
 from ..runtimes.adapters.workers import RemoteSession, Worker
 from ..runtimes.arguments import FlatArguments
-from ..runtimes.candidates import Model, floating_elements
-from ..support.files import as_path, check_source, is_there
+from ..runtimes.candidates import Model, check_there, floating_elements, graph_of
+from ..support.files import as_path
 from .comparing import compare
 from .sources import Answers, Sources, write_calibration
 
@@ -86,9 +86,7 @@ class Models:
         if isinstance(model, nn.Module):
             return self._of_module(name, model, size, adapter, precision, worker)
         path = as_path(model)
-        if not is_there(path):
-            raise GraphPruneError(f"there is no file {path}")
-        check_source(path)
+        check_there(path)
         arguments = self._arguments(size, None)
         if path.name.endswith(adapter.suffix):
             weight = sum(file.stat().st_size for file in adapter.files(path) if file.is_file())
@@ -115,12 +113,7 @@ class Models:
     def _of_onnx(
         self, name: str, path: Path, arguments: FlatArguments, adapter: Adapter, precision: str, worker: Worker
     ) -> Made:
-        import onnx
-
-        try:
-            graph = onnx.load(str(path), load_external_data=False).graph
-        except Exception as error:
-            raise GraphPruneError(f"{path} is no ONNX file: {error}") from error
+        graph = graph_of(path)
         initial = {tensor.name for tensor in graph.initializer}
         inputs = tuple(value.name for value in graph.input if value.name not in initial)
         given = dict(zip(arguments.names, arguments.tensors, strict=True))

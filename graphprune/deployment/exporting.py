@@ -23,7 +23,7 @@ from ..support.types import PathLike
 from .artifact import Artifact
 from .comparing import compare
 from .runner import Runner
-from .sources import Sources, write_calibration
+from .sources import Sources, check_data, write_calibration
 from .timing import time_by_turns, typical
 
 Evaluate = Callable[[Runner], Any]
@@ -91,14 +91,13 @@ def export(
             model that cannot be captured, or has an operator that the runtime does not take; outputs that differ.
     """
     chosen = adapter(runtime)
-    chosen.check_precision(precision)
+    chosen.check_precision(precision, provider if chosen.providers else None)
     target = check_target(path)
     chosen.check_path(target)
     _check_settings(chosen, precision, data, evaluate, provider, samples, threads, rounds, tolerance)
     allowed = tolerance if tolerance is not None else chosen.tolerances.get(precision)
     with workspace(target) as folder, Worker(runtime, python=python, threads=threads) as worker:
-        worker.check()
-        described = worker.describe(precision)
+        described = worker.check(precision)
         sources = Sources(model, example_input, folder)
         if precision == "int8":
             with stage("reading data"):
@@ -217,18 +216,12 @@ def _check_settings(
     rounds: int,
     tolerance: float | None,
 ) -> None:
-    for name, value, least in (("samples", samples, 1), ("threads", threads, 1), ("rounds", rounds, 0)):
+    for name, value, least in (("threads", threads, 1), ("rounds", rounds, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise GraphPruneError(f"{name} must be an integer of at least {least}, got {value!r}")
     if tolerance is not None and not (tolerance >= 0 and math.isfinite(tolerance)):
         raise GraphPruneError(f"tolerance must be a finite number of at least 0, got {tolerance!r}")
-    if precision == "int8" and data is None:
-        raise GraphPruneError(
-            "data: int8 needs inputs to find the ranges of activations: pass a few hundred samples, labels are not "
-            "needed, or graphprune.Synthetic(256) to have them made from the model"
-        )
-    if precision != "int8" and data is not None:
-        raise GraphPruneError(f"data: only int8 looks at data, not {precision}; leave it out, or say precision='int8'")
+    check_data(data, samples, (precision,))
     if evaluate is not None and not callable(evaluate):
         raise GraphPruneError(f"evaluate: expected a function of a Runner, got {type(evaluate).__name__}")
     if provider is not None and not chosen.providers:

@@ -88,6 +88,21 @@ def _check_float32(model: nn.Module, arguments: FlatArguments) -> None:
             raise GraphPruneError(f"{name!r} holds complex numbers, which no runtime takes")
 
 
+def check_data(data: Any, samples: int, precisions: Sequence[str]) -> None:
+    """Raise GraphPruneError for int8 without data, data without int8, or no number of samples."""
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
+        raise GraphPruneError(f"samples must be an integer of at least 1, got {samples!r}")
+    if "int8" in precisions and data is None:
+        raise GraphPruneError(
+            "data: int8 needs inputs to find the ranges of activations: pass a few hundred samples, labels are not "
+            "needed, or graphprune.Synthetic(256) to have them made from the model"
+        )
+    if "int8" not in precisions and data is not None:
+        raise GraphPruneError(
+            f"data: only int8 looks at data, not {', '.join(precisions)}; leave it out, or ask for 'int8'"
+        )
+
+
 def write_calibration(
     data: Any, model: nn.Module, arguments: FlatArguments, samples: int, path: Path
 ) -> Path:

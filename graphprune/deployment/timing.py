@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Callable, Sequence
 from statistics import median
 
 from ..runtimes.adapters.workers import RemoteSession
-from ..runtimes.statistics import schedule
+from ..runtimes.results import FASTEST
+from ..runtimes.statistics import calls_per_sample, schedule
 
 # A process that computes on one thread should have as much CPU time as passes on the wall. What is over says that
 # others took its place.
 _CONTENDED = 1.05
-_WALL, _CPU, FASTEST = "wall", "cpu", "wall, fastest"
+_WALL, _CPU = "wall", "cpu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +47,7 @@ def time_by_turns(
     for session in sessions:
         if warmup:
             session.sample(warmup)
-    calls = []
-    for session in sessions:
-        # The fastest of three: a hiccup here would make all samples of this model shorter than asked for.
-        fastest = min(session.sample(1)[0] for _ in range(3))
-        calls.append(max(1, math.ceil(min_time / max(fastest, 1e-7))))
+    calls = [calls_per_sample(functools.partial(_on_wall, session), min_time) for session in sessions]
     wall: list[list[float]] = [[] for _ in sessions]
     cpu: list[list[float]] = [[] for _ in sessions]
     for order in schedule(len(sessions), rounds, seed):
@@ -61,6 +58,10 @@ def time_by_turns(
         advance()
     taken, clock, why = _chosen(wall, cpu, threads, on_cpu)
     return Timing(tuple(map(tuple, taken)), tuple(calls), clock, why)
+
+
+def _on_wall(session: RemoteSession) -> float:
+    return session.sample(1)[0]
 
 
 def _chosen(

@@ -104,19 +104,32 @@ class Candidates:
 
 
 def _existing(name: str, path: Path) -> ModelFile:
-    import onnx
-
-    if not is_there(path):
-        raise GraphPruneError(f"model {name!r}: there is no file {path}")
-    check_source(path)
     try:
-        proto = onnx.load(str(path), load_external_data=False)
-    except Exception as error:
-        raise GraphPruneError(f"model {name!r}: {path} is no ONNX file: {error}") from error
-    parameters = floating_elements(proto.graph)
-    beside = {entry.value for t in proto.graph.initializer for entry in t.external_data if entry.key == "location"}
+        check_there(path)
+        graph = graph_of(path)
+    except GraphPruneError as error:
+        raise GraphPruneError(f"model {name!r}: {error}") from error
+    parameters = floating_elements(graph)
+    beside = {entry.value for t in graph.initializer for entry in t.external_data if entry.key == "location"}
     files = [path, *(path.parent / location for location in sorted(beside))]
     return ModelFile(path, parameters, sum(file.stat().st_size for file in files if file.is_file()), None)
+
+
+def check_there(path: Path) -> None:
+    """Raise GraphPruneError unless there is a file that can be read."""
+    if not is_there(path):
+        raise GraphPruneError(f"there is no file {path}")
+    check_source(path)
+
+
+def graph_of(path: Path) -> Any:
+    """The graph of an ONNX file, without weights that lie beside it. Raises GraphPruneError where it is none."""
+    import onnx
+
+    try:
+        return onnx.load(str(path), load_external_data=False).graph
+    except Exception as error:
+        raise GraphPruneError(f"{path} is no ONNX file: {error}") from error
 
 
 def floating_elements(graph: Any) -> int:

@@ -20,7 +20,8 @@ class RuntimeStatus:
     """One runtime on this machine.
 
     `missing`: why it cannot be used, and what to do; None where it can. `versions`: of its packages. `offered`:
-    precision -> how it is reached; `refused`: precision -> why not. `suffix`: of its files.
+    precision -> how it is reached on this machine's CPU; `refused`: precision -> why not, and what to do. `suffix`: of
+    its files.
     """
 
     name: str
@@ -90,8 +91,9 @@ def _status(asked: Adapter) -> RuntimeStatus:
             missing, versions = described["missing"], described["versions"]
         except GraphPruneError as error:
             missing = str(error)
-    refused = {name: asked.refused.get(name, "no kernels") for name in PRECISIONS if name not in asked.offered}
-    return RuntimeStatus(asked.name, asked.title, asked.suffix, missing, versions, dict(asked.offered), refused)
+    offered = {name: asked.offered[name] for name in asked.precisions()}
+    refused = {name: why for name in PRECISIONS if (why := asked.why_refused(name)) is not None}
+    return RuntimeStatus(asked.name, asked.title, asked.suffix, missing, versions, offered, refused)
 
 
 def _absent(asked: Adapter) -> str | None:

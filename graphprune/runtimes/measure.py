@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,9 +14,9 @@ from ..support.progress import stage
 from .arguments import FlatArguments
 from .candidates import ModelFile
 from .providers import Provider
-from .results import BenchmarkRow
+from .results import BenchmarkRow, row_of
 from .sessions import BoundSession, device_of, open_session, probe
-from .statistics import schedule, speedup_interval, spread
+from .statistics import calls_per_sample, schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,29 +62,21 @@ def measure_batch(
     label = "timing" if call.batch_size is None else f"timing batches of {call.batch_size}"
     with stage(label, settings.rounds, "rounds", still=True) as now:
         calls, samples = alternate([sessions[name].run for name in names], settings, now.advance)
-    rows = []
-    for i, (name, file) in enumerate(files.items()):
-        median, p10, p90 = spread(samples[i])
-        ratio, low, high = speedup_interval(samples[names.index(baseline)], samples[i], seed=settings.seed)
-        rows.append(
-            BenchmarkRow(
-                model=name,
-                batch_size=call.batch_size,
-                median_ms=1000 * median,
-                p10_ms=1000 * p10,
-                p90_ms=1000 * p90,
-                speedup=ratio,
-                speedup_low=low,
-                speedup_high=high,
-                calls=calls[i],
-                nodes=nodes[name],
-                parameters=file.parameters,
-                file_mib=file.size / 2**20,
-                max_relative_error=file.error,
-                samples_ms=tuple(1000 * sample for sample in samples[i]),
-            )
+    return [
+        row_of(
+            samples[i],
+            samples[names.index(baseline)],
+            seed=settings.seed,
+            model=name,
+            batch_size=call.batch_size,
+            calls=calls[i],
+            nodes=nodes[name],
+            parameters=file.parameters,
+            file_mib=file.size / 2**20,
+            max_relative_error=file.error,
         )
-    return rows
+        for i, (name, file) in enumerate(files.items())
+    ]
 
 
 def alternate(
@@ -100,11 +92,7 @@ def alternate(
     collecting = gc.isenabled()
     gc.disable()
     try:
-        calls = []
-        for run in runs:
-            # The fastest of three: a hiccup here would make all samples of this model shorter than asked for.
-            fastest = min(_seconds(run, 1, clock) for _ in range(3))
-            calls.append(max(1, math.ceil(settings.min_time / max(fastest, 1e-7))))
+        calls = [calls_per_sample(functools.partial(_seconds, run, 1, clock), settings.min_time) for run in runs]
         samples: list[list[float]] = [[] for _ in runs]
         for order in schedule(len(runs), settings.rounds, settings.seed):
             for i in order:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,10 @@ from ..support.files import replacing
 from ..support.plots import grouped_bars
 from ..support.tables import Column, render, table
 from ..support.types import PathLike
+from .statistics import speedup_interval, spread
+
+# The clock of a row whose fastest samples stand for all.
+FASTEST = "wall, fastest"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +64,26 @@ class BenchmarkRow:
     def share_on(self, provider: str) -> float:
         """Share of the nodes that run on `provider`, from 0 to 1."""
         return self.nodes.get(provider, 0) / max(1, sum(self.nodes.values()))
+
+
+def row_of(
+    samples: Sequence[float], baseline: Sequence[float], *, seed: int, clock: str = "wall", **facts: Any
+) -> BenchmarkRow:
+    """The row of a model whose samples, and those of the baseline, are in seconds; `facts`: its other fields."""
+    fastest = clock == FASTEST
+    median, p10, p90 = spread(samples)
+    ratio, low, high = speedup_interval(baseline, samples, fastest=fastest, seed=seed)
+    return BenchmarkRow(
+        median_ms=1000 * (min(samples) if fastest else median),
+        p10_ms=1000 * p10,
+        p90_ms=1000 * p90,
+        speedup=ratio,
+        speedup_low=low,
+        speedup_high=high,
+        samples_ms=tuple(1000 * sample for sample in samples),
+        clock=clock,
+        **facts,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

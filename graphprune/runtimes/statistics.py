@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,13 @@ def schedule(models: int, rounds: int, seed: int) -> list[list[int]]:
     """For each round, all numbers below `models` in an order of its own, so that drift hits every model alike."""
     generator = np.random.default_rng(seed)
     return [[int(i) for i in generator.permutation(models)] for _ in range(rounds)]
+
+
+def calls_per_sample(once: Callable[[], float], min_time: float) -> int:
+    """How many calls in a row take `min_time` seconds, at least 1. `once`: the seconds of one call."""
+    # The fastest of three: a hiccup here would make all samples of this model shorter than asked for.
+    fastest = min(once() for _ in range(3))
+    return max(1, math.ceil(min_time / max(fastest, 1e-7)))
 
 
 def spread(samples: Sequence[float] | Floats) -> tuple[float, float, float]:

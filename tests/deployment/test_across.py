@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune import GraphPruneError, benchmark, export
+from graphprune.runtimes.providers import CUDA, Provider
 from tests.runtimes import nets
 
 QUICK: dict[str, Any] = {"warmup": 1, "rounds": 2, "min_time": 0.0, "provider": "cpu"}
@@ -112,3 +113,15 @@ def test_calibration_is_cut_into_batches_of_the_example(tmp_path: Path) -> None:
         write_calibration(rows[:2], model, FlatArguments.of(torch.ones(4, 3), model), 300, tmp_path / "c")
     with pytest.raises(GraphPruneError, match="only the number of samples may differ"):
         write_calibration(torch.ones(4, 5), model, FlatArguments.of(torch.ones(1, 3), model), 300, tmp_path / "c")
+
+
+def test_precisions_are_those_of_the_provider(local: None) -> None:
+    """As in `export`: int8 is not for CUDA, and fp16 not for the CPU; runtimes without providers do not ask."""
+    models, cuda = {"dense": network()}, Provider(CUDA)
+    changes: dict[str, Any] = {**QUICK, "provider": cuda}
+    with pytest.raises(GraphPruneError, match=f"'int8' is not offered for onnxruntime with provider '{CUDA}'"):
+        benchmark(models, X, runtimes="onnxruntime", precisions="int8", data=X, **changes)
+    with pytest.raises(GraphPruneError, match="'fp16' is not offered for onnxruntime"):
+        benchmark(models, X, runtimes="onnxruntime", precisions="fp16", **QUICK)
+    found = benchmark(models, X, runtimes="torch", precisions="bf16", **changes)
+    assert [row.runtime for row in found.rows] == ["torch"]

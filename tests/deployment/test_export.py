@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import Artifact, GraphPruneError, Runner, export
+from graphprune.deployment.sources import check_data
 from graphprune.runtimes.adapters import Opening, Session, adapter
 from graphprune.runtimes.adapters.onnxruntime import OnnxRuntime
+from tests.deployment.local import LocalWorker
 from tests.runtimes import nets
 
 QUICK: dict[str, Any] = {"rounds": 0}
@@ -227,3 +229,56 @@ def test_the_model_is_as_it_was(local: None, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     export(model, x, tmp_path / "a.pt2", "torch", **QUICK)
     assert model.training and all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("provider", ["cuda", "CUDAExecutionProvider", "tensorrt"])
+def test_precisions_are_those_of_the_provider(
+    local: None, tmp_path: Path, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU has float16, which CPUs have not, and no int8, which they have; whether there is one comes afterwards."""
+
+    def reached(self: OnnxRuntime, *_: Any) -> Sequence[str]:
+        raise GraphPruneError("it is written")
+
+    monkeypatch.setattr(OnnxRuntime, "write", reached)
+    model, x = network()
+    path = tmp_path / "a.onnx"
+    with pytest.raises(GraphPruneError, match=r"'int8' is not offered for onnxruntime with provider .* use fp16"):
+        export(model, x, path, precision="int8", data=x, provider=provider)
+    with pytest.raises(GraphPruneError, match="it is written"):
+        export(model, x, path, precision="fp16", provider=provider)
+    with pytest.raises(GraphPruneError, match=r"'fp16' is not offered for onnxruntime: .* provider='cuda'"):
+        export(model, x, path, precision="fp16")
+
+
+def test_a_worker_is_asked_once_what_it_is(
+    local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    ask = LocalWorker.ask
+
+    def noted(self: LocalWorker, request: str, **values: Any) -> Any:
+        asked.append(request)
+        return ask(self, request, **values)
+
+    monkeypatch.setattr(LocalWorker, "ask", noted)
+    model, x = network()
+    export(model, x, tmp_path / "a.onnx", **QUICK)
+    assert asked == ["describe", "write", "open", "run"]
+
+
+@pytest.mark.parametrize(("data", "samples", "precisions", "said"), [
+    (None, 1, ["fp32", "bf16"], None),
+    ([1], 1, ["fp32", "int8"], None),
+    (None, 1, ["fp32", "int8"], "data: int8 needs inputs"),
+    ([1], 1, ["fp32", "bf16"], "only int8 looks at data, not fp32, bf16"),
+    (None, 0, ["fp32"], "samples must be"),
+    (None, True, ["fp32"], "samples must be"),
+    (None, 1.5, ["fp32"], "samples must be"),
+])  # fmt: skip
+def test_data_belong_to_int8(data: Any, samples: Any, precisions: list[str], said: str | None) -> None:
+    if said is None:
+        check_data(data, samples, precisions)
+    else:
+        with pytest.raises(GraphPruneError, match=said):
+            check_data(data, samples, precisions)

@@ -5,7 +5,8 @@ import statistics
 import numpy as np
 import pytest
 
-from graphprune.runtimes.statistics import schedule, speedup_interval, spread
+from graphprune.runtimes.results import row_of
+from graphprune.runtimes.statistics import calls_per_sample, schedule, speedup_interval, spread
 
 
 def test_schedule() -> None:
@@ -79,3 +80,24 @@ def test_many_rounds_are_resampled_in_parts() -> None:
     values = np.random.default_rng(4).lognormal(size=50_000)
     ratio, low, high = speedup_interval(values, values / 2, resamples=90)
     assert (ratio, low, high) == pytest.approx((2, 2, 2))
+
+
+@pytest.mark.parametrize(("seconds", "least", "calls"), [
+    ([0.02, 0.5, 0.02], 0.1, 5), ([0.03, 0.03, 0.03], 0.1, 4), ([0.2, 0.3, 0.4], 0.1, 1), ([0.0, 0.0, 0.0], 0.0, 1),
+])  # fmt: skip
+def test_a_sample_has_as_many_calls_as_take_its_time(seconds: list[float], least: float, calls: int) -> None:
+    left = iter(seconds)
+    assert calls_per_sample(lambda: next(left), least) == calls
+    assert not list(left)
+
+
+@pytest.mark.parametrize(("clock", "median"), [("wall", 3000.0), ("cpu", 3000.0), ("wall, fastest", 1000.0)])
+def test_a_row_of_samples(clock: str, median: float) -> None:
+    samples, baseline = [5.0, 1.0, 3.0], [10.0, 2.0, 6.0]
+    found = row_of(
+        samples, baseline, seed=0, clock=clock, model="a", batch_size=None, calls=2, nodes={}, parameters=None,
+        file_mib=1.0, max_relative_error=None,
+    )  # fmt: skip
+    assert found.samples_ms == (5000.0, 1000.0, 3000.0) and found.median_ms == median and found.clock == clock
+    assert found.speedup == found.speedup_low == found.speedup_high == 2
+    assert found.p10_ms == pytest.approx(1400) and found.p90_ms == pytest.approx(4600)

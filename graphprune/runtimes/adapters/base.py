@@ -2,7 +2,7 @@
 
 An adapter writes a file from a `Source`, opens it with inputs at hand, and says what is really in force. It neither
 compares nor times: that is the same for all (`graphprune.export`, `graphprune.benchmark`). Adapters import their
-packages inside their methods, so that one which is missing costs nothing, and is said by `why_not`.
+packages inside their methods, so that one which is missing costs nothing, and is said by `missing`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...errors import GraphPruneError
 from ...support.suggestions import check_choice
+from .naming import first_lines
 from .source import Source
 
 PRECISIONS = ("fp32", "bf16", "fp16", "int8")
@@ -104,9 +105,9 @@ class Adapter(abc.ABC):
             try:
                 self.bring(module)
             except ImportError as error:
-                return f"{distribution} cannot be imported ({_first_line(error)}): {self.cure}"
+                return f"{distribution} cannot be imported ({first_lines(error, 1)}): {self.cure}"
             except Exception as error:  # a package that is there and broken
-                return f"{distribution} fails when it is imported: {type(error).__name__}: {_first_line(error)}"
+                return f"{distribution} fails when it is imported: {first_lines(error, 1)}"
         return self.unable()
 
     def bring(self, module: str) -> Any:
@@ -172,8 +173,3 @@ class Adapter(abc.ABC):
 
 def _stem(path: Path) -> str:
     return path.name.split(".")[0] or "model"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300].rstrip(".") if lines else type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from .base import Adapter, Opening, Session
-from .naming import first_lines, layer, layers_named, listed
+from .naming import first_lines
+from .places import layer, layers_named, listed
 from .source import Source
 
 # A method of the file that says what it computes in: a constant, as ExecuTorch keeps other facts about a program.
 _ARITHMETIC = "arithmetic"
 _PRODUCTS = ("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "addmm", "mm", "bmm", "matmul")
+# Those that torch records as one operator.
+_NORMS = ("layer_norm",)
 
 
 class ExecuTorch(Adapter):
@@ -31,7 +35,7 @@ class ExecuTorch(Adapter):
     extra = "executorch"
     offered: ClassVar[Mapping[str, str]] = {
         "fp32": "as exported",
-        "fp16": "weights and activations in float16, inputs and outputs in float32",
+        "fp16": "weights and activations in float16, layer norms, inputs and outputs in float32",
         "int8": "static, by PT2E and XNNPACKQuantizer: weights per channel, activations calibrated from data",
     }
     refused: ClassVar[Mapping[str, str]] = {
@@ -127,8 +131,30 @@ def _as_exported(source: Source) -> tuple[Any, str]:
 
 
 def _in_float16(source: Source) -> tuple[Any, str]:
-    module = _Float16(source.exported.module(check_guards=False))
-    return torch.export.export(module, source.tensors), "float16"
+    # A copy: the program, which the source keeps, has the same parameters as its module.
+    module = copy.deepcopy(source.exported.module(check_guards=False))
+    kept = _norms_in_float32(module)
+    said = f"float16, {_counted(kept, 'layer norm')} in float32" if kept else "float16"
+    return torch.export.export(_Float16(module), source.tensors), said
+
+
+def _norms_in_float32(module: Any) -> int:
+    """Have the norms of a program that is to be in float16 computed in float32; how many there are.
+
+    XNNPACK has no layer norm, and ExecuTorch's own kernel for float16 computes something else where a row is longer
+    than some 200 values (seen on x86). Its group norms are right, and so is what other norms are made of.
+    """
+    aten = torch.ops.aten
+    found = [n for n in module.graph.nodes if n.op == "call_function" and _short(n.target) in _NORMS]
+    for node in found:
+        for given in node.all_input_nodes:
+            with module.graph.inserting_before(node):
+                node.replace_input_with(given, module.graph.call_function(aten.to.dtype, (given, torch.float32)))
+        with module.graph.inserting_after(node):
+            back = module.graph.call_function(aten.to.dtype, (node, torch.float16))
+        node.replace_all_uses_with(back, delete_user_cb=lambda user, back=back: user is not back)
+    module.recompile()
+    return len(found)
 
 
 class _Float16(nn.Module):

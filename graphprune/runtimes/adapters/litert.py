@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ...errors import GraphPruneError
 from .base import Adapter, Opening, Session
-from .naming import first_lines, layers_named, listed
+from .naming import first_lines
+from .places import layers_named, listed
 from .source import Source
 
 _SIGNATURE = "serving_default"

@@ -19,6 +19,7 @@ from ...errors import GraphPruneError
 from ..capture import quiet
 from .base import Adapter, Opening, Session
 from .forms import simpler
+from .naming import first_lines, first_of
 from .places import place_of
 from .source import Source
 
@@ -196,7 +197,7 @@ def _convert(source: Source, program: Any, folder: Path, *, half: bool) -> str:
             traced = torch.jit.trace(program, source.tensors, check_trace=False)
             torch.jit.save(traced, folder / "net.pt")
     except Exception as error:
-        raise GraphPruneError(f"ncnn: the program cannot be traced for pnnx: {_line(str(error))}") from error
+        raise GraphPruneError(f"ncnn: the program cannot be traced for pnnx: {first_lines(error, 1)}") from error
     shapes = ",".join(
         f"[{','.join(map(str, t.shape))}]{_DTYPES[str(t.dtype).removeprefix('torch.')]}" for t in source.tensors
     )
@@ -209,7 +210,8 @@ def _convert(source: Source, program: Any, folder: Path, *, half: bool) -> str:
     if done.returncode or not all(file.is_file() for file in files):
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         how = f"was ended by signal {-done.returncode}" if done.returncode < 0 else f"ended with {done.returncode}"
-        raise GraphPruneError(f"ncnn: pnnx {how} and wrote no network: {_line(said[-1] if said else '')}")
+        why = first_of(said[-1]) if said else "it gives no reason"
+        raise GraphPruneError(f"ncnn: pnnx {how} and wrote no network: {why}")
     return files[-1].read_text(encoding="utf-8")
 
 
@@ -337,7 +339,3 @@ def _mat(value: Value, tensor: Tensor) -> Any:
 
 def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(path.name.removesuffix(".ncnn.param") + suffix)
-
-
-def _line(text: str) -> str:
-    return next((line.strip()[:400].rstrip(".") for line in text.splitlines() if line.strip()), "it gives no reason")

@@ -40,7 +40,7 @@ class Source:
 
     @functools.cached_property
     def exported(self) -> Any:
-        """The `torch.export.ExportedProgram`."""
+        """The `torch.export.ExportedProgram`, read once: whoever changes parameters of its module changes it too."""
         assert self.program is not None
         return torch.export.load(self.program)
 

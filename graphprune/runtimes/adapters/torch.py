@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...errors import GraphPruneError
 from .base import Adapter, Opening, Session
 from .dtypes import converted
+from .naming import first_lines
 from .source import Source
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -53,7 +54,7 @@ class Torch(Adapter):
         try:
             module = torch.export.load(path).module()
         except Exception as error:
-            raise GraphPruneError(f"{path.name} is no program of torch.export: {_line(error)}") from error
+            raise GraphPruneError(f"{path.name} is no program of torch.export: {first_lines(error)}") from error
         # Before anything is compiled, which has the number of threads built in.
         torch.set_num_threads(opening.threads)
         return _Opened(self, converted(module, _DTYPES[opening.precision]), opening)
@@ -98,7 +99,7 @@ class _Opened(Session):
             self.run()
         except Exception as error:
             raise GraphPruneError(
-                f"{self._title} cannot {what} the program in {_name(self._dtype)}: {_line(error)}"
+                f"{self._title} cannot {what} the program in {_name(self._dtype)}: {first_lines(error)}"
             ) from error
 
     def load(self, tensors: Sequence[Tensor]) -> None:
@@ -149,8 +150,3 @@ def _has_kernels(precision: str) -> bool:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:400].rstrip(".") if lines else type(error).__name__

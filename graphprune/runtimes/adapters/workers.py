@@ -116,11 +116,12 @@ class Worker:
         found: dict[str, Any] = self.ask("describe", precision=precision)
         return found
 
-    def check(self) -> None:
-        """Raise GraphPruneError where the runtime cannot be used there."""
-        missing = self.describe("fp32")["missing"]
-        if missing is not None:
-            raise GraphPruneError(f"runtime {self.runtime!r}: {missing}")
+    def check(self, precision: str) -> dict[str, Any]:
+        """What `describe` says. Raises GraphPruneError where the runtime cannot be used there."""
+        described = self.describe(precision)
+        if described["missing"] is not None:
+            raise GraphPruneError(f"runtime {self.runtime!r}: {described['missing']}")
+        return described
 
     def write(self, source: Source, precision: str, path: Path) -> list[str]:
         """Write an artifact; notes."""
