@@ -107,7 +107,7 @@ def named_outputs(outputs: Any, taken: Iterable[str] = ()) -> tuple[list[str], l
     """A unique name for each tensor of a model's result, and these tensors, in a fixed order.
 
     A single tensor is "output", those of a tuple "output_0", "output_1"..., those of a dict or a dataclass go by
-    their keys. No name is one of `taken`. A number or None in the result has no place in an ONNX file.
+    their keys. No name is one of `taken`: what a decoder returns as "past_key_values_0_0" is then "present_0_0". A number or None in the result has no place in an ONNX file.
 
     Raises:
         GraphPruneError: no tensor in the result.
@@ -115,7 +115,16 @@ def named_outputs(outputs: Any, taken: Iterable[str] = ()) -> tuple[list[str], l
     named = list(_named(outputs, "output", objects=True))
     if not named:
         raise GraphPruneError(f"the model returned no tensor but {type(outputs).__name__}; there is nothing to export")
-    return unique([name for name, _ in named], taken), [tensor for _, tensor in named]
+    names, known = [name for name, _ in named], set(taken)
+    return unique([_present(name) if name in known else name for name in names], known), [tensor for _, tensor in named]
+
+
+def _present(name: str) -> str:
+    """What decoders call the next past."""
+    for past in ("past_key_values", "past_key_value", "past"):
+        if name.startswith(past):
+            return "present" + name.removeprefix(past)
+    return name
 
 
 def unique(names: Sequence[str], taken: Iterable[str] = ()) -> list[str]:
