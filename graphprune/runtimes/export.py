@@ -68,8 +68,8 @@ def export_onnx(
             nothing of the first axis of any tensor that shares the batch, `dynamic_batch` decides over that.
         plan: the plan that the model was pruned by; parameters and initializers must have the shapes it leaves.
         check: compare with the model in ONNX Runtime at the example's batch size and, if dynamic, at another one; with
-            `dynamic_shapes` at the example's sizes, at larger ones and at the smallest, and at 0 for an axis of which
-            the model takes that and answers. Inputs of these sizes are made from the example. Costs two or three
+            `dynamic_shapes` at the example's sizes, at larger ones and at the smallest, and at 1 and 0 where the model
+            takes that and answers (there a difference is a note). Inputs of these sizes are made from the example. Costs two or three
             forward passes, with `dynamic_shapes` about ten.
         tolerance: largest allowed relative error, max|onnx - torch| / max|torch| of each output; integer outputs
             must be equal. None: 1e-4, or 1e-2 where float16 and 5e-2 where bfloat16 is involved.
@@ -149,7 +149,7 @@ def _compare(
     """The calls at which file and model agree, the largest relative error, and notes.
 
     Raises:
-        GraphPruneError: they differ; but at a size of 0, which is a note.
+        GraphPruneError: they differ; but at sizes of 0 and 1 that torch does not promise, which is a note.
     """
 
     def compare(calls: Sequence[Call]) -> tuple[float, list[str]]:

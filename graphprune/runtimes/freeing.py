@@ -35,7 +35,7 @@ class Call:
 class Captured:
     """A program, the axes that are free in it, and the calls to compare it with the model at, the example's first.
 
-    `perhaps`: calls at sizes of 0, which the model takes and the file need not.
+    `perhaps`: calls at sizes of 0 and 1, which the model takes and the file need not: torch promises nothing of these.
     """
 
     program: Any
@@ -84,7 +84,7 @@ def capture_free(
     found = relations(program, free, traced)
     own = Call(free.sizes(arguments.tensors), arguments)
     calls, notes = _other_calls(model, arguments, free, found)
-    perhaps = _empty_calls(model, arguments, free, found, own.sizes)
+    perhaps = _least_calls(model, arguments, free, found, [own, *calls])
     return Captured(program, free, (own, *calls), tuple(perhaps), (*found.notes, *notes))
 
 
@@ -124,17 +124,17 @@ def _other_calls(
     return calls, notes
 
 
-def _empty_calls(
-    model: nn.Module, arguments: FlatArguments, free: FreeAxes, found: Relations, own: Mapping[str, int]
+def _least_calls(
+    model: nn.Module, arguments: FlatArguments, free: FreeAxes, found: Relations, known: Sequence[Call]
 ) -> list[Call]:
-    """Calls with one dim 0, as the past of a first step has, where the model takes them and its answer is not empty."""
-    calls = []
-    for name in found.free:
-        if free.ranges[name][0] > 0 or own.get(name) == 0:
-            continue
-        chosen = {n: 0 if n == name else own.get(n, 1) for n in found.free}
-        sizes = complete(chosen, free, found, arguments, least=0)
-        if sizes is None:
+    """Calls with 1 for all dims, and with one dim 0, as the past of a first step has, where the model takes them and its
+    answer is neither empty nor NaN."""
+    own = {name: known[0].sizes.get(name, 1) for name in found.free}
+    choices = [dict.fromkeys(own, 1), *({**own, name: 0} for name in own if free.ranges[name][0] == 0)]
+    calls: list[Call] = []
+    for chosen in choices:
+        sizes = complete(chosen, free, found, arguments, least=0, limited=False)
+        if sizes is None or sizes in [call.sizes for call in known]:
             continue
         call = Call(sizes, arguments.shaped(shapes_at(free, arguments, sizes), seed=1))
         try:

@@ -105,10 +105,16 @@ def _implied(name: str, free: FreeAxes, arguments: FlatArguments) -> int:
 
 
 def complete(
-    chosen: Mapping[str, int], free: FreeAxes, found: Relations, arguments: FlatArguments, *, least: int = 1
+    chosen: Mapping[str, int],
+    free: FreeAxes,
+    found: Relations,
+    arguments: FlatArguments,
+    *,
+    least: int = 1,
+    limited: bool = True,
 ) -> dict[str, int] | None:
-    """The sizes of all dims, clipped to what the caller allows; None where they do not fit together, or where one is
-    less than `least`."""
+    """The sizes of all dims, clipped to what the caller allows; None where they do not fit together, where one is less
+    than `least`, or (`limited`) outside of what torch says."""
     clipped = {name: _clip(size, free.ranges[name]) for name, size in chosen.items()}
     values = {symbol(name): size for name, size in clipped.items()}
     sizes: dict[str, int] = {}
@@ -118,7 +124,7 @@ def complete(
         if not size.is_Integer or int(size) != _clip(int(size), (max(low, least), high)):
             return None
         sizes[name] = int(size)
-    for (i, axis), limit in found.limits.items():
+    for (i, axis), limit in found.limits.items() if limited else ():
         size = free.axes[i][axis].size(sizes)
         if not size.is_Integer or int(size) != _clip(max(int(size), 0), limit):
             return None

@@ -39,8 +39,8 @@ def texts(report: ExportReport, ids: np.ndarray[Any, Any], steps: int, tokens: s
 def test_ten_tokens_of_a_decoder_with_a_cache_of_tuples(tmp_path: Path, pruned: bool) -> None:
     model: Any = decoder()
     if pruned:
-        model = graphprune.prune(model, torch.randint(0, 23, (2, 6)), 0.4, granularity=["heads", "mlp"])
-        assert model.layers[0].k.out_features == 8 and model.layers[0].up.out_features < 24
+        model = graphprune.prune(model, torch.randint(0, 23, (2, 6)), 0.5)
+        assert model.layers[0].up.out_features < 24
     example = {"ids": torch.randint(0, 23, (2, 3)), "past_key_values": cache_of(model, 2, 5)}
     kept = [t.clone() for pair in example["past_key_values"] for t in pair]
     free = {"ids": {0: "batch", 1: "length"}, "past_key_values": [[CACHE, CACHE], (CACHE, CACHE)]}
