@@ -67,10 +67,10 @@ class Decoder(nn.Module):
         return {"logits": self.out(self.norm(x)), "past_key_values": tuple(cache)}
 
 
-def decoder(seed: int = 0) -> Decoder:
+def decoder(layers: int = 1, seed: int = 0) -> Decoder:
     """One whose next tokens differ from one another."""
     torch.manual_seed(seed)
-    model = Decoder().eval()
+    model = Decoder(layers=layers).eval()
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(torch.randn_like(p) * 0.4 if p.ndim > 1 else torch.rand_like(p) + 0.5)

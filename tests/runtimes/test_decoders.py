@@ -37,19 +37,19 @@ def texts(report: ExportReport, ids: np.ndarray[Any, Any], steps: int, tokens: s
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_ten_tokens_of_a_decoder_with_a_cache_of_tuples(tmp_path: Path, pruned: bool) -> None:
-    model: Any = decoder()
+    model: Any = decoder(2 if pruned else 1)
     if pruned:
         model = graphprune.prune(model, torch.randint(0, 23, (2, 6)), 0.5)
         assert model.layers[0].up.out_features < 24
     example = {"ids": torch.randint(0, 23, (2, 3)), "past_key_values": cache_of(model, 2, 5)}
     kept = [t.clone() for pair in example["past_key_values"] for t in pair]
-    free = {"ids": {0: "batch", 1: "length"}, "past_key_values": [[CACHE, CACHE], (CACHE, CACHE)]}
+    free = {"ids": {0: "batch", 1: "length"}, "past_key_values": [(CACHE, CACHE)] * len(model.layers)}
     report = export_onnx(model, example, tmp_path / "net.onnx", dynamic_shapes=free)
-    places = [f"{i}_{j}" for i in range(2) for j in range(2)]
+    places = [f"{i}_{j}" for i in range(len(model.layers)) for j in range(2)]
     assert report.inputs == ("ids", *(f"past_key_values_{place}" for place in places))
     assert report.outputs == ("logits", *(f"present_{place}" for place in places))
     assert report.dynamic_axes["ids"] == {0: "batch", 1: "length"} and report.dynamic_batch
-    assert report.dynamic_axes["past_key_values_1_0"] == {0: "batch", 2: "past"}
+    assert report.dynamic_axes["past_key_values_0_1"] == {0: "batch", 2: "past"}
     assert report.checked_sizes[0] == {"batch": 2, "length": 3, "past": 5}
     assert {"batch": 1, "length": 1, "past": 1} in report.checked_sizes
     assert {"batch": 2, "length": 3, "past": 0} in report.checked_sizes
