@@ -81,7 +81,7 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="INPUT:AXIS=NAME",
-            help="An axis that is free, and its name in the ONNX file: ids:1=length, or mask:1=past+length. Repeatable.",
+            help="An axis that is free, and its name in the ONNX file: ids:1=length, mask:1=past+length. Repeatable.",
             show_default=False,
         ),
     ] = None,

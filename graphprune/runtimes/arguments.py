@@ -107,7 +107,8 @@ def named_outputs(outputs: Any, taken: Iterable[str] = ()) -> tuple[list[str], l
     """A unique name for each tensor of a model's result, and these tensors, in a fixed order.
 
     A single tensor is "output", those of a tuple "output_0", "output_1"..., those of a dict or a dataclass go by
-    their keys. No name is one of `taken`: what a decoder returns as "past_key_values_0_0" is then "present_0_0". A number or None in the result has no place in an ONNX file.
+    their keys. No name is one of `taken`: what a decoder returns as "past_key_values_0_0" is then "present_0_0".
+    A number or None in the result has no place in an ONNX file.
 
     Raises:
         GraphPruneError: no tensor in the result.

@@ -69,8 +69,8 @@ def export_onnx(
         plan: the plan that the model was pruned by; parameters and initializers must have the shapes it leaves.
         check: compare with the model in ONNX Runtime at the example's batch size and, if dynamic, at another one; with
             `dynamic_shapes` at the example's sizes, at larger ones and at the smallest, and at 1 and 0 where the model
-            takes that and answers (there a difference is a note). Inputs of these sizes are made from the example. Costs two or three
-            forward passes, with `dynamic_shapes` about ten.
+            takes that and answers (there a difference is a note). Inputs of these sizes are made from the example.
+            Costs two or three forward passes, with `dynamic_shapes` about ten.
         tolerance: largest allowed relative error, max|onnx - torch| / max|torch| of each output; integer outputs
             must be equal. None: 1e-4, or 1e-2 where float16 and 5e-2 where bfloat16 is involved.
         provider: where to check, "cpu" unless said (see `resolve_provider`). Half precision may need "cuda".

@@ -127,8 +127,8 @@ def _other_calls(
 def _least_calls(
     model: nn.Module, arguments: FlatArguments, free: FreeAxes, found: Relations, known: Sequence[Call]
 ) -> list[Call]:
-    """Calls with 1 for all dims, and with one dim 0, as the past of a first step has, where the model takes them and its
-    answer is neither empty nor NaN."""
+    """Calls with 1 for all dims, and with one dim 0, as the past of a first step has, where the model takes them and
+    its answer is neither empty nor NaN."""
     own = {name: known[0].sizes.get(name, 1) for name in found.free}
     choices = [dict.fromkeys(own, 1), *({**own, name: 0} for name in own if free.ranges[name][0] == 0)]
     calls: list[Call] = []

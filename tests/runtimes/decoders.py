@@ -40,7 +40,8 @@ class Layer(nn.Module):
         before = 0 if past is None else past[0].shape[2]
         places = torch.arange(before, before + x.shape[1])
         h = self.norm1(x)
-        q, k, v = (m(h).reshape(x.shape[0], x.shape[1], -1, self.head).transpose(1, 2) for m in (self.q, self.k, self.v))
+        made = (layer(h).reshape(x.shape[0], x.shape[1], -1, self.head) for layer in (self.q, self.k, self.v))
+        q, k, v = (heads.transpose(1, 2) for heads in made)
         q, k = rotated(q, places), rotated(k, places)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)

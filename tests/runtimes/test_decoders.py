@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import graphprune
-from graphprune.errors import GraphPruneError
 from graphprune.runtimes import ExportReport, export_onnx
 from tests.runtimes.decoders import cache_of, decoder, greedy
 
@@ -37,7 +36,7 @@ def texts(report: ExportReport, ids: np.ndarray[Any, Any], steps: int, tokens: s
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_ten_tokens_of_a_decoder_with_a_cache_of_tuples(tmp_path: Path, pruned: bool) -> None:
-    model: Any = decoder(2 if pruned else 1)
+    model: Any = decoder()
     if pruned:
         model = graphprune.prune(model, torch.randint(0, 23, (2, 6)), 0.5)
         assert model.layers[0].up.out_features < 24
