@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -26,6 +27,9 @@ def shared_data_folder() -> Path:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(int(os.environ.get(THREADS_VARIABLE, "1")))
+    # How long an example takes is the machine's affair.
+    hypothesis.settings.register_profile("any machine", deadline=None)
+    hypothesis.settings.load_profile("any machine")
     if os.environ.get(SHARED_DATA_VARIABLE) and not shared_data_folder().is_dir():
         # A misspelt path must not turn every such test into a quiet skip.
         raise pytest.UsageError(f"{SHARED_DATA_VARIABLE} names {shared_data_folder()}, which is not a folder")

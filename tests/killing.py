@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import sparsity
-from graphprune.runtimes import export as exporting
+from graphprune.runtimes import freeing
 from graphprune.runtimes.arguments import FlatArguments
 from graphprune.runtimes.capture import capture
+from graphprune.runtimes.dynamic import FreeAxes
 from tests.attacks import X, Y
 from tests.runtimes.latency.law import table
 
@@ -79,17 +80,18 @@ def _table(version: int) -> graphprune.LatencyTable:
 
 @functools.cache
 def _captured(version: int) -> Any:
-    return capture(net(version), FlatArguments.of(X, net(version)), ["output"], opset=None, dynamic_batch=True)
+    arguments = FlatArguments.of(X, net(version))
+    return capture(net(version), arguments, ["output"], opset=None, free=FreeAxes.batch(arguments))
 
 
 def _export(path: Path, version: int, external: bool) -> None:
     """An export whose network was captured before, so that most of its time goes into writing."""
-    original = vars(exporting)["capture"]
-    vars(exporting)["capture"] = lambda *_, **__: _captured(version)
+    original = vars(freeing)["capture"]
+    vars(freeing)["capture"] = lambda *_, **__: _captured(version)
     try:
         graphprune.export_onnx(net(version), X, path, check=False, external_data=external)
     finally:
-        vars(exporting)["capture"] = original
+        vars(freeing)["capture"] = original
 
 
 def _answers(path: Path) -> list[bool]:

@@ -142,3 +142,13 @@ def write(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def width_step(text: str) -> int | str:
+    """`--round-to` of the command line: "auto", or a number that widths are multiples of."""
+    return text if text == "auto" else int(text)
+
+
+def widths_line(round_to: int | str) -> str:
+    """What `round_to` makes of widths, for a table."""
+    return {"auto": "that run well", 1: "any"}.get(round_to, f"multiples of {round_to}")

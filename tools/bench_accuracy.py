@@ -1,6 +1,6 @@
 """Accuracy after pruning without training and without labels, next to Torch-Pruning.
 
-    python -m tools.bench_accuracy --models resnet56 --speedups 2 3 --images 2000
+    python -m tools.bench_accuracy --models resnet56 --speedups 2 3 --images 1500 --select-images 250 --round-to 1
     python -m tools.bench_accuracy --models resnet20 resnet8 dscnn dncnn minilm --speedups 1.3 1.5 2
     python -m tools.bench_accuracy --models llama t5 --speedups 1.3 1.5 2 --weights ../trained
 
@@ -38,7 +38,7 @@ from torch import nn
 
 import graphprune
 from tools import _text_networks as text_networks
-from tools._common import write
+from tools._common import width_step, widths_line, write
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -196,7 +196,9 @@ def _importances() -> dict[str, Any]:
     }
 
 
-def measure_model(name: str, made: Task, speedup: float, only: str | None, methods: list[str]) -> list[dict[str, Any]]:
+def measure_model(
+    name: str, made: Task, speedup: float, only: str | None, methods: list[str], round_to: int | str
+) -> list[dict[str, Any]]:
     """All rows of one model and speed-up."""
     rows = []
     budget = graphprune.Budget(macs=1 / speedup)
@@ -226,12 +228,13 @@ def measure_model(name: str, made: Task, speedup: float, only: str | None, metho
     if only == "peers":
         return rows
     start = time.perf_counter()
-    plan = graphprune.plan(made.model, made.example, budget=budget, criterion="l2_folded", **made.options)
+    widths: dict[str, Any] = {"budget": budget, "round_to": round_to, **made.options}
+    plan = graphprune.plan(made.model, made.example, criterion="l2_folded", **widths)
     if "nothing" in methods:
         row("L2 of folded filters", plan.apply(made.model), time.perf_counter() - start)
     start = time.perf_counter()
-    chosen = {"criterion": "reconstruction", "data": made.data[: made.selection], **made.options}
-    plan = graphprune.plan(made.model, made.example, budget=budget, **chosen)
+    chosen = made.data[: made.selection]
+    plan = graphprune.plan(made.model, made.example, criterion="reconstruction", data=chosen, **widths)
     planned = time.perf_counter() - start
     if "nothing" in methods:
         row("reconstruction", plan.apply(made.model), planned)
@@ -249,8 +252,12 @@ def measure_model(name: str, made: Task, speedup: float, only: str | None, metho
 
 
 def _inputs(rows: list[dict[str, Any]]) -> str:
-    """Calibration inputs of one model's rows, by speed-up where they differ."""
-    used = {r["speedup"]: f"{r['images']} calibration inputs, {r['selection']} for the choice" for r in rows}
+    """Calibration inputs and widths of one model's rows, by speed-up where they differ."""
+    used = {
+        r["speedup"]: f"{r['images']} calibration inputs, {r['selection']} for the choice, widths "
+        f"{widths_line(r['round_to'])}"
+        for r in rows
+    }
     if len(set(used.values())) == 1:
         return used[rows[0]["speedup"]]
     return "; ".join(f"{speedup:g}x: {used[speedup]}" for speedup in sorted(used))
@@ -283,7 +290,8 @@ same plan.
 Torch-Pruning at the uniform ratio that reaches the same budget, each of its criteria that needs no data. Seconds:
 planning and recovery together, the longest of the row, on a machine shared with other work. Tables "on held-out
 training data" confirm the settings on images that calibration does not use; the dense ResNets have seen them in their
-training.
+training. Widths "that run well" are those of the default, `round_to="auto"`; "any", of `round_to=1`, are most accurate
+for their multiply-accumulates.
 
 The Llama and the T5 are small networks of transformers that the tool trains on the training sentences of SST-2, for
 three minutes each: the one says the next character, the other puts words in order. Calibration inputs are some of those
@@ -304,6 +312,7 @@ def main() -> None:
     parser.add_argument("--record", action="store_true", help="write held-out figures too, as a table of their own")
     parser.add_argument("--only", choices=["ours", "peers"], help="measure one side alone")
     parser.add_argument("--weights", type=Path, help="a folder for trained networks; default: they are trained anew")
+    parser.add_argument("--round-to", type=width_step, default="auto", help="as in graphprune.plan")
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
@@ -316,12 +325,13 @@ def main() -> None:
         dense: float | None = None
         label = f"{name} on held-out training data" if options.held_out else name
         for speedup in options.speedups:
-            new = measure_model(label, made, speedup, options.only, options.methods)
+            new = measure_model(label, made, speedup, options.only, options.methods, options.round_to)
             if options.held_out and not options.record:
                 continue
             dense = dense or round(made.measure(made.model), 2)
             for r in new:
-                r.update(dense=dense, images=images, selection=min(options.select_images or images, images))
+                selection = min(options.select_images or images, images)
+                r.update(dense=dense, images=images, selection=selection, round_to=options.round_to)
             rows: list[dict[str, Any]] = json.loads(target.read_text()) if target.is_file() else []
             keys = {(r["model"], r["speedup"], r["method"]) for r in new}
             rows = [r for r in rows if (r["model"], r["speedup"], r["method"]) not in keys] + new

@@ -1,11 +1,12 @@
 """What fitting whole blocks on unlabelled inputs adds to least squares.
 
     python -m tools.bench_blocks --models resnet20 --speedups 2 --images 1500 --select-images 750
-    python -m tools.bench_blocks --models resnet56 --speedups 2 3 --images 1500 --select-images 250
+    python -m tools.bench_blocks --models resnet56 --speedups 2 3 --images 1500 --select-images 250 --round-to 1
     python -m tools.bench_blocks --models resnet20 --speedups 1.5 --images 1500 --select-images 750 --settings
 
 Networks, data and plans are those of `tools.bench_accuracy`: the criterion "reconstruction", then `recover` by
-"least_squares" and by "blocks" from the same unlabelled inputs; whole test sets. `--settings` compares settings of
+"least_squares" and by "blocks" from the same unlabelled inputs; whole test sets. `--round-to 1`: widths of any size,
+which is most accurate for its multiply-accumulates, instead of those that run well. `--settings` compares settings of
 `BlockFit` on held-out training data, and writes nothing but that table. Rows measured before are kept and replaced one
 by one, in docs/blocks.json and docs/blocks.md.
 """
@@ -23,7 +24,7 @@ import torch
 
 import graphprune
 from graphprune import BlockFit
-from tools._common import machine_line, markdown_table, versions_line, write
+from tools._common import machine_line, markdown_table, versions_line, width_step, widths_line, write
 from tools.bench_accuracy import DOCS, Task, task
 
 SETTINGS: dict[str, BlockFit] = {
@@ -40,7 +41,8 @@ HEADER = """# Whole blocks fitted without labels
 `recover="blocks"` after `recover="least_squares"`, from the same inputs without labels; plans by the criterion
 "reconstruction", whole test sets. Error: of the outputs, squared, divided by the squares of the dense network's, on
 the inputs that accuracy is measured on (for other networks than those on images: on inputs held from the repair).
-Seconds of one processor, of both repairs.
+Seconds of one processor, of both repairs. Widths: "that run well" are those of the default, `round_to="auto"`;
+"any", of `round_to=1`, are most accurate for their multiply-accumulates.
 
 Written by `python -m tools.bench_blocks` ({machine}; {versions}).
 """
@@ -61,17 +63,20 @@ squares.
 """
 
 
-def planned(made: Task, speedup: float) -> graphprune.plans.plan.Plan:
+def planned(made: Task, speedup: float, round_to: int | str) -> graphprune.plans.plan.Plan:
     budget = graphprune.Budget(macs=1 / speedup)
     data = made.data[: made.selection]
     return graphprune.plan(
-        made.model, made.example, budget=budget, criterion="reconstruction", data=data, **made.options
-    )
+        made.model, made.example, budget=budget, criterion="reconstruction", data=data, round_to=round_to,
+        **made.options,
+    )  # fmt: skip
 
 
-def measured(made: Task, speedup: float, methods: dict[str, str | BlockFit]) -> list[dict[str, Any]]:
+def measured(
+    made: Task, speedup: float, methods: dict[str, str | BlockFit], round_to: int | str
+) -> list[dict[str, Any]]:
     """A row for each method, on one plan."""
-    plan = planned(made, speedup)
+    plan = planned(made, speedup, round_to)
     rows = []
     for name, method in methods.items():
         start = time.process_time()
@@ -104,10 +109,11 @@ def error(made: Task, found: graphprune.Recovery) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """All rows of one kind as a table."""
-    headings = ["network", "speed-up", "inputs", "dense", "method", "after", "error of the outputs", "seconds"]
+    headings = ["network", "speed-up", "widths", "inputs", "dense", "method", "after", "error of outputs", "seconds"]
     cells = [
         [
-            r["model"], f"{r['speedup']:g}x", f"{r['images']:,}", f"{r['dense']:.2f} {r['unit']}", r["method"],
+            r["model"], f"{r['speedup']:g}x", widths_line(r["round_to"]), f"{r['images']:,}",
+            f"{r['dense']:.2f} {r['unit']}", r["method"],
             f"{r['value']:.2f}" + ("" if r["kept"] else " (taken back)"), f"{r['error']:.4f}", str(r["seconds"]),
         ]
         for r in rows
@@ -121,6 +127,7 @@ def main() -> None:
     parser.add_argument("--speedups", nargs="+", type=float, default=[2.0])
     parser.add_argument("--images", type=int, default=1500, help="unlabelled inputs")
     parser.add_argument("--select-images", type=int, help="how many of them choose the channels; default all")
+    parser.add_argument("--round-to", type=width_step, default="auto", help="as in graphprune.plan")
     parser.add_argument("--settings", action="store_true", help="compare settings on held-out training data")
     parser.add_argument("--weights", type=Path, help="a folder for trained networks, see tools.bench_accuracy")
     options = parser.parse_args()
@@ -136,7 +143,8 @@ def main() -> None:
         dense = round(made.measure(made.model), 2)
         for speedup in options.speedups:
             about = {"model": name, "speedup": speedup, "images": images, "dense": dense, "unit": made.unit}
-            keep([{**about, "settings": options.settings, **row} for row in measured(made, speedup, methods)])
+            about |= {"settings": options.settings, "round_to": options.round_to}
+            keep([{**about, **row} for row in measured(made, speedup, methods, options.round_to)])
 
 
 def keep(new: list[dict[str, Any]]) -> None:
@@ -154,7 +162,7 @@ def keep(new: list[dict[str, Any]]) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["model"], row["speedup"], row["method"], row["settings"]
+    return row["model"], row["speedup"], row["method"], row["settings"], row["round_to"]
 
 
 if __name__ == "__main__":

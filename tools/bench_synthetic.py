@@ -30,7 +30,7 @@ from torch import Tensor
 
 import graphprune
 from graphprune.support.files import make_folder
-from tools._common import write
+from tools._common import width_step, widths_line, write
 from tools.bench_accuracy import DOCS, Task, task
 
 TARGET = DOCS / "no-data.json"
@@ -96,21 +96,29 @@ def blocks_of(made: Task, plan: graphprune.Plan, example: Tensor, data: Sequence
 
 
 def rows_of(
-    name: str, made: Task, speedups: Sequence[float], asked: dict[str, Any], keep: Path | None, blocks: bool
+    name: str,
+    made: Task,
+    speedups: Sequence[float],
+    asked: dict[str, Any],
+    keep: Path | None,
+    blocks: bool,
+    round_to: int | str,
 ) -> Iterator[dict[str, Any]]:
     """A row for each speed-up, on the same inputs."""
     data, seconds, more = inputs_of(name, made, **asked, keep=keep)
+    chosen: dict[str, Any] = {"criterion": "reconstruction", "data": data, "round_to": round_to}
     example: Tensor = torch.randn(2, *SHAPES.get(name, (3, 32, 32)), generator=torch.Generator().manual_seed(0))
     dense = graphprune.count(made.model, example).macs
     for speedup in speedups:
         start = time.process_time()
         budget = graphprune.Budget(macs=1 / speedup)
-        plan = graphprune.plan(made.model, example, budget=budget, criterion="reconstruction", data=data)
+        plan = graphprune.plan(made.model, example, budget=budget, **chosen)
         small = graphprune.recover(made.model, plan, example, data, "least_squares").model
         pruning = time.process_time() - start
         fitted = blocks_of(made, plan, example, data) if blocks and asked["kind"] == "made" else {}
         yield {
-            "model": name, "unit": made.unit, "speedup": speedup, "inputs": asked["kind"], "n": asked["n"],
+            "model": name, "unit": made.unit, "speedup": speedup, "round_to": round_to, "inputs": asked["kind"],
+            "n": asked["n"],
             "steps": asked["steps"] if asked["kind"] == "made" else 0, "seed": asked["seed"],
             "value": round(made.measure(small), 2), "making": None if math.isnan(seconds) else round(seconds),
             "pruning": round(pruning), **fitted,
@@ -122,13 +130,13 @@ def rows_of(
 def table(rows: list[dict[str, Any]], steps: int) -> str:
     """What is left with each kind of inputs."""
     lines = [
-        "| network (unit, dense) | asked | inputs | made | made, blocks fitted | seconds of making, of fitting | noise "
-        "| real, unlabelled |",
-        "| :-- | --: | --: | --: | --: | --: | --: | --: |",
+        "| network (unit, dense) | asked | widths | inputs | made | made, blocks fitted "
+        "| seconds of making, of fitting | noise | real, unlabelled |",
+        "| :-- | --: | --: | --: | --: | --: | --: | --: | --: |",
     ]
     shown = [r for r in rows if r["seed"] == 0 and (r["inputs"] != "made" or r["steps"] == steps)]
-    for key in dict.fromkeys((r["model"], r["speedup"]) for r in shown):
-        mine = {r["inputs"]: r for r in shown if (r["model"], r["speedup"]) == key}
+    for key in dict.fromkeys((r["model"], r["speedup"], r["round_to"]) for r in shown):
+        mine = {r["inputs"]: r for r in shown if (r["model"], r["speedup"], r["round_to"]) == key}
         first = mine.get("made") or next(iter(mine.values()))
         values = {kind: f"{mine[kind]['value']:.2f}" if kind in mine else "" for kind in KINDS}
         made = mine.get("made", {})
@@ -136,8 +144,8 @@ def table(rows: list[dict[str, Any]], steps: int) -> str:
         fitted += "" if made.get("blocks_stayed", True) else " (taken back)"
         seconds = ", ".join(str(made[name]) for name in ("making", "blocks_seconds") if made.get(name) is not None)
         lines.append(
-            f"| {key[0]} ({first['unit']}, {first['dense']:.2f}) | {key[1]:g}x | {first['n']} | {values['made']} | "
-            f"{fitted} | {seconds} | {values['noise']} | {values['real']} |"
+            f"| {key[0]} ({first['unit']}, {first['dense']:.2f}) | {key[1]:g}x | {widths_line(key[2])} | {first['n']} "
+            f"| {values['made']} | {fitted} | {seconds} | {values['noise']} | {values['real']} |"
         )
     return "\n".join(lines)
 
@@ -148,7 +156,7 @@ def curve(rows: list[dict[str, Any]]) -> str:
         "| network | asked | steps | inputs | seconds of making | divergence at batch norms | value |",
         "| :-- | --: | --: | --: | --: | --: | --: |",
     ]
-    made = [r for r in rows if r["inputs"] == "made" and r["seed"] == 0]
+    made = [r for r in rows if r["inputs"] == "made" and r["seed"] == 0 and r["round_to"] == "auto"]
     several = {(r["model"], r["speedup"]) for r in made if any(_differs(r, o) for o in made)}
     for r in sorted(made, key=lambda r: (r["model"], r["speedup"], r["n"], r["steps"])):
         if (r["model"], r["speedup"]) in several:
@@ -173,7 +181,8 @@ training. The criterion is "reconstruction", the repair least squares, both on t
 [no data, unlabelled data, training](guide/no-data.md). Settings were chosen by how well layers that were fitted to made
 inputs do on training images, with another network (ResNet-32). "blocks fitted": `recover="blocks"` on the made inputs,
 where that was tried; "taken back": it was no better on made inputs that were held from it, and the network is as least
-squares left it. Seconds are CPU time of one thread on a busy machine.
+squares left it. Seconds are CPU time of one thread on a busy machine. Widths: "that run well" are those of the default,
+`round_to="auto"`; "any", of `round_to=1`, are most accurate for their multiply-accumulates.
 
 Written by `python -m tools.bench_synthetic` ({machine}; {versions}).
 
@@ -198,6 +207,7 @@ def main() -> None:
     default = graphprune.Synthetic().steps
     parser.add_argument("--steps", nargs="+", type=int, default=[default])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--round-to", type=width_step, default="auto", help="as in graphprune.plan")
     parser.add_argument("--keep", type=Path, help="folder for made inputs, to go on from")
     parser.add_argument("--blocks", action="store_true", help="on made inputs fit blocks as well")
     parser.add_argument("--held-out", action="store_true", help="measure on held-out training images, write nothing")
@@ -211,7 +221,9 @@ def main() -> None:
         for kind in options.inputs:
             for steps in options.steps if kind == "made" else options.steps[:1]:
                 asked = {"kind": kind, "n": n, "steps": steps, "seed": options.seed}
-                for row in rows_of(name, made, speedups, asked, options.keep, options.blocks):
+                for row in rows_of(
+                    name, made, speedups, asked, options.keep, options.blocks, options.round_to
+                ):
                     row["dense"] = dense
                     print(row, flush=True)
                     if not options.held_out:
@@ -221,7 +233,7 @@ def main() -> None:
 def _keep(row: dict[str, Any], steps: int) -> None:
     """Put a row in the place of the one of its kind, and write the page."""
     rows: list[dict[str, Any]] = json.loads(TARGET.read_text()) if TARGET.is_file() else []
-    keys = ("model", "speedup", "inputs", "n", "steps", "seed")
+    keys = ("model", "speedup", "round_to", "inputs", "n", "steps", "seed")
     old = next((r for r in rows if all(r[key] == row[key] for key in keys)), {})
     if row["making"] is None:
         row["making"] = old.get("making")

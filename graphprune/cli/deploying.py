@@ -77,6 +77,14 @@ def export(
     verify_it: VerifyOption = True,
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; the exporter's choice if not given.")] = None,
     fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only the example's batch size.")] = False,
+    dynamic: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="INPUT:AXIS=NAME",
+            help="An axis that is free, and its name in the ONNX file: ids:1=length, mask:1=past+length. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option("--check/--no-check", help="Compare with PyTorch in ONNX Runtime.")] = True,
     tolerance: Annotated[float | None, typer.Option(help="Largest relative error; by data type if not given.")] = None,
     provider: Annotated[str, typer.Option(help="Where to compare: cpu, cuda or auto.")] = "cpu",
@@ -91,9 +99,10 @@ def export(
     if sum(option is not None for option in (plan, ratio, pruned)) > 1:
         raise typer.BadParameter("give only one of --pruned, --plan and --ratio", param_hint="--ratio")
     elsewhere = runtime is not None or precision is not None
-    for name, value in (("--opset", opset), ("--external-data", external_data)):
+    for name, value in (("--opset", opset), ("--external-data", external_data), ("--dynamic", dynamic or None)):
         if elsewhere and value is not None:
             raise typer.BadParameter("is for plain ONNX files: leave out --runtime and --precision", param_hint=name)
+    free_axes = _free_axes(dynamic)
     pruning = plan is not None or ratio is not None
     wanted = parse_ratio(ratio) if ratio is not None else None
     with working("export", quiet) as work:
@@ -129,6 +138,7 @@ def export(
                 path,
                 opset=opset,
                 dynamic_batch=not fixed_batch,
+                dynamic_shapes=free_axes,
                 plan=decided,
                 check=check,
                 tolerance=tolerance,
@@ -152,11 +162,28 @@ def export(
         "outputs": list(report.outputs),
         "max_relative_error": report.max_relative_error,
         "checked_batch_sizes": list(report.checked_batch_sizes),
+        "dynamic_axes": {name: {str(a): d for a, d in own.items()} for name, own in report.dynamic_axes.items()},
+        "checked_sizes": [dict(sizes) for sizes in report.checked_sizes],
         "notes": list(report.notes),
         "parameters": sum(parameter.numel() for parameter in exported.parameters()),
         "verification": checks_as_data(proof),
     }
     show(as_json, shown, *proofs, str(report))
+
+
+def _free_axes(given: list[str] | None) -> dict[str, dict[int, str]] | None:
+    """The options --dynamic as `dynamic_shapes`: INPUT:AXIS=NAME each."""
+    found: dict[str, dict[int, str]] = {}
+    for item in given or ():
+        place, _, name = item.partition("=")
+        argument, _, axis = place.rpartition(":")
+        if not (argument and name and axis.isdecimal()):
+            raise typer.BadParameter(
+                f"expected INPUT:AXIS=NAME, such as ids:1=length, got {item!r}", param_hint="--dynamic"
+            )
+        if found.setdefault(argument, {}).setdefault(int(axis), name) != name:
+            raise typer.BadParameter(f"axis {axis} of {argument!r} has two names", param_hint="--dynamic")
+    return found or None
 
 
 def bench(

@@ -1,7 +1,8 @@
 """From a module to a file that runs, and to numbers: ONNX export with proof, adapters of runtimes, latency measured in
 ONNX Runtime, and latency tables of a machine to plan with."""
 
-from .export import ExportReport, export_onnx
+from .export import export_onnx
+from .exported import ExportReport
 from .latency import LatencyTable, Target, latency_table
 from .listing import RuntimeList, RuntimeStatus, usable_runtimes
 from .providers import Provider, resolve_provider, usable_providers

@@ -19,6 +19,7 @@ from ..errors import GraphPruneError
 from ..support.restoring import restored
 from ..tracing.state import evaluating
 from .arguments import FlatArguments, named_outputs
+from .dynamic import FreeAxes
 
 _PACKAGE = Path(__file__).parents[1]
 _NOISY = ("torch", "onnxscript", "onnx_ir", "onnx")
@@ -91,8 +92,10 @@ def quiet() -> Iterator[None]:
                 logger.setLevel(level)
 
 
-def run_model(model: nn.Module, arguments: FlatArguments) -> Any:
+def run_model(model: nn.Module, arguments: FlatArguments, where: str | None = None) -> Any:
     """The model's own result, on copies of the arguments. Call inside `inference_state`.
+
+    `where`: at which sizes, for the message.
 
     Raises:
         GraphPruneError: the model raised; its own message and line are shown.
@@ -100,11 +103,16 @@ def run_model(model: nn.Module, arguments: FlatArguments) -> Any:
     try:
         return arguments.example.clone().call(model)
     except Exception as error:
+        if where is None:
+            where = "" if arguments.batch_size is None else f" at batch size {arguments.batch_size}"
         raise GraphPruneError(
-            f"{type(model).__name__} cannot be run on example_input"
-            f"{'' if arguments.batch_size is None else f' at batch size {arguments.batch_size}'}: "
-            f"{type(error).__name__}: {_first_lines(str(error))}{_raised_at(error)}"
+            f"{type(model).__name__} cannot be run on example_input{where}: {reason_of(error)}"
         ) from error
+
+
+def reason_of(error: BaseException) -> str:
+    """The kind and the first lines of an error, and the line of the user's code."""
+    return f"{type(error).__name__}: {_first_lines(str(error))}{_raised_at(error)}"
 
 
 def capture(
@@ -113,16 +121,16 @@ def capture(
     output_names: Sequence[str],
     *,
     opset: int | None,
-    dynamic_batch: bool,
+    free: FreeAxes,
 ) -> Any:
     """A `torch.onnx.ONNXProgram` of `model`, not optimised yet. Call inside `inference_state`.
 
     Raises:
+        FixedAxesError: the axes that were asked for cannot all be dynamic.
         GraphPruneError: the model cannot be captured (with its line), an operator has no ONNX form (with its module),
             the batch cannot be dynamic, or `opset` cannot be reached.
     """
-    free = {0: "batch"}
-    shapes = tuple(free if batched else None for batched in arguments.batched)
+    dynamic_batch = free.any and not free.asked
     name = type(model).__name__
     try:
         with quiet():
@@ -135,17 +143,20 @@ def capture(
                 input_names=list(arguments.names),
                 output_names=list(output_names),
                 opset_version=opset,
-                dynamic_shapes=(shapes,) if dynamic_batch else None,
+                dynamic_shapes=(free.names(),) if free.any else None,
             )
     except Exception as error:
+        if free.asked and (places := _specialised(error, free)):
+            raise FixedAxesError(places) from error
         raise GraphPruneError(explain(name, error, arguments, dynamic_batch)) from error
     if program is None or len(program.model.graph.inputs) != len(arguments.tensors):
         raise GraphPruneError(f"{name} cannot be exported: the exporter lost an input")
-    if dynamic_batch:
-        for value, batched in zip(program.model.graph.inputs, arguments.batched, strict=True):
-            if batched and (value.shape is None or isinstance(value.shape[0], int)):
-                reason = f"the first size of input {value.name!r} came out fixed"
-                raise GraphPruneError(_fixed_batch(name, arguments, reason))
+    fixed = _came_out_fixed(program, free)
+    if fixed and free.asked:
+        raise FixedAxesError(fixed)
+    if fixed:
+        reason = f"the first size of input {arguments.names[fixed[0][0]]!r} came out fixed"
+        raise GraphPruneError(_fixed_batch(name, arguments, reason))
     written = program.model.opset_imports.get("")
     if opset is not None and written != opset:
         raise GraphPruneError(
@@ -153,6 +164,36 @@ def capture(
             f"ask for opset 18 or later"
         )
     return program
+
+
+class FixedAxesError(GraphPruneError):
+    """Axes, as (tensor, axis), that were to be free and that torch has found to be of one size only."""
+
+    def __init__(self, places: Sequence[tuple[int, int]]) -> None:
+        super().__init__(f"fixed: {places}")
+        self.places = tuple(places)
+
+
+def _specialised(error: BaseException, free: FreeAxes) -> list[tuple[int, int]]:
+    """The axes of which torch.export says that they have one size, as far as it names them."""
+    texts, current = [], error
+    while current is not None:
+        texts.append(str(current))
+        current = current.__cause__  # type: ignore[assignment]
+    found = re.findall(r"static shape of \d+ for dimension inputs((?:\[\d+\])+)\.shape\[(\d+)\]", texts[-1])
+    places = [(int(re.findall(r"\d+", path)[-1]), int(axis)) for path, axis in found]
+    return [(i, axis) for i, axis in dict.fromkeys(places) if i < len(free.axes) and axis in free.axes[i]]
+
+
+def _came_out_fixed(program: Any, free: FreeAxes) -> list[tuple[int, int]]:
+    """The free axes that are numbers in the program."""
+    shapes = [value.shape for value in program.model.graph.inputs]
+    return [
+        (i, axis)
+        for i, (own, shape) in enumerate(zip(free.axes, shapes, strict=True))
+        for axis in own
+        if shape is None or isinstance(shape[axis], int)
+    ]
 
 
 def optimise(program: Any, name: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,55 +17,15 @@ from ..support.doors import door
 from ..support.files import check_target, workspace
 from ..support.types import PathLike
 from ..support.walking import named_tensors
+from . import external
 from .arguments import FlatArguments, named_outputs
-from .capture import capture, inference_state, optimise, quiet, run_model
+from .capture import inference_state, optimise, quiet, run_model
+from .dynamic import FreeAxes
+from .exported import ExportReport
 from .external import named_by_contents, put_network_in_place
-from .initializers import Initializers, Removal, check_captured, check_file, planned_shapes
+from .freeing import Call, Captured, capture_batched, capture_free
+from .initializers import Removal, check_captured, check_file, planned_shapes
 from .parity import check_parity, default_tolerance
-
-# A protobuf message ends at 2 GiB; the graph around the weights needs some of it.
-_LARGE = 2**31 - 2**27
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportReport:
-    """What `export_onnx` wrote. Can be used wherever a path can.
-
-    `inputs`, `outputs`: the names in the file. `dynamic_batch`: whether the first dimension of the inputs that share
-    the batch is free. `batch_size`: that of the example. `nodes`: in the graph, before ONNX Runtime optimises it.
-    `size`: bytes on disk, `external_data` (the file beside `path` with the weights, None if they are inside) included.
-    `max_relative_error`: max|onnx - torch| / max|torch|, the largest over outputs and `checked_batch_sizes`; None with
-    check=False. `initializers`: where the parameters went. `notes`: what weakens the parity check, if anything does.
-    """
-
-    path: Path
-    opset: int
-    dynamic_batch: bool
-    batch_size: int | None
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    nodes: int
-    size: int
-    external_data: Path | None
-    max_relative_error: float | None
-    tolerance: float
-    checked_batch_sizes: tuple[int | None, ...]
-    initializers: Initializers
-    notes: tuple[str, ...] = ()
-
-    def __fspath__(self) -> str:
-        return str(self.path)
-
-    def __str__(self) -> str:
-        batch = "dynamic batch" if self.dynamic_batch else f"batch size {self.batch_size}"
-        if self.max_relative_error is None:
-            parity = "parity not checked"
-        else:
-            sizes = ", ".join(str(size) for size in self.checked_batch_sizes if size is not None)
-            parity = f"relative error {self.max_relative_error:.2g} (allowed {self.tolerance:.2g})"
-            parity += f" at batch size {sizes}" if sizes else ""
-        facts = [f"opset {self.opset}", batch, f"{self.nodes} nodes", f"{self.size / 2**20:.2f} MiB", parity]
-        return f"{self.path}: {', '.join(facts)}" + "".join(f"; {note}" for note in self.notes)
 
 
 @door("model", exact=True)
@@ -76,6 +36,7 @@ def export_onnx(
     *,
     opset: int | None = None,
     dynamic_batch: bool = True,
+    dynamic_shapes: Any = None,
     plan: Removal | None = None,
     check: bool = True,
     tolerance: float | None = None,
@@ -93,13 +54,23 @@ def export_onnx(
 
     Args:
         example_input: a tensor, a tuple of positional arguments or a dict of keyword arguments, on the model's device.
-            Values that are no tensors are constants of the file.
+            Values that are no tensors are constants of the file. Tensors may lie in tuples, lists, dicts, caches and
+            classes that are registered with `torch.utils._pytree`; the file has each as an input of its own, such as
+            "past_key_values_0_1". An output of the name of an input of "past..." is called "present...".
         opset: the ONNX operator set; the exporter's own choice if None. 18 or later always works.
         dynamic_batch: the first dimension of every tensor that is as long as that of the first one is free. A model
             whose code fixes it is an error, not a file that works for one size only: pass False for such a file.
+        dynamic_shapes: further axes that are free, in the form of `torch.export`: a dict by the names of arguments (or
+            of inputs of the file) or a tuple by position, nested as the inputs are, of {axis: dim}; what is not named
+            is fixed. A dim is a name, a sum such as "past + length", a `torch.export.Dim` (with `min` and `max`, or
+            made of another as in `8 * Dim("n")`), `Dim.DYNAMIC`, `Dim.AUTO` (free if torch can have it so) or None.
+            {axis: dim} in the place of a tuple, list, dict or cache stands for every tensor in it. Where it says
+            nothing of the first axis of any tensor that shares the batch, `dynamic_batch` decides over that.
         plan: the plan that the model was pruned by; parameters and initializers must have the shapes it leaves.
-        check: compare with the model in ONNX Runtime at the example's batch size and, if dynamic, at another one.
-            Costs two or three forward passes.
+        check: compare with the model in ONNX Runtime at the example's batch size and, if dynamic, at another one; with
+            `dynamic_shapes` at the example's sizes, at larger ones and at the smallest, and at 1 and 0 where the model
+            takes that and answers (there a difference is a note). Inputs of these sizes are made from the example.
+            Costs two or three forward passes, with `dynamic_shapes` about ten.
         tolerance: largest allowed relative error, max|onnx - torch| / max|torch| of each output; integer outputs
             must be equal. None: 1e-4, or 1e-2 where float16 and 5e-2 where bfloat16 is involved.
         provider: where to check, "cpu" unless said (see `resolve_provider`). Half precision may need "cuda".
@@ -109,7 +80,8 @@ def export_onnx(
 
     Raises:
         GraphPruneError: the path cannot be written; the model does not run, cannot be captured or has an operator
-            without an ONNX form; the batch cannot be dynamic; the opset cannot be reached; a shape is not the plan's;
+            without an ONNX form; the batch or another axis cannot be dynamic (with the axis, its size and the reason),
+            or `dynamic_shapes` names what is not there; the opset cannot be reached; a shape is not the plan's;
             ONNX Runtime cannot run the file or computes something else.
     """
     target = check_target(path)
@@ -118,8 +90,7 @@ def export_onnx(
     model = plain(model)  # which has no tensors that weights are computed from
     planned = {name: shape for name, shape in planned.items() if name in named_tensors(model)}
     arguments = FlatArguments.of(example_input, model)
-    if dynamic_batch and arguments.batch_size is None:
-        raise GraphPruneError("no tensor of example_input has a batch dimension; pass dynamic_batch=False")
+    free = _free_axes(arguments, dynamic_shapes, dynamic_batch)
 
     with workspace(target) as folder:
         with inference_state(model):
@@ -128,11 +99,9 @@ def export_onnx(
             assigned.check(model)
             taken = [*arguments.names, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))]
             output_names, output_tensors = named_outputs(first_outputs, taken)
-            # A batch of 1 means more than a size to torch (it broadcasts), so another one is traced.
-            traced = arguments.resized(2) if dynamic_batch and arguments.batch_size == 1 else arguments
-            if traced is not arguments:
-                run_model(model, traced)
-            program = capture(model, traced, output_names, opset=opset, dynamic_batch=dynamic_batch)
+            make = capture_free if free.asked else capture_batched
+            captured = make(model, arguments, output_names, opset=opset, free=free)
+            program = captured.program
             used = check_captured(program, model, planned)
             optimise(program, type(model).__name__)
             temporary = folder / target.name
@@ -141,17 +110,15 @@ def export_onnx(
         initializers = check_file(found, model, used, planned)
         if tolerance is None:
             tolerance = default_tolerance([*arguments.tensors, *output_tensors, *model.parameters()])
-        error: float | None = None
-        notes: list[str] = []
-        sizes = _batch_sizes(arguments.batch_size, dynamic_batch) if check else ()
+        calls, error, notes = captured.calls if check else (), None, [*captured.notes]
         if check:
-            error, notes = check_parity(temporary, model, arguments, sizes, tolerance=tolerance, provider=provider)
+            calls, error, notes = _compare(temporary, model, captured, tolerance, provider)
         size = sum(file.stat().st_size for file in (temporary, data) if file is not None)
         data = put_network_in_place(temporary, data, target)
     return ExportReport(
         path=target,
         opset=written_opset,
-        dynamic_batch=dynamic_batch,
+        dynamic_batch=captured.free.frees_batch(arguments),
         batch_size=arguments.batch_size,
         inputs=arguments.names,
         outputs=tuple(output_names),
@@ -160,10 +127,44 @@ def export_onnx(
         external_data=data,
         max_relative_error=error,
         tolerance=tolerance,
-        checked_batch_sizes=sizes,
+        checked_batch_sizes=tuple(call.arguments.batch_size for call in calls),
         initializers=initializers,
         notes=tuple(notes),
+        dynamic_axes=captured.free.described(arguments),
+        checked_sizes=tuple(call.sizes for call in calls if call.sizes),
     )
+
+
+def _free_axes(arguments: FlatArguments, dynamic_shapes: Any, dynamic_batch: bool) -> FreeAxes:
+    if dynamic_shapes is not None:
+        return FreeAxes.of(dynamic_shapes, arguments, dynamic_batch=dynamic_batch)
+    if dynamic_batch and arguments.batch_size is None:
+        raise GraphPruneError("no tensor of example_input has a batch dimension; pass dynamic_batch=False")
+    return FreeAxes.batch(arguments) if dynamic_batch else FreeAxes.none(arguments)
+
+
+def _compare(
+    path: Path, model: nn.Module, captured: Captured, tolerance: float, provider: str
+) -> tuple[tuple[Call, ...], float, list[str]]:
+    """The calls at which file and model agree, the largest relative error, and notes.
+
+    Raises:
+        GraphPruneError: they differ; but at sizes of 0 and 1 that torch does not promise, which is a note.
+    """
+
+    def compare(calls: Sequence[Call]) -> tuple[float, list[str]]:
+        given = [(call.where, call.arguments) for call in calls]
+        return check_parity(path, model, given, tolerance=tolerance, provider=provider)
+
+    error, told = compare(captured.calls)
+    calls, notes = [*captured.calls], [*captured.notes, *told]
+    for call in captured.perhaps:
+        try:
+            error = max(error, compare([call])[0])
+            calls.append(call)
+        except GraphPruneError:
+            notes.append(f"not to be used{call.where}, where the model runs and the file fails or differs")
+    return tuple(calls), error, notes
 
 
 class _Assignments(TorchFunctionMode):
@@ -204,18 +205,11 @@ def _check_arguments(model: nn.Module, opset: int | None, tolerance: float | Non
         raise GraphPruneError(f"tolerance must be a finite number of at least 0, got {tolerance!r}")
 
 
-def _batch_sizes(own: int | None, dynamic_batch: bool) -> tuple[int | None, ...]:
-    """The example's batch size and, if it is free, one that was not traced either."""
-    if not dynamic_batch or own is None:
-        return (own,)
-    return (own, 3 if own == 1 else own + 1)
-
-
 def _save(program: Any, path: Path, external_data: bool | None) -> Path | None:
     """Write the program; the file of external data, if there is one."""
     if external_data is None:
         weights = program.model.graph.initializers.values()
-        external_data = sum(v.const_value.nbytes for v in weights if v.const_value is not None) > _LARGE
+        external_data = sum(v.const_value.nbytes for v in weights if v.const_value is not None) > external.LARGE
     try:
         with quiet():
             program.save(path, external_data=external_data)

@@ -18,6 +18,9 @@ from typing import Any
 from ..errors import GraphPruneError
 from ..support.files import put_in_place
 
+# A protobuf message ends at 2 GiB; the graph around the weights needs some of it.
+LARGE = 2**31 - 2**27
+
 # Graphs beside their weights are small.
 _LARGEST_GRAPH = 2**28
 # Between its weights and its graph an export has this long, in seconds.

@@ -73,13 +73,12 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 def check_parity(
     path: PathLike,
     model: nn.Module,
-    arguments: FlatArguments,
-    batch_sizes: Sequence[int | None],
+    calls: Sequence[tuple[str, FlatArguments]],
     *,
     tolerance: float,
     provider: str = "cpu",
 ) -> tuple[float, list[str]]:
-    """Run the file in ONNX Runtime and `model` in torch on the same input, for each batch size.
+    """Run the file in ONNX Runtime and `model` in torch on the same input, for each of (sizes in words, call).
 
     Floating-point outputs may differ by `tolerance` (see `relative_error`), integer outputs not at all.
 
@@ -92,18 +91,17 @@ def check_parity(
     session = open_session(path, chosen, threads=max(1, torch.get_num_threads()))
     worst = 0.0
     alive: dict[str, bool] = {}
-    for number, batch_size in enumerate(batch_sizes):
-        call = arguments if batch_size is None else arguments.resized(batch_size, seed=number)
+    for number, (where, call) in enumerate(calls):
         with inference_state(model), exact_float32():
-            names, expected = named_outputs(run_model(model, call))
+            names, expected = named_outputs(run_model(model, call, where))
         actual = run_once(session, call, chosen)
         if len(actual) != len(expected):
             raise GraphPruneError(f"the exported file has {len(actual)} outputs, the model {len(expected)}")
         for name, got, wanted in zip(names, actual, expected, strict=True):
             error = relative_error(got, wanted)
             if not error <= tolerance:
-                what = _mismatch(name, got, wanted, error, tolerance, batch_size)
-                cause = _likely_cause(model, call, tolerance, resized=call is not arguments)
+                what = _mismatch(name, got, wanted, error, tolerance, where)
+                cause = _likely_cause(model, call, tolerance, resized=number > 0)
                 raise GraphPruneError(f"no file was written: {what}. {cause}")
             worst = max(worst, error)
             informative = not wanted.is_floating_point() or not wanted.numel() or bool(torch.any(wanted != 0))
@@ -112,8 +110,7 @@ def check_parity(
     return worst, notes
 
 
-def _mismatch(name: str, got: Tensor, wanted: Tensor, error: float, tolerance: float, batch_size: int | None) -> str:
-    where = "" if batch_size is None else f" at batch size {batch_size}"
+def _mismatch(name: str, got: Tensor, wanted: Tensor, error: float, tolerance: float, where: str) -> str:
     if got.shape != wanted.shape:
         return f"output {name!r} has shape {tuple(got.shape)} in ONNX Runtime and {tuple(wanted.shape)} in torch{where}"
     if not wanted.is_floating_point():
@@ -131,5 +128,5 @@ def _likely_cause(model: nn.Module, call: FlatArguments, tolerance: float, *, re
     if any(not relative_error(a, b) <= tolerance for a, b in zip(first, second, strict=True)):
         return "Two runs of the model itself differ by more than that: remove what is random in its forward"
     if resized:
-        return "If it is right with dynamic_batch=False, the model's code depends on the batch size"
+        return "If it is right at the example's own sizes (dynamic_batch=False), the model's code depends on the size"
     return "Raise the tolerance only if you know why; check=False writes the file as it is"

@@ -15,6 +15,7 @@ from ..errors import GraphPruneError
 from ..plans.surgery.copying import clone_with
 from ..support.doors import door
 from ..support.files import check_target
+from ..support.numbers import check_integer
 from ..support.types import Ignore, Parts, PathLike
 from .checkpoints import Progress, read_progress, write_progress
 from .magnitudes import magnitude
@@ -138,8 +139,7 @@ class _Run:
 
     def check(self) -> None:
         for name, value, least in (("steps", self.steps, 1), ("rounds", self.rounds, 1), ("rewind", self.rewind, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise GraphPruneError(f"lottery_ticket: {name} must be an integer of at least {least}, got {value!r}")
+            check_integer(f"lottery_ticket: {name}", value, least)
         if self.rewind >= self.steps:
             raise GraphPruneError(f"lottery_ticket: expected rewind < steps, got {self.rewind} and {self.steps}")
         check_scope(self.scope)

@@ -8,6 +8,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..errors import GraphPruneError
 from ..support.doors import door
+from ..support.numbers import check_integer, is_integer
 from ..support.types import Ignore, Parts
 from ..support.warning import warn
 from .masks import put_in_force
@@ -38,8 +39,7 @@ def n_m(
     Raises GraphPruneError, with the model as it was, unless 1 <= n < m, and where no weight fits.
     """
     for name, value in (("n", n), ("m", m)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise GraphPruneError(f"{name}: expected an integer of at least 1, got {value!r}")
+        check_integer(name, value, 1)
     if n >= m:
         raise GraphPruneError(f"n_m keeps n of every m weights: expected n < m, got {n}:{m}")
     chosen = select_weights(model, parameters, ignore)
@@ -102,7 +102,7 @@ def blocks(
     wanted = check_sparsity(sparsity)
     check_scope(scope)
     sizes = tuple(shape) if isinstance(shape, (tuple, list)) else ()
-    if len(sizes) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in sizes):
+    if len(sizes) != 2 or not all(is_integer(n, 1) for n in sizes):
         raise GraphPruneError(f"shape: expected (rows, columns) of a block, two integers of at least 1, got {shape!r}")
     weights = [w for w in select_weights(model, parameters, ignore) if w.value.dim() > 1]
     if not weights:

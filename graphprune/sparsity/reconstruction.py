@@ -25,6 +25,7 @@ from ..recovery.repair.checking import Check, FitData
 from ..recovery.repair.solve import masked_ridge_solution
 from ..recovery.repair.steps import LayerRecovery, Option, Options, Steps, better_of_two
 from ..support.doors import door
+from ..support.numbers import check_number
 from ..support.progress import ProgressOption, reported, stage
 from ..support.walking import named_tensors
 from ..support.warning import warn
@@ -63,8 +64,7 @@ def reconstruct(
     Raises GraphPruneError where the two do not fit together, without masks, and for unusable data; then nothing is
     changed.
     """
-    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
-        raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
+    check_number("ridge", ridge)
     masked = {site.name: w for w in find_weights(model) if _alone(w) for site in w.sites}
     example = ExampleInput.of(example_input)
     data = made_for(data, dense, example_input)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from ..errors import GraphPruneError
+from ..support.numbers import check_integer
 from ..support.registry import Registry
 from .ranking import check_sparsity
 
@@ -32,8 +33,7 @@ class Schedule:
 
     def __call__(self, step: int) -> float:
         """The sparsity after `step` steps: `initial` up to `begin`, `final` from `end` on."""
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise GraphPruneError(f"step: expected an integer of at least 0, got {step!r}")
+        check_integer("step", step, 0)
         if step <= self.begin:
             return self.initial
         if step >= self.end:
@@ -84,8 +84,7 @@ def schedule(
         raise GraphPruneError(f"schedule: the initial sparsity {low:g} is above the final one {high:g}")
     last = steps if end is None else end
     for what, value, least in (("steps", steps, 1), ("begin", begin, 0), ("end", last, 1), ("frequency", frequency, 1)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise GraphPruneError(f"schedule: {what} must be an integer of at least {least}, got {value!r}")
+        check_integer(f"schedule: {what}", value, least)
     if not begin < last <= steps:
         raise GraphPruneError(f"schedule: expected begin < end <= steps, got begin {begin}, end {last}, steps {steps}")
     return Schedule(key, low, high, begin, last, frequency)

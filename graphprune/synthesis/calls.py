@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphPruneError
 from ..support.doors import door
+from ..support.numbers import check_integer
 from ..support.progress import ProgressOption, reported, stage
 from ..support.types import PathLike
 from ..tracing.example import ExampleInput
@@ -146,9 +147,9 @@ class Synthetic:
             value = getattr(self, name)
             if name == "batch_size" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise GraphPruneError(f"{name}: expected an integer of at least {least}, got {value!r}")
-            object.__setattr__(self, name, int(value))
+            value = int(value) if isinstance(value, np.integer) else value
+            check_integer(name, value, least)
+            object.__setattr__(self, name, value)
 
     @door("model", exact=True)
     def inputs(self, model: nn.Module, example_input: Any, progress: ProgressOption = None) -> SyntheticInputs:

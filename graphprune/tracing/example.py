@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import GraphPruneError
 from ..support.reach import slots
+from .containers import is_cache, is_holder, opened, remade
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,10 +105,6 @@ def result_tensors(value: Any) -> list[Tensor]:
     return found
 
 
-def _is_cache(value: Any) -> bool:
-    return any(kind.__name__.endswith("Cache") for kind in type(value).__mro__)
-
-
 def _flatten(value: Any, found: list[Tensor], depth: int, caches: bool = True) -> None:
     if isinstance(value, Tensor):
         found.append(value)
@@ -115,7 +112,7 @@ def _flatten(value: Any, found: list[Tensor], depth: int, caches: bool = True) -
         value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device, nn.Module)
     ):
         return
-    elif depth > 16 or (not caches and _is_cache(value)):
+    elif depth > 16 or (not caches and is_cache(value)):
         return
     elif isinstance(value, Mapping):
         for item in value.values():
@@ -126,19 +123,28 @@ def _flatten(value: Any, found: list[Tensor], depth: int, caches: bool = True) -
     elif isinstance(value, (Set, KeysView, ValuesView, ItemsView, deque)):
         for item in value:
             _flatten(item, found, depth + 1, caches)
+    elif (parts := opened(value)) is not None:  # in the order in which `map` sees them
+        for item in parts.parts:
+            _flatten(item, found, depth + 1, caches)
     elif not isinstance(value, type):
         for item in (*getattr(value, "__dict__", {}).values(), *(getattr(value, name, None) for name in slots(value))):
             _flatten(item, found, depth + 1, caches)
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def _map(value: Any, function: Callable[[Tensor], Tensor], inside: bool = False) -> Any:
+    """`inside`: a cache, whose parts are copied too, as a model changes them while it runs."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, tuple):
-        items = [_map(item, function) for item in value]
+        items = [_map(item, function, inside) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     if isinstance(value, list):
-        return [_map(item, function) for item in value]
+        return [_map(item, function, inside) for item in value]
     if isinstance(value, dict):
-        return {key: _map(item, function) for key, item in value.items()}
+        return {key: _map(item, function, inside) for key, item in value.items()}
+    parts = opened(value)
+    if parts is not None:
+        return parts.rebuild([_map(item, function, inside) for item in parts.parts])
+    if is_holder(value, inside):
+        return remade(value, lambda item: _map(item, function, True))
     return value

@@ -24,6 +24,7 @@ from ..recovery import recover as recover_accuracy
 from ..sparsity.channels import NOT_IN_STEPS, NOT_OF_CHANNELS, Channels
 from ..sparsity.schedules import schedule as make_schedule
 from ..support.doors import door
+from ..support.numbers import check_integer
 from ..support.progress import ProgressOption, reported, stage
 from ..tracing.counting import count
 
@@ -78,8 +79,7 @@ def prune_gradually(
     request = Request(ratio, budget=budget, **options)
     if isinstance(request.ratio, Mapping):
         raise GraphPruneError("ratio: expected one number in [0, 1), as what is named changes from step to step")
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise GraphPruneError(f"steps: expected an integer of at least 1, got {steps!r}")
+    check_integer("steps", steps, 1)
     if train is not None and not callable(train):
         raise GraphPruneError(f"train: expected a function (model, step) -> model or None, got {type(train).__name__}")
     check_recover(request, recover)

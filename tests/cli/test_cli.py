@@ -239,8 +239,10 @@ def test_meta_models_are_planned_without_weights() -> None:
 
 
 def test_export_dense_pruned_and_by_plan() -> None:
-    dense = as_json("export", "zoo:net", "dense.onnx")
+    dense = as_json("export", "zoo:net", "dense.onnx", "--dynamic", "x:2=height", "--dynamic", "x:3=width")
     assert dense["dynamic_batch"] and dense["max_relative_error"] < 1e-4 and dense["verification"] is None
+    assert dense["dynamic_axes"] == {"x": {"0": "batch", "2": "height", "3": "width"}}
+    assert dense["checked_sizes"][0] == {"batch": 2, "height": 8, "width": 8} and len(dense["checked_sizes"]) > 1
     assert dense["inputs"] == ["x"] and dense["parameters"] == 322
     ratio = as_json("export", "zoo:net", "ratio.onnx", "--ratio", "0.5", "--fixed-batch", "--opset", "18")
     assert (ratio["opset"], ratio["dynamic_batch"], ratio["batch_size"]) == (18, False, 2)

@@ -18,7 +18,7 @@ def same_partition(a: list[int], b: list[int]) -> bool:
     return all((a[i] == a[j]) == (b[i] == b[j]) for i, j in itertools.combinations(range(len(a)), 2))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), size=st.integers(2, 12), factors=st.integers(1, 3))
 def test_a_refined_axis_has_the_partitions_of_the_columns(data: st.DataObject, size: int, factors: int) -> None:
     table = DimTable()
@@ -58,7 +58,7 @@ def test_a_refined_axis_has_the_partitions_of_the_columns(data: st.DataObject, s
 SHAPES = [(12,), (3, 4), (4, 3), (2, 6), (6, 2), (2, 2, 3), (2, 3, 2), (3, 2, 2), (1, 12), (12, 1)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     source=st.sampled_from(SHAPES), axis=st.integers(0, 2), target=st.sampled_from(SHAPES), seed=st.integers(0, 1000),
     order=st.integers(0, 5),
@@ -121,7 +121,7 @@ def follows(array: np.ndarray, axis: int) -> bool:
     return len(classes) > 1
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(before=st.sampled_from(SHAPES), after=st.sampled_from(SHAPES))
 def test_reshapes_fall_into_parts_of_equal_size(before: tuple[int, ...], after: tuple[int, ...]) -> None:
     groups = axis_groups(before, after)

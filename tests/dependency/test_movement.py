@@ -161,7 +161,7 @@ STEPS: list[Move] = [
 ]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(
     shape=st.sampled_from([(12,), (6, 4), (2, 6), (4, 3, 2), (12, 2), (2, 2, 6)]),
     steps=st.lists(st.integers(0, len(STEPS) - 1), min_size=1, max_size=4),

@@ -44,7 +44,7 @@ def judged(draw: st.DrawFn) -> tuple[Group, dict[str, Tensor]]:
     return group(members), tensors
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(judged(), st.sampled_from([("l1", 1), ("l2", 2)]))
 def test_magnitude_is_the_mean_norm_of_the_producing_layers(
     case: tuple[Group, dict[str, Tensor]], criterion: tuple[str, int]
@@ -54,7 +54,7 @@ def test_magnitude_is_the_mean_norm_of_the_producing_layers(
     np.testing.assert_allclose(score(criterion[0], g, tensors), expected, rtol=1e-5)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(judged())
 def test_lamp_follows_its_formula(case: tuple[Group, dict[str, Tensor]]) -> None:
     g, tensors = case
@@ -62,7 +62,7 @@ def test_lamp_follows_its_formula(case: tuple[Group, dict[str, Tensor]]) -> None
     np.testing.assert_allclose(score("lamp", g, tensors), expected, rtol=1e-4)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(judged())
 def test_fpgm_sums_the_distances(case: tuple[Group, dict[str, Tensor]]) -> None:
     g, tensors = case

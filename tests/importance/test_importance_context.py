@@ -35,7 +35,7 @@ def placed(draw: st.DrawFn) -> tuple[torch.Tensor, int, np.ndarray]:
     return tensor, axis, np.array(order[: units * k], dtype=np.int64).reshape(units, k)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(placed(), st.sampled_from([1, 2, 3, 0.5]))
 def test_norm_is_the_norm_of_each_units_elements(case: tuple[torch.Tensor, int, np.ndarray], p: float) -> None:
     tensor, axis, positions = case
@@ -46,7 +46,7 @@ def test_norm_is_the_norm_of_each_units_elements(case: tuple[torch.Tensor, int, 
     assert got.dtype == np.float64
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(placed())
 def test_matrix_holds_each_units_elements(case: tuple[torch.Tensor, int, np.ndarray]) -> None:
     tensor, axis, positions = case

@@ -276,7 +276,7 @@ def test_the_steps_of_a_target_hold_step_by_step() -> None:
 # -- widths
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     size=st.integers(1, 40), step=st.sampled_from([1, 2, 3, 8, "auto"]), least=st.integers(1, 12),
     percent=st.integers(1, 100), data=st.data(),

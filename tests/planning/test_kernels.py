@@ -31,7 +31,7 @@ def with_ring(layer: nn.Module, rings: list[int], value: float = 0.0) -> nn.Modu
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_random_convolutions_with_empty_rings(data: st.DataObject) -> None:
     """Every kind of convolution computes the same with the smaller kernel, where the padding allows it."""
     dims = data.draw(st.integers(1, 3))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import GraphPruneError
-from graphprune.runtimes import ExportReport, export, export_onnx, parity
+from graphprune.runtimes import ExportReport, export_onnx, external, parity
 from tests.runtimes import nets
 
 
@@ -218,7 +218,7 @@ def test_external_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert before == {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     monkeypatch.undo()
     # Too large for one file: the same without being asked for.
-    monkeypatch.setattr(export, "_LARGE", 1000)
+    monkeypatch.setattr(external, "LARGE", 1000)
     torch.manual_seed(5)
     again = export_onnx(nets.ConvNet(width=32), x, target)
     assert again.external_data is not None and weights_beside(tmp_path) == [again.external_data.name]

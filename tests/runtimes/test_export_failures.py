@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import GraphPruneError
 from graphprune.plans.plan import Plan
-from graphprune.runtimes import export, export_onnx, parity
+from graphprune.runtimes import export, export_onnx, freeing, parity
 from tests.runtimes import nets
 
 FAILURES: dict[str, tuple[nn.Module, Any, str]] = {
@@ -156,7 +156,7 @@ def test_an_initializer_of_another_shape_is_noticed(tmp_path: Path, monkeypatch:
 
 
 def test_a_parameter_that_the_exporter_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = export.capture
+    original = freeing.capture
 
     def capture(*args: Any, **kwargs: Any) -> Any:
         program = original(*args, **kwargs)
@@ -166,7 +166,7 @@ def test_a_parameter_that_the_exporter_lost(tmp_path: Path, monkeypatch: pytest.
         initializers["gone"] = value
         return program
 
-    monkeypatch.setattr(export, "capture", capture)
+    monkeypatch.setattr(freeing, "capture", capture)
     with pytest.raises(GraphPruneError, match=r"lost parameter 'conv2.weight'"):
         export_onnx(nets.ConvNet(), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx", check=False)
 
@@ -176,7 +176,7 @@ def test_paths_are_checked_before_anything_else(tmp_path: Path, monkeypatch: pyt
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the export started")
 
-    monkeypatch.setattr(export, "capture", never)
+    monkeypatch.setattr(freeing, "capture", never)
     (tmp_path / "file").write_bytes(b"")
     path, message = {
         "no folder": (tmp_path / "missing" / "net.onnx", "does not exist; create it"),

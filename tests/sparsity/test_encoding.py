@@ -26,7 +26,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return not a.numel() or bool((a.reshape(-1).view(torch.uint8) == b.reshape(-1).view(torch.uint8)).all())
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     dtype=st.sampled_from(sorted(DTYPES)),
     shape=st.lists(st.integers(0, 9), max_size=4),
@@ -48,7 +48,7 @@ def test_every_type_shape_and_density_comes_back(dtype: str, shape: list[int], d
     assert held is None if entry.layout == "dense" else torch.equal(held, mask)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(places=st.lists(st.integers(0, 4999), max_size=40, unique=True))
 def test_long_gaps(places: list[int]) -> None:
     tensor = torch.zeros(5000)

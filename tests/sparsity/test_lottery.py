@@ -172,10 +172,10 @@ def test_checkpoints_of_other_runs_and_damaged_ones(tmp_path: Path) -> None:
 
 def test_errors_come_before_any_training() -> None:
     for options, message in (
-        ({"steps": 0}, "steps must be an integer of at least 1"),
-        ({"rounds": 0}, "rounds must be"),
+        ({"steps": 0}, "steps: expected an integer of at least 1"),
+        ({"rounds": 0}, "rounds: expected"),
         ({"rewind": 12}, "expected rewind < steps"),
-        ({"rewind": -1}, "rewind must be"),
+        ({"rewind": -1}, "rewind: expected"),
         ({"scope": "up"}, "scope: expected"),
         ({"ignore": "none such"}, "ignore: no module or parameter matches"),
         ({"evaluate": lambda model: float("nan")}, "evaluate returned nan"),

@@ -31,7 +31,7 @@ def reference(weights: list[torch.Tensor], fraction: float) -> list[torch.Tensor
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     fraction=st.floats(0, 1, exclude_max=True),
     levels=st.integers(1, 6),

@@ -26,7 +26,7 @@ def slow_n_m(weight: Tensor, n: int, m: int, axis: int) -> Tensor:
     return mask
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=st.integers(0, 5), pair=st.sampled_from([(1, 2), (2, 4), (1, 4), (3, 4), (4, 8)]), seed=st.integers(0, 999))
 def test_n_of_m_equals_a_slow_reference(case: int, pair: tuple[int, int], seed: int) -> None:
     layer: nn.Module = [
@@ -67,7 +67,7 @@ def test_n_of_m_on_masks_only_adds() -> None:
     assert (after.unflatten(1, (-1, 4)).sum(-1) == before.unflatten(1, (-1, 4)).sum(-1).clamp(max=2)).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(1, 4), columns=st.integers(1, 5), fraction=st.floats(0, 1, exclude_max=True),
     scope=st.sampled_from(["global", "layer"]), seed=st.integers(0, 999),

@@ -62,10 +62,10 @@ def test_errors() -> None:
         (("linear", 0, 1.0, 10), {}, r"final: expected a number in \[0, 1\)"),
         (("linear", -1, 0.5, 10), {}, "initial: expected"),
         (("linear", 0.6, 0.5, 10), {}, "initial sparsity 0.6 is above the final one 0.5"),
-        (("linear", 0, 0.5, 0), {}, "steps must be an integer of at least 1"),
+        (("linear", 0, 0.5, 0), {}, "steps: expected an integer of at least 1"),
         (("linear", 0, 0.5, 10), {"begin": 10}, "expected begin < end <= steps"),
         (("linear", 0, 0.5, 10), {"end": 11}, "expected begin < end <= steps"),
-        (("linear", 0, 0.5, 10), {"frequency": 0}, "frequency must be"),
+        (("linear", 0, 0.5, 10), {"frequency": 0}, "frequency: expected"),
     ):
         with pytest.raises(GraphPruneError, match=message):
             sparsity.schedule(*arguments, **options)  # type: ignore[arg-type]

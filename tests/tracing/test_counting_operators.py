@@ -29,7 +29,7 @@ from tests.tracing.counting_reference import Calls, independent_macs
     padding=st.integers(0, 2),
     size=st.integers(5, 9),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_convolutions_of_random_shapes(
     kind: Any, batch: int, groups: int, inner: int, outer: int, kernel: int, stride: int, padding: int, size: int
 ) -> None:
@@ -50,7 +50,7 @@ def test_convolutions_of_random_shapes(
     sizes=st.tuples(*[st.integers(1, 5)] * 3),
     vectors=st.tuples(st.booleans(), st.booleans()),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_matmul_of_random_shapes(
     lead: list[int], ones: list[bool], short: int, sizes: tuple[int, int, int], vectors: tuple[bool, bool]
 ) -> None:
@@ -74,7 +74,7 @@ def test_matmul_of_random_shapes(
     causal=st.booleans(),
     named=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_scaled_dot_product_attention(
     batch: int,
     groups: int,
@@ -107,7 +107,7 @@ def test_scaled_dot_product_attention(
     projection=st.integers(0, 2),
     sizes=st.tuples(*[st.integers(1, 4)] * 4),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_recurrent_layers(
     kind: str, layers: int, both: bool, bias: bool, projection: int, sizes: tuple[int, int, int, int]
 ) -> None:

@@ -87,7 +87,7 @@ def slowly_meant(item: Any, names: dict[str, Any]) -> set[str]:
 ITEMS = st.lists(st.sampled_from([*PARTS, "*", "?", ".", "[ab]", "weight", "bias"]), max_size=5).map("".join)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(networks(), st.lists(ITEMS, min_size=1, max_size=4), st.data())
 def test_every_item_means_what_the_reference_says(model: nn.Module, texts: list[str], data: st.DataObject) -> None:
     names, table = every_name(model), NameTable.of(model)
@@ -114,7 +114,7 @@ def test_every_item_means_what_the_reference_says(model: nn.Module, texts: list[
     assert sorted(modules_around(everything)) == sorted(around)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(networks(), st.lists(ITEMS, min_size=1, max_size=5, unique=True))
 def test_of_several_the_innermost_counts_names_before_patterns(model: nn.Module, texts: list[str]) -> None:
     names, table = every_name(model), NameTable.of(model)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -40,7 +40,6 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-@settings(deadline=None)
 @given(
     spatial=st.integers(1, 3), groups=st.integers(1, 3), inner=st.integers(1, 3), outer=st.integers(1, 3),
     size=st.integers(1, 9), kernel=st.integers(1, 4), stride=st.integers(1, 3), padding=st.integers(0, 2),
@@ -74,7 +73,6 @@ def test_torch_is_asked_about_unusual_convolutions(x: Tensor, weight: Tensor, gr
     assert shape_only(aten.convolution.default, args) is None
 
 
-@settings(deadline=None)
 @given(shapes=st.lists(st.lists(st.integers(1, 3), max_size=4), min_size=2, max_size=2), half=st.booleans())
 def test_pointwise_operators_of_two(shapes: list[list[int]], half: bool) -> None:
     a, b = meta(*shapes[0]), meta(*shapes[1], dtype=torch.float16 if half else torch.float32)
@@ -93,7 +91,6 @@ def test_pointwise_operators_of_one(name: str) -> None:
         assert_like_torch(getattr(aten, name).default, x)
 
 
-@settings(deadline=None)
 @given(shape=st.lists(st.integers(0, 3), max_size=4), axes=st.lists(st.integers(-4, 3), max_size=3), keep=st.booleans())
 def test_means(shape: list[int], axes: list[int], keep: bool) -> None:
     x = meta(*shape)
@@ -106,7 +103,6 @@ def test_means(shape: list[int], axes: list[int], keep: bool) -> None:
     assert_like_torch(aten.mean.dim, x.mT if x.dim() > 1 else x, axes, keep)
 
 
-@settings(deadline=None)
 @given(
     shape=st.lists(st.integers(1, 3), min_size=1, max_size=4), order=st.permutations(range(4)),
     other=st.permutations(range(4)), ones=st.sets(st.integers(0, 3)), short=st.integers(0, 4),
@@ -128,7 +124,6 @@ def test_pointwise_operators_of_two_that_lie_otherwise_in_memory(
     assert shape_only(aten.add_.Tensor, (a, b)) is a
 
 
-@settings(deadline=None)
 @given(
     shape=st.lists(st.integers(1, 3), min_size=1, max_size=4), count=st.integers(1, 4), turned=st.booleans(),
     affine=st.integers(0, 2), dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
@@ -151,7 +146,6 @@ def test_the_narrower_operand_may_come_first() -> None:
     assert shape_only(aten.mean.dim, (x, [2, 3], True)).shape == gate.shape
 
 
-@settings(deadline=None)
 @given(
     rest=st.lists(st.integers(1, 3), max_size=3), lengths=st.lists(st.integers(0, 3), min_size=1, max_size=4),
     axis=st.integers(-4, 3), odd=st.booleans(),
@@ -175,7 +169,6 @@ def test_torch_is_asked_about_unusual_concatenations() -> None:
         assert shape_only(aten.cat.default, ([x, other], 1)) is None
 
 
-@settings(deadline=None)
 @given(sizes=st.lists(st.integers(1, 3), min_size=5, max_size=5), double=st.booleans())
 def test_products_of_matrices(sizes: list[int], double: bool) -> None:
     a, b, bias = meta(*sizes[:2]), meta(*sizes[2:4]), meta(sizes[4], dtype=torch.float64 if double else torch.float32)
@@ -187,7 +180,6 @@ def test_products_of_matrices(sizes: list[int], double: bool) -> None:
     assert_like_torch(aten.addmm.default, bias, a, b)
 
 
-@settings(deadline=None)
 @given(
     size=st.tuples(st.integers(1, 9), st.integers(1, 9)), kernel=st.lists(st.integers(1, 4), min_size=1, max_size=2),
     stride=st.lists(st.integers(1, 3), max_size=2), padding=st.integers(0, 2), dilation=st.integers(1, 2),

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ...dependency import GroupKind
 from ...errors import GraphPruneError
+from ...support.numbers import check_integer, is_integer
 
 Ints = npt.NDArray[np.int64]
 RoundTo = int | str
@@ -56,12 +57,9 @@ class Rounding:
 
     def __post_init__(self) -> None:
         step, least, limit = self.round_to, self.min_channels, self.max_ratio
-        if isinstance(step, str) != (step == AUTO) or isinstance(step, bool) or (
-            not isinstance(step, str) and (not isinstance(step, int) or step < 1)
-        ):
+        if not is_integer(step, 1) and not (isinstance(step, str) and step == AUTO):
             raise GraphPruneError(f'round_to: expected "auto" or an integer of at least 1, got {step!r}')
-        if isinstance(least, bool) or not isinstance(least, int) or least < 1:
-            raise GraphPruneError(f"min_channels: expected an integer of at least 1, got {least!r}")
+        check_integer("min_channels", least, 1)
         if isinstance(limit, bool) or not isinstance(limit, (int, float, np.floating)) or not 0 < limit <= 1:
             raise GraphPruneError(
                 f"max_ratio: expected the largest fraction that a group may lose, in (0, 1], got {limit!r}"

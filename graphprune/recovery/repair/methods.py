@@ -17,6 +17,7 @@ from ...plans.naming import in_plain_names
 from ...plans.plan import Plan, check_plan
 from ...plans.surgery import Fold, apply_folds, close_gaps, find_folds, worn
 from ...support.doors import door
+from ...support.numbers import check_number
 from ...support.progress import ProgressOption, reported
 from ...support.suggestions import check_choice
 from ...synthesis import made_for
@@ -181,8 +182,7 @@ def recover(
     method = name_of(method)
     if new_bias is None:
         new_bias = not _configured(model)
-    if isinstance(ridge, bool) or not isinstance(ridge, (int, float)) or not ridge >= 0:
-        raise GraphPruneError(f"ridge: expected a number of at least 0, got {ridge!r}")
+    check_number("ridge", ridge)
     data = made_for(data, model, example_input) if method != "moments" else data
     bare, example = plain(model), ExampleInput.of(example_input)
     options = (float(ridge), every_layer, new_bias, fit)

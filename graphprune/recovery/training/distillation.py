@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import GraphPruneError
+from ...support.numbers import check_number
 from ...support.suggestions import check_choice, did_you_mean
 from ...tracing.example import result_tensors
 
@@ -43,14 +44,9 @@ class Distillation:
     feature_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0.0, None), ("weight", 0.0, 1.0), ("feature_weight", 0.0, None)):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not low <= value <= (high if high is not None else 1e30):
-                limit = f"in [{low:g}, {high:g}]" if high is not None else f"of at least {low:g}"
-                raise GraphPruneError(f"Distillation: {name} must be a number {limit}, got {value!r}")
-        if self.temperature == 0:
-            raise GraphPruneError("Distillation: temperature must be above 0")
+        check_number("Distillation: temperature", self.temperature, above=True)
+        check_number("Distillation: weight", self.weight, high=1)
+        check_number("Distillation: feature_weight", self.feature_weight)
         features: Any = self.features
         if isinstance(features, str) or not isinstance(features, Iterable):
             raise GraphPruneError(f"Distillation: features must be a list of module paths, got {features!r}")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ...errors import GraphPruneError, GraphPruneWarning
 from ...importance.calibration import ONE_INPUT, CalibrationData
 from ...plans.plan import Plan
+from ...support.numbers import check_integer, check_number
 from ...support.randomness import seed_epoch
 from ...support.suggestions import check_choice
 from .carrying import carry_optimizer
@@ -42,17 +43,17 @@ class Training:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_integer("epochs", self.epochs, 0)
-        _check_integer("seed", self.seed, 0)
+        check_integer("epochs", self.epochs, 0)
+        check_integer("seed", self.seed, 0)
         if not callable(self.optimizer):
             check_choice("optimizer", self.optimizer, _RATES, "a function (model) -> torch.optim.Optimizer")
         if callable(self.optimizer) and self.lr is not None:
             raise GraphPruneError("lr: the optimizer that your function makes has its own; leave lr out")
-        _check_number("lr", self.lr, 0.0, math.inf, optional=True)
-        _check_number("momentum", self.momentum, 0.0, 1.0)
-        _check_number("weight_decay", self.weight_decay, 0.0, math.inf)
-        _check_number("warmup", self.warmup, 0.0, 1.0)
-        _check_number("clip", self.clip, 0.0, math.inf, optional=True)
+        check_number("lr", self.lr, optional=True)
+        check_number("momentum", self.momentum, high=1)
+        check_number("weight_decay", self.weight_decay)
+        check_number("warmup", self.warmup, high=1)
+        check_number("clip", self.clip, optional=True)
         if self.clip == 0 or self.lr == 0:
             raise GraphPruneError(f"{'clip' if self.clip == 0 else 'lr'}: must be above 0, got 0")
         if self.amp not in (True, False, "auto"):
@@ -78,20 +79,6 @@ class Training:
     def to_dict(self) -> dict[str, Any]:
         """What must be the same for a run to be the same, as JSON; a function cannot be compared."""
         return {**dataclasses.asdict(self), "optimizer": self.optimizer if isinstance(self.optimizer, str) else "own"}
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise GraphPruneError(f"{name} must be an integer of at least {least}, got {value!r}")
-
-
-def _check_number(name: str, value: Any, low: float, high: float, optional: bool = False) -> None:
-    if optional and value is None:
-        return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        limit = f"of at least {low:g}" if math.isinf(high) else f"in [{low:g}, {high:g}]"
-        raise GraphPruneError(f"{name}: expected a number {limit}{' or None' if optional else ''}, got {value!r}")
 
 
 def rate_factor(step: int, steps: int, warmup: float) -> float:

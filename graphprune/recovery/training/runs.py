@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import GraphPruneError
 from ...plans.surgery.copying import clone_with
 from ...support.files import check_target
+from ...support.numbers import check_integer
 from ...support.progress import Stage, stage
 from ...support.runs import counted, score
 from ...support.tables import Column, render, table
@@ -245,7 +246,6 @@ def check_patience(patience: int | None, evaluate: Any) -> None:
     """Raise GraphPruneError unless there is something to be patient about."""
     if patience is None:
         return
-    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 1:
-        raise GraphPruneError(f"patience: expected an integer of at least 1 or None, got {patience!r}")
+    check_integer("patience", patience, 1)
     if evaluate is None:
         raise GraphPruneError("patience: needs a score to wait for; pass evaluate=")

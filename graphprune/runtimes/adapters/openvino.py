@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,7 @@ class OpenVino(Adapter):
                 graph = Path(folder) / "quantised.onnx"
                 notes = write_int8(source, graph)
             try:
-                network = openvino.Core().read_model(str(graph))
+                network = _core().read_model(str(graph))
                 openvino.save_model(network, str(path), compress_to_fp16=precision == "fp16")
             except Exception as error:
                 raise GraphPruneError(f"OpenVINO cannot convert the network: {first_lines(error)}") from error
@@ -89,7 +90,7 @@ class OpenVino(Adapter):
 class _Opened(Session):
     def __init__(self, path: Path, opening: Opening) -> None:
         self._precision = opening.precision
-        core = _openvino().Core()
+        core = _core()
         try:
             network = core.read_model(str(path))
         except Exception as error:
@@ -165,6 +166,13 @@ def _openvino() -> Any:
         else:
             os.environ["CI"] = before
     return openvino
+
+
+@functools.cache
+def _core() -> Any:
+    """One for the life of the process. With the last of them OpenVINO unloads what runs on the CPU, and with that frees
+    the memory that it has told the system to handle signals on: the next Ctrl-C would end the process."""
+    return _openvino().Core()
 
 
 def _settings(opening: Opening) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import GraphPruneError
+from .. import external
 from ..arguments import unique
 from ..capture import quiet
 from ..external import named_by_contents, weights_beside
@@ -21,9 +22,6 @@ from .features import cpu_features, is_x86
 from .layers import between_layers
 from .naming import first_lines
 from .source import Source
-
-# A protobuf message ends at 2 GiB; the graph around the weights needs some of it.
-_LARGE = 2**31 - 2**27
 
 
 def write_int8(source: Source, path: Path) -> list[str]:
@@ -42,7 +40,7 @@ def write_int8(source: Source, path: Path) -> list[str]:
 
 def is_large(graph: Path) -> bool:
     """Whether a graph and the weights beside it are more than one file of the format can hold."""
-    return sum(file.stat().st_size for file in (graph, *weights_beside(graph))) > _LARGE
+    return sum(file.stat().st_size for file in (graph, *weights_beside(graph))) > external.LARGE
 
 
 def _prepare(graph: Path, path: Path) -> Path:

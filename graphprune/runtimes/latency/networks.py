@@ -13,7 +13,8 @@ from torch import nn
 
 from ...support.progress import stage
 from ..arguments import FlatArguments
-from ..export import ExportReport, export_onnx
+from ..export import export_onnx
+from ..exported import ExportReport
 from ..measure import Settings, alternate
 from ..providers import CPU, Provider
 from ..sessions import BoundSession, device_of, match_inputs, open_session

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import GraphPruneError
+from ...support.numbers import check_integer
 from ...support.types import PathLike
 from ..machine import describe_machine, describe_versions
 from ..providers import Provider, resolve_provider
@@ -38,8 +39,7 @@ class Target:
 
     def __post_init__(self) -> None:
         for name, value, least in (("threads", self.threads, 1), ("attempts", self.attempts, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise GraphPruneError(f"target: {name} must be an integer of at least {least}, got {value!r}")
+            check_integer(f"target: {name}", value, least)
         if self.table is not None and not isinstance(self.table, (LatencyTable, str, os.PathLike)):
             raise GraphPruneError(f"target: table must be a path or a LatencyTable, got {type(self.table).__name__}")
 

@@ -17,6 +17,7 @@ from ...recovery.training.evaluation import evaluator, metric_name
 from ...runtimes.machine import cpu_model, usable_cores
 from ...sparsity import masks, semi_structured_support
 from ...support.doors import door
+from ...support.numbers import check_number
 from ...support.progress import ProgressOption, reported, stage
 from ...support.suggestions import check_choice
 from ...support.tables import Column, render, table
@@ -118,8 +119,7 @@ def advise(
     Raises GraphPruneError for an unknown goal, arguments out of range, masked models and models that fail.
     """
     check_choice("goal", goal, GOALS)
-    if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)) or not tolerance >= 0:
-        raise GraphPruneError(f"tolerance: expected a number of at least 0, got {tolerance!r}")
+    check_number("tolerance", tolerance)
     check_real(model)
     if masks(model):
         raise GraphPruneError("advise: the model has masks already; make them permanent first")

@@ -25,6 +25,7 @@ from ...sparsity.ranking import check_sparsity
 from ...sparsity.scheduler import Method
 from ...support.doors import door
 from ...support.files import make_folder
+from ...support.numbers import check_integer
 from ...support.progress import ProgressOption, reported, stage
 from ...support.randomness import random_state_kept
 from ...support.types import LossFunction, PathLike
@@ -190,8 +191,8 @@ def _amount(
         raise GraphPruneError("budget: is met at once; use schedule='one-shot', or a sparsity to get there gradually")
     if prune_epochs is not None and at_once:
         raise GraphPruneError("prune_epochs: schedule='one-shot' prunes at once; choose another, such as 'cubic'")
-    if prune_epochs is not None and (type(prune_epochs) is not int or prune_epochs < 1):
-        raise GraphPruneError(f"prune_epochs must be an integer of at least 1, got {prune_epochs!r}")
+    if prune_epochs is not None:
+        check_integer("prune_epochs", prune_epochs, 1)
     return check_sparsity(0.5 if sparsity is None else sparsity), None if at_once else (prune_epochs or 5)
 
 

@@ -169,7 +169,7 @@ MODULES = {
 }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     kinds=st.lists(st.sampled_from(sorted(MODULES)), min_size=1, max_size=4),
     inner=st.sampled_from([3, 6, 9]),

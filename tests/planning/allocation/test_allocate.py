@@ -22,7 +22,7 @@ from graphprune.planning.allocation import allocate
 from graphprune.planning.request import Request
 from graphprune.planning.widths import settings_of
 
-RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+RELAXED = settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 
 
 def chain(*widths: int) -> DependencyGraph:

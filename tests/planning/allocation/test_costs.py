@@ -287,7 +287,7 @@ KINDS = "linear conv groups transposed lstm projected gru rnn bilinear attention
     widths=st.lists(st.sampled_from([4, 6, 8, 10]), min_size=5, max_size=5),
     ratio=st.sampled_from([0.3, 0.5, 0.7]),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_random_chains_cost_what_is_counted(kinds: list[str], widths: list[int], ratio: float) -> None:
     exactly(Chain(kinds, widths[: len(kinds) + 1]).eval(), torch.randn(2, 5, widths[0]), ratio=ratio, round_to=1)
 

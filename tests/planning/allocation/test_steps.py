@@ -60,7 +60,7 @@ def test_the_widths_around_what_is_asked(asked: float, possible: set[int], least
 SHARES = st.tuples(st.floats(0, 1), st.floats(0, 0.5), st.floats(0, 0.5), st.floats(0, 3))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(SHARES, min_size=1, max_size=8))
 def test_what_is_asked_is_met_within_half_a_step(given_items: list[Any]) -> None:
     items = [Item(asked, max(0.0, asked - less), asked + more, loss) for asked, less, more, loss in given_items]
@@ -96,7 +96,7 @@ def around_pairs(sizes: list[int]) -> list[tuple[int, int]]:
     return list(itertools.pairwise([3, *sizes, 2]))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(sizes=st.lists(st.integers(4, 90), min_size=2, max_size=6), ratio=st.floats(0.05, 0.9), data=st.data())
 def test_plans_get_what_they_ask_on_average(sizes: list[int], ratio: float, data: Any) -> None:
     net, x = sequence(*sizes)

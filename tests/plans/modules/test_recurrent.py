@@ -60,7 +60,7 @@ def assert_same(got: Any, want: Any) -> None:
         torch.testing.assert_close(got, want)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(configurations, st.sampled_from(["batch", "alone", "packed", "unsorted"]), st.booleans(), st.integers(0, 99))
 def test_equal_to_torch(chosen: dict[str, Any], form: str, states: bool, seed: int) -> None:
     torch.manual_seed(seed)
@@ -163,7 +163,7 @@ class Reader(nn.Module):
         return self.head(out)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(configurations, st.sampled_from(["sequence", "state", "memory", "packed"]), st.integers(0, 99))
 def test_pruned_and_proven(chosen: dict[str, Any], read: str, seed: int) -> None:
     torch.manual_seed(seed)

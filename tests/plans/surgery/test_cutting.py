@@ -22,7 +22,7 @@ from tests import oracles
 from tests.networks.registry import settle
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data(), shape=st.lists(st.integers(1, 5), min_size=1, max_size=4))
 def test_cut_tensor_leaves_what_numpy_deletes_to(data: st.DataObject, shape: list[int]) -> None:
     tensor = torch.arange(int(np.prod(shape))).reshape(shape)
@@ -37,7 +37,7 @@ def test_cut_tensor_leaves_what_numpy_deletes_to(data: st.DataObject, shape: lis
     assert np.array_equal(cut_tensor(tensor, axes).numpy(), expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     seed=st.integers(0, 99), run=st.integers(1, 4), pieces=st.integers(2, 6), taps=st.sampled_from([(), (1, 1), (3,)])
 )

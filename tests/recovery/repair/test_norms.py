@@ -54,7 +54,7 @@ def close(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
     return float((a - b).norm() / b.norm()) < tolerance
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.sampled_from([4, 6]), st.integers(1, 2), st.booleans(), st.sampled_from([1, 2]), st.integers(0, 99))
 def test_the_function_is_that_of_the_folded_fit(width: int, blocks: int, bias: bool, groups: int, seed: int) -> None:
     torch.manual_seed(seed)

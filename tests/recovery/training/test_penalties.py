@@ -132,7 +132,7 @@ def test_lasso_of_a_block() -> None:
     assert agrees(block(), X[:2])
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(st.integers(0, 500))
 def test_lasso_of_random_networks(seed: int) -> None:
     agrees(*random_network(seed))

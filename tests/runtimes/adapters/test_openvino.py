@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -45,6 +49,34 @@ def test_weights_are_not_rounded(depthwise: Made, tmp_path: Path) -> None:
         sizes[precision] = path.with_suffix(".bin").stat().st_size
     weights = sum(p.numel() for p in model.parameters() if p.ndim > 1)
     assert sizes["fp32"] >= 4 * weights and 0.45 < sizes["fp16"] / sizes["fp32"] < 0.6
+
+
+class SignalStack(ctypes.Structure):
+    """`stack_t` of Linux."""
+
+    _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
+
+
+def memory_is_there(address: int) -> bool:
+    spans = (line.split(maxsplit=1)[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(end, 16) for start, end in spans)
+
+
+@installed
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's table of memory")
+def test_signals_can_be_handled_after_the_last_session(depthwise: Made, tmp_path: Path) -> None:
+    _, inputs, made = depthwise
+    path = tmp_path / "model.xml"
+    RUNTIME.write(made, "fp32", path)
+    sessions = [open_file(RUNTIME, path, made, inputs[0], "fp32")]
+    sessions[0].run()
+    last = threading.Thread(target=sessions.clear)
+    last.start()
+    last.join()
+    gc.collect()
+    stack = SignalStack()
+    assert ctypes.CDLL(None).sigaltstack(None, ctypes.byref(stack)) == 0
+    assert not stack.start or memory_is_there(stack.start)
 
 
 @installed

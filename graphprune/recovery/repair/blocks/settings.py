@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Any
 
 from ....errors import GraphPruneError
+from ....support.numbers import check_integer, check_number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +35,8 @@ class BlockFit:
 
     def __post_init__(self) -> None:
         for name, least in (("passes", 1), ("batch_size", 1), ("seed", 0)):
-            value: Any = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise GraphPruneError(f"BlockFit: {name} must be an integer of at least {least}, got {value!r}")
-        for name, low in (("lr", "above 0"), ("outputs", "of at least 0")):
-            value = getattr(self, name)
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or value < 0 or (name == "lr" and value == 0):
-                raise GraphPruneError(f"BlockFit: {name} must be a number {low}, got {value!r}")
+            check_integer(f"BlockFit: {name}", getattr(self, name), least)
+        check_number("BlockFit: lr", self.lr, above=True)
+        check_number("BlockFit: outputs", self.outputs)
         if not isinstance(self.together, bool):
             raise GraphPruneError(f"BlockFit: together must be True or False, got {self.together!r}")

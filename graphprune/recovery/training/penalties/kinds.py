@@ -13,6 +13,7 @@ from ....dependency.reparametrised import plain
 from ....errors import GraphPruneError
 from ....plans.naming import in_plain_names
 from ....plans.plan import Plan
+from ....support.numbers import check_integer
 from ....support.types import Ignore
 from .penalty import GroupPenalty
 
@@ -112,8 +113,7 @@ class GrowingPenalty(GroupPenalty):
         plan: Plan | None = None,
         ignore: Ignore = None,
     ) -> None:
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            raise GraphPruneError(f"GrowingPenalty: steps: expected an integer of at least 1, got {steps!r}")
+        check_integer("GrowingPenalty: steps", steps, 1)
         if plan is not None and not isinstance(plan, Plan):
             raise GraphPruneError(f"GrowingPenalty: plan: expected a graphprune.Plan, got {type(plan).__name__}")
         known = (_EVERY if plan is None else _CHOSEN) if weight is None else weight

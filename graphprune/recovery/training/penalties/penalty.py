@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -16,6 +15,7 @@ from ....dependency.ignored import ignored_positions
 from ....dependency.reparametrised import Live, live_weight, plain
 from ....errors import GraphPruneError
 from ....support.doors import door
+from ....support.numbers import check_number
 from ....support.types import Ignore
 from ....support.walking import all_modules
 from .units import Units
@@ -35,7 +35,8 @@ class GroupPenalty(abc.ABC):
     @door("model")
     def __init__(self, model: nn.Module, example_input: Any, weight: float, *, ignore: Ignore = None) -> None:
         self._who = type(self).__name__
-        self.weight = number(f"{self._who}: weight", weight)
+        check_number(f"{self._who}: weight", weight)
+        self.weight = float(weight)
         bare = plain(model)
         graph = trace(bare, example_input)
         graph = graph.freezing(ignored_positions(ignore, graph, bare))
@@ -171,14 +172,6 @@ class GroupPenalty(abc.ABC):
                     f"{self._who}: the gradient of {name} is sparse, and the penalty reaches every row of it; make its "
                     f"module without sparse=True, or put it into ignore="
                 )
-
-
-def number(what: str, value: Any, least: float = 0.0) -> float:
-    """A finite number of at least `least`, as a float."""
-    plain_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not plain_number or not math.isfinite(value) or value < least:
-        raise GraphPruneError(f"{what}: expected a number of at least {least:g}, got {value!r}")
-    return float(value)
 
 
 def _live(name: str, modules: Mapping[str, nn.Module]) -> Live | None:
