@@ -104,7 +104,7 @@ def _testing() -> list[str]:
 
 def _packages() -> str:
     """Where the packages of this environment lie."""
-    return str(Path(importlib.metadata.distribution("torch").locate_file("")))
+    return str(Path(str(importlib.metadata.distribution("torch").locate_file(""))))
 
 
 def _share(python: Path) -> None:

@@ -60,7 +60,9 @@ def export(
     runtime: Annotated[
         str | None,
         typer.Option(
-            help="Write for this runtime, run it there, compare and time it; see the command runtimes.",
+            metavar="NAME",
+            help="Write for this runtime, run it there, compare and time it; see the command runtimes. NAME=PYTHON "
+            "with the interpreter of another environment that has it.",
             show_default=False,
         ),
     ] = None,
@@ -125,8 +127,9 @@ def export(
         work.step("exporting and comparing" if check else "exporting")
         report = made = None
         if elsewhere:
+            name, python = _named_runtime(runtime or "onnxruntime")
             made = export_to(
-                exported, example, path, runtime or "onnxruntime", precision or "fp32",
+                exported, example, path, name, precision or "fp32", python=python,
                 data=None if data is None else load_data(data, seed=seed)[0], samples=samples,
                 dynamic_batch=not fixed_batch, check=check, tolerance=tolerance, seed=seed,
                 provider=None if provider == "cpu" else provider,
@@ -284,5 +287,10 @@ def _named_runtimes(given: list[str] | None) -> str | dict[str, str | None] | No
         return None
     if given == ["all"]:
         return "all"
-    pairs = [item.partition("=") for item in given]
-    return {name: python if mark else None for name, mark, python in pairs}
+    return dict(map(_named_runtime, given))
+
+
+def _named_runtime(given: str) -> tuple[str, str | None]:
+    """NAME or NAME=PYTHON."""
+    name, mark, python = given.partition("=")
+    return name, python if mark else None

@@ -40,6 +40,21 @@ def test_export_for_a_runtime_and_bench_over_runtimes() -> None:
     assert {row["runtime"] for row in report["rows"]} == {"torch"}
 
 
+@pytest.mark.parametrize(("given", "python"), [("torch=/envs/a=b/python", "/envs/a=b/python"), ("torch", None)])
+def test_export_by_the_interpreter_of_another_environment(
+    given: str, python: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def named(runtime: str, **settings: object) -> LocalWorker:
+        asked.append(settings["python"])
+        return LocalWorker(runtime)
+
+    monkeypatch.setattr(exporting, "Worker", named)
+    assert as_json("export", "zoo:net", "small.pt2", "--runtime", given)["runtime"] == "torch"
+    assert asked == [python]
+
+
 def test_mistakes_are_one_line() -> None:
     assert "did you mean 'torch'" in failed("export", "zoo:net", "a.pt2", "--runtime", "torhc")
     assert "data: int8 needs inputs" in failed("export", "zoo:net", "a.onnx", "--precision", "int8")

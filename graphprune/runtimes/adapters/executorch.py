@@ -20,8 +20,6 @@ from .source import Source
 # A method of the file that says what it computes in: a constant, as ExecuTorch keeps other facts about a program.
 _ARITHMETIC = "arithmetic"
 _PRODUCTS = ("convolution", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "addmm", "mm", "bmm", "matmul")
-# Those that torch records as one operator.
-_NORMS = ("layer_norm",)
 
 
 class ExecuTorch(Adapter):
@@ -133,19 +131,19 @@ def _as_exported(source: Source) -> tuple[Any, str]:
 def _in_float16(source: Source) -> tuple[Any, str]:
     # A copy: the program, which the source keeps, has the same parameters as its module.
     module = copy.deepcopy(source.exported.module(check_guards=False))
-    kept = _norms_in_float32(module)
+    kept = _layer_norms_in_float32(module)
     said = f"float16, {_counted(kept, 'layer norm')} in float32" if kept else "float16"
     return torch.export.export(_Float16(module), source.tensors), said
 
 
-def _norms_in_float32(module: Any) -> int:
-    """Have the norms of a program that is to be in float16 computed in float32; how many there are.
+def _layer_norms_in_float32(module: Any) -> int:
+    """Have the layer norms of a program that is to be in float16 computed in float32; how many there are.
 
     XNNPACK has no layer norm, and ExecuTorch's own kernel for float16 computes something else where a row is longer
     than some 200 values (seen on x86). Its group norms are right, and so is what other norms are made of.
     """
     aten = torch.ops.aten
-    found = [n for n in module.graph.nodes if n.op == "call_function" and _short(n.target) in _NORMS]
+    found = [n for n in module.graph.nodes if n.op == "call_function" and _short(n.target) == "layer_norm"]
     for node in found:
         for given in node.all_input_nodes:
             with module.graph.inserting_before(node):

@@ -176,7 +176,7 @@ def test_a_python_without_graphprune(tmp_path: Path) -> None:
     other = script(tmp_path / "python", "#!/bin/sh\necho 'No module named graphprune' >&2\nexit 1\n")
     wanted = r"ended with status 1 .*No module named graphprune"
     with Worker("torch", python=other) as worker, pytest.raises(GraphPruneError, match=wanted):
-        worker.check()
+        worker.check("fp32")
     assert gone(worker)
 
 
@@ -187,7 +187,7 @@ def test_the_same_outputs_as_in_this_process(tmp_path: Path) -> None:
     here = torch_runtime.open(path, Opening(("input",), inputs))
     here.run()
     with Worker("torch") as worker:
-        worker.check()
+        assert worker.check("fp32") == worker.describe("fp32") and worker.check("fp32")["versions"]
         there = worker.open(path, ("input",), inputs, precision="fp32")
         for got, wanted in zip(there.run(inputs), here.outputs(), strict=True):
             assert torch.equal(got, wanted)
