@@ -176,11 +176,9 @@ class FixedAxesError(GraphPruneError):
 
 def _specialised(error: BaseException, free: FreeAxes) -> list[tuple[int, int]]:
     """The axes of which torch.export says that they have one size, as far as it names them."""
-    texts, current = [], error
-    while current is not None:
-        texts.append(str(current))
-        current = current.__cause__  # type: ignore[assignment]
-    found = re.findall(r"static shape of \d+ for dimension inputs((?:\[\d+\])+)\.shape\[(\d+)\]", texts[-1])
+    while error.__cause__ is not None:
+        error = error.__cause__
+    found = re.findall(r"static shape of \d+ for dimension inputs((?:\[\d+\])+)\.shape\[(\d+)\]", str(error))
     places = [(int(re.findall(r"\d+", path)[-1]), int(axis)) for path, axis in found]
     return [(i, axis) for i, axis in dict.fromkeys(places) if i < len(free.axes) and axis in free.axes[i]]
 

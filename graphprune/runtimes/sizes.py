@@ -45,7 +45,7 @@ def relations(program: Any, free: FreeAxes, arguments: FlatArguments) -> Relatio
     environment: Any = None
     for i, own in enumerate(free.axes):
         for axis, one in own.items():
-            found = shapes[i][axis] if i < len(shapes) else None
+            found: Any = shapes[i][axis] if i < len(shapes) else None
             if not hasattr(found, "node"):
                 continue
             environment = found.node.shape_env
@@ -55,8 +55,8 @@ def relations(program: Any, free: FreeAxes, arguments: FlatArguments) -> Relatio
             notes += _too_narrow(one, limit, free.ranges, f"axis {axis} of {arguments.names[i]!r}")
     equations += _asserted(environment)
     # The longest first: it is what others add up to.
-    own = free.sizes(arguments.tensors)
-    solved = _solve(equations, sorted(free.ranges, key=lambda name: (-own.get(name, 0), name)))
+    lengths = free.sizes(arguments.tensors)
+    solved = _solve(equations, sorted(free.ranges, key=lambda name: (-lengths.get(name, 0), name)))
     left = {s for expression in solved.values() for s in expression.free_symbols}
     names = tuple(name for name in free.ranges if symbol(name) in left)
     return Relations(names, solved, limits, tuple(notes))
@@ -99,8 +99,8 @@ def _implied(name: str, free: FreeAxes, arguments: FlatArguments) -> int:
         for axis, one in axes.items():
             left = one.size({n: s for n, s in own.items() if n != name})
             if left.free_symbols == {symbol(name)}:
-                (size, *_) = [*sympy.solve(left - int(tensor.shape[axis]), symbol(name)), sympy.Integer(1)]
-                return int(size) if size.is_Integer else 1
+                size = next(iter(sympy.solve(left - int(tensor.shape[axis]), symbol(name))), None)
+                return int(size) if size is not None and size.is_Integer else 1
     return 1
 
 
