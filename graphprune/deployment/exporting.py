@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ..runtimes.adapters.source import Source
 from ..runtimes.adapters.workers import RemoteSession, Worker
 from ..support.doors import door
 from ..support.files import check_target, put_in_place, workspace
+from ..support.numbers import check_integer, check_number
 from ..support.progress import ProgressOption, reported, stage
 from ..support.types import PathLike
 from .artifact import Artifact
@@ -216,11 +216,9 @@ def _check_settings(
     rounds: int,
     tolerance: float | None,
 ) -> None:
-    for name, value, least in (("threads", threads, 1), ("rounds", rounds, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise GraphPruneError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if tolerance is not None and not (tolerance >= 0 and math.isfinite(tolerance)):
-        raise GraphPruneError(f"tolerance must be a finite number of at least 0, got {tolerance!r}")
+    check_integer("threads", threads, 1)
+    check_integer("rounds", rounds, 0)
+    check_number("tolerance", tolerance, optional=True)
     check_data(data, samples, (precision,))
     if evaluate is not None and not callable(evaluate):
         raise GraphPruneError(f"evaluate: expected a function of a Runner, got {type(evaluate).__name__}")

@@ -20,6 +20,7 @@ from ..runtimes.arguments import FlatArguments, named_outputs
 from ..runtimes.capture import inference_state, run_model
 from ..runtimes.parity import exact_float32
 from ..runtimes.programs import save_program
+from ..support.numbers import check_integer
 from ..synthesis import made_for
 from ..tracing.example import ExampleInput
 
@@ -90,8 +91,7 @@ def _check_float32(model: nn.Module, arguments: FlatArguments) -> None:
 
 def check_data(data: Any, samples: int, precisions: Sequence[str]) -> None:
     """Raise GraphPruneError for int8 without data, data without int8, or no number of samples."""
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
-        raise GraphPruneError(f"samples must be an integer of at least 1, got {samples!r}")
+    check_integer("samples", samples, 1)
     if "int8" in precisions and data is None:
         raise GraphPruneError(
             "data: int8 needs inputs to find the ranges of activations: pass a few hundred samples, labels are not "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GraphPruneError
+from ..support.numbers import check_integer
 from ..tracing.containers import is_holder, opened
 from ..tracing.example import ExampleInput
 from .resizing import grown_batch, sized
@@ -78,8 +79,7 @@ class FlatArguments:
         Raises:
             GraphPruneError: `batch_size` is less than 1, or no tensor has a batch.
         """
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise GraphPruneError(f"a batch size must be an integer of at least 1, got {batch_size!r}")
+        check_integer("batch size", batch_size, 1)
         if batch_size == self.batch_size:
             return self
         if self.batch_size is None:

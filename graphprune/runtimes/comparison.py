@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import GraphPruneError
+from ..support.numbers import check_integer, check_number
 from ..support.suggestions import did_you_mean
 from ..support.unwrapping import checked_model, no_model
 from .arguments import FlatArguments
@@ -128,12 +128,9 @@ def _settings(
 def check_measuring(threads: int, warmup: int, rounds: int, min_time: float, seed: int) -> None:
     """Raise GraphPruneError for a setting out of range."""
     for name, value, least in (("threads", threads, 1), ("warmup", warmup, 0), ("rounds", rounds, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise GraphPruneError(f"{name} must be an integer of at least {least}, got {value!r}")
-    if isinstance(min_time, bool) or not isinstance(min_time, (int, float)) or not 0 <= min_time < math.inf:
-        raise GraphPruneError(f"min_time must be a number of seconds of at least 0, got {min_time!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise GraphPruneError(f"seed must be an integer of at least 0, got {seed!r}")
+        check_integer(name, value, least)
+    check_number("min_time", min_time)
+    check_integer("seed", seed, 0)
 
 
 def sizes_of(batch_sizes: Sequence[int] | int | None, arguments: FlatArguments) -> list[int | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from ..dependency.reparametrised import plain
 from ..errors import GraphPruneError
 from ..support.doors import door
 from ..support.files import check_target, workspace
+from ..support.numbers import check_number
 from ..support.types import PathLike
 from ..support.walking import named_tensors
 from . import external
@@ -201,8 +201,7 @@ def _check_arguments(model: nn.Module, opset: int | None, tolerance: float | Non
             raise GraphPruneError(
                 f"opset must be an integer up to {newest} (what onnx {onnx.__version__} knows), got {opset!r}"
             )
-    if tolerance is not None and not (tolerance >= 0 and math.isfinite(tolerance)):
-        raise GraphPruneError(f"tolerance must be a finite number of at least 0, got {tolerance!r}")
+    check_number("tolerance", tolerance, optional=True)
 
 
 def _save(program: Any, path: Path, external_data: bool | None) -> Path | None:

@@ -71,7 +71,7 @@ def test_int8_without_data_and_other_mistakes(local: None) -> None:
         ({"runtimes": "torch", "opset": 18}, "opset belongs to ONNX Runtime alone"),
         ({"runtimes": {"torch": 3}}, "expected the path of a Python interpreter"),
         ({"runtimes": "torch", "precisions": "int8", "data": X}, "not offered for torch"),
-        ({"runtimes": "torch", "samples": 0}, "samples must be"),
+        ({"runtimes": "torch", "samples": 0}, "samples: expected"),
     ):
         with pytest.raises(GraphPruneError, match=said):
             benchmark(models, X, **{**QUICK, **changes})

@@ -123,9 +123,10 @@ def test_tuples_come_back_as_tuples(local: None, tmp_path: Path) -> None:
     ({"runtime": "torch", "path": "a.pt2", "precision": "int8"}, "not offered for torch: .* use onnxruntime"),
     ({"runtime": "torch", "path": "a.pt2", "provider": "cuda"}, "torch has no execution providers"),
     ({"evaluate": 3}, "evaluate: expected a function"),
-    ({"threads": 0}, "threads must be an integer of at least 1"),
-    ({"rounds": -1}, "rounds must be"),
-    ({"tolerance": float("nan")}, "tolerance must be"),
+    ({"threads": 0}, "threads: expected an integer of at least 1"),
+    ({"rounds": -1}, "rounds: expected"),
+    ({"tolerance": float("nan")}, "tolerance: expected"),
+    ({"tolerance": "small"}, "tolerance: expected a number of at least 0 or None"),
     ({"python": "/no/such/python"}, "cannot be started"),
 ])  # fmt: skip
 def test_bad_arguments_are_said_before_anything_is_written(
@@ -272,9 +273,9 @@ def test_a_worker_is_asked_once_what_it_is(
     ([1], 1, ["fp32", "int8"], None),
     (None, 1, ["fp32", "int8"], "data: int8 needs inputs"),
     ([1], 1, ["fp32", "bf16"], "only int8 looks at data, not fp32, bf16"),
-    (None, 0, ["fp32"], "samples must be"),
-    (None, True, ["fp32"], "samples must be"),
-    (None, 1.5, ["fp32"], "samples must be"),
+    (None, 0, ["fp32"], "samples: expected"),
+    (None, True, ["fp32"], "samples: expected"),
+    (None, 1.5, ["fp32"], "samples: expected"),
 ])  # fmt: skip
 def test_data_belong_to_int8(data: Any, samples: Any, precisions: list[str], said: str | None) -> None:
     if said is None:

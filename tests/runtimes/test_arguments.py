@@ -68,7 +68,7 @@ def test_resizing() -> None:
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "3"])
 def test_bad_batch_sizes(size: Any) -> None:
-    with pytest.raises(GraphPruneError, match="batch size must be an integer of at least 1"):
+    with pytest.raises(GraphPruneError, match="batch size: expected an integer of at least 1"):
         FlatArguments.of(torch.ones(2, 3)).resized(size)
 
 
