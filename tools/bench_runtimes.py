@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import graphprune
 from tools._common import build, enliven, example_for, machine_line, markdown_table, versions_line, write
+from tools._peer import first_line, prune_in_place
 
 DOCS = Path("docs")
 RATIOS = (0.3, 0.5)
@@ -65,6 +66,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "yolov8n": _yolov8n,
 }
 SIZES = {"yolov8n": 640}
+# What makes the output, which Torch-Pruning must be told to leave; of torchvision's others it is the classifier.
+OUTPUTS = {"vit_s": ["heads.head"], "yolov8n": ["model.22"]}
 
 
 def example_of(name: str) -> Tensor:
@@ -73,35 +76,34 @@ def example_of(name: str) -> Tensor:
     return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def models_of(name: str, example: Tensor) -> dict[str, nn.Module]:
-    """Dense, ours at both ratios, and the peer's where it can prune the network."""
+def models_of(name: str, example: Tensor) -> tuple[dict[str, nn.Module], list[str]]:
+    """Dense, ours at both ratios, and the peer's where it can prune the network; and why it cannot."""
     dense = NETWORKS[name]()
     if name not in SIZES:
         enliven(dense, example_for(name, 4, seed=1))
     models = {"dense": dense}
     for ratio in RATIOS:
         models[f"graphprune {ratio:g}"] = graphprune.prune(dense, example, ratio)
+    failed: list[str] = []
     for ratio in RATIOS:
         try:
-            from tools._peer import prune_in_place
-
             other = copy.deepcopy(dense)
             with torch.enable_grad():
-                prune_in_place(other, example, ratio, ["heads.head"] if name == "vit_s" else None)
+                prune_in_place(other, example, ratio, OUTPUTS.get(name))
             other(example)
             models[f"Torch-Pruning {ratio:g}"] = other.eval()
         except Exception as error:
-            print(f"{name}: Torch-Pruning at {ratio:g}: {type(error).__name__}: {error}", file=sys.stderr)
-    return models
+            failed.append(f"ratio {ratio:g}: {first_line(error)}")
+    return models, failed
 
 
 def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one network."""
     example = example_of(name)
-    models = models_of(name, example)
+    models, failed = models_of(name, example)
     pythons = dict(item.split("=", 1) for item in options.python)
     names = options.runtimes or [*graphprune.runtimes.usable_runtimes().usable, *pythons]
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = [{"network": name, "runtime": "Torch-Pruning", "failed": said} for said in failed]
     for runtime in dict.fromkeys(names):
         data = [torch.randn_like(example) for _ in range(8)] if "int8" in options.precisions else None
         try:
@@ -149,7 +151,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Time for one image on one thread, relative to the dense network in the same runtime and precision; errors "
         "against PyTorch in float32, in int8 of networks with random weights, calibrated on noise.",
         "",
-        f"Written by `python -m tools.bench_runtimes` ({machine_line(1)}; {versions_line('torch')}).",
+        f"Written by `python -m tools.bench_runtimes` ({machine_line(1)}; {versions_line('torch')}; "
+        f"{_versions(timed)}).",
         "",
         f"{said}{': ' + '; '.join(slower) if slower else ''}.",
         "",
@@ -159,6 +162,12 @@ def page(rows: list[dict[str, Any]]) -> str:
     if missing:
         text += ["", "## Not measured", "", *missing]
     return "\n".join(text) + "\n"
+
+
+def _versions(timed: list[dict[str, Any]]) -> str:
+    """Of the runtimes, and of what quantised for them."""
+    found = {f"{name} {version}" for row in timed for name, version in row["version"].items() if name != "torch"}
+    return ", ".join(sorted(found))
 
 
 def keep(new: list[dict[str, Any]]) -> None:
