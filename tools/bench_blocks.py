@@ -2,13 +2,15 @@
 
     python -m tools.bench_blocks --models resnet20 --speedups 2 --images 1500 --select-images 750
     python -m tools.bench_blocks --models resnet56 --speedups 2 3 --images 1500 --select-images 250 --round-to 1
+    python -m tools.bench_blocks --models resnet56 --speedups 3 --images 1500 --select-images 250 --round-to 1 --augment
     python -m tools.bench_blocks --models resnet20 --speedups 1.5 --images 1500 --select-images 750 --settings
 
 Networks, data and plans are those of `tools.bench_accuracy`: the criterion "reconstruction", then `recover` by
 "least_squares" and by "blocks" from the same unlabelled inputs; whole test sets. `--round-to 1`: widths of any size,
-which is most accurate for its multiply-accumulates, instead of those that run well. `--settings` compares settings of
-`BlockFit` on held-out training data, and writes nothing but that table. Rows measured before are kept and replaced one
-by one, in docs/blocks.json and docs/blocks.md.
+which is most accurate for its multiply-accumulates, instead of those that run well. `--augment`: in every step each
+image is mirrored or not and shifted by up to two pixels (the networks on CIFAR-10 alone). `--settings` compares
+settings of `BlockFit` on held-out training data, and writes nothing but that table. Rows measured before are kept and
+replaced one by one, in docs/blocks.json and docs/blocks.md.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 import graphprune
 from graphprune import BlockFit
@@ -36,13 +40,15 @@ SETTINGS: dict[str, BlockFit] = {
     "lr 0.01, 12 passes, one block after the other": BlockFit(passes=12, lr=0.01, together=False),
     "lr 0.01, 12 passes, outputs 3": BlockFit(passes=12, lr=0.01, outputs=3.0),
 }
+SHIFT = 2
 HEADER = """# Whole blocks fitted without labels
 
 `recover="blocks"` after `recover="least_squares"`, from the same inputs without labels; plans by the criterion
 "reconstruction", whole test sets. Error: of the outputs, squared, divided by the squares of the dense network's, on
 the inputs that accuracy is measured on (for other networks than those on images: on inputs held from the repair).
 Seconds of one processor, of both repairs. Widths: "that run well" are those of the default, `round_to="auto"`;
-"any", of `round_to=1`, are most accurate for their multiply-accumulates.
+"any", of `round_to=1`, are most accurate for their multiply-accumulates. "blocks, augmented": the same images, in every
+step each mirrored or not and shifted by up to two pixels (`BlockFit(augment=)`).
 
 Written by `python -m tools.bench_blocks` ({machine}; {versions}).
 """
@@ -61,6 +67,16 @@ alone, without the blocks (0.0383); convex mixtures of two inputs instead of inp
 behind their ReLU (0.0370); and, of the outputs alone, the divergence of class probabilities at temperature 4 beside the
 squares.
 """
+
+
+def moved(images: Tensor) -> Tensor:
+    """Each image mirrored or not, and shifted by up to `SHIFT` pixels, zeros coming in."""
+    count, channels, height, width = images.shape
+    chosen = torch.rand(count, 1, 1, 1) < 0.5
+    padded = F.pad(torch.where(chosen, images.flip(-1), images), (SHIFT,) * 4)
+    rows, columns = (torch.randint(2 * SHIFT + 1, (count, 1)) + torch.arange(size) for size in (height, width))
+    every = torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None]
+    return padded[(*every, rows[:, None, :, None], columns[:, None, None, :])]
 
 
 def planned(made: Task, speedup: float, round_to: int | str) -> graphprune.plans.plan.Plan:
@@ -130,11 +146,14 @@ def main() -> None:
     parser.add_argument("--round-to", type=width_step, default="auto", help="as in graphprune.plan")
     parser.add_argument("--settings", action="store_true", help="compare settings on held-out training data")
     parser.add_argument("--weights", type=Path, help="a folder for trained networks, see tools.bench_accuracy")
+    parser.add_argument("--augment", action="store_true", help="measure the fit on images that move, and it alone")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     methods: dict[str, str | BlockFit] = {"least squares": "least_squares", "blocks": "blocks"}
     if options.settings:
         methods = {"least squares": "least_squares", **SETTINGS}
+    if options.augment:
+        methods = {"blocks, augmented": BlockFit(augment=moved)}
     for name in options.models:
         made = task(name, options.images, options.settings, options.weights)
         images = sum(len(d["input_ids"]) if isinstance(d, dict) else len(d) for d in made.data)

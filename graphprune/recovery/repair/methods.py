@@ -125,10 +125,11 @@ def recover(
 
           mean over blocks of mean (y - Y)^2 / var(Y)  +  outputs * the same of the network's outputs,
 
-      on inputs alone. Ends of blocks are the sums of residual streams; where a network adds nothing up, the results of
-      its layers. Minutes for a small network on a CPU: a pass costs a run of the dense network and a training step of
-      the pruned one for every sample, see `BlockFit`. Order and batches are the same in every run. Frozen parameters
-      are fitted too, as by "least_squares", and stay frozen; tables that tokens are looked up in stay as they are.
+      on inputs alone, changed in every step by `BlockFit(augment=)` where it is given. Ends of blocks are the sums of
+      residual streams; where a network adds nothing up, the results of its layers. Minutes for a small network on a
+      CPU: a pass costs a run of the dense network and a training step of the pruned one for every sample, see
+      `BlockFit`. Order and batches are the same in every run. Frozen parameters are fitted too, as by "least_squares",
+      and stay frozen; tables that tokens are looked up in stay as they are.
       Memory is that of five copies of the parameters, 2 GiB of activations or those of one sample, and 2 GiB of inputs.
       A run that was stopped starts again.
 

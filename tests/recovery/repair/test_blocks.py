@@ -135,12 +135,16 @@ def stages(model: nn.Module, x: Tensor) -> list[Tensor]:
     return [*ends, y]
 
 
-def errors(small: nn.Module, dense: nn.Module, x: Tensor, stays: list[int]) -> list[float]:
-    """Squared errors of these over the variance around the means of the channels, the slow way."""
+def errors(
+    small: nn.Module, dense: nn.Module, x: Tensor, stays: list[int], spread: Tensor | None = None
+) -> list[float]:
+    """Squared errors of these over the variance around the means of the channels (on the inputs `spread`, where they
+    are others), the slow way."""
     found = []
-    for a, b in zip(stages(small, x), stages(dense, x), strict=True):
-        wanted = b[:, stays] if b.dim() == 4 else b
-        channels = wanted.movedim(1, -1).reshape(-1, wanted.shape[1])
+    usual = stages(dense, x if spread is None else spread)
+    for a, b, c in zip(stages(small, x), stages(dense, x), usual, strict=True):
+        wanted, known = (t[:, stays] if t.dim() == 4 else t for t in (b, c))
+        channels = known.movedim(1, -1).reshape(-1, known.shape[1])
         variance = sum(float(c.var(correction=0)) for c in channels.T) / channels.shape[1]
         found.append(float((a - wanted).square().mean()) / variance)
     return found
@@ -236,6 +240,63 @@ def test_the_error_is_that_of_the_blocks_and_the_outputs() -> None:
     done = fit_blocks(dense, small, places, Batches(x), None, BlockFit(passes=1, batch_size=64, outputs=0.5))
     assert done.places == 2
     assert done.before == pytest.approx((by_hand[0] + by_hand[1]) / 2 + 0.5 * by_hand[2], rel=1e-4)
+
+
+def test_both_networks_see_augmented_inputs() -> None:
+    x = images(1, 64)[0]
+    dense, small, places, stays = pruned(residual(), x)
+    by_hand = errors(small, dense, 0.7 * x.flip(-1), stays, spread=x)
+    one = BlockFit(passes=1, batch_size=64, augment=lambda t: 0.7 * t.flip(-1))
+    done = fit_blocks(dense, small, places, Batches(x), None, one)
+    assert done.before == pytest.approx((by_hand[0] + by_hand[1]) / 2 + by_hand[2], rel=1e-4)
+
+
+def test_augmentations_are_drawn_anew_in_every_pass_and_are_the_same_in_every_run() -> None:
+    data, seen = images(2), []
+
+    def noisy(x: Tensor) -> Tensor:
+        seen.append(x.clone())
+        return x.add_(torch.randn_like(x))  # a copy: the data stay as they are
+
+    made = []
+    for augment in (noisy, noisy, None, lambda x: x):
+        dense, small, places, _ = pruned(residual(), data[0])
+        fit_blocks(dense, small, places, Batches(*data), None, dataclasses.replace(SETTINGS, passes=2, augment=augment))
+        made.append(state(small))
+    assert same(made[0], made[1]) and not same(made[0], made[2]) and same(made[2], made[3])
+    once = torch.cat(seen[:4]).flatten(1).sort(0).values
+    assert torch.equal(once, torch.cat(seen[4:8]).flatten(1).sort(0).values)
+    assert torch.equal(once, torch.cat(images(2)).flatten(1).sort(0).values)
+
+
+def test_an_augmentation_gets_what_the_data_hold() -> None:
+    torch.manual_seed(0)
+    net, data = Decoder().eval(), sentences()
+    plan = graphprune.plan(net, data[0], 0.5, ignore=["table"])
+    taken = []
+
+    def masked(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        taken.append(sorted(batch))
+        return {**batch, "mask": torch.where(torch.rand(batch["mask"].shape) < 0.1, 0, batch["mask"])}
+
+    found = graphprune.recover(net, plan, data[0], data, BlockFit(passes=1, augment=masked))
+    assert found.layers[-1].weight == "all blocks" and {tuple(names) for names in taken} == {("mask", "tokens")}
+
+
+@pytest.mark.parametrize(
+    ("augment", "said"),
+    [
+        (lambda x: None, "a tensor and must return one too, not a NoneType"),
+        (lambda x: x[:-1], r"got \d+ samples and returned \d+"),
+        (lambda x: (x, x), "not a tuple"),
+    ],
+)
+def test_an_augmentation_that_returns_something_else_is_named(augment: Any, said: str) -> None:
+    net, data = residual(), images(2)
+    plan, before = graphprune.plan(net, data[0][:2], 0.5), state(net)
+    with pytest.raises(GraphPruneError, match=f"BlockFit: augment .*{said}"):
+        graphprune.recover(net, plan, data[0][:2], data, dataclasses.replace(SETTINGS, augment=augment))
+    assert same(before, state(net))
 
 
 def test_one_block_after_the_other() -> None:
@@ -416,7 +477,8 @@ def test_what_cannot_be_is_refused() -> None:
         graphprune.recover(net, plan, data[0][:2], None, "blocks")
     with pytest.raises(GraphPruneError, match=r"recover: expected .* a BlockFit"):
         graphprune.recover(net, plan, data[0][:2], data, 3)  # type: ignore[arg-type]
-    for wrong in ({"passes": 0}, {"lr": 0}, {"lr": math.nan}, {"batch_size": 1.5}, {"together": 1}, {"outputs": -1}):
+    numbers = ({"passes": 0}, {"lr": 0}, {"lr": math.nan}, {"batch_size": 1.5}, {"outputs": -1})
+    for wrong in (*numbers, {"together": 1}, {"augment": 2}):
         with pytest.raises(GraphPruneError, match=f"BlockFit: {next(iter(wrong))}"):
             BlockFit(**wrong)  # type: ignore[arg-type]
     data[1][0] = math.nan

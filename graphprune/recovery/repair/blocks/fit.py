@@ -21,6 +21,7 @@ from ....tracing.trace import run_model
 from ...training.loop import rate_factor
 from ..decisions import choice_axis
 from ..walk import Inputs
+from .augmenting import augmented
 from .places import Place, Watch
 from .samples import chosen, separable, shuffled
 from .settings import BlockFit
@@ -142,7 +143,7 @@ class _Fit:
     ) -> float:
         """One pass over the data; the mean loss."""
         seen, total, whole = 0, 0.0, self.options.passes * self.samples
-        for example in self._batches(number):
+        for example in (augmented(batch, self.options.augment) for batch in self._batches(number)):
             weights.forget()
             for piece in self._pieces(example):
                 loss = self._loss(piece, places, outputs)
