@@ -20,12 +20,12 @@ from ..runtimes.listing import usable_runtimes
 from ..runtimes.machine import describe_machine, describe_versions, usable_cores
 from ..runtimes.providers import Provider, resolve_provider
 from ..runtimes.results import BenchmarkReport, BenchmarkRow, row_of
+from ..runtimes.turns import Timing, time_by_turns
 from ..support.progress import stage, watched
 from ..support.suggestions import check_choice
 from ..support.types import PathLike
+from .calibrating import check_data
 from .cells import Made, Models
-from .sources import check_data
-from .timing import Timing, time_by_turns
 
 
 @dataclasses.dataclass(frozen=True)

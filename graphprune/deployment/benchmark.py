@@ -14,7 +14,7 @@ from ..support.doors import door
 from ..support.progress import ProgressOption, reported
 from ..support.types import PathLike
 from .across import Asked, compare_runtimes
-from .sources import check_data
+from .calibrating import check_data
 
 
 @door()

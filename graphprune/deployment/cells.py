@@ -15,9 +15,10 @@ from ..runtimes.adapters.source import Source, write_batches
 from ..runtimes.adapters.workers import RemoteSession, Worker
 from ..runtimes.arguments import FlatArguments
 from ..runtimes.candidates import Model, check_there, floating_elements, graph_of
+from ..runtimes.sources import Answers, Sources
 from ..support.files import as_path
+from .calibrating import write_calibration
 from .comparing import compare
-from .sources import Answers, Sources, write_calibration
 
 
 @dataclasses.dataclass

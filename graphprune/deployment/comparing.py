@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import GraphPruneError
 from ..runtimes.adapters.workers import RemoteSession
 from ..runtimes.parity import relative_error
-from .sources import Answers
+from ..runtimes.sources import Answers
 
 
 def compare(

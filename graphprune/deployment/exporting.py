@@ -15,16 +15,17 @@ from ..runtimes.adapters import Adapter, adapter
 from ..runtimes.adapters.features import cpu_features
 from ..runtimes.adapters.source import Source
 from ..runtimes.adapters.workers import RemoteSession, Worker
+from ..runtimes.sources import Sources
+from ..runtimes.turns import time_by_turns, typical
 from ..support.doors import door
 from ..support.files import check_target, put_in_place, workspace
 from ..support.numbers import check_integer, check_number
 from ..support.progress import ProgressOption, reported, stage
 from ..support.types import PathLike
 from .artifact import Artifact
+from .calibrating import check_data, write_calibration
 from .comparing import compare
 from .runner import Runner
-from .sources import Sources, check_data, write_calibration
-from .timing import time_by_turns, typical
 
 Evaluate = Callable[[Runner], Any]
 _WARMUP, _SECONDS = 3, 0.01

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..errors import GraphPruneError
 from ..runtimes.adapters.workers import RemoteSession
 from ..runtimes.arguments import FlatArguments
+from ..runtimes.sources import Answers
 from ..tracing.example import ExampleInput
-from .sources import Answers, flat_like
+from .calibrating import flat_like
 
 
 class Outputs(dict[str, Tensor]):

@@ -90,7 +90,7 @@ def test_a_model_that_fails_in_one_runtime_leaves_the_others(local: None, monkey
 
 
 def test_calibration_is_cut_into_batches_of_the_example(tmp_path: Path) -> None:
-    from graphprune.deployment.sources import write_calibration
+    from graphprune.deployment.calibrating import write_calibration
     from graphprune.runtimes.adapters.source import read_batches
     from graphprune.runtimes.arguments import FlatArguments
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import graphprune
 from graphprune import Artifact, GraphPruneError, Runner, export
-from graphprune.deployment.sources import check_data
+from graphprune.deployment.calibrating import check_data
 from graphprune.runtimes.adapters import Opening, Session, adapter
 from graphprune.runtimes.adapters.onnxruntime import OnnxRuntime
 from tests.deployment.local import LocalWorker

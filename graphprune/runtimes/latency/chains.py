@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from ..profiles import profile
 from ..providers import Provider
 from .kernels import Kernel
-from .profiles import profile
 from .stairs import ChainMeter
 
 # Lengths beside the one that varies, spatial size, rows of products; calls in a row, rounds.

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..profiles import Profile
 from .kernels import Kernel, Sample
 from .meters import Meter
-from .profiles import Profile
 
 # Seconds that calling a node takes beside the node itself.
 _NODE = 2e-6

@@ -10,10 +10,10 @@ from ...dependency import DependencyGraph
 from ...dependency.axes import Axes
 from ...dependency.state import Mask
 from ...errors import GraphPruneError
+from ..profiles import Profile
 from .context import Context, make_context
 from .costs import LatencyCosts, running
 from .kernels import Sample
-from .profiles import Profile
 from .table import LatencyTable
 from .units import Unit, units_of
 

@@ -10,9 +10,9 @@ import numpy as np
 from ...errors import GraphPruneError
 from ...support.progress import stage, watched
 from ..arguments import FlatArguments
+from ..profiles import NodeTime, profile
 from ..providers import CPU, Provider
 from .kernels import Sample
-from .profiles import NodeTime, profile
 from .subgraphs import subgraphs
 
 # (seconds, and what the node of the sample looked like in the runtime, where that is known)

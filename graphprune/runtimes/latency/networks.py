@@ -16,9 +16,9 @@ from ..arguments import FlatArguments
 from ..export import export_onnx
 from ..exported import ExportReport
 from ..measure import Settings, alternate
+from ..profiles import Profile, profile
 from ..providers import CPU, Provider
 from ..sessions import BoundSession, device_of, match_inputs, open_session
-from .profiles import Profile, profile
 
 _ROUNDS, _WARMUP, _MIN_TIME, _RUNS = 40, 5, 0.01, 20
 

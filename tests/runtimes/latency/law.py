@@ -15,10 +15,10 @@ from graphprune.dependency.axes import Axes
 from graphprune.runtimes.latency.costs import running
 from graphprune.runtimes.latency.kernels import Sample
 from graphprune.runtimes.latency.meters import Reading
-from graphprune.runtimes.latency.profiles import NodeTime, Profile
 from graphprune.runtimes.latency.stairs import Stairs
 from graphprune.runtimes.latency.table import LatencyTable
 from graphprune.runtimes.latency.units import units_of
+from graphprune.runtimes.profiles import NodeTime, Profile
 
 
 def law(sample: Sample, step: int = 1) -> float:

@@ -15,7 +15,7 @@ from graphprune.plans.verification.rewrite import gone_components
 from graphprune.runtimes.latency.context import Context, make_context
 from graphprune.runtimes.latency.costs import LatencyCosts
 from graphprune.runtimes.latency.forecast import measured_context
-from graphprune.runtimes.latency.profiles import NodeTime, Profile
+from graphprune.runtimes.profiles import NodeTime, Profile
 
 from .law import law, meter, net, run_of, samples_of, seconds_of, table
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from graphprune.runtimes.latency.kernels import Kernel, Sample
 from graphprune.runtimes.latency.meters import _called, chunks, make_meter
-from graphprune.runtimes.latency.profiles import profile
 from graphprune.runtimes.latency.subgraphs import channels_of, groups_of, sites_after, subgraphs
+from graphprune.runtimes.profiles import profile
 from graphprune.runtimes.providers import CPU, Provider
 
 SAMPLES = [

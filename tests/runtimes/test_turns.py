@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import pytest
 
-from graphprune.deployment.timing import time_by_turns, typical
+from graphprune.runtimes.turns import time_by_turns, typical
 
 
 class Clocked:

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ...support.types import PathLike
-from ..providers import Provider
-from ..sessions import kernel_events, open_session
+from ..support.types import PathLike
+from .providers import Provider
+from .sessions import kernel_events, open_session
 
 # Nodes in which the arithmetic of convolutions and matrix products ends up.
 _HEAVY = ("Conv", "Gemm", "MatMul", "Attention")

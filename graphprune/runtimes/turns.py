@@ -7,9 +7,9 @@ import functools
 from collections.abc import Callable, Sequence
 from statistics import median
 
-from ..runtimes.adapters.workers import RemoteSession
-from ..runtimes.results import FASTEST
-from ..runtimes.statistics import calls_per_sample, schedule
+from .adapters.workers import RemoteSession
+from .results import FASTEST
+from .statistics import calls_per_sample, schedule
 
 # A process that computes on one thread should have as much CPU time as passes on the wall. What is over says that
 # others took its place.
