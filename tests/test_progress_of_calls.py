@@ -15,7 +15,7 @@ from torch import nn
 
 import graphprune
 from graphprune.deployment import exporting
-from graphprune.runtimes.latency import meters, networks, target
+from graphprune.runtimes.latency import meters, networks
 from tests.deployment.local import LocalWorker
 
 X = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -143,7 +143,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[tuple[str, ...]]]] = {
 def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A machine that is measured in no time, and nothing known of another one."""
     monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
-    monkeypatch.setattr(target, "make_chain_meter", lambda *_: lambda _, widths: [1e-6 * width for width in widths])
+    monkeypatch.setattr(networks, "make_chain_meter", lambda *_: lambda _, widths: [1e-6 * width for width in widths])
     monkeypatch.setattr(meters, "_ROUNDS", 1)
     monkeypatch.setattr(networks, "_ROUNDS", 2)
     monkeypatch.setattr(exporting, "Worker", LocalWorker)

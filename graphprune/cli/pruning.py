@@ -29,6 +29,7 @@ from .terminal import (
     LeastOption,
     ModelArgument,
     ModeOption,
+    PrecisionOption,
     ProviderOption,
     QuietOption,
     RatioOption,
@@ -42,6 +43,7 @@ from .terminal import (
     ThreadsOption,
     VerifyOption,
     WeightsOption,
+    WhereOption,
     budget_of,
     checks_as_data,
     comparison,
@@ -68,6 +70,8 @@ def prune(
     budget: BudgetOption = None,
     provider: ProviderOption = None,
     threads: ThreadsOption = None,
+    runtime: WhereOption = None,
+    precision: PrecisionOption = None,
     latency_table: TableOption = None,
     ignore: IgnoreOption = None,
     sizes: SizesOption = None,
@@ -92,7 +96,9 @@ def prune(
     limits = parse_limits(budget)
     options = options_in(locals()) | {
         "ratio": None if limits else parse_ratio(ratio),
-        "target": parse_target(provider, threads, latency_table),
+        "target": parse_target(
+            provider=provider, threads=threads, table=latency_table, runtime=runtime, precision=precision
+        ),
         "ignore": ignore or (),
         "sizes": parse_sizes(sizes),
         "round_to": parse_round_to(round_to),

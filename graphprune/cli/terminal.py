@@ -156,6 +156,14 @@ ProviderOption = Annotated[
     str | None, _option(_PRUNING, "Where latency counts: auto (default), cpu, cuda or a full name.", "--provider")
 ]
 ThreadsOption = Annotated[int | None, _option(_PRUNING, "Threads that latency is for (default 1).", "--threads", min=1)]
+WhereOption = Annotated[
+    str | None,
+    _option(_PRUNING, "The runtime that latency is for (default onnxruntime), as the command runtimes lists them.",
+            "--runtime"),
+]
+PrecisionOption = Annotated[
+    str | None, _option(_PRUNING, "The precision that latency is for: fp32 (default), bf16, fp16, int8.", "--precision")
+]
 TableOption = Annotated[
     Path | None,
     _option(_PRUNING, "A file of the command latency-table: nothing is measured here.", "--latency-table"),
@@ -267,11 +275,10 @@ def budget_of(limits: dict[str, float]) -> Budget | None:
         raise typer.BadParameter(str(error), param_hint="--budget") from None
 
 
-def parse_target(provider: str | None, threads: int | None, table: Path | None) -> Target | None:
-    """The target of these options; None without any."""
-    if provider is None and threads is None and table is None:
-        return None
-    return Target(provider or "auto", threads or 1, table=table)
+def parse_target(**given: Any) -> Target | None:
+    """The target of those of these options that were given; None without any."""
+    named = {name: value for name, value in given.items() if value is not None}
+    return Target(**named) if named else None
 
 
 def parse_ratio(texts: list[str] | None) -> float | dict[str, float]:

@@ -22,6 +22,8 @@ def write_table(
     seed: SeedOption = 0,
     provider: Annotated[str, typer.Option(help="auto, cpu, cuda or a full name.")] = "auto",
     threads: Annotated[int, typer.Option(help="Threads inside a node.", min=1)] = 1,
+    runtime: Annotated[str, typer.Option(help="As the command runtimes lists them.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="fp32, bf16, fp16 or int8.")] = "fp32",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -32,7 +34,7 @@ def write_table(
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)
         work.step("measuring")
-        made = latency_table(loaded.model, example, Target(provider, threads))
+        made = latency_table(loaded.model, example, Target(provider, threads, runtime=runtime, precision=precision))
         made.save(path)
     dense = next(iter(made.contexts.values())).wall
     steps = {kind: list(stairs.steps) for kind, stairs in made.stairs.items()}

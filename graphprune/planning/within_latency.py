@@ -15,9 +15,9 @@ from ..plans.latency import Attempt, Latency
 from ..plans.plan import Plan
 from ..plans.structure import structural_hash
 from ..runtimes.latency.forecast import Forecast, measured_context, network_units
-from ..runtimes.latency.networks import Bench
+from ..runtimes.latency.rig import Bench
 from ..runtimes.latency.table import LatencyTable
-from ..runtimes.latency.target import Target, keep, own_table, provider_of
+from ..runtimes.latency.target import Target, brought_table, keep, own_table, rig_of
 from ..support.progress import stage
 from .allocation.budget import UnreachableBudget
 
@@ -40,16 +40,14 @@ def plan_within(
     `requested(dense)`: seconds allowed, for a dense network that takes `dense` seconds.
     """
     if target.table is not None:
-        return _from_table(model, LatencyTable.of(target.table), requested, decide)
-    provider = provider_of(target)
-    options = target.options()
-    table = own_table(provider, target.threads, options)
-    with Bench(model, example, provider, target.threads, options) as bench:
+        return _from_table(model, brought_table(target), requested, decide)
+    with rig_of(target) as rig, rig.bench(model, example) as bench:
+        table = own_table(rig)
         graph = trace(model, example)
         search = _Search(model, bench, graph, table, requested, decide)
         with stage("trying plans", target.attempts, "plans at most") as now:
             search.run(target.attempts, now.advance)
-    keep(table)
+        keep(table)
     return search.result()
 
 
@@ -209,12 +207,13 @@ def _from_table(
 def width_step(model: nn.Module, example: Any, target: Target) -> int:
     """The least number of channels of which every multiple is worth having on the target, for all kinds of computations
     in the model."""
+    units = network_units(trace(model, example))
     if target.table is not None:
-        table = LatencyTable.of(target.table)
+        table = brought_table(target)
+        found = [table.stairs_of(unit.kernel) for unit in units]
     else:
-        provider = provider_of(target)
-        table = own_table(provider, target.threads, target.options())
-    found = [table.stairs_of(unit.kernel) for unit in network_units(trace(model, example))]
-    if target.table is None:
+        with rig_of(target) as rig:
+            table = own_table(rig)
+            found = [table.stairs_of(unit.kernel) for unit in units]
         keep(table)
     return math.lcm(*(stairs.step for stairs in found))

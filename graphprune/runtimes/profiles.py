@@ -17,7 +17,7 @@ from .providers import Provider
 from .sessions import kernel_events, open_session
 
 # Nodes in which the arithmetic of convolutions and matrix products ends up.
-_HEAVY = ("Conv", "Gemm", "MatMul", "Attention")
+_HEAVY = ("Conv", "Deconv", "Gemm", "MatMul", "Attention", "FullyConnected", "ScaledDot")
 # Nodes that only say how a tensor is to be read: their time does not depend on widths.
 _IDLE = frozenset("Reshape Squeeze Unsqueeze Shape Gather Identity Flatten Constant Cast".split())
 
@@ -32,6 +32,12 @@ class NodeTime:
     outputs: tuple[tuple[int, ...], ...]
     seconds: float
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> NodeTime:
+        """From its fields as JSON keeps them."""
+        inputs, outputs = (tuple(map(tuple, values[name])) for name in ("inputs", "outputs"))
+        return cls(values["name"], values["operator"], inputs, outputs, values["seconds"])
+
     @property
     def heavy(self) -> bool:
         return any(word in self.operator for word in _HEAVY)
@@ -43,7 +49,9 @@ class NodeTime:
     @property
     def signature(self) -> tuple[Any, ...]:
         """Equal for nodes that do the same work: by the shapes of weights and results, which layouts pad alike."""
-        if "Conv" in self.operator and len(self.inputs) > 1:
+        if self.operator == "QLinearConv" and self.outputs:  # its weights are laid out anew, and are not shown
+            return ("conv", self.inputs[0], self.outputs[0])
+        if "onv" in self.operator and len(self.inputs) > 1:
             return ("conv", self.inputs[1], self.outputs[0][2:] if self.outputs else ())
         if len(self.inputs) > 1 and self.outputs:
             sizes = [int(np.prod(s)) for s in (*self.inputs[:2], self.outputs[0])]

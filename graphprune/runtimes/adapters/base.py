@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ...errors import GraphPruneError
 from ...support.suggestions import check_choice
+from ..profiles import NodeTime
 from .naming import first_lines
 from .source import Source
 
@@ -93,6 +94,13 @@ class Adapter(abc.ABC):
     @abc.abstractmethod
     def open(self, path: Path, opening: Opening) -> Session:
         """Raises GraphPruneError where the file cannot be loaded, or does not take these inputs."""
+
+    def nodes(self, path: Path, opening: Opening, runs: int) -> Sequence[NodeTime]:
+        """What each node of the file takes in a run, seen in so many; none where the runtime does not time them.
+
+        Raises GraphPruneError as `open` does.
+        """
+        return ()
 
     def files(self, path: Path) -> tuple[Path, ...]:
         """All files of an artifact, that of `path` last: it is put in place last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
 import tempfile
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import GraphPruneError
+from ..profiles import NodeTime
 from .base import Adapter, Opening, Session
 from .features import cpu_features
 from .naming import first_lines
@@ -25,6 +27,9 @@ from .source import Source
 _HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16", "int8": "f32"}
 _NEEDED = {"bf16": ("avx512_bf16", "amx_bf16", "bf16"), "fp16": ("avx512_fp16", "asimd")}
 _LAYERS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul", "RNNSeq", "RNNCell", "LSTM", "GRU", "ScaledDot")
+# Sessions whose nodes are timed, and their runs before that counts.
+_SITTINGS, _WARM = 3, 3
+_MICROSECOND = datetime.timedelta(microseconds=1)
 _SAID = ("layerType", "runtimePrecision", "originalLayersNames")
 _TYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "int8", "u8": "int8"}
 
@@ -86,9 +91,18 @@ class OpenVino(Adapter):
             raise GraphPruneError(f"provider: the openvino runtime has the CPU alone, got {opening.provider!r}")
         return _Opened(path, opening)
 
+    def nodes(self, path: Path, opening: Opening, runs: int) -> Sequence[NodeTime]:
+        """The least of what some sessions tell: each tells means over all its runs, so that one disturbance spoils all
+        that it tells."""
+        found: dict[str, NodeTime] = {}
+        for _ in range(_SITTINGS):
+            for name, node in _Opened(path, opening, counting=True).nodes(max(2, runs // _SITTINGS)).items():
+                found[name] = min(found.get(name, node), node, key=lambda n: n.seconds)
+        return tuple(found.values())
+
 
 class _Opened(Session):
-    def __init__(self, path: Path, opening: Opening) -> None:
+    def __init__(self, path: Path, opening: Opening, *, counting: bool = False) -> None:
         self._precision = opening.precision
         core = _core()
         try:
@@ -100,7 +114,7 @@ class _Opened(Session):
         try:
             shapes = {port: list(t.shape) for port, t in zip(ports, opening.tensors, strict=True)}
             network.reshape(shapes)
-            self._compiled = core.compile_model(network, "CPU", _settings(opening))
+            self._compiled = core.compile_model(network, "CPU", {**_settings(opening), "PERF_COUNT": counting})
         except Exception as error:
             given = ", ".join(str(list(tensor.shape)) for tensor in opening.tensors)
             said = first_lines(error)
@@ -134,6 +148,32 @@ class _Opened(Session):
     def outputs(self) -> list[Tensor]:
         count = len(self._compiled.outputs)
         return [torch.from_numpy(self._request.get_output_tensor(i).data.copy()) for i in range(count)]
+
+    def nodes(self, runs: int) -> dict[str, NodeTime]:
+        """What each node takes, named by all it was made of, in the mean of so many runs after some others. For
+        sessions that count."""
+        for _ in range(_WARM):
+            self.run()
+        before = self._counted()
+        for _ in range(runs):
+            self.run()
+        # a count is a mean over all runs so far, in whole microseconds
+        now = self._counted()
+        spent = {name: ((_WARM + runs) * us - _WARM * before.get(name, 0)) / runs for name, us in now.items()}
+        found = {}
+        for node in self._compiled.get_runtime_model().get_ordered_ops():
+            name = node.get_friendly_name()
+            said = node.get_rt_info()
+            kind, made_of = said["layerType"].value, said["originalLayersNames"].value
+            if name in spent:
+                shapes = [tuple(tuple(port.get_shape()) for port in ports) for ports in (node.inputs(), node.outputs())]
+                found[name] = NodeTime(made_of or name, kind, shapes[0], shapes[1], 1e-6 * max(0.0, spent[name]))
+        return found
+
+    def _counted(self) -> dict[str, int]:
+        """Microseconds by node, of those that run."""
+        ran = [node for node in self._request.get_profiling_info() if node.status.name == "EXECUTED"]
+        return {node.node_name: node.real_time // _MICROSECOND for node in ran}
 
     def share(self) -> Share:
         """What the layers are computed in, as the compiled network says."""

@@ -8,6 +8,7 @@ files. What libraries print goes to standard error. `workers.Worker` is the othe
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import os
@@ -54,6 +55,13 @@ class Served:
         session.run()
         self._sessions[key] = session
         return session.in_force()
+
+    def nodes(self, path: str, names: list[str], inputs: str, runs: int, **settings: Any) -> list[dict[str, Any]]:
+        """What each node of a file takes in a run."""
+        self._adapter.check_usable()
+        tensors = tuple(next(read_batches(Path(inputs))))
+        found = self._adapter.nodes(Path(path), Opening(tuple(names), tensors, **settings), runs)
+        return [dataclasses.asdict(node) for node in found]
 
     def run(self, key: str, outputs: str, inputs: str) -> None:
         """Run on each of some batches, and write what comes out of each."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ...errors import GraphPruneError
 from ...support.types import PathLike
+from ..profiles import NodeTime
 from .source import Source, read_batches, write_batches
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -147,6 +148,26 @@ class Worker:
         )  # fmt: skip
         inputs.unlink()
         return RemoteSession(self, key, in_force)
+
+
+    def nodes(
+        self,
+        path: Path,
+        names: Sequence[str],
+        tensors: Sequence[Tensor],
+        *,
+        precision: str,
+        provider: str | None = None,
+        runs: int,
+    ) -> tuple[NodeTime, ...]:
+        """What each node of a file takes in a run; none where the runtime does not tell."""
+        inputs = write_batches(self.folder / "nodes.inputs", [tensors])
+        found = self.ask(
+            "nodes", path=str(path), names=list(names), inputs=str(inputs), runs=runs, precision=precision,
+            threads=self._threads, provider=provider,
+        )  # fmt: skip
+        inputs.unlink()
+        return tuple(NodeTime.of(node) for node in found)
 
 
 class RemoteSession:

@@ -14,8 +14,9 @@ from ..providers import Provider
 from .kernels import Kernel
 from .stairs import ChainMeter
 
-# Lengths beside the one that varies, spatial size, rows of products; calls in a row, rounds.
-_BESIDE, _SIDE, _ROWS, _RUNS, _ROUNDS = 64, 14, 196, 10, 8
+# Lengths beside the one that varies, spatial size, rows of products. Calls in a row, rounds.
+BESIDE, SIDE, ROWS = 64, 14, 196
+_RUNS, _ROUNDS = 10, 8
 KINDS = ("conv", "pointwise", "depthwise", "linear", "matmul")
 
 
@@ -41,7 +42,7 @@ def make_chain_meter(provider: Provider, threads: int, options: dict[str, str]) 
     threads = 1 if provider.device == "cpu" else threads
 
     def measure(kind: str, widths: Sequence[int]) -> list[float]:
-        models = [_model(kind, int(w)) for w in widths]
+        models = [chain_file(kind, int(w))[:2] for w in widths]
         rounds = [[_seconds(made, provider, threads, options) for made in models] for _ in range(_ROUNDS)]
         return [min(times) for times in zip(*rounds, strict=True)]
 
@@ -52,7 +53,8 @@ def _seconds(made: tuple[bytes, dict[str, np.ndarray]], provider: Provider, thre
     return profile(made[0], made[1], provider, threads=threads, options=options, runs=_RUNS).fastest
 
 
-def _model(kind: str, width: int) -> tuple[bytes, dict[str, np.ndarray]]:
+def chain_file(kind: str, width: int) -> tuple[bytes, dict[str, np.ndarray], str]:
+    """An ONNX file, its inputs, and the name of its result."""
     from onnx import TensorProto, helper, numpy_helper
 
     rng = np.random.default_rng(0)
@@ -65,14 +67,14 @@ def _model(kind: str, width: int) -> tuple[bytes, dict[str, np.ndarray]]:
     graph = helper.make_graph(chain.nodes, "chain", [infos[0]], [infos[1]], weights)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     feeds = {chain.input[0]: rng.standard_normal(chain.input[1]).astype(np.float32)}
-    return model.SerializeToString(), feeds
+    return model.SerializeToString(), feeds, chain.output[0]
 
 
 def _convolutions(kind: str, width: int) -> _Chain:
     from onnx import helper
 
     k = 3 if kind == "conv" else 1
-    plan = [(_BESIDE, width, k, 1), (width, _BESIDE, k, 1)]
+    plan = [(BESIDE, width, k, 1), (width, BESIDE, k, 1)]
     if kind == "depthwise":
         plan.insert(1, (width, width, 3, width))
     nodes: list[Any] = []
@@ -85,7 +87,7 @@ def _convolutions(kind: str, width: int) -> _Chain:
         nodes.append(helper.make_node("Conv", names, [f"c{i}"], kernel_shape=[size] * 2, pads=pads, group=groups))
         nodes.append(helper.make_node("Relu", [f"c{i}"], [f"r{i}"]))
         value = f"r{i}"
-    shape = (1, _BESIDE, _SIDE, _SIDE)
+    shape = (1, BESIDE, SIDE, SIDE)
     return _Chain(nodes, weights, ("x", shape), (value, shape))
 
 
@@ -98,11 +100,11 @@ def _products(kind: str, width: int) -> _Chain:
             helper.make_node("Relu", ["h"], ["r"]),
             helper.make_node("Gemm", ["r", "w1", "b1"], ["y"], transB=1),
         ]
-        shapes: list[Any] = [("w0", (width, _BESIDE)), ("b0", (width,)), ("w1", (_BESIDE, width)), ("b1", (_BESIDE,))]
-        return _Chain(nodes, shapes, ("x", (_ROWS, _BESIDE)), ("y", (_ROWS, _BESIDE)))
+        shapes: list[Any] = [("w0", (width, BESIDE)), ("b0", (width,)), ("w1", (BESIDE, width)), ("b1", (BESIDE,))]
+        return _Chain(nodes, shapes, ("x", (ROWS, BESIDE)), ("y", (ROWS, BESIDE)))
     nodes = [
         helper.make_node("MatMul", ["x", "w0"], ["h"]),
         helper.make_node("Transpose", ["h"], ["t"], perm=[0, 2, 1]),
         helper.make_node("MatMul", ["h", "t"], ["y"]),
     ]
-    return _Chain(nodes, [("w0", (1, _BESIDE, width))], ("x", (1, _ROWS, _BESIDE)), ("y", (1, _ROWS, _ROWS)))
+    return _Chain(nodes, [("w0", (1, BESIDE, width))], ("x", (1, ROWS, BESIDE)), ("y", (1, ROWS, ROWS)))

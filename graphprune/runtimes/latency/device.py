@@ -13,9 +13,8 @@ from ...plans.structure import structural_hash
 from ...support.doors import door
 from ...support.progress import ProgressOption, reported, stage
 from .forecast import Forecast, measured_context
-from .networks import Bench
 from .table import LatencyTable
-from .target import Target, keep, own_table, provider_of
+from .target import Target, keep, own_table, rig_of
 
 
 @door("model")
@@ -25,9 +24,10 @@ def latency_table(
 ) -> LatencyTable:
     """The latency table of this machine for `model`: everything that planning with a latency budget looks up.
 
-    Runs the model's computations alone at five widths each in ONNX Runtime, looks for the widths that the machine likes
-    and profiles the whole dense network once. Takes a few seconds to a few minutes; times are kept in the user's cache
-    directory (GRAPHPRUNE_CACHE, XDG_CACHE_HOME or ~/.cache), by machine, provider, threads and version of ONNX Runtime.
+    Runs the model's computations alone at five widths each in the target's runtime, looks for the widths that the
+    machine likes and profiles the whole dense network once. Takes a few seconds to a few minutes; times are kept in the
+    user's cache directory (GRAPHPRUNE_CACHE, XDG_CACHE_HOME or ~/.cache), by machine, runtime, precision, provider,
+    threads and version of the runtime.
 
     `table.save(path)` writes a JSON file that `Target(table=path)` takes on another machine. `progress`: as in
     `graphprune.plan`.
@@ -37,14 +37,14 @@ def latency_table(
     chosen = Target.of(target)
     if chosen.table is not None:
         raise GraphPruneError("latency_table: target must not have a table already")
-    provider, options = provider_of(chosen), chosen.options()
-    table = own_table(provider, chosen.threads, options)
     model = plain(model)
     graph = trace(model, example_input)
-    with stage("the whole network"), Bench(model, example_input, provider, chosen.threads, options) as bench:
-        context = measured_context(graph, table, bench.profile())
-    with stage("computations"):
-        Forecast(table, context).cost(graph)
-    keep(table)
+    with rig_of(chosen) as rig:
+        table = own_table(rig)
+        with stage("the whole network"), rig.bench(model, example_input) as bench:
+            context = measured_context(graph, table, bench.profile())
+        with stage("computations"):
+            Forecast(table, context).cost(graph)
+        keep(table)
     table.contexts[structural_hash(model)] = context
     return table

@@ -1,11 +1,10 @@
-"""Whole networks in ONNX Runtime: exported, profiled once, and timed by turns."""
+"""ONNX Runtime in this process, in float32: computations, and whole networks, profiled once and timed by turns."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,45 @@ from ...support.progress import stage
 from ..arguments import FlatArguments
 from ..export import export_onnx
 from ..exported import ExportReport
+from ..machine import describe_machine, describe_versions
 from ..measure import Settings, alternate
 from ..profiles import Profile, profile
 from ..providers import CPU, Provider
 from ..sessions import BoundSession, device_of, match_inputs, open_session
+from .chains import make_chain_meter
+from .kernels import Sample
+from .meters import Reading, make_meter
+from .rig import Bench, Rig
 
 _ROUNDS, _WARMUP, _MIN_TIME, _RUNS = 40, 5, 0.01, 20
 
 
-class Bench:
-    """The dense network and its pruned candidates, exported to a folder that is gone afterwards."""
+class OnnxRig(Rig):
+    """See `Rig`. `options`: of the provider, as texts."""
+
+    def __init__(self, provider: Provider, threads: int, options: dict[str, str]) -> None:
+        self.provider, self.threads, self.options = provider, threads, options
+        versions = describe_versions()
+        self.about = {
+            "runtime": "onnxruntime", "precision": "fp32", "provider": provider.name, "threads": threads,
+            "options": options, **describe_machine(provider, device_of(options)),
+            "onnxruntime": versions["onnxruntime"],
+        }  # fmt: skip
+        self._meter = make_meter(provider, threads, options)
+        self._chain_meter = make_chain_meter(provider, threads, options)
+
+    def meter(self, samples: Sequence[Sample]) -> list[Reading]:
+        return self._meter(samples)
+
+    def chain_meter(self, kind: str, widths: Sequence[int]) -> list[float]:
+        return self._chain_meter(kind, widths)
+
+    def bench(self, model: nn.Module, example: Any) -> Bench:
+        return OnnxBench(model, example, self.provider, self.threads, self.options)
+
+
+class OnnxBench(Bench):
+    """See `Bench`. Files lie in a folder that is gone afterwards."""
 
     def __init__(
         self, model: nn.Module, example: Any, provider: Provider, threads: int, options: dict[str, str]
@@ -40,17 +68,11 @@ class Bench:
             self._folder.cleanup()
             raise
 
-    def __enter__(self) -> Bench:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         del self._session
         self._folder.cleanup()
 
     def profile(self) -> Profile:
-        """The dense network's nodes, and what a call of it takes as `compare` measures it."""
         session = open_session(self._dense, self.provider, threads=1)
         feeds = {name: tensor.detach().cpu().numpy() for name, tensor in match_inputs(session, self.arguments)}
         found = profile(self._dense, feeds, self.provider, threads=self.threads, options=self.options, runs=_RUNS)
@@ -58,7 +80,6 @@ class Bench:
         return Profile(nodes, min(self._times([self._session])[0] for _ in range(2)))
 
     def compare(self, small: nn.Module) -> tuple[float, float]:
-        """Median seconds of a call of the dense and of this network, by turns."""
         report = self._export(small)
         try:
             dense, pruned = self._times([self._session, self._open(report.path)])

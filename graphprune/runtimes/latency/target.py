@@ -1,4 +1,4 @@
-"""Where a network has to be fast: the provider and threads, and the latency table that goes with them."""
+"""Where a network has to be fast: runtime, precision, provider, threads, and the latency table that goes with them."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 from ...errors import GraphPruneError
 from ...support.numbers import check_integer
+from ...support.suggestions import check_choice
 from ...support.types import PathLike
-from ..machine import describe_machine, describe_versions
-from ..providers import Provider, resolve_provider
-from ..sessions import device_of
-from .chains import make_chain_meter
-from .meters import make_meter
+from ..adapters import PRECISIONS, RUNTIMES
+from ..providers import resolve_provider
+from .by_adapter import AdapterRig
+from .networks import OnnxRig
+from .rig import Rig
 from .table import LatencyTable
 
 
@@ -25,10 +26,20 @@ from .table import LatencyTable
 class Target:
     """What latency budgets are about.
 
-    `provider`: "auto" (CUDA if it loads, else the CPU), "cpu", "cuda" or a full name of ONNX Runtime. `threads`: inside
-    a node. `provider_options`: as in `benchmark`. `table`: a file made by `graphprune.latency_table(...).save(path)` on
-    another machine, or such a table: then nothing is measured here, and the plan is only as good as the table.
-    `attempts`: how often at most a plan is exported and measured, to correct the prediction (0: never measured).
+    - `provider`: "auto" (CUDA if it loads, else the CPU), "cpu", "cuda" or a full name of ONNX Runtime. Other runtimes
+      have the CPU alone.
+    - `threads`: inside a node.
+    - `provider_options`: as in `benchmark`; of ONNX Runtime in fp32.
+    - `table`: a file made by `graphprune.latency_table(...).save(path)` on another machine, or such a table: then
+      nothing is measured here, and the plan is only as good as the table.
+    - `attempts`: how often at most a plan is exported and measured, to correct the prediction (0: never measured).
+    - `runtime`, `precision`: as in `graphprune.export`. Widths that are fast in one are slow in another: a latency is
+      that of a file of this runtime in this precision, int8 quantised with the example input alone, as times do not
+      depend on ranges. What runs in a runtime that does not time its nodes (all but ONNX Runtime and OpenVINO) is
+      timed computation by computation, which takes minutes once for each kind of machine.
+    - `python`: the interpreter of another environment, where the runtime is installed.
+
+    Raises GraphPruneError for what is unknown or out of range; the runtime is looked for when it is needed.
     """
 
     provider: str = "auto"
@@ -36,12 +47,19 @@ class Target:
     provider_options: Mapping[str, Any] | None = None
     table: LatencyTable | PathLike | None = None
     attempts: int = 5
+    runtime: str = "onnxruntime"
+    precision: str = "fp32"
+    python: PathLike | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (("threads", self.threads, 1), ("attempts", self.attempts, 0)):
             check_integer(f"target: {name}", value, least)
         if self.table is not None and not isinstance(self.table, (LatencyTable, str, os.PathLike)):
             raise GraphPruneError(f"target: table must be a path or a LatencyTable, got {type(self.table).__name__}")
+        check_choice("target: runtime", self.runtime, tuple(RUNTIMES))
+        check_choice("target: precision", self.precision, PRECISIONS)
+        if self.provider_options and (self.runtime, self.precision) != ("onnxruntime", "fp32"):
+            raise GraphPruneError("target: provider_options are those of ONNX Runtime in fp32; leave them out")
 
     @classmethod
     def of(cls, target: Target | None) -> Target:
@@ -57,14 +75,6 @@ class Target:
         return {str(k): str(v) for k, v in (self.provider_options or {}).items()}
 
 
-def about(provider: Provider, threads: int, options: Mapping[str, str]) -> dict[str, Any]:
-    """What tells the tables of two machines apart."""
-    versions = describe_versions()
-    kept = {name: versions[name] for name in ("onnxruntime",)}
-    machine = describe_machine(provider, device_of(options))
-    return {"provider": provider.name, "threads": threads, "options": dict(options), **machine, **kept}
-
-
 def cache_path(described: Mapping[str, Any]) -> Path:
     """Where the table of this machine is kept between calls."""
     base = os.environ.get("GRAPHPRUNE_CACHE") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -72,16 +82,14 @@ def cache_path(described: Mapping[str, Any]) -> Path:
     return Path(base) / "graphprune" / f"latency-{digest}.json"
 
 
-def own_table(provider: Provider, threads: int, options: dict[str, str]) -> LatencyTable:
+def own_table(rig: Rig) -> LatencyTable:
     """This machine's table: what was measured before and still holds, and the means to measure more."""
-    described = about(provider, threads, options)
     try:
-        found = LatencyTable.load(cache_path(described))
+        found = LatencyTable.load(cache_path(rig.about))
     except GraphPruneError:  # not there, or written by another version: measured again
-        found = LatencyTable(described)
+        found = LatencyTable(rig.about)
     found.contexts.clear()  # a network's own times are measured anew
-    found.meter = make_meter(provider, threads, options)
-    found.chain_meter = make_chain_meter(provider, threads, options)
+    found.meter, found.chain_meter = rig.meter, rig.chain_meter
     return found
 
 
@@ -96,6 +104,21 @@ def keep(table: LatencyTable) -> None:
         return
 
 
-def provider_of(target: Target) -> Provider:
-    """The provider that really runs. Raises GraphPruneError if it does not load."""
-    return resolve_provider(target.provider)
+def rig_of(target: Target) -> Rig:
+    """What to measure with. Raises GraphPruneError where the runtime, precision or provider cannot be used here."""
+    if target.runtime == "onnxruntime" and target.precision == "fp32":
+        return OnnxRig(resolve_provider(target.provider), target.threads, target.options())
+    return AdapterRig(target.runtime, target.precision, target.provider, target.threads, target.python)
+
+
+def brought_table(target: Target) -> LatencyTable:
+    """The table that the target brings along. Raises GraphPruneError where it is of another runtime or precision."""
+    assert target.table is not None
+    found = LatencyTable.of(target.table)
+    made = tuple(found.about.get(name, usual) for name, usual in (("runtime", "onnxruntime"), ("precision", "fp32")))
+    if made != (target.runtime, target.precision):
+        raise GraphPruneError(
+            f"target: the table was made for {made[0]} in {made[1]}, not for {target.runtime} in {target.precision}; "
+            f"say Target(runtime={made[0]!r}, precision={made[1]!r}, table=...), or make another"
+        )
+    return found

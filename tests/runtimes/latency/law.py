@@ -15,6 +15,7 @@ from graphprune.dependency.axes import Axes
 from graphprune.runtimes.latency.costs import running
 from graphprune.runtimes.latency.kernels import Sample
 from graphprune.runtimes.latency.meters import Reading
+from graphprune.runtimes.latency.rig import Bench, Rig
 from graphprune.runtimes.latency.stairs import Stairs
 from graphprune.runtimes.latency.table import LatencyTable
 from graphprune.runtimes.latency.units import units_of
@@ -68,18 +69,13 @@ def run_of(model: nn.Module, example: Any, step: int = 1, overhead: float = 1.0)
     return Profile(nodes, sum(n.seconds for n in nodes))
 
 
-class Bench:
+class LawBench(Bench):
     """Stands in for exporting and timing; `overhead` is what the table does not know of."""
 
-    step, growth = 8, 1.0
+    def __init__(self, model: nn.Module, example: Any, step: int, growth: float) -> None:
+        self.model, self.example, self.step, self.growth = model, example, step, growth
 
-    def __init__(self, model: nn.Module, example: Any, *others: Any) -> None:
-        self.model, self.example = model, example
-
-    def __enter__(self) -> Bench:
-        return self
-
-    def __exit__(self, *others: Any) -> None:
+    def close(self) -> None:
         pass
 
     def profile(self) -> Profile:
@@ -89,6 +85,26 @@ class Bench:
         dense = seconds_of(self.model, self.example, self.step)
         share = seconds_of(small, self.example, self.step) / dense
         return 2 * dense, 2 * dense * share**self.growth  # the machine is busy: all takes twice as long
+
+
+class LawRig(Rig):
+    """That machine; its stairs are found as anywhere."""
+
+    about = {"provider": "law", "threads": 1}
+
+    def __init__(self, step: int = 1, growth: float = 1.0) -> None:
+        self.step, self.growth = step, growth
+
+    def meter(self, samples: Sequence[Sample]) -> list[Reading]:
+        found: list[Reading] = meter(self.step)(samples)
+        return found
+
+    def chain_meter(self, kind: str, widths: Sequence[int]) -> list[float]:
+        found: list[float] = chain(self.step)(kind, widths)
+        return found
+
+    def bench(self, model: nn.Module, example: Any) -> LawBench:
+        return LawBench(model, example, self.step, self.growth)
 
 
 class Net(nn.Module):
@@ -121,17 +137,16 @@ def net() -> tuple[nn.Module, Tensor]:
 
 def planned(monkeypatch: Any, model: nn.Module, example: Any, step: int = 1, growth: float = 1.0, **more: Any) -> Any:
     """A plan on that machine."""
-    bench = type("Disturbed", (Bench,), {"step": step, "growth": growth})
-    monkeypatch.setattr("graphprune.planning.within_latency.Bench", bench)
-    monkeypatch.setattr("graphprune.planning.within_latency.own_table", lambda *a: table(step))
+    monkeypatch.setattr("graphprune.planning.within_latency.rig_of", lambda target: LawRig(step, growth))
+    monkeypatch.setattr("graphprune.planning.within_latency.own_table", lambda rig: table(step))
     monkeypatch.setattr("graphprune.planning.within_latency.keep", lambda t: None)
     return graphprune.plan(model, example, target=graphprune.Target(provider="cpu"), **more)
 
 
 def device(monkeypatch: Any, step: int = 1) -> None:
     """Let `graphprune.latency_table` measure that machine; its stairs are found as anywhere."""
-    about = {"provider": "law", "threads": 1}
-    made = LatencyTable(about, meter=meter(step), chain_meter=chain(step))
-    monkeypatch.setattr("graphprune.runtimes.latency.device.Bench", type("Stepped", (Bench,), {"step": step}))
-    monkeypatch.setattr("graphprune.runtimes.latency.device.own_table", lambda *a: made)
+    rig = LawRig(step)
+    made = LatencyTable(rig.about, meter=rig.meter, chain_meter=rig.chain_meter)
+    monkeypatch.setattr("graphprune.runtimes.latency.device.rig_of", lambda target: rig)
+    monkeypatch.setattr("graphprune.runtimes.latency.device.own_table", lambda rig: made)
     monkeypatch.setattr("graphprune.runtimes.latency.device.keep", lambda t: None)
