@@ -3,6 +3,7 @@
     python -m tools.bench_blocks --models resnet20 --speedups 2 --images 1500 --select-images 750
     python -m tools.bench_blocks --models resnet56 --speedups 2 3 --images 1500 --select-images 250 --round-to 1
     python -m tools.bench_blocks --models resnet56 --speedups 3 --images 1500 --select-images 250 --round-to 1 --augment
+    python -m tools.bench_blocks --models resnet56 --speedups 3 --images 1500 ... --augment --passes 60
     python -m tools.bench_blocks --models resnet20 --speedups 1.5 --images 1500 --select-images 750 --settings
 
 Networks, data and plans are those of `tools.bench_accuracy`: the criterion "reconstruction", then `recover` by
@@ -147,13 +148,15 @@ def main() -> None:
     parser.add_argument("--settings", action="store_true", help="compare settings on held-out training data")
     parser.add_argument("--weights", type=Path, help="a folder for trained networks, see tools.bench_accuracy")
     parser.add_argument("--augment", action="store_true", help="measure the fit on images that move, and it alone")
+    parser.add_argument("--passes", type=int, help="with --augment, of the fit; default 30")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     methods: dict[str, str | BlockFit] = {"least squares": "least_squares", "blocks": "blocks"}
     if options.settings:
         methods = {"least squares": "least_squares", **SETTINGS}
     if options.augment:
-        methods = {"blocks, augmented": BlockFit(augment=moved)}
+        longer = "" if options.passes is None else f", {options.passes} passes"
+        methods = {f"blocks, augmented{longer}": BlockFit(passes=options.passes or 30, augment=moved)}
     for name in options.models:
         made = task(name, options.images, options.settings, options.weights)
         images = sum(len(d["input_ids"]) if isinstance(d, dict) else len(d) for d in made.data)
