@@ -351,7 +351,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
-    "wrap", [nn.DataParallel, nn.parallel.DistributedDataParallel, compiled, lambda m: nn.DataParallel(compiled(m))]
+    "wrap", [nn.parallel.DistributedDataParallel, lambda m: nn.DataParallel(compiled(m))]
 )
 def test_wrapped_models_are_as_the_network_inside(
     wrap: Callable[[nn.Module], nn.Module], plain: dict[str, Any], tmp_path: Path

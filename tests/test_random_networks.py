@@ -32,7 +32,7 @@ def test_networks_that_once_failed(seed: int) -> None:
 
 
 def test_most_random_networks_become_smaller() -> None:
-    shares = [examine_random(seed, permuted_groups=0).share for seed in range(SEEDS, SEEDS + 40)]
+    shares = [examine_random(seed, permuted_groups=0).share for seed in range(SEEDS, SEEDS + 24)]
     assert np.mean([share > 0.1 for share in shares]) > 0.8
 
 
