@@ -96,9 +96,6 @@ def prune(
     limits = parse_limits(budget)
     options = options_in(locals()) | {
         "ratio": None if limits else parse_ratio(ratio),
-        "target": parse_target(
-            provider=provider, threads=threads, table=latency_table, runtime=runtime, precision=precision
-        ),
         "ignore": ignore or (),
         "sizes": parse_sizes(sizes),
         "round_to": parse_round_to(round_to),
@@ -106,8 +103,11 @@ def prune(
         "strict": not allow_nothing,
     }
     method = None if recover == "none" else recover
-    check_method(method, data)
     with working("prune", quiet) as work:
+        check_method(method, data)
+        options["target"] = parse_target(
+            provider=provider, threads=threads, table=latency_table, runtime=runtime, precision=precision
+        )
         work.step("building the model")
         loaded = load_factory(model, weights=weights, seed=seed)
         example = loaded.input(input_shape or (), seed)

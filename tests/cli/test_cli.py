@@ -206,6 +206,8 @@ def test_a_latency_table_and_a_plan_by_it(monkeypatch: pytest.MonkeyPatch) -> No
     plan = graphprune.Plan.load("pruned.plan.json")
     assert plan.latency is not None and plan.latency.measured_ms is None and "not measured" in text
     assert plan.latency.predicted_ms <= 1.0001 * plan.latency.dense_ms
+    other = failed("prune", "zoo:net", "--budget", "latency=1", "--latency-table", "table.json", "--precision", "int8")
+    assert "made for onnxruntime in fp32, not for onnxruntime in int8" in " ".join(other.split())
 
 
 def test_tied_weights_are_written_once_and_read_back() -> None:
