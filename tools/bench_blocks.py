@@ -161,7 +161,7 @@ def main() -> None:
         methods["lr 0.01, 30 passes, augmented"] = BlockFit(augment=moved)
     if options.augment:
         longer = "" if options.passes is None else f", {options.passes} passes"
-        methods = {f"blocks, augmented{longer}": BlockFit(passes=options.passes or 30, augment=moved)}
+        methods = {f"blocks, augmented{longer}": BlockFit(passes=options.passes or BlockFit.passes, augment=moved)}
     for name in options.models:
         made = task(name, options.images, options.settings, options.weights)
         images = sum(len(d["input_ids"]) if isinstance(d, dict) else len(d) for d in made.data)

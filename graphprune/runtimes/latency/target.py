@@ -58,8 +58,11 @@ class Target:
             raise GraphPruneError(f"target: table must be a path or a LatencyTable, got {type(self.table).__name__}")
         check_choice("target: runtime", self.runtime, tuple(RUNTIMES))
         check_choice("target: precision", self.precision, PRECISIONS)
-        if self.provider_options and (self.runtime, self.precision) != ("onnxruntime", "fp32"):
-            raise GraphPruneError("target: provider_options are those of ONNX Runtime in fp32; leave them out")
+        here = (self.runtime, self.precision, self.python) == ("onnxruntime", "fp32", None)
+        if self.provider_options and not here:
+            raise GraphPruneError(
+                "target: provider_options are those of ONNX Runtime in fp32, in this environment; leave them out"
+            )
 
     @classmethod
     def of(cls, target: Target | None) -> Target:
@@ -106,7 +109,7 @@ def keep(table: LatencyTable) -> None:
 
 def rig_of(target: Target) -> Rig:
     """What to measure with. Raises GraphPruneError where the runtime, precision or provider cannot be used here."""
-    if target.runtime == "onnxruntime" and target.precision == "fp32":
+    if (target.runtime, target.precision, target.python) == ("onnxruntime", "fp32", None):
         return OnnxRig(resolve_provider(target.provider), target.threads, target.options())
     return AdapterRig(target.runtime, target.precision, target.provider, target.threads, target.python)
 
