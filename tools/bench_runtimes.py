@@ -7,8 +7,8 @@
 Each network in a process of its own: dense, by `graphprune.prune(model, x, 0.3)` and `(model, x, 0.5)`, and the widths
 that Torch-Pruning gives at the same ratios. Weights are random (latency does not depend on them), the statistics of
 batch norms are not trivial. One thread, batch 1; times and their intervals as `graphprune.benchmark` measures them.
-int8 is calibrated on noise: its accuracy is another table's affair. Rows measured before are kept and replaced network
-by network and runtime by runtime, in docs/runtimes.json and docs/runtimes.md.
+int8 is calibrated on noise: its accuracy is another table's affair. Rows are kept as soon as a runtime is done, and
+replaced network by network and runtime by runtime, in docs/runtimes.json and docs/runtimes.md.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import copy
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,15 @@ def models_of(name: str, example: Tensor) -> tuple[dict[str, nn.Module], list[st
     return models, failed
 
 
-def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Rows of one network."""
+def measure(name: str, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Rows of one network, runtime after runtime."""
     example = example_of(name)
     models, failed = models_of(name, example)
     pythons = dict(item.split("=", 1) for item in options.python)
     names = options.runtimes or [*graphprune.runtimes.usable_runtimes().usable, *pythons]
-    rows: list[dict[str, Any]] = [{"network": name, "runtime": "Torch-Pruning", "failed": said} for said in failed]
+    yield [{"network": name, "runtime": "Torch-Pruning", "failed": said} for said in failed]
     for runtime in dict.fromkeys(names):
+        rows: list[dict[str, Any]] = []
         data = [torch.randn_like(example) for _ in range(8)] if "int8" in options.precisions else None
         try:
             report = graphprune.benchmark(
@@ -112,7 +113,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 provider="cpu", rounds=options.rounds, data=data,
             )  # fmt: skip
         except graphprune.GraphPruneError as error:
-            rows.append({"network": name, "runtime": runtime, "failed": str(error)})
+            yield [{"network": name, "runtime": runtime, "failed": str(error)}]
             continue
         for row in report.rows:
             rows.append(
@@ -127,7 +128,7 @@ def measure(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         rows.extend(
             {"network": name, "runtime": runtime, "note": note} for note in report.notes if "left out" in note
         )
-    return rows
+        yield rows
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -172,6 +173,8 @@ def _versions(timed: list[dict[str, Any]]) -> str:
 
 def keep(new: list[dict[str, Any]]) -> None:
     """Put rows in the place of those of the same network and runtime, and write the page."""
+    if not new:
+        return
     target = DOCS / "runtimes.json"
     rows: list[dict[str, Any]] = json.loads(target.read_text()) if target.is_file() else []
     fresh = {(row["network"], row["runtime"]) for row in new}
@@ -190,7 +193,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     if len(options.networks) == 1:
-        keep(measure(options.networks[0], options))
+        for rows in measure(options.networks[0], options):
+            keep(rows)
         return
     more = [argument for argument in sys.argv[1:] if argument not in (*options.networks, "--networks")]
     for name in options.networks:
